@@ -1,0 +1,54 @@
+"""Where the ranks run."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from multitrain.config.base import Settings
+
+
+class ClusterConfig(Settings):
+    """How ranks are placed: through SLURM, or as processes of this machine."""
+
+    kind: Literal["slurm", "local"] = "slurm"
+    """`slurm` submits a job; `local` starts one process a rank on this machine, through the same code path."""
+    partition: str | None = None
+    """SLURM partition; the cluster's default when not given."""
+    account: str | None = None
+    """SLURM account to charge."""
+    qos: str | None = None
+    """SLURM quality of service."""
+    constraint: str | None = None
+    """Node features to ask for, e.g. `a100`."""
+    reservation: str | None = None
+    """SLURM reservation to run in."""
+    nodelist: str | None = None
+    """Nodes to use, in SLURM's notation."""
+    exclude: str | None = None
+    """Nodes to avoid, in SLURM's notation, e.g. one that preflight named."""
+    time_limit: int = Field(1440, gt=0)
+    """Wall-clock limit of one start of the job, in minutes. The run goes on in the next start."""
+    lead_time: int = Field(120, ge=10)
+    """Seconds before the time limit at which SLURM warns the job (`--signal=USR2@lead_time`)."""
+    cpus_per_gpu: int = Field(8, ge=1)
+    """CPU cores a rank (SLURM's `--cpus-per-task`)."""
+    memory_per_node: str | None = None
+    """Memory a node in SLURM's notation, e.g. `480G`; the partition's default when not given."""
+    gpu_request: Literal["gres", "gpus-per-node", "none"] = "gres"
+    """How GPUs are asked for: `--gres=gpu:N`, `--gpus-per-node=N`, or not at all (CPU partitions)."""
+    gpu_type: str | None = None
+    """GPU type in the request, e.g. `a100` in `--gres=gpu:a100:8`."""
+    setup: list[str] = Field(default_factory=list)
+    """Shell lines run on the first node before the ranks start, e.g. `module load cuda`."""
+    srun_args: list[str] = Field(default_factory=list)
+    """More arguments for `srun`, e.g. `--container-image=…`."""
+    sbatch: dict[str, str | int] = Field(default_factory=dict)
+    """More `#SBATCH` options by long name, e.g. `{mail-user: me@lab.org}`."""
+    python: str | None = None
+    """The Python command of the ranks; the one that submits when not given. Containers: `apptainer exec --nv image.sif python`."""
+    max_stalled_restarts: int = Field(3, ge=1)
+    """The run stops, and says why, after this many restarts in a row without a new checkpoint."""
+    check_data: bool = True
+    """Read the annotation files at submission, so that a wrong one is refused at once. Off where the login node cannot see them."""

@@ -1,0 +1,96 @@
+"""Which videos, in which proportions, read how."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from multitrain.config.base import Settings
+
+
+class DatasetConfig(Settings):
+    """One labelled set of videos. A new dataset is these few lines of YAML, never a new class."""
+
+    annotations: str
+    """Folder with `train.csv`, `val.csv` and `test.csv`; each line is `path label`."""
+    videos: str
+    """Folder that the paths in the annotation files start from."""
+    classes: int | None = Field(None, ge=1)
+    """Number of classes. Not needed when `class_names` is given."""
+    class_names: str | None = None
+    """File with one class name a line; line n (from 0) is label n. Without it, `classes.txt` in the annotation folder is used for display when there."""
+    sampling: Literal["stride", "segment"] = "stride"
+    """`stride`: frames at a fixed rate from a random window (Kinetics); `segment`: one frame from each of equal segments (Something-Something)."""
+    flip: bool = True
+    """Whether a mirrored video keeps its label; false where left and right matter (Something-Something)."""
+    replicas: int = Field(1, ge=1)
+    """How often the dataset counts in one pass over the union."""
+    weight: float | None = Field(None, gt=0)
+    """Share in the mixture when `data.proportions=weights`; any positive scale."""
+    multi_label: bool = False
+    """Several labels a line, separated by commas; trained with binary cross-entropy, measured by mAP."""
+    separator: str = " "
+    """What stands between path and label; the label is what follows its last occurrence, so paths may contain it."""
+    temporal_views: int = Field(1, ge=1)
+    """Clips per video at test time (K400 5, MiT 2, SSv2 1)."""
+    spatial_views: Literal[1, 3] = 1
+    """Crops per clip at test time: 1 centre, or 3 (left, centre, right, or top, centre, bottom)."""
+    test_short_side: int | None = Field(None, ge=16)
+    """Short side in pixels before the test crop. When not given: 8/7 of the crop with one view of a `stride` dataset, else the crop itself (the published rule: 256 and 224)."""
+
+    @model_validator(mode="after")
+    def _has_classes(self) -> DatasetConfig:
+        if self.classes is None and self.class_names is None:
+            raise ValueError("needs 'classes' (a number) or 'class_names' (a file with one name a line)")
+        return self
+
+
+class DataConfig(Settings):
+    """The datasets, their mixture, and how clips are read from files."""
+
+    root: str = "datasets"
+    """Folder that the shipped dataset entries start from."""
+    datasets: dict[str, DatasetConfig]
+    """Datasets by name, in the order of the heads. A name may hold any character that a file name may."""
+    mixture: Literal["interleave", "concat"] = "interleave"
+    """`interleave`: exact proportions in every update; `concat`: one permutation over the union, as published."""
+    proportions: Literal["size", "weights", "temperature"] = "size"
+    """Shares of the datasets under `interleave`: by number of videos × replicas, by `weight`, or by size to the power 1/temperature."""
+    temperature: float = Field(1.0, gt=0)
+    """1 is proportional to size; larger evens the shares out. Used with `proportions=temperature`."""
+    sampling_rate: int = Field(3, ge=1)
+    """Frames of the video, at `target_fps`, between two frames of the clip (the 3 in 32×3)."""
+    target_fps: float = Field(30.0, gt=0)
+    """Frame rate that `sampling_rate` refers to, in frames a second."""
+    decoder: Literal["pyav", "decord"] = "pyav"
+    """Video reader. decord is what the published code used; wrong frames with edit lists, no AV1, x86-64 only."""
+    workers: int = Field(8, ge=0)
+    """Loader processes a rank; 0 decodes in the training process."""
+    prefetch: int = Field(2, ge=1)
+    """Micro-batches that each worker prepares ahead."""
+    skip_cap: float = Field(0.01, ge=0, le=1)
+    """Share of a dataset's videos that may be unreadable before the run stops."""
+    decode_timeout: float = Field(60.0, gt=0)
+    """Seconds after which a stalled decode counts as a bad video."""
+    index: str | None = None
+    """Folder for the memory-mapped index of the annotation files; `RUNS/.index` when not given."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        if not self.datasets:
+            raise ValueError("needs at least one dataset under 'datasets'")
+        seen: dict[tuple[str, str], str] = {}
+        for name, d in self.datasets.items():
+            if not name or "/" in name or "\0" in name or name in (".", ".."):
+                raise ValueError(f"dataset name {name!r} cannot be a file name; use letters, digits, or any character but '/'")
+            twin = seen.setdefault((d.annotations, d.videos), name)
+            if twin != name:
+                raise ValueError(
+                    f"datasets {twin!r} and {name!r} are the same folder {d.annotations!r}; remove one, or set 'replicas' to count it more than once"
+                )
+            if self.proportions == "weights" and d.weight is None:
+                raise ValueError(f"dataset {name!r} has no 'weight', which proportions=weights needs; give it one or use proportions=size")
+        if self.mixture == "concat" and self.proportions != "size":
+            raise ValueError(f"mixture=concat takes proportions=size only (got {self.proportions}); use mixture=interleave, or 'replicas'")
+        return self

@@ -1,0 +1,42 @@
+"""How an update is computed and how a run survives."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from multitrain.config.base import Settings
+
+
+class EngineConfig(Settings):
+    """DeepSpeed ZeRO-1 and the process group."""
+
+    zero_stage: int = Field(1, ge=0, le=1)
+    """ZeRO stage. 2 and 3 give wrong gradients when ranks see different datasets, and are refused."""
+    bucket_elements: int = Field(50_000_000, ge=1000)
+    """Elements of one gradient bucket."""
+    collective_timeout: int = Field(1800, ge=10)
+    """Seconds after which a collective that does not end stops the job."""
+    threads: int = Field(1, ge=1)
+    """CPU threads a rank for tensor operations."""
+    loss_scale_start: int = Field(16, ge=0, le=32)
+    """First dynamic loss scale under fp16, as a power of two."""
+
+
+class CheckpointConfig(Settings):
+    """When checkpoints are written and which are kept."""
+
+    every: int = Field(500, ge=1)
+    """Updates between two periodic checkpoints; the most that a hard kill can lose."""
+    keep: int = Field(3, ge=2)
+    """Newest checkpoints that are kept; at least 2, so that a damaged newest one has a predecessor."""
+    keep_every: int | None = Field(None, ge=1)
+    """Checkpoints whose update is a multiple of this are kept for good."""
+
+
+class MonitorConfig(Settings):
+    """What a person sees of a run."""
+
+    log_every: int = Field(1, ge=1)
+    """Updates between two lines in the log; `metrics.jsonl` has every update."""
+    tensorboard: bool = True
+    """Write TensorBoard scalars to `RUN/tensorboard`."""

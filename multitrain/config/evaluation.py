@@ -1,0 +1,24 @@
+"""How a model is tested."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from multitrain.config.base import Settings
+
+
+class EvalConfig(Settings):
+    """Validation during training, and multi-view testing."""
+
+    every: int | None = Field(None, ge=1)
+    """Updates between two validations during training; null for none. The last update is always validated when set."""
+    val_stride: int = Field(1, ge=1)
+    """Validate on every n-th line of `val.csv` (published: 5)."""
+    videos_per_batch: int = Field(4, ge=1)
+    """Videos a rank decodes and scores together."""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """Arithmetic of validation and testing; the run's own when not given."""
+    workers: int | None = Field(None, ge=0)
+    """Loader processes a rank; `data.workers` when not given."""

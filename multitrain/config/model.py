@@ -1,0 +1,58 @@
+"""The network."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from multitrain.config.base import Settings
+
+
+class ModelConfig(Settings):
+    """An MViT video transformer with one head per dataset (Liang et al., NeurIPS 2022)."""
+
+    frames: int = Field(32, ge=2, multiple_of=2)
+    """Frames a clip (T)."""
+    crop: int = Field(224, ge=32, multiple_of=32)
+    """Height and width of a clip in pixels (S)."""
+    depth: int = Field(24, ge=1)
+    """Number of transformer blocks."""
+    width: int = Field(96, ge=8)
+    """Channels of the first stage; doubled at every stage change."""
+    heads: int = Field(1, ge=1)
+    """Attention heads of the first stage; doubled at every stage change."""
+    stages: tuple[int, ...] = (2, 5, 21)
+    """Blocks (from 0) that halve the grid and double channels and heads."""
+    kv_stride: int = Field(8, ge=1)
+    """Spatial stride of keys and values in the first stage; halved at every stage change."""
+    mlp_ratio: float = Field(4.0, gt=0)
+    """Hidden width of a block's MLP ÷ its channels."""
+    pool_q_everywhere: bool = True
+    """Pool queries in every block, not only at stage changes."""
+    residual_q: bool = True
+    """Add the pooled query to the attention output."""
+    drop_path: float = Field(0.1, ge=0, lt=1)
+    """Stochastic-depth rate of the last block; grows linearly from 0."""
+    head: Literal["mlp", "linear"] = "mlp"
+    """Heads of two layers, or of one."""
+    head_hidden: int = Field(2048, ge=1)
+    """Hidden width of an MLP head."""
+    head_dropout: float = Field(0.5, ge=0, lt=1)
+    """Dropout before the last layer of a head."""
+    dropout_logits: bool = False
+    """Drop out the logits as well, as the published code does (defect 14)."""
+    projections: bool = True
+    """Cross-dataset projections, one matrix for each ordered pair of datasets."""
+    expander: bool = True
+    """The expander whose output the informative loss looks at."""
+    expander_hidden: int = Field(4096, ge=1)
+    """Hidden width of the expander."""
+
+    @model_validator(mode="after")
+    def _stages_in_order(self) -> ModelConfig:
+        if list(self.stages) != sorted(set(self.stages)) or any(not 0 < s < self.depth for s in self.stages):
+            raise ValueError(f"stages={list(self.stages)} must rise and lie between 1 and depth-1={self.depth - 1}")
+        if self.crop // 4 % (2 ** len(self.stages)):
+            raise ValueError(f"crop={self.crop} cannot be halved {len(self.stages)} times after the patch stride of 4; use a multiple of {4 * 2 ** len(self.stages)}")
+        return self

@@ -1,0 +1,115 @@
+"""The whole configuration of a run."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from multitrain.config.augment import AugmentConfig
+from multitrain.config.base import Settings
+from multitrain.config.cluster import ClusterConfig
+from multitrain.config.data import DataConfig
+from multitrain.config.engine import CheckpointConfig, EngineConfig, MonitorConfig
+from multitrain.config.evaluation import EvalConfig
+from multitrain.config.loss import LossConfig
+from multitrain.config.model import ModelConfig
+from multitrain.config.optim import OptimConfig
+
+
+class RunConfig(Settings):
+    """Everything that determines a run. A run is a pure function of this and the update number."""
+
+    name: str | None = None
+    """Name of the run and of its folder under `runs`. Submitting a name again resumes it. When not given: experiment and time."""
+    runs: str = "runs"
+    """Folder of runs."""
+    experiment_name: str = "run"
+    """What `name` starts with when it is not given; set by the experiment file."""
+    nodes: int = Field(1, ge=1)
+    """Nodes."""
+    gpus: int = Field(8, ge=1)
+    """GPUs a node; one rank each. Without GPUs: ranks a node."""
+    updates: int | None = Field(None, ge=1)
+    """Length of the run in updates of the weights; takes precedence over `epochs`."""
+    epochs: float = Field(50.0, gt=0)
+    """Length of the run in passes over the union of the datasets."""
+    effective_batch: int = Field(512, ge=1)
+    """Videos an update, over all ranks and accumulation steps."""
+    micro_batch: int | None = Field(None, ge=1)
+    """Videos a rank holds at once; solved for when not given."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Arithmetic of training."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What is recomputed in the backward pass to save memory; the numbers are the same."""
+    seed: int = Field(0, ge=0)
+    """Seed of everything random."""
+    deterministic: bool = False
+    """Deterministic kernels only: an interrupted run ends with bit-identical weights on GPUs too."""
+    init_from: str | None = None
+    """Weights to start from: a `.pyth`, `.safetensors`, run or checkpoint folder. Not resuming: the run starts at update 0."""
+    dry_run: bool = False
+    """Print what would be submitted, submit nothing."""
+    preflight: bool = False
+    """Check the nodes before the run starts."""
+
+    cluster: ClusterConfig
+    data: DataConfig
+    model: ModelConfig
+    loss: LossConfig
+    optim: OptimConfig
+    engine: EngineConfig
+    augment: AugmentConfig
+    eval: EvalConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitor: MonitorConfig = MonitorConfig()
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.nodes * self.gpus
+
+    @field_validator("name")
+    @classmethod
+    def _is_folder_name(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+=,@-]*", value):
+            raise ValueError(f"{value!r} cannot be a folder name; use letters, digits and . _ + = , @ -")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        datasets = self.data.datasets
+        if self.cluster.kind == "local" and self.nodes != 1:
+            raise ValueError(f"nodes={self.nodes} with cluster=local, which is this machine only; use nodes=1, or cluster=slurm")
+        if self.loss.informative_weight > 0 and not self.model.expander:
+            raise ValueError("loss.informative_weight is positive but model.expander=false; set model.expander=true or loss.informative_weight=0")
+        if len(datasets) > 1 and self.loss.projection_weight > 0 and not self.model.projections:
+            raise ValueError("loss.projection_weight is positive but model.projections=false; set model.projections=true or loss.projection_weight=0")
+        for name in self.loss.dataset_weights:
+            if name not in datasets:
+                raise ValueError(f"loss.dataset_weights names {name!r}, which is not a dataset of this run: {', '.join(datasets)}")
+        if self.micro_batch is not None and self.mixes and self.micro_batch % self.augment.mix_group:
+            raise ValueError(
+                f"micro_batch={self.micro_batch} does not hold whole mix groups of {self.augment.mix_group} videos; "
+                f"use micro_batch={self.augment.mix_group * max(1, self.micro_batch // self.augment.mix_group)} or augment.mix_group=1"
+            )
+        if self.mixes and self.effective_batch % self.augment.mix_group:
+            raise ValueError(
+                f"effective_batch={self.effective_batch} is not a multiple of augment.mix_group={self.augment.mix_group}; "
+                f"use effective_batch={self.augment.mix_group * (self.effective_batch // self.augment.mix_group + 1)} or augment.mix_group=1"
+            )
+        if self.mixes and any(d.multi_label for d in datasets.values()) and self.augment.mix_across_datasets:
+            raise ValueError("augment.mix_across_datasets=true cannot mix multi-label datasets; set it to false")
+        return self
+
+    @property
+    def mixes(self) -> bool:
+        """Whether mixup or CutMix can happen."""
+        a = self.augment
+        return a.mix_probability > 0 and (a.mixup_alpha > 0 or a.cutmix_alpha > 0)
+
+    @property
+    def group(self) -> int:
+        """Videos that must stay together on one rank and in one micro-batch (the mix group; 1 without mixing)."""
+        return self.augment.mix_group if self.mixes else 1
