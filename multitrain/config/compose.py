@@ -25,7 +25,9 @@ def config_folder() -> Path:
     for folder in (package.parent / "configs", package / "configs"):
         if (folder / "config.yaml").is_file():
             return folder
-    raise ConfigError(f"no configs/config.yaml beside or inside {package}; reinstall multitrain, or run from a checkout")
+    raise ConfigError(
+        f"no configs/config.yaml beside or inside {package}; reinstall multitrain, or run from a checkout"
+    )
 
 
 def compose(overrides: Sequence[str] = (), *, config_dirs: Sequence[str | Path] = ()) -> RunConfig:
@@ -84,9 +86,13 @@ def load(path: str | Path) -> RunConfig:
     try:
         mapping = yaml.safe_load(file.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"{file}: no such file; a run's folder holds config.yaml, written when it is submitted") from None
+        raise ConfigError(
+            f"{file}: no such file; a run's folder holds config.yaml, written when it is submitted"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not YAML ({_flat(error)}); restore it from the run's checkpoint folder or submit anew") from None
+        raise ConfigError(
+            f"{file}: not YAML ({_flat(error)}); restore it from the run's checkpoint folder or submit anew"
+        ) from None
     if not isinstance(mapping, dict):
         raise ConfigError(f"{file}: holds no settings; restore it, or submit the run again")
     try:
@@ -105,7 +111,12 @@ def _forced(override: str, groups: set[str]) -> str:
     key, equals, _ = override.partition("=")
     if not equals and not key.startswith("~"):
         raise ConfigError(f"{override!r} is no override; write key=value, e.g. nodes=2 or cluster.partition=low")
-    if not equals or key[:1] in "+~" or key.split("@")[0].removeprefix("override ") in groups or key.startswith("hydra"):
+    if (
+        not equals
+        or key[:1] in "+~"
+        or key.split("@")[0].removeprefix("override ") in groups
+        or key.startswith("hydra")
+    ):
         return override
     return "++" + override
 
@@ -161,8 +172,10 @@ def _nearest_field(loc: tuple[str | int, ...]) -> str:
         leaves = {k.rpartition(".")[2]: k for k in known}
         elsewhere = nearest(parts[-1], leaves)
         if not elsewhere.startswith("known"):
-            return nearest(parts[-1], leaves).replace(parts[-1], parts[-1]) + " " + ", ".join(
-                sorted(k for leaf, k in leaves.items() if repr(leaf) in elsewhere)
+            return (
+                nearest(parts[-1], leaves).replace(parts[-1], parts[-1])
+                + " "
+                + ", ".join(sorted(k for leaf, k in leaves.items() if repr(leaf) in elsewhere))
             )
     return close
 

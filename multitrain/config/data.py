@@ -83,14 +83,20 @@ class DataConfig(Settings):
         seen: dict[tuple[str, str], str] = {}
         for name, d in self.datasets.items():
             if not name or "/" in name or "\0" in name or name in (".", ".."):
-                raise ValueError(f"dataset name {name!r} cannot be a file name; use letters, digits, or any character but '/'")
+                raise ValueError(
+                    f"dataset name {name!r} cannot be a file name; use letters, digits, or any character but '/'"
+                )
             twin = seen.setdefault((d.annotations, d.videos), name)
             if twin != name:
                 raise ValueError(
                     f"datasets {twin!r} and {name!r} are the same folder {d.annotations!r}; remove one, or set 'replicas' to count it more than once"
                 )
             if self.proportions == "weights" and d.weight is None:
-                raise ValueError(f"dataset {name!r} has no 'weight', which proportions=weights needs; give it one or use proportions=size")
+                raise ValueError(
+                    f"dataset {name!r} has no 'weight', which proportions=weights needs; give it one or use proportions=size"
+                )
         if self.mixture == "concat" and self.proportions != "size":
-            raise ValueError(f"mixture=concat takes proportions=size only (got {self.proportions}); use mixture=interleave, or 'replicas'")
+            raise ValueError(
+                f"mixture=concat takes proportions=size only (got {self.proportions}); use mixture=interleave, or 'replicas'"
+            )
         return self

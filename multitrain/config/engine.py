@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from multitrain.config.base import Settings
@@ -10,8 +12,8 @@ from multitrain.config.base import Settings
 class EngineConfig(Settings):
     """DeepSpeed ZeRO-1 and the process group."""
 
-    zero_stage: int = Field(1, ge=0, le=1)
-    """ZeRO stage. 2 and 3 give wrong gradients when ranks see different datasets, and are refused."""
+    zero_stage: Literal[1] = 1
+    """ZeRO stage. The others are refused: 2 and 3 give wrong gradients when ranks see different datasets."""
     bucket_elements: int = Field(50_000_000, ge=1000)
     """Elements of one gradient bucket."""
     collective_timeout: int = Field(1800, ge=10)

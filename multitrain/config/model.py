@@ -54,5 +54,7 @@ class ModelConfig(Settings):
         if list(self.stages) != sorted(set(self.stages)) or any(not 0 < s < self.depth for s in self.stages):
             raise ValueError(f"stages={list(self.stages)} must rise and lie between 1 and depth-1={self.depth - 1}")
         if self.crop // 4 % (2 ** len(self.stages)):
-            raise ValueError(f"crop={self.crop} cannot be halved {len(self.stages)} times after the patch stride of 4; use a multiple of {4 * 2 ** len(self.stages)}")
+            raise ValueError(
+                f"crop={self.crop} cannot be halved {len(self.stages)} times after the patch stride of 4; use a multiple of {4 * 2 ** len(self.stages)}"
+            )
         return self

@@ -81,14 +81,22 @@ class RunConfig(Settings):
     def _consistent(self) -> RunConfig:
         datasets = self.data.datasets
         if self.cluster.kind == "local" and self.nodes != 1:
-            raise ValueError(f"nodes={self.nodes} with cluster=local, which is this machine only; use nodes=1, or cluster=slurm")
+            raise ValueError(
+                f"nodes={self.nodes} with cluster=local, which is this machine only; use nodes=1, or cluster=slurm"
+            )
         if self.loss.informative_weight > 0 and not self.model.expander:
-            raise ValueError("loss.informative_weight is positive but model.expander=false; set model.expander=true or loss.informative_weight=0")
+            raise ValueError(
+                "loss.informative_weight is positive but model.expander=false; set model.expander=true or loss.informative_weight=0"
+            )
         if len(datasets) > 1 and self.loss.projection_weight > 0 and not self.model.projections:
-            raise ValueError("loss.projection_weight is positive but model.projections=false; set model.projections=true or loss.projection_weight=0")
+            raise ValueError(
+                "loss.projection_weight is positive but model.projections=false; set model.projections=true or loss.projection_weight=0"
+            )
         for name in self.loss.dataset_weights:
             if name not in datasets:
-                raise ValueError(f"loss.dataset_weights names {name!r}, which is not a dataset of this run: {', '.join(datasets)}")
+                raise ValueError(
+                    f"loss.dataset_weights names {name!r}, which is not a dataset of this run: {', '.join(datasets)}"
+                )
         if self.micro_batch is not None and self.mixes and self.micro_batch % self.augment.mix_group:
             raise ValueError(
                 f"micro_batch={self.micro_batch} does not hold whole mix groups of {self.augment.mix_group} videos; "

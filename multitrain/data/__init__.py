@@ -1,0 +1,1 @@
+"""A ticket becomes a clip. Nothing heavy is imported here: the catalog runs without torch and OpenCV."""

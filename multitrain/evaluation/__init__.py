@@ -1,0 +1,1 @@
+"""Views become scores, scores become tables."""

@@ -1,0 +1,1 @@
+"""Weights of runs and of other people, in and out."""

@@ -1,0 +1,9 @@
+"""Which video comes when, and on which GPU: numpy and integer arithmetic only, no state, no torch."""
+
+from __future__ import annotations
+
+from multitrain.order.batch import BatchShape, BatchShapeError, solve
+from multitrain.order.permutation import key, permute
+from multitrain.order.plan import ORDER_VERSION, TICKET, Plan, Source
+
+__all__ = ["ORDER_VERSION", "TICKET", "BatchShape", "BatchShapeError", "Plan", "Source", "key", "permute", "solve"]

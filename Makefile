@@ -1,0 +1,49 @@
+# make demo | make test | make lint | make setup | make clean
+PYTHON ?= python3
+VENV   ?= .venv
+# The torch that the suite was last run with. A CPU build is enough for demo and test: on a machine without NVIDIA GPUs,
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu saves several GB.
+TORCH  ?= torch==2.13.0
+TORCH_INDEX ?=
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+export PATH := $(abspath $(BIN)):$(PATH)
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup demo test lint format clean
+
+help:
+	@echo "make demo   set up, train one small model on three datasets of real video files, evaluate it, write a report"
+	@echo "make test   set up, run the whole test suite"
+	@echo "make lint   ruff, mypy and codespell, as in pre-commit"
+	@echo "make setup  virtual environment in $(VENV) with everything in it"
+	@echo "make clean  remove the demo's files and caches, keep $(VENV)"
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "MultiTrain needs Python 3.10 or newer; this is %s. Use make PYTHON=python3.11" % sys.version.split()[0])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $(READY)
+
+demo: setup
+	$(BIN)/python launch/demo.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf demo runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

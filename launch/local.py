@@ -1,0 +1,230 @@
+"""Ranks as processes of this machine: what SLURM and `srun` do on a cluster, for one machine."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+from launch.rank import python_path, training
+from multitrain.config import ConfigError, RunConfig
+from multitrain.monitor.slurm import STOP_SIGNALS, block_stop_signals, free_port
+
+INTERRUPTED = 75
+"""Exit code of a rank, and of a run, that saved and can be resumed."""
+
+PATIENCE = 5.0
+"""Seconds that the other ranks have to end by themselves after one has failed."""
+
+TAIL = 20
+"""Lines of a failed rank's log that are shown."""
+
+
+def run(
+    folder: Path,
+    config: RunConfig,
+    arguments: tuple[str, ...] | None = None,
+    *,
+    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+) -> int:
+    """Run all ranks of the run in `folder` to their end, rank 0's output on the terminal.
+
+    SIGINT or SIGTERM is passed on once, as SIGTERM, so that the ranks save and leave; a second one ends them hard. When a
+    rank fails, the others are ended too.
+
+    Args:
+        arguments: of the Python that each rank becomes; training when not given.
+
+    Returns:
+        0 when finished; 75 when interrupted and resumable; else the exit code of the rank that failed first.
+
+    Raises:
+        ConfigError: fewer GPUs than ranks.
+    """
+    devices = _devices(config.gpus)
+    python = shlex.split(config.cluster.python) if config.cluster.python else [sys.executable]
+    command = [*python, "-u", *(arguments or training(folder))]
+    common = {
+        "WORLD_SIZE": str(config.gpus),
+        "LOCAL_WORLD_SIZE": str(config.gpus),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": str(config.cluster.cpus_per_gpu),
+        "PYTHONFAULTHANDLER": "1",
+        "PYTHONPATH": python_path(folder / "code"),
+        **devices,
+    }
+    with _Ranks(command, folder, common, config.gpus) as ranks, _stop_requests() as requests:
+        return _watch(ranks, requests, say)
+
+
+def rank_log(folder: Path, rank: int = 0) -> Path:
+    """The log of one rank, appended to by every start."""
+    return folder / "logs" / f"local-rank{rank}.log"
+
+
+class _Ranks:
+    """The processes of a run; as a context manager, none of them outlives it."""
+
+    def __init__(self, command: Sequence[str], folder: Path, common: dict[str, str], count: int) -> None:
+        self.logs = [rank_log(folder, rank) for rank in range(count)]
+        self.logs[0].parent.mkdir(exist_ok=True)
+        self.shown = self.logs[0].stat().st_size if self.logs[0].exists() else 0
+        self.processes: list[subprocess.Popen[bytes]] = []
+        for rank, log in enumerate(self.logs):
+            environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with open(log, "ab") as output:
+                process = subprocess.Popen(
+                    command,
+                    cwd=folder / "code",
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # Ctrl-C reaches the launcher only, which passes it on once
+                    preexec_fn=_prepare_rank,
+                )
+            self.processes.append(process)
+
+    def __enter__(self) -> _Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def codes(self) -> list[int | None]:
+        """Exit codes as a shell would show them (128 + signal); None for a rank that runs."""
+        codes = [p.poll() for p in self.processes]
+        return [128 - c if c is not None and c < 0 else c for c in codes]
+
+    def terminate(self) -> None:
+        """SIGTERM to the ranks, not to their workers."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL to the ranks and everything they started."""
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def show(self) -> None:
+        """Copy what rank 0 wrote since the last call to the terminal."""
+        with open(self.logs[0], "rb") as log:
+            log.seek(self.shown)
+            new = log.read()
+        if new:
+            self.shown += len(new)
+            sys.stdout.buffer.write(new)
+            sys.stdout.flush()
+
+    def tail(self, rank: int) -> str:
+        """The last lines of a rank's log."""
+        lines = self.logs[rank].read_bytes()[-20_000:].decode(errors="replace").splitlines()
+        return "\n".join(f"    {line}" for line in lines[-TAIL:])
+
+
+def _watch(ranks: _Ranks, requests: list[int], say: Callable[[str], None]) -> int:
+    """Wait for the ranks; returns the exit code of the run."""
+    passed_on = 0
+    while None in (codes := ranks.codes()):
+        ranks.show()
+        failed = [rank for rank, code in enumerate(codes) if code not in (None, 0, INTERRUPTED)]
+        if failed:
+            return _end_after_failure(ranks, failed[0], say)
+        if len(requests) > passed_on:
+            passed_on = len(requests)
+            if passed_on > 1:
+                say("ending all ranks now; the update in progress is lost, the last checkpoint stays")
+                ranks.kill()
+            else:
+                say("asked to stop: the ranks save and leave (once more to end them hard)")
+                ranks.terminate()
+        time.sleep(0.05)
+    ranks.show()
+    failed = [rank for rank, code in enumerate(codes) if code not in (0, INTERRUPTED)]
+    if failed and passed_on > 1:
+        return 128 + requests[0]
+    if failed:
+        return _end_after_failure(ranks, failed[0], say)
+    return INTERRUPTED if INTERRUPTED in codes else 0
+
+
+def _end_after_failure(ranks: _Ranks, rank: int, say: Callable[[str], None]) -> int:
+    code = ranks.codes()[rank] or 1
+    deadline = time.monotonic() + PATIENCE
+    ranks.terminate()
+    while None in ranks.codes() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    ranks.kill()
+    ranks.show()
+    if rank != 0:  # rank 0's log is on the terminal already
+        say(f"last lines of rank {rank}:\n{ranks.tail(rank)}")
+    say(f"rank {rank} failed with exit code {code}; its log: {ranks.logs[rank]}")
+    return code
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """A list that grows by every SIGINT, SIGTERM or SIGHUP while the context lasts."""
+    received: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        received.append(number)
+
+    names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {name: signal.signal(name, note) for name in names}
+    try:
+        yield received
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_PR_SET_PDEATHSIG = 1
+
+
+def _prepare_rank() -> None:
+    """In the new process: die with the launcher, hold back stop signals until the rank's handlers stand."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    for name in STOP_SIGNALS:
+        signal.signal(name, signal.SIG_DFL)
+    block_stop_signals()
+
+
+def _devices(ranks: int) -> dict[str, str]:
+    """CUDA_VISIBLE_DEVICES with one GPU a rank, the rank's own being number LOCAL_RANK; nothing on a machine without GPUs.
+
+    Raises:
+        ConfigError: some GPUs, but fewer than ranks.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = [g for g in visible.split(",") if g] if visible is not None else _installed()
+    if not gpus:
+        return {}
+    if len(gpus) < ranks:
+        raise ConfigError(
+            f"gpus={ranks}, but there are {len(gpus)} here; use gpus={len(gpus)}, or set CUDA_VISIBLE_DEVICES= for CPU"
+        )
+    return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[:ranks])}
+
+
+def _installed() -> list[str]:
+    """The numbers of this machine's GPUs, as `nvidia-smi` lists them; none without it."""
+    try:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    count = sum(line.startswith("GPU ") for line in done.stdout.splitlines())
+    return [str(i) for i in range(count)]

@@ -1,0 +1,49 @@
+"""What submitit calls on every rank: it becomes the training process, and submitit is gone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from multitrain.monitor.slurm import STOP_SIGNALS, block_stop_signals, rank_environment
+
+
+def training(run: Path) -> tuple[str, ...]:
+    """The arguments of Python that train the run in folder `run`."""
+    return ("-m", "multitrain.train", str(run))
+
+
+class Rank:
+    """Replaces the calling process by ``python -u ARGUMENTS``, run from the snapshot of the code.
+
+    This is what the pickle of a job holds, and all of it: a requeued job runs the same pickle again, so nothing in it may
+    depend on how far the run has come. Since the process is replaced, none of submitit's signal handlers survive: they
+    ignore SIGTERM, call `checkpoint()` in every forked child, and requeue from whichever process comes first.
+
+    Args:
+        run: the run's folder; the process starts in its ``code/``.
+        arguments: of Python, e.g. those of :func:`training`.
+    """
+
+    def __init__(self, run: Path, arguments: tuple[str, ...]) -> None:
+        self.run = str(run)
+        self.arguments = arguments
+
+    def __call__(self) -> None:
+        block_stop_signals()  # kept over exec; the rank unblocks them once its handlers stand
+        for name in (*STOP_SIGNALS, signal.SIGCONT):
+            signal.signal(name, signal.SIG_DFL)  # exec resets handlers, but not what is ignored
+        code = os.path.join(self.run, "code")
+        os.chdir(code)
+        environment = {**os.environ, **rank_environment(), "PYTHONPATH": python_path(code)}
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execve(sys.executable, [sys.executable, "-u", *self.arguments], environment)
+
+
+def python_path(code: str | Path) -> str:
+    """PYTHONPATH with the snapshot of the code before everything else."""
+    others = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p != str(code)]
+    return os.pathsep.join([str(code), *others])

@@ -1,0 +1,220 @@
+"""From a run's folder to a SLURM job. The only file that imports submitit."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.rank import Rank, training
+from multitrain.config import ClusterConfig, ConfigError, RunConfig
+
+if TYPE_CHECKING:
+    from submitit import SlurmExecutor
+
+OURS = {
+    "nodes": "nodes",
+    "ntasks-per-node": "gpus",
+    "ntasks": "nodes and gpus",
+    "gres": "gpus, cluster.gpu_type and cluster.gpu_request",
+    "gpus-per-node": "gpus, cluster.gpu_type and cluster.gpu_request",
+    "cpus-per-task": "cluster.cpus_per_gpu",
+    "mem": "cluster.memory_per_node",
+    "time": "cluster.time_limit",
+    "signal": "cluster.lead_time",
+    "partition": "cluster.partition",
+    "account": "cluster.account",
+    "qos": "cluster.qos",
+    "constraint": "cluster.constraint",
+    "reservation": "cluster.reservation",
+    "nodelist": "cluster.nodelist",
+    "exclude": "cluster.exclude",
+    "job-name": "name",
+}
+"""`sbatch` options that have an option of their own here."""
+
+FIXED = ("output", "error", "open-mode", "requeue", "no-requeue", "array")
+"""`sbatch` options that resuming relies on."""
+
+HOLD = "hold='env --block-signal=TERM,USR1,USR2'; $hold true 2>/dev/null || hold="
+"""Ranks start with the stop signals held back, so that none can kill one that is still importing (needs coreutils 8.31)."""
+
+SECOND_CHANCE = (
+    'if [ "$status" -ne 0 ] && [ "$status" -ne 75 ] && '
+    'scontrol show job -o "$SLURM_JOB_ID" | grep -q " JobState=RUNNING .* PreemptTime=2"; then '
+    'scontrol requeue "$SLURM_JOB_ID"; fi'
+)
+"""A preempted job whose ranks end before the grace period does counts as done, and would not come back. The run requeues
+itself; this is for ranks that could not: killed while starting, or without `scontrol` in their container."""
+
+
+def script(run: Path, config: RunConfig, arguments: tuple[str, ...] | None = None) -> str:
+    """The sbatch script of a job; needs no SLURM on this machine. submitit adds nothing to it when it submits.
+
+    Raises:
+        ConfigError: submitit is not installed, or options of `cluster` contradict each other.
+    """
+    executor = _executor(run, config, checked=False)
+    return executor._make_submission_file_text(executor._submitit_command_str, uid="")
+
+
+def submit(run: Path, config: RunConfig, arguments: tuple[str, ...] | None = None) -> str:
+    """Submit the job of the run in folder `run`; returns its id.
+
+    Args:
+        arguments: of the Python that each rank becomes; training when not given.
+
+    Raises:
+        ConfigError: SLURM refused the job, in its own words.
+    """
+    executor = _executor(run, config, checked=True)
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    with _outside_any_job():
+        try:
+            return str(executor.submit(Rank(run, arguments or training(run))).job_id)
+        except (FailedJobError, FailedSubmissionError) as error:
+            said = [line.strip() for line in str(error).splitlines() if "error:" in line]
+            raise ConfigError("SLURM refused the job: " + "; ".join(said or str(error).split("\n"))) from None
+
+
+def active(name: str, jobs: list[str]) -> dict[str, str]:
+    """Those of the jobs of the run `name` that wait, run or end right now, with their state.
+
+    Raises:
+        ConfigError: SLURM does not answer.
+    """
+    if not jobs or not shutil.which("squeue"):
+        return {}
+    command = ["squeue", "--noheader", "--format=%i %T %j", f"--jobs={','.join(jobs)}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except subprocess.TimeoutExpired:
+        raise ConfigError("SLURM does not answer (squeue, 20 s); try again later") from None
+    if done.returncode and "Invalid job id" not in done.stderr:  # that is how it says that all are long over
+        raise ConfigError(f"SLURM does not answer ({' '.join(done.stderr.split())}); try again later")
+    listed = [line.split(maxsplit=2) for line in done.stdout.splitlines() if line.strip()]
+    return {
+        job: state for job, state, owner in listed if owner == name
+    }  # ids are used again when a cluster is set up anew
+
+
+def rank_log(run: Path, job: str, rank: int = 0) -> Path:
+    """The log of one rank, appended to by every start of the job."""
+    return run / "logs" / f"{job}-rank{rank}.log"
+
+
+def check(config: RunConfig) -> None:
+    """Refuse what SLURM would refuse later, or would run wrongly.
+
+    Raises:
+        ConfigError: one line.
+    """
+    cluster = config.cluster
+    if cluster.lead_time >= 60 * cluster.time_limit:
+        raise ConfigError(
+            f"cluster.lead_time={cluster.lead_time} (seconds) is not shorter than cluster.time_limit="
+            f"{cluster.time_limit} (minutes); the job would be warned before it starts"
+        )
+    for option in cluster.sbatch:
+        name = option.replace("_", "-")
+        if name in OURS:
+            raise ConfigError(f"cluster.sbatch has {option!r}, which has an option of its own: {OURS[name]}")
+        if name in FIXED:
+            raise ConfigError(f"cluster.sbatch has {option!r}, which resuming relies on; leave it out")
+        if name.startswith("mem-per-") and cluster.memory_per_node:
+            raise ConfigError(
+                f"cluster.sbatch has {option!r} and cluster.memory_per_node is set; SLURM takes one of them"
+            )
+    if not shutil.which("sbatch") and not config.dry_run:
+        raise ConfigError("this machine has no SLURM (no sbatch); submit from a login node, or use cluster=local")
+
+
+def _executor(run: Path, config: RunConfig, *, checked: bool) -> SlurmExecutor:
+    try:
+        from submitit import SlurmExecutor
+    except ImportError:
+        raise ConfigError("submitit is not installed; pip install 'multitrain[slurm]', or use cluster=local") from None
+
+    class AnywhereExecutor(SlurmExecutor):
+        """One that does not insist on an `srun` in reach, to print scripts."""
+
+        @classmethod
+        def affinity(cls) -> int:
+            return 1
+
+    folder = run / "logs" / "submitit"
+    python = f"$hold {config.cluster.python or shlex.quote(sys.executable)}"
+    executor = (SlurmExecutor if checked else AnywhereExecutor)(folder=folder, python=python)
+    executor.update_parameters(**_parameters(run, config))
+    if checked:
+        folder.mkdir(parents=True, exist_ok=True)
+    return executor
+
+
+def _parameters(run: Path, config: RunConfig) -> dict[str, Any]:
+    """submitit's parameters of a job: one task a GPU, warned before the limit, requeued, one log a rank."""
+    cluster = config.cluster
+    steps = [f"--cpus-per-task={cluster.cpus_per_gpu}", *cluster.srun_args]  # srun does not inherit it since 22.05
+    setup = [HOLD, f"export PYTHONPATH={shlex.quote(str(run / 'code'))}${{PYTHONPATH:+:$PYTHONPATH}}"]
+    setup += ["export PYTHONFAULTHANDLER=1", *cluster.setup]
+    if config.preflight:
+        python = cluster.python or shlex.quote(sys.executable)
+        step = shlex.join(["srun", "--kill-on-bad-exit=1", *steps])
+        setup.append(f"{step} {python} -u -m launch.preflight --dir {shlex.quote(str(run))} || exit 1")
+    return {
+        "job_name": config.name or "multitrain",
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "nodelist": cluster.nodelist,
+        "exclude": cluster.exclude,
+        "nodes": config.nodes,
+        "ntasks_per_node": config.gpus,
+        "cpus_per_task": cluster.cpus_per_gpu,
+        "time": cluster.time_limit,
+        "signal_delay_s": cluster.lead_time,
+        "setup": setup,
+        "teardown": ["status=$?", SECOND_CHANCE, 'exit "$status"'],
+        "srun_args": ["--kill-on-bad-exit=1", *steps, "--output", str(run / "logs" / "%j-rank%t.log")],
+        "stderr_to_stdout": True,
+        "wckey": None,
+        "additional_parameters": _more(cluster, config.gpus) | {"output": f"{run}/logs/%j.log"},
+    }
+
+
+def _more(cluster: ClusterConfig, gpus: int) -> dict[str, Any]:
+    """`sbatch` options that submitit has no name for, or spells in its own way."""
+    more: dict[str, Any] = {"requeue": True, "signal": f"USR2@{cluster.lead_time}"}
+    kind = f"{cluster.gpu_type}:{gpus}" if cluster.gpu_type else str(gpus)
+    if cluster.gpu_request == "gres":
+        more["gres"] = f"gpu:{kind}"
+    elif cluster.gpu_request == "gpus-per-node":
+        more["gpus-per-node"] = kind
+    if cluster.memory_per_node:
+        more["mem"] = cluster.memory_per_node
+    if cluster.reservation:
+        more["reservation"] = cluster.reservation
+    more.update({name.replace("_", "-"): True if value == "" else value for name, value in cluster.sbatch.items()})
+    return more
+
+
+@contextlib.contextmanager
+def _outside_any_job() -> Iterator[None]:
+    """Hide the variables of a job that we may be submitting from: `SLURM_CPU_BIND`, say, would pin the new job's ranks."""
+    from submitit.helpers import clean_env
+
+    if "SLURM_JOB_ID" not in os.environ:
+        yield
+        return
+    kept = {k: v for k, v in os.environ.items() if k == "SLURM_CONF" or k.startswith("SBATCH_")}
+    with clean_env():
+        os.environ.update(kept)
+        yield

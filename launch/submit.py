@@ -1,0 +1,227 @@
+"""From a command line to running ranks: compose, check, write the run's folder, submit, return.
+
+python launch/submit.py nodes=2 gpus=8 experiment=k400_mit_ssv2
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import os
+import subprocess
+import tempfile
+
+from launch import run_folder
+from launch.run_folder import ROOT, Run
+from multitrain.config import ConfigError, dump
+from multitrain.order.batch import BatchShapeError
+
+EXAMPLES = """\
+examples:
+  python launch/submit.py nodes=2 gpus=8                        the recommended run on 16 GPUs
+  python launch/submit.py nodes=4 name=first dry_run=true       print the sbatch script, submit nothing
+  python launch/submit.py name=first cluster.partition=gpu cluster.account=lab cluster.time_limit=720
+  python launch/submit.py experiment=ssv2 cluster=local gpus=2  on this machine, in the foreground
+  python launch/submit.py first                                 resume it, as it was submitted
+  python launch/submit.py first nodes=8                         resume it on more nodes
+
+An option is key=value; every one is described in multitrain/config/, their defaults are in configs/.
+The same name again resumes a run: options add up, the last value of each counts.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code: 0 submitted or finished, 2 refused; of a local run also 75 (interrupted) or a failed rank's."""
+    options, words = _parser().parse_known_args(arguments)
+    try:
+        unknown = [w for w in words if w.startswith("-")]
+        if unknown:
+            raise ConfigError(f"unknown flag {unknown[0]!r}; options are key=value, see --help")
+        return _prepare(words, options.config_dir) if options.prepare else _submit(words, options.config_dir)
+    except (ConfigError, BatchShapeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="submit.py",
+        usage="python launch/submit.py [RUN] [key=value …]",
+        description="Submit a training run to SLURM, or run it here with cluster=local. Returns at once.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config-dir", action="append", default=[], metavar="DIR", help="folder with config groups of your own"
+    )
+    parser.add_argument(
+        "--prepare",
+        action="store_true",
+        help="write the run's folder, submit nothing, print its path (for sbatch scripts)",
+    )
+    return parser
+
+
+def _submit(words: list[str], config_dirs: list[str]) -> int:
+    run = run_folder.ask(words, config_dirs=config_dirs)
+    if run.config.cluster.kind == "slurm":
+        from launch import slurm
+
+        slurm.check(run.config)
+    if run.config.dry_run:
+        return _dry_run(run)
+    with run_folder.locked(run.path):
+        _refuse_active(run.path)
+        _check_data(run)
+        if run.config.cluster.kind == "local":
+            return _run_here(run)
+        return _to_slurm(run)
+
+
+def _dry_run(run: Run) -> int:
+    print(f"# run    {run.path}{' (resumed)' if run.exists else ''}")
+    print(f"# batch  {_batch(run)}")
+    if run.config.cluster.kind == "local":
+        print(f"# ranks  {run.config.gpus} on this machine, one process each")
+    else:
+        from launch import slurm
+
+        print(slurm.script(run.path, run.config))
+    return 0
+
+
+def _to_slurm(run: Run) -> int:
+    from launch import slurm
+
+    resumed = run.exists
+    run_folder.write(run)
+    try:
+        job = slurm.submit(run.path, run.config)
+    except ConfigError:
+        if not resumed:
+            run_folder.remove(run)
+        raise
+    run_folder.record(run, cluster="slurm", job=job)
+    log = slurm.rank_log(run.path, job)
+    print(f"job     {job}{f', resumes {run.name}' if resumed else ''}")
+    print(f"run     {run.path}")
+    print(f"batch   {_batch(run)}")
+    print(f"log     {log}")
+    print(f"follow  tail -F {log}")
+    print(f"status  squeue -j {job};  multitrain status {run.path}")
+    print(f"cancel  scancel {job}")
+    print(f"resume  python launch/submit.py {_again(run)}")
+    return 0
+
+
+def _run_here(run: Run) -> int:
+    from launch import local
+    from launch.rank import training
+
+    run_folder.write(run)
+    run_folder.record(run, cluster="local")
+    print(f"run     {run.path}")
+    print(f"batch   {_batch(run)}")
+    print(f"log     {local.rank_log(run.path)}", flush=True)
+    if run.config.preflight:
+        code = local.run(run.path, run.config, ("-m", "launch.preflight", "--dir", str(run.path)))
+        if code:
+            return code
+    code = local.run(run.path, run.config, training(run.path))
+    if code == local.INTERRUPTED:
+        print(f"resume  python launch/submit.py {_again(run)}")
+    return code
+
+
+def _prepare(words: list[str], config_dirs: list[str]) -> int:
+    """For `sbatch slurm/train.sh`: the run's folder, the same one again when SLURM has requeued the job."""
+    from multitrain.monitor.slurm import job_id
+
+    job = job_id()
+    words = [*words, *_allocated(words)]
+    run = run_folder.ask(words, config_dirs=config_dirs, default_name=f"job{job}" if job else None)
+    if not (job and run.exists and job in run_folder.jobs(run.path)):  # else a requeued job: all is written
+        with run_folder.locked(run.path):
+            _refuse_active(run.path, but=job)
+            _check_data(run)
+            run_folder.write(run)
+            run_folder.record(run, cluster="slurm", job=job)
+    print(run.path)
+    return 0
+
+
+def _allocated(words: list[str]) -> list[str]:
+    """`nodes` and `gpus` as `sbatch` was asked for them.
+
+    Raises:
+        ConfigError: they were typed as well, with other values.
+    """
+    found = []
+    for option, variable, flag in (
+        ("nodes", "SLURM_JOB_NUM_NODES", "--nodes"),
+        ("gpus", "SLURM_NTASKS_PER_NODE", "--ntasks-per-node"),
+    ):
+        value = os.environ.get(variable)
+        typed = [w.partition("=")[2] for w in words if w.partition("=")[0] == option]
+        if value and typed and typed[-1] != value:
+            raise ConfigError(f"{option}={typed[-1]}, but this job has {value}; use sbatch {flag}={typed[-1]} …")
+        if value:
+            found.append(f"{option}={value}")
+    return found
+
+
+def _refuse_active(path: Path, but: str | None = None) -> None:
+    """Two jobs on one run would write over each other.
+
+    Raises:
+        ConfigError: names the job that waits or runs.
+    """
+    from launch import slurm
+
+    earlier = [job for job in run_folder.jobs(path) if job != but]
+    for job, state in slurm.active(path.name, earlier[-20:]).items():
+        raise ConfigError(
+            f"run {path.name!r} is job {job} ({state.lower()}); cancel that first (scancel {job}), "
+            f"or take another name: name=…"
+        )
+
+
+def _check_data(run: Run) -> None:
+    """Read the annotation files in a process of its own, since reading them needs what submitting does without.
+
+    Raises:
+        ConfigError: what is wrong with them, in one line.
+    """
+    if not run.config.cluster.check_data:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text(dump(run.config))
+        command = [sys.executable, "-m", "multitrain.data.catalog", str(file), "--index", str(run.index)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"the data check ended with exit code {done.returncode}"]
+        raise ConfigError(said[-1].removeprefix("error: "))
+    sys.stderr.write(done.stderr)
+
+
+def _batch(run: Run) -> str:
+    s, c = run.shape, run.config
+    where = f"{c.nodes} × {c.gpus} ranks" if c.nodes > 1 else f"{c.gpus} rank{'s' if c.gpus > 1 else ''}"
+    return f"{s.effective_batch} videos an update = {where} × {s.micro_batch} videos × {s.accumulation} accumulated"
+
+
+def _again(run: Run) -> str:
+    default = Path("runs").absolute()
+    return run.name if run.path.parent == default else str(run.path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""The text of an annotation file as arrays: one `path label` line a video.
+
+A plain file of a million lines is parsed by numpy in a fraction of a second; anything else, and the line of every error, line
+by line.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from multitrain.config import ConfigError, DatasetConfig
+
+_LARGEST_LABEL = 10**9
+
+
+class CatalogError(ConfigError):
+    """An annotation file, class list or video folder that cannot be used. One line: file, line, and the remedy."""
+
+
+class Syntax(NamedTuple):
+    """How a line is read."""
+
+    separator: bytes
+    """Between path and label; its last occurrence counts, so paths may contain it."""
+    multi_label: bool
+    """Whether the label is a list with commas."""
+
+    @staticmethod
+    def of(dataset: DatasetConfig, csv: Path) -> Syntax:
+        """As the dataset's entry says. Raises CatalogError for a separator that cannot work; `csv` is for its message."""
+        syntax = Syntax(dataset.separator.encode(), dataset.multi_label)
+        if not syntax.separator or b"\n" in syntax.separator or (syntax.multi_label and b"," in syntax.separator):
+            what = "path and labels, which commas separate" if syntax.multi_label else "path and label"
+            raise CatalogError(
+                f"{csv}: separator={dataset.separator!r} cannot stand between {what}; use a blank or a tab"
+            )
+        return syntax
+
+
+class Annotations(NamedTuple):
+    """The N lines of a file. Path n is ``content[starts[n]:stops[n]]``."""
+
+    starts: np.ndarray
+    """int64 [N]."""
+    stops: np.ndarray
+    """int64 [N]."""
+    labels: np.ndarray
+    """int32: the label of each line [N], or all label lists one after the other."""
+    label_starts: np.ndarray
+    """uint32 [N + 1] with multi-label data: where each line's list starts; else empty."""
+
+    def paths(self, content: bytes) -> list[bytes]:
+        """All paths, in order."""
+        return [content[a:b] for a, b in zip(self.starts.tolist(), self.stops.tolist())]
+
+
+class Line(NamedTuple):
+    """One line that is not blank."""
+
+    number: int
+    """Counted from 1, blank lines included."""
+    path: bytes
+    labels: list[int]
+    """Ascending."""
+    start: int
+    """Offset of the path in the file."""
+
+
+def parse(content: bytes, csv: Path, syntax: Syntax) -> Annotations:
+    """All lines of a file's `content`.
+
+    Raises:
+        CatalogError: no line at all, or one that is not a path and a label.
+    """
+    parsed = None if syntax.multi_label else _parse_fast(content, syntax.separator)
+    if parsed is None:
+        parsed = _parse_slowly(content, csv, syntax)
+    if not len(parsed.starts):
+        raise CatalogError(f"{csv}: no line in it; write 'path label' lines, or take the dataset out of data.datasets")
+    return parsed
+
+
+def count_repeats(content: bytes, csv: Path, syntax: Syntax) -> int:
+    """Number of lines that repeat an earlier line. Raises CatalogError for a path with two different labels."""
+    seen: dict[bytes, Line] = {}
+    repeats = 0
+    for line in lines(content, csv, syntax):
+        first = seen.setdefault(line.path, line)
+        if first.labels != line.labels:
+            here, there = (",".join(map(str, x.labels)) for x in (line, first))
+            raise CatalogError(
+                f"{csv}:{line.number}: {os.fsdecode(line.path)!r} has label {here} here and {there} in line {first.number}; "
+                "keep one of the two lines"
+            )
+        repeats += first is not line
+    return repeats
+
+
+def lines(content: bytes, csv: Path, syntax: Syntax) -> Iterator[Line]:
+    """Every line that is not blank. Raises CatalogError at one that is not a path and a label."""
+    end = 0
+    for number, raw in enumerate(content.split(b"\n"), start=1):
+        start, end = end, end + len(raw) + 1
+        text = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw  # the byte order mark of some editors
+        start += len(raw) - len(text.lstrip())
+        path, found, tail = text.strip().rpartition(syntax.separator)
+        path = path.rstrip()
+        if found and path:
+            yield Line(number, path, _labels(tail, csv, number, syntax), start)
+        elif text.strip():
+            expected = f"path{syntax.separator.decode()}label"
+            remedy = _separator_remedy(text, syntax.separator)
+            raise CatalogError(f"{csv}:{number}: {_shown(text)} is not {expected!r}; {remedy}")
+
+
+def _labels(text: bytes, csv: Path, number: int, syntax: Syntax) -> list[int]:
+    labels = set()
+    for token in text.split(b",") if syntax.multi_label else [text]:
+        token = token.strip()
+        if not token.isdigit() or int(token) > _LARGEST_LABEL:
+            remedy = "labels are whole numbers from 0 up"
+            if not syntax.multi_label and b"," in text:
+                remedy += "; for several labels a video set the dataset's multi_label=true"
+            elif number == 1:
+                remedy += "; a header line has to go"
+            raise CatalogError(f"{csv}:{number}: label {_shown(token)} is no whole number; {remedy}")
+        labels.add(int(token))
+    return sorted(labels)
+
+
+def _separator_remedy(line: bytes, separator: bytes) -> str:
+    for other in (b"\t", b",", b";", b" "):
+        if other != separator and other in line.strip():
+            return f"correct the line, or set the dataset's separator to {other.decode()!r}"
+    return "correct the line"
+
+
+def _shown(text: bytes) -> str:
+    shown = text.decode("utf-8", "replace").strip()
+    return repr(shown if len(shown) <= 80 else shown[:77] + "…")
+
+
+def _parse_fast(content: bytes, separator: bytes) -> Annotations | None:
+    """All lines at once, or None when a line is not plainly 'path separator digits'."""
+    if len(separator) != 1 or not content or content.startswith(b"\xef\xbb\xbf"):
+        return None
+    text = np.frombuffer(content, np.uint8)
+    ends = np.flatnonzero(text == 10)
+    if content[-1:] != b"\n":
+        ends = np.append(ends, len(text))
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    if np.any(ends == starts):
+        return None
+    stops = ends - (text[ends - 1] == 13)
+    marks = np.flatnonzero(text == separator[0])
+    last = np.searchsorted(marks, stops) - 1
+    if not len(marks) or last.min() < 0:
+        return None
+    cuts = marks[last]
+    digits = stops - cuts - 1
+    if np.any(cuts <= starts) or digits.min() < 1 or digits.max() > 9:
+        return None
+    if np.any(text[starts] <= 32) or np.any(text[cuts - 1] <= 32):
+        return None
+    labels = np.zeros(len(starts), np.int32)
+    for place in range(int(digits.max())):
+        rows = digits > place
+        digit = text[(stops - 1 - place)[rows]].astype(np.int32) - 48
+        if digit.min() < 0 or digit.max() > 9:
+            return None
+        labels[rows] += digit * 10**place
+    return Annotations(starts, cuts, labels, np.zeros(0, np.uint32))
+
+
+def _parse_slowly(content: bytes, csv: Path, syntax: Syntax) -> Annotations:
+    starts, stops, labels, counts = [], [], [], []
+    for line in lines(content, csv, syntax):
+        starts.append(line.start)
+        stops.append(line.start + len(line.path))
+        labels.extend(line.labels)
+        counts.append(len(line.labels))
+    label_starts = np.concatenate([[0], np.cumsum(counts)]) if syntax.multi_label else np.zeros(0)
+    return Annotations(
+        np.array(starts, np.int64),
+        np.array(stops, np.int64),
+        np.array(labels, np.int32),
+        label_starts.astype(np.uint32),
+    )
+
+
+__all__ = ["Annotations", "CatalogError", "Line", "Syntax", "count_repeats", "lines", "parse"]

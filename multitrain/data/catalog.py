@@ -1,0 +1,312 @@
+"""Annotation files as a memory-mapped index: parsed once, shared by all processes of a node.
+
+    python -m multitrain.data.catalog CONFIG.yaml --index DIR [--json]
+
+checks all annotation files of a run and prints what is in them. Neither torch nor OpenCV is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from multitrain.config import ConfigError, DataConfig, DatasetConfig, RunConfig, load, nearest
+from multitrain.data.annotations import CatalogError, Syntax, lines
+from multitrain.data.index import indexed, read_index
+from multitrain.order import Source
+
+Split = Literal["train", "val", "test"]
+
+_PROBED = 4  # videos at the top of a csv of which one must exist
+
+_log = logging.getLogger(__name__)
+
+
+class Catalog:
+    """The videos of one split of one dataset, in the order of the csv.
+
+    Attributes:
+        name: the dataset's name.
+        csv: the annotation file.
+        videos: the folder that paths start from.
+        classes: number of classes; every label is below it.
+        class_names: one name a class, or None.
+        multi_label: whether a video may have several labels.
+        digest: hex digest of paths and labels in their order (not of line ends and the like), index format and stride.
+        duplicates: lines that repeat an earlier line.
+    """
+
+    def __init__(
+        self,
+        index: Path,
+        *,
+        name: str,
+        csv: Path,
+        videos: Path,
+        classes: int,
+        class_names: list[str] | None,
+        stride: int = 1,
+    ) -> None:
+        self.name, self.csv, self.videos = name, csv, videos
+        self.classes, self.class_names = classes, class_names
+        self._index, self._stride = index, stride
+        self._map()
+
+    @staticmethod
+    def open(dataset: DatasetConfig, name: str, split: Split, index_dir: Path | str, stride: int = 1) -> Catalog:
+        """The split of a dataset, after all checks that cost no more than a few file look-ups.
+
+        Args:
+            index_dir: folder for index files; made when missing, may be shared by many processes and machines.
+            stride: keep every n-th line, starting with the first.
+
+        Raises:
+            CatalogError: csv missing, malformed, empty, with a label that is no class, with a path under two labels; class
+                names missing; video folder missing, or not the one that the paths start from.
+        """
+        classes = resolve_classes(dataset)
+        csv = _annotation_file(dataset, name, split)
+        syntax = Syntax.of(dataset, csv)
+        index = indexed(csv, syntax, Path(index_dir))
+        catalog = Catalog(
+            index,
+            name=name,
+            csv=csv,
+            videos=Path(os.path.abspath(dataset.videos)),
+            classes=classes,
+            class_names=_class_names(dataset, classes),
+            stride=stride,
+        )
+        catalog._check_labels(syntax)
+        catalog._check_videos(name)
+        if catalog.duplicates:
+            _log.warning(
+                "%s: %d lines repeat an earlier line; these videos count more than once", csv, catalog.duplicates
+            )
+        return catalog
+
+    def _map(self) -> None:
+        try:
+            header, arrays = read_index(self._index)
+        except (OSError, ValueError) as error:
+            raise CatalogError(
+                f"{self._index}: index of {self.csv} cannot be read ({error}); open the dataset again"
+            ) from error
+        self._text, self._starts, self._stops, self._labels, self._label_starts = arrays
+        self.multi_label: bool = header["multi_label"]
+        self.duplicates: int = header["duplicates"]
+        self._largest: int = header["largest_label"]
+        self.digest: str = header["digest"] if self._stride == 1 else f"{header['digest']}/{self._stride}"
+
+    def __len__(self) -> int:
+        return -(-len(self._starts) // self._stride)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        for array in ("_text", "_starts", "_stops", "_labels", "_label_starts"):
+            del state[array]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._map()
+
+    def path(self, i: int) -> Path:
+        """The file of video `i`. Raises IndexError outside range(len(self))."""
+        return self.videos / self.relative_path(i)
+
+    def relative_path(self, i: int) -> str:
+        """The path of video `i` as the csv has it."""
+        row = self._row(i)
+        return os.fsdecode(self._text[self._starts[row] : self._stops[row]].tobytes())
+
+    def labels(self, i: int) -> tuple[int, ...]:
+        """The labels of video `i`: one, or with multi-label data any number from one up, each in range(classes)."""
+        row = self._row(i)
+        if not self.multi_label:
+            return (int(self._labels[row]),)
+        return tuple(self._labels[self._label_starts[row] : self._label_starts[row + 1]].tolist())
+
+    def label_array(self) -> np.ndarray:
+        """All labels: int64 [len]; with multi-label data bool [len, classes]."""
+        if not self.multi_label:
+            return self._labels[:: self._stride].astype(np.int64)
+        hot = np.zeros((len(self), self.classes), dtype=bool)
+        for i in range(len(self)):
+            hot[i, self.labels(i)] = True
+        return hot
+
+    def _row(self, i: int) -> int:
+        if not 0 <= i < len(self):
+            raise IndexError(f"{self.csv} has no video {i}; it has {len(self)}")
+        return i * self._stride
+
+    def _check_labels(self, syntax: Syntax) -> None:
+        if self._largest < self.classes:
+            return
+        for line in lines(self.csv.read_bytes(), self.csv, syntax):
+            if line.labels[-1] >= self.classes:
+                raise CatalogError(
+                    f"{self.csv}:{line.number}: label {line.labels[-1]} of {os.fsdecode(line.path)!r} with classes={self.classes}, "
+                    f"whose labels are 0 to {self.classes - 1}; correct the line, or the number of classes of {self.name!r}"
+                )
+        raise CatalogError(f"{self.csv}: changed while it was read; try again")
+
+    def _check_videos(self, name: str) -> None:
+        if not self.videos.is_dir():
+            raise CatalogError(
+                f"{self.videos}: no such folder of videos; set data.datasets.{name}.videos to the folder that "
+                f"the paths in {self.csv} start from"
+            )
+        probed = range(min(_PROBED, len(self)))
+        if not any(self.path(i).exists() for i in probed):
+            what = f"none of the first {len(probed)} videos exists" if len(probed) > 1 else "the video does not exist"
+            raise CatalogError(
+                f"{self.csv}:1: {what}, e.g. {self.path(0)}; set data.datasets.{name}.videos (now {self.videos}) "
+                "to the folder that the paths start from"
+            )
+
+
+def open_catalogs(data: DataConfig, split: Split, index_dir: Path | str, stride: int = 1) -> dict[str, Catalog]:
+    """The split of all datasets, in the order of the heads. Raises CatalogError as `Catalog.open`."""
+    return {name: Catalog.open(dataset, name, split, index_dir, stride) for name, dataset in data.datasets.items()}
+
+
+def sources(data: DataConfig, catalogs: Mapping[str, Catalog]) -> list[Source]:
+    """What the order of videos is planned from: one source a dataset, in the order of the heads."""
+    return [
+        Source(name=name, size=len(catalogs[name]), replicas=d.replicas, weight=d.weight, digest=catalogs[name].digest)
+        for name, d in data.datasets.items()
+    ]
+
+
+def resolve_classes(dataset: DatasetConfig) -> int:
+    """Number of classes: `classes`, or the number of lines of `class_names`.
+
+    Raises:
+        CatalogError: the file is missing or empty, or says another number than `classes`.
+    """
+    if dataset.class_names is None:
+        if dataset.classes is None:  # the schema asks for one of the two
+            raise CatalogError(f"{dataset.annotations}: neither classes nor class_names is set; set one of them")
+        return dataset.classes
+    file = _class_file(dataset)
+    count = len(_read_names(file))
+    if count == 0:
+        raise CatalogError(f"{file}: no class name in it; write one name a line, line n (from 0) naming label n")
+    if dataset.classes not in (None, count):
+        raise CatalogError(
+            f"{file}: {count} class names but classes={dataset.classes}; correct the file, or leave classes out"
+        )
+    return count
+
+
+def _class_file(dataset: DatasetConfig) -> Path:
+    given = Path(dataset.class_names or "")
+    places = [given, Path(dataset.annotations) / given]
+    for file in places:
+        if file.is_file():
+            return file
+    looked = " nor ".join(str(p) for p in dict.fromkeys(places))
+    raise CatalogError(
+        f"{looked}: no such file of class names; write one name a line, or set classes=N instead of class_names"
+    )
+
+
+def _read_names(file: Path) -> list[str]:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CatalogError(f"{file}: cannot be read as UTF-8 text ({error}); it holds one class name a line") from error
+    return [line.strip() for line in text.rstrip().splitlines()]
+
+
+def _class_names(dataset: DatasetConfig, classes: int) -> list[str] | None:
+    if dataset.class_names is not None:
+        return _read_names(_class_file(dataset))
+    file = Path(dataset.annotations) / "classes.txt"
+    if not file.is_file():
+        return None
+    names = _read_names(file)
+    if len(names) != classes:
+        _log.warning("%s: %d names but classes=%d; classes are shown by number", file, len(names), classes)
+        return None
+    return names
+
+
+def _annotation_file(dataset: DatasetConfig, name: str, split: Split) -> Path:
+    folder = Path(os.path.abspath(dataset.annotations))
+    csv = folder / f"{split}.csv"
+    if csv.is_file():
+        return csv
+    option = f"data.datasets.{name}.annotations"
+    if not folder.is_dir():
+        raise CatalogError(
+            f"{folder}: no such folder of annotations; set {option} to the folder with {split}.csv ('path label' a line)"
+        )
+    found = [p.name for p in folder.iterdir() if p.suffix in (".csv", ".txt", ".tsv", ".json")]
+    hint = f" ({nearest(csv.name, found)})" if found else ""
+    raise CatalogError(
+        f"{csv}: no such file{hint}; put it there ('path label' a line), or set {option} to the folder that has it"
+    )
+
+
+def summary(config: RunConfig, index_dir: Path | str) -> dict[str, Any]:
+    """What a run would read: its sources, the size of an epoch in videos, and the validation videos a dataset.
+
+    Raises:
+        CatalogError: an annotation file of the run cannot be used.
+    """
+    train = open_catalogs(config.data, "train", index_dir)
+    validation = {}
+    if config.eval.every is not None:
+        val = open_catalogs(config.data, "val", index_dir, config.eval.val_stride)
+        validation = {name: len(catalog) for name, catalog in val.items()}
+    listed = sources(config.data, train)
+    return {
+        "sources": [
+            asdict(s) | {"classes": train[s.name].classes, "duplicates": train[s.name].duplicates} for s in listed
+        ],
+        "epoch_size": sum(s.draws for s in listed),
+        "validation": validation,
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command. Returns the exit status: 0, or 2 for annotations that cannot be used."""
+    parser = argparse.ArgumentParser(
+        prog="python -m multitrain.data.catalog", description="Check the annotation files of a run."
+    )
+    parser.add_argument("config", type=Path, help="config.yaml of a run, or the run's folder")
+    parser.add_argument("--index", type=Path, required=True, help="folder for the index files")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    given = parser.parse_args(arguments)
+    try:
+        found = summary(load(given.config), given.index)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if given.json:
+        print(json.dumps(found))
+        return 0
+    for source in found["sources"]:
+        twice = f", {source['duplicates']} of them repeated lines" if source["duplicates"] else ""
+        val = f", {found['validation'][source['name']]} for validation" if source["name"] in found["validation"] else ""
+        print(
+            f"{source['name']}: {source['size']} videos of {source['classes']} classes × {source['replicas']}{twice}{val}"
+        )
+    print(f"epoch: {found['epoch_size']} videos")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

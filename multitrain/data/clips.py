@@ -1,0 +1,208 @@
+"""What a loader worker does with one task: a ticket becomes training clips, a test video its views. No torch.
+
+Both jobs are pure: the same task gives the same result in any process, at any time, as long as the same files can be read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from multitrain.config import DatasetConfig, RunConfig
+from multitrain.data.augment import augment_clip
+from multitrain.data.catalog import Catalog
+from multitrain.data.decode import VideoError, open_video
+from multitrain.data.frames import training_indices
+from multitrain.data.guard import Guard, Overdue
+from multitrain.data.random import Draws
+from multitrain.data.views import load_views
+from multitrain.order import Plan, key
+
+STAND_INS = 8
+"""Videos that are tried in place of an unreadable one before the run gives up."""
+
+_GRACE = 1.0  # seconds by which the guard waits longer than the decoder's own time limit
+_RETRY_AFTER = 0.5  # seconds before a file is tried again after an error of the operating system
+
+
+class UnreadableError(RuntimeError):
+    """A video and all its stand-ins cannot be read."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One video of one update."""
+
+    update: int
+    ticket: np.void
+    """`multitrain.order.TICKET`."""
+
+
+@dataclass
+class Clips:
+    """The copies of one video; their pixels are in the task's slot."""
+
+    dataset: int
+    labels: tuple[int, ...]
+    boxes: np.ndarray
+    """int32 [copies, 4]: top, left, height, width of what is erased on the device; zeros for nothing."""
+    keys: np.ndarray
+    """int64 [copies]."""
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    """Unreadable videos met on the way: dataset, path, reason, update, stand_in (path of the video shown instead)."""
+    seconds: float = 0.0
+
+
+class TrainJob:
+    """Makes the augmented copies of a ticket's video: uint8 [copies, T, S, S, 3]."""
+
+    def __init__(self, catalogs: Mapping[str, Catalog], plan: Plan, config: RunConfig) -> None:
+        self.catalogs, self.plan, self.config = dict(catalogs), plan, config
+        self.shape: tuple[int, ...] = (
+            config.augment.copies,
+            config.model.frames,
+            config.model.crop,
+            config.model.crop,
+            3,
+        )
+        self.dtype: np.dtype[Any] = np.dtype(np.uint8)
+        self.patience = (STAND_INS + 1) * 2 * (config.data.decode_timeout + _GRACE) + 60.0
+        self._guard = Guard()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_guard": Guard()}
+
+    def describe(self, task: Task) -> str:
+        """The video of a task, for error messages."""
+        source = self.plan.sources[int(task.ticket["dataset"])]
+        return str(self.catalogs[source.name].path(int(task.ticket["index"])))
+
+    def run(self, task: Task, out: np.ndarray) -> Clips:
+        """Fill `out`, uint8 [copies, T, S, S, 3].
+
+        Raises:
+            UnreadableError: neither the video nor any of its stand-ins can be read.
+        """
+        began = time.perf_counter()
+        ticket, config = task.ticket, self.config
+        number = int(ticket["dataset"])
+        name = self.plan.sources[number].name
+        dataset = config.data.datasets[name]
+        identity = (config.seed, name, int(ticket["index"]), int(ticket["pass"]))
+        frames, index, skipped = self._readable(task, name, dataset, Draws("window", *identity))
+        boxes = np.zeros((len(out), 4), np.int32)
+        for copy, clip in enumerate(out):
+            draws = Draws("augment", *identity, copy)
+            clip[...], boxes[copy] = augment_clip(frames, config.augment, config.model.crop, draws, dataset.flip)
+        keys = np.array([key("clip", *identity, copy) for copy in range(len(out))], np.uint64).view(np.int64)
+        labels = self.catalogs[name].labels(index)
+        return Clips(number, labels, boxes, keys, skipped, time.perf_counter() - began)
+
+    def _readable(
+        self, task: Task, name: str, dataset: DatasetConfig, draws: Draws
+    ) -> tuple[np.ndarray, int, list[dict[str, Any]]]:
+        """Frames of the ticket's video, or of the first stand-in that can be read; its index; what had to be skipped."""
+        catalog, index = self.catalogs[name], int(task.ticket["index"])
+        failed: dict[int, VideoError] = {}
+        for attempt in range(-1, STAND_INS):
+            index = index if attempt < 0 else self.plan.stand_in(task.ticket, attempt)
+            if index in failed:
+                continue
+            try:
+                frames = self._decode(catalog.path(index), dataset, draws)
+            except VideoError as error:
+                failed[index] = error
+                continue
+            shown = catalog.relative_path(index)
+            return frames, index, [_record(name, catalog, bad, e, task.update, shown) for bad, e in failed.items()]
+        first = next(iter(failed.values()))
+        raise UnreadableError(
+            f"{first.path}: {first.reason}; nor can any of {len(failed) - 1} stand-ins from dataset {name!r} be read; "
+            "check that its videos are there and whole"
+        )
+
+    def _decode(self, path: Path, dataset: DatasetConfig, draws: Draws) -> np.ndarray:
+        """The frames of a training clip; tried twice when the operating system, not the file, is at fault."""
+        uniforms = [draws.uniform() for _ in range(self.config.model.frames)]
+        try:
+            return self._decode_once(path, dataset, uniforms)
+        except VideoError as error:
+            if not error.transient:
+                raise
+            time.sleep(_RETRY_AFTER)
+            return self._decode_once(path, dataset, uniforms)
+
+    def _decode_once(self, path: Path, dataset: DatasetConfig, uniforms: list[float]) -> np.ndarray:
+        limit = self.config.data.decode_timeout
+        return _within(self._guard, path, limit, lambda: self.read(path, dataset, uniforms))
+
+    def read(self, path: Path, dataset: DatasetConfig, uniforms: list[float]) -> np.ndarray:
+        """Frames of a training clip, uint8 [T, H, W, 3], by draws in [0, 1), one a frame. Raises VideoError."""
+        data = self.config.data
+        with open_video(path, data.decoder, data.decode_timeout) as video:
+            return video.frames(training_indices(dataset, data, video.frame_count, video.fps, len(uniforms), uniforms))
+
+
+class TestJob:
+    """Makes all views of a video of one dataset: float32 [V, 3, T, S, S], normalised. A task is the video's index."""
+
+    __test__ = False  # not for pytest
+
+    def __init__(self, catalog: Catalog, dataset: DatasetConfig, config: RunConfig) -> None:
+        self.catalog, self.dataset, self.config = catalog, dataset, config
+        model = config.model
+        self.shape: tuple[int, ...] = (
+            dataset.temporal_views * dataset.spatial_views,
+            3,
+            model.frames,
+            model.crop,
+            model.crop,
+        )
+        self.dtype: np.dtype[Any] = np.dtype(np.float32)
+        self.patience = 2 * (config.data.decode_timeout + _GRACE) + 60.0
+        self._guard = Guard()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_guard": Guard()}
+
+    def describe(self, task: int) -> str:
+        """The video of a task, for error messages."""
+        return str(self.catalog.path(task))
+
+    def run(self, task: int, out: np.ndarray) -> str:
+        """Fill `out`; returns the reason when the video cannot be read, else ''."""
+        path, data = self.catalog.path(task), self.config.data
+
+        def load() -> np.ndarray:
+            return load_views(path, self.dataset, data, self.config.model)
+
+        for last in (False, True):
+            try:
+                out[...] = _within(self._guard, path, data.decode_timeout, load)
+                return ""
+            except VideoError as error:
+                if last or not error.transient:
+                    return error.reason
+                time.sleep(_RETRY_AFTER)
+        raise AssertionError  # the second turn returns
+
+
+def _within(guard: Guard, path: Path, seconds: float, work: Callable[[], np.ndarray]) -> np.ndarray:
+    """What `work` returns; VideoError when it takes longer than `seconds`, and the decoder has not noticed by itself."""
+    try:
+        return guard.run(work, seconds + _GRACE)
+    except Overdue:
+        raise VideoError(path, "decoding took longer than data.decode_timeout") from None
+
+
+def _record(name: str, catalog: Catalog, index: int, error: VideoError, update: int, stand_in: str) -> dict[str, Any]:
+    path = catalog.relative_path(index)
+    return {"dataset": name, "path": path, "reason": error.reason, "update": update, "stand_in": stand_in}
+
+
+__all__ = ["STAND_INS", "Clips", "Task", "TestJob", "TrainJob", "UnreadableError"]

@@ -1,0 +1,56 @@
+"""A time limit for calls that cannot be interrupted: a decoder that never returns, a read from a server that is gone."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Overdue(Exception):
+    """The call has not returned in time; its thread has been left behind."""
+
+
+class Guard:
+    """Runs calls in a thread of its own and stops waiting for one that takes too long.
+
+    A thread stuck in a library cannot be ended, so it is left behind (a daemon: it does not keep the process alive), and the
+    next call gets a new one.
+    """
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], Any]] | None = None
+
+    def run(self, function: Callable[[], T], seconds: float | None) -> T:
+        """What `function` returns or raises. Raises Overdue after `seconds`."""
+        if self._calls is None:
+            self._calls = queue.SimpleQueue()
+            threading.Thread(target=_serve, args=(self._calls,), name="decode", daemon=True).start()
+        answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+        def call() -> None:
+            try:
+                answers.put((function(), None))
+            except BaseException as error:  # handed over to the caller
+                answers.put((None, error))
+
+        self._calls.put(call)
+        try:
+            result, error = answers.get(timeout=seconds)
+        except queue.Empty:
+            self._calls = None
+            raise Overdue(f"no answer within {seconds} s") from None
+        if error is not None:
+            raise error
+        return result
+
+
+def _serve(calls: queue.SimpleQueue[Callable[[], Any]]) -> None:
+    while True:
+        calls.get()()
+
+
+__all__ = ["Guard", "Overdue"]

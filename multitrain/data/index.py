@@ -1,0 +1,173 @@
+"""Index files of annotations: parsed once, named after their content, then memory-mapped by everyone.
+
+Beside the indexes lies a small note per csv with that file's size and time of change, so that a csv of a million lines that
+has not changed is opened in milliseconds, without being read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from multitrain.data.annotations import CatalogError, Syntax, count_repeats, parse
+
+FORMAT = 1
+"""Version of the index file; another one is built anew."""
+
+_MAGIC = b"MTINDEX\n"
+_SETTLED = 2.0  # seconds after which an unchanged time of change proves an unchanged file (two writes can share a tick)
+
+
+def indexed(csv: Path, syntax: Syntax, folder: Path) -> Path:
+    """The index file of `csv` as it is now, in `folder`, built if need be; safe when many processes do it at once.
+
+    Raises:
+        CatalogError: the csv cannot be read or has a wrong line, or the index cannot be written.
+    """
+    how = (syntax.separator, bytes([syntax.multi_label]))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        note = folder / f"{_name(os.fsencode(csv), *how)}.json"
+        known = _noted(note, csv)
+        if known is not None and _is_complete(folder / known):
+            return folder / known
+        before = csv.stat()
+        content = csv.read_bytes()
+        index = folder / f"{_name(content, *how)}.index"
+        if not _is_complete(index):
+            _write(index, _build(content, csv, syntax))
+        stamp = {
+            "csv": str(csv),
+            "size": before.st_size,
+            "mtime_ns": before.st_mtime_ns,
+            "index": index.name,
+        }
+        if len(content) == before.st_size and time.time() - before.st_mtime > _SETTLED:
+            _write(note, [json.dumps(stamp).encode()])
+        return index
+    except OSError as error:
+        where = error.filename or folder
+        if Path(os.fsdecode(where)) == csv:
+            raise CatalogError(f"{csv}: cannot be read ({error.strerror}); check its permissions") from error
+        raise CatalogError(
+            f"{folder}: index of {csv} cannot be written ({error.strerror}); set data.index to a folder that can be"
+        ) from error
+
+
+def _name(*parts: bytes) -> str:
+    """File name of what `parts` say: 32 hex digits."""
+    digest = hashlib.blake2b(b"%d" % FORMAT, digest_size=16)
+    for part in parts:
+        digest.update(b"%d:" % len(part))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _noted(note: Path, csv: Path) -> str | None:
+    """Name of the index of `csv`, if the note about it is of the file as it is now."""
+    try:
+        stamp = json.loads(note.read_bytes())
+        now = csv.stat()
+        fresh = (stamp["size"], stamp["mtime_ns"]) == (now.st_size, now.st_mtime_ns)
+        return str(stamp["index"]) if fresh else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _is_complete(index: Path) -> bool:
+    try:
+        header = read_header(index)
+        return index.stat().st_size == header["bytes"] and header["format"] == FORMAT
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def read_header(index: Path) -> dict[str, Any]:
+    with open(index, "rb") as file:
+        if file.read(len(_MAGIC)) != _MAGIC:
+            raise ValueError("not an index file")
+        return dict(json.loads(file.read(int.from_bytes(file.read(8), "little"))))
+
+
+def read_index(index: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """Header and arrays of an index file, mapped: text uint8, starts, stops, labels, label_starts as `Annotations`.
+
+    Raises:
+        OSError, ValueError: missing or incomplete.
+    """
+    header = read_header(index)
+    whole = np.memmap(index, dtype=np.uint8, mode="r")
+    if len(whole) != header["bytes"] or header["format"] != FORMAT:
+        raise ValueError(f"{len(whole)} bytes, not {header['bytes']}")
+    plain = whole.view(np.ndarray)
+    arrays = [plain[at : at + size].view(dtype) for dtype, at, size in header["arrays"]]
+    return header, arrays
+
+
+def _write(file: Path, parts: list[Any]) -> None:
+    """Write under a temporary name, then rename: readers see nothing or all of it."""
+    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(handle, "wb") as out:
+            for part in parts:
+                out.write(part)
+            out.flush()
+            os.fsync(out.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _build(content: bytes, csv: Path, syntax: Syntax) -> list[Any]:
+    """The parts of the index file of `content`. Raises CatalogError."""
+    parsed = parse(content, csv, syntax)
+    paths = parsed.paths(content)
+    duplicates = 0 if len(set(paths)) == len(paths) else count_repeats(content, csv, syntax)
+    digest = hashlib.blake2b(b"%d:%d:" % (FORMAT, len(paths)), digest_size=16)
+    digest.update(b"\n".join(paths))
+    digest.update(parsed.labels.tobytes() + parsed.label_starts.tobytes())
+    offset = np.uint32 if len(content) < 2**32 else np.uint64
+    arrays: list[np.ndarray] = [
+        np.frombuffer(content, np.uint8),
+        parsed.starts.astype(offset),
+        parsed.stops.astype(offset),
+        parsed.labels,
+        parsed.label_starts,
+    ]
+    header: dict[str, Any] = {
+        "format": FORMAT,
+        "digest": digest.hexdigest(),
+        "multi_label": syntax.multi_label,
+        "duplicates": duplicates,
+        "largest_label": int(parsed.labels.max()),
+    }
+    return _laid_out(header, arrays)
+
+
+def _laid_out(header: dict[str, Any], arrays: list[np.ndarray]) -> list[Any]:
+    room = 2048  # for magic, length and the header itself
+    at = room
+    places: list[list[Any]] = []
+    parts: list[Any] = []
+    for array in arrays:
+        places.append([array.dtype.str, at, array.nbytes])
+        padding = -array.nbytes % 64
+        parts += [array, b"\0" * padding]
+        at += array.nbytes + padding
+    text = json.dumps(header | {"arrays": places, "bytes": at}).encode()
+    head = _MAGIC + len(text).to_bytes(8, "little") + text
+    return [head.ljust(room, b"\0"), *parts]
+
+
+__all__ = ["FORMAT", "indexed", "read_index"]

@@ -1,0 +1,246 @@
+"""Batches of clips for this rank, in the order of the plan.
+
+Which videos are in a micro-batch is arithmetic (`Plan.tickets`, `BatchShape.slice`), and a clip is a pure function of its
+ticket (`multitrain.data.clips`). So batches do not depend on the number of workers, on how far they work ahead, or on
+where a run was interrupted; what workers had prepared before that is simply made again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from multitrain.config import DatasetConfig, RunConfig
+from multitrain.data.catalog import Catalog
+from multitrain.data.clips import Clips, Task, TestJob, TrainJob
+from multitrain.data.pool import Answer, LoaderError, open_pool
+from multitrain.order import BatchShape, Plan
+
+_LONG = 60.0  # seconds between two looks while iterating
+
+
+@dataclass
+class Batch:
+    """A micro-batch of N = videos × copies clips, in the order v0a v0b v1a v1b …"""
+
+    clips: Tensor
+    """uint8 [N, T, S, S, 3]."""
+    dataset: Tensor
+    """Position of each clip's dataset in the plan's sources: int64 [N]."""
+    labels: list[tuple[int, ...]]
+    """Labels of each clip, N entries."""
+    boxes: Tensor
+    """What is to be erased, (top, left, height, width), zeros for nothing: int32 [N, 4]."""
+    keys: Tensor
+    """Key of each clip, from (seed, dataset, index, pass, copy): int64 [N]."""
+    tickets: np.ndarray
+    """`multitrain.order.TICKET` of each video [videos]."""
+    start: int
+    """Global number of the first video."""
+    skipped: list[dict[str, Any]]
+    """Unreadable videos: dataset, path, reason, update, stand_in."""
+    decode_seconds: float
+    """Worker time spent on these clips."""
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, for copies to the GPU that run beside computation."""
+        return replace(
+            self,
+            clips=self.clips.pin_memory(),
+            dataset=self.dataset.pin_memory(),
+            boxes=self.boxes.pin_memory(),
+            keys=self.keys.pin_memory(),
+        )
+
+
+class TrainLoader:
+    """This rank's micro-batches of updates `start_update` to `stop_update - 1`.
+
+    Args:
+        catalogs: training split of each dataset of the plan, by name.
+        plan: which videos come when.
+        shape: how an update is cut into micro-batches.
+        rank: this rank, in range(shape.world_size).
+        config: `data` (decoder, workers, prefetch, decode_timeout), `augment`, `model` (frames, crop) and `seed` are used.
+    """
+
+    def __init__(
+        self,
+        catalogs: Mapping[str, Catalog],
+        plan: Plan,
+        shape: BatchShape,
+        rank: int,
+        config: RunConfig,
+        start_update: int,
+        stop_update: int,
+    ) -> None:
+        self._plan, self._shape, self._rank = plan, shape, rank
+        self._range = range(start_update, stop_update)
+        job = TrainJob(catalogs, plan, config)
+        self._copies, *self._clip = job.shape
+        self._pin = torch.cuda.is_available()
+        self._part: _Part | None = None
+        self._steps = self._slices()
+        workers = config.data.workers
+        self._pool = open_pool(
+            job, self._tasks(), workers=workers, ahead=max(1, workers) * config.data.prefetch * shape.micro_batch
+        )
+
+    def next_batch(self, timeout: float) -> Batch | None:
+        """The next micro-batch, or None when it is not complete within `timeout` seconds; ask again then.
+
+        Raises:
+            StopIteration: after the last.
+            LoaderError: a worker has died, or a video and all its stand-ins cannot be read.
+            ConfigError: the decoder is not installed.
+        """
+        deadline = time.monotonic() + timeout
+        if self._part is None:
+            self._part = self._new_part()
+        while len(self._part.made) < self._shape.micro_batch:
+            answer = self._pool.next(max(0.0, deadline - time.monotonic()))
+            if answer is None:
+                return None
+            self._part.add(answer)
+        batch, self._part = self._part.batch(), None
+        return batch
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            try:
+                batch = self.next_batch(_LONG)
+            except StopIteration:
+                return
+            if batch is not None:
+                yield batch
+
+    def close(self) -> None:
+        """Stop all workers at once; within two seconds even if one is stuck in a file."""
+        self._pool.close()
+
+    def __enter__(self) -> TrainLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _slices(self) -> Iterator[tuple[int, int, int]]:
+        """Update, first and last-but-one sample number of this rank's micro-batches."""
+        for update in self._range:
+            for micro_step in range(self._shape.accumulation):
+                yield update, *self._shape.slice(update, micro_step, self._rank)
+
+    def _tasks(self) -> Iterator[Task]:
+        for update, start, stop in self._slices():
+            for ticket in self._plan.tickets(start, stop):
+                yield Task(update, ticket)
+
+    def _new_part(self) -> _Part:
+        _, start, stop = next(self._steps)
+        clips = torch.empty(((stop - start) * self._copies, *self._clip), dtype=torch.uint8, pin_memory=self._pin)
+        return _Part(start, clips, self._copies, [], [])
+
+
+@dataclass
+class _Part:
+    """A micro-batch in the making."""
+
+    start: int
+    clips: Tensor
+    copies: int
+    made: list[Clips]
+    tickets: list[np.void]
+
+    def add(self, answer: Answer) -> None:
+        at = len(self.made) * self.copies
+        self.clips[at : at + self.copies] = torch.from_numpy(answer.array)
+        self.made.append(answer.result)
+        self.tickets.append(answer.task.ticket)
+
+    def batch(self) -> Batch:
+        return Batch(
+            clips=self.clips,
+            dataset=torch.tensor([c.dataset for c in self.made]).repeat_interleave(self.copies),
+            labels=[c.labels for c in self.made for _ in range(self.copies)],
+            boxes=torch.from_numpy(np.concatenate([c.boxes for c in self.made])),
+            keys=torch.from_numpy(np.concatenate([c.keys for c in self.made])),
+            tickets=np.array(self.tickets, dtype=self.tickets[0].dtype),
+            start=self.start,
+            skipped=[record for c in self.made for record in c.skipped],
+            decode_seconds=sum(c.seconds for c in self.made),
+        )
+
+
+class Views(NamedTuple):
+    """All views of one video, or the reason why there are none."""
+
+    video: int
+    """Its number in the catalog."""
+    clips: Tensor | None
+    """float32 [V, 3, T, S, S], normalised, view = temporal view × spatial_views + crop; None if it cannot be read."""
+    error: str
+    """Why it cannot be read, or ''."""
+
+
+class TestLoader:
+    """The videos `indices` of one dataset, one at a time, in that order, each with all its views. None is ever substituted.
+
+    Args:
+        catalog: the split to test on.
+        dataset: its entry in the configuration: sampling and views.
+        config: `data`, `model` and `eval.workers` are used.
+    """
+
+    __test__ = False  # not for pytest
+
+    def __init__(self, catalog: Catalog, indices: Sequence[int], dataset: DatasetConfig, config: RunConfig) -> None:
+        workers = config.data.workers if config.eval.workers is None else config.eval.workers
+        workers = min(workers, len(indices))
+        job = TestJob(catalog, dataset, config)
+        self._pin = torch.cuda.is_available()
+        self._pool = open_pool(job, (int(i) for i in indices), workers=workers, ahead=workers + 2)
+
+    def next_video(self, timeout: float) -> Views | None:
+        """The next video, or None when it is not there within `timeout` seconds; ask again then.
+
+        Raises:
+            StopIteration: after the last.
+            LoaderError: a worker has died.
+            ConfigError: the decoder is not installed.
+        """
+        answer = self._pool.next(timeout)
+        if answer is None:
+            return None
+        if answer.result:
+            return Views(answer.task, None, answer.result)
+        clips = torch.empty(answer.array.shape, pin_memory=self._pin)
+        clips.copy_(torch.from_numpy(answer.array))
+        return Views(answer.task, clips, "")
+
+    def __iter__(self) -> Iterator[Views]:
+        while True:
+            try:
+                video = self.next_video(_LONG)
+            except StopIteration:
+                return
+            if video is not None:
+                yield video
+
+    def close(self) -> None:
+        """Stop all workers at once."""
+        self._pool.close()
+
+    def __enter__(self) -> TestLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+__all__ = ["Batch", "LoaderError", "TestLoader", "TrainLoader", "Views"]

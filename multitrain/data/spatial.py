@@ -1,0 +1,149 @@
+"""Where a clip is cut from its frames, and bilinear resizing as the published tests do it.
+
+Bilinear here is always that of `torch.nn.functional.interpolate` with align_corners=False and no antialiasing: two taps
+along each axis, whatever the scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from multitrain.data.random import Draws
+
+MEAN = 0.45
+"""Mean of the pixel values, 0 to 1, that every channel is normalised by."""
+STD = 0.225
+"""Their standard deviation."""
+
+_CROP_TRIES = 10
+_ERASE_TRIES = 100
+_ERASE_AREA = (0.02, 1.0 / 3.0)
+_ERASE_ASPECT = (0.3, 1.0 / 0.3)
+
+
+class Box(NamedTuple):
+    """A rectangle of a frame, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def cut(self, image: np.ndarray) -> np.ndarray:
+        """The view of [H, W, ...] inside the box."""
+        return image[self.top : self.top + self.height, self.left : self.left + self.width]
+
+
+def random_resized_crop(
+    height: int, width: int, area: tuple[float, float], aspect: tuple[float, float], draws: Draws
+) -> Box:
+    """The box of a random resized crop (Szegedy et al., 2015) of a frame of height × width.
+
+    area: share of the frame, uniform; aspect: width ÷ height, log-uniform. After ten boxes that do not fit: the largest
+    centred box whose aspect is in range.
+    """
+    for _ in range(_CROP_TRIES):
+        pixels = draws.uniform(*area) * height * width
+        ratio = math.exp(draws.uniform(math.log(aspect[0]), math.log(aspect[1])))
+        w, h = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return Box(draws.integer(0, height - h), draws.integer(0, width - w), h, w)
+    h, w = height, width
+    if width / height < aspect[0]:
+        h = max(1, round(width / aspect[0]))
+    elif width / height > aspect[1]:
+        w = max(1, round(height * aspect[1]))
+    return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+def erase_box(height: int, width: int, probability: float, draws: Draws) -> Box:
+    """The box that random erasing (Zhong et al., 2020) fills with noise; all zeros for none.
+
+    One box for all frames: 2 % to 33 % of the area, height ÷ width log-uniform from 0.3 to 3.33, inside the frame.
+    """
+    if draws.coin(probability):
+        for _ in range(_ERASE_TRIES):
+            pixels = draws.uniform(*_ERASE_AREA) * height * width
+            ratio = math.exp(draws.uniform(math.log(_ERASE_ASPECT[0]), math.log(_ERASE_ASPECT[1])))
+            h, w = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
+            if h < height and w < width:
+                return Box(draws.integer(0, height - h), draws.integer(0, width - w), h, w)
+    return Box(0, 0, 0, 0)
+
+
+def short_side_size(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """(height, width) after resizing so that the shorter side is `short_side`; the longer side is rounded down."""
+    if width < height:
+        return math.floor(height / width * short_side), short_side
+    return short_side, math.floor(width / height * short_side)
+
+
+def uniform_crop(height: int, width: int, size: int, position: int) -> Box:
+    """A square crop at 0 the start, 1 the centre, 2 the end of the longer side, centred on the other side.
+
+    Raises ValueError if the frame is smaller than the crop.
+    """
+    if size > min(height, width):
+        raise ValueError(f"a crop of {size} pixels does not fit into {height} × {width}")
+    if position not in (0, 1, 2):
+        raise ValueError(f"crop position is 0, 1 or 2, not {position}")
+    top, left = math.ceil((height - size) / 2), math.ceil((width - size) / 2)
+    if position != 1:
+        if height > width:
+            top = 0 if position == 0 else height - size
+        else:
+            left = 0 if position == 0 else width - size
+    return Box(top, left, size, size)
+
+
+def resize_crop(image: np.ndarray, size: tuple[int, int], crop: Box) -> np.ndarray:
+    """A box of an image resized to `size` (height, width), without computing the rest.
+
+    image: uint8 or float32 [H, W, C]; returns float32 [C, crop.height, crop.width], equal to
+    ``interpolate(image, size, mode="bilinear", align_corners=False)`` cut to the box, up to 1e-6 of the range.
+    """
+    rows = _taps(image.shape[0], size[0], crop.top, crop.height)
+    columns = _taps(image.shape[1], size[1], crop.left, crop.width)
+    first, last = int(rows[0][0]), int(rows[1][-1]) + 1
+    out = np.empty((image.shape[2], crop.height, crop.width), np.float32)
+    for channel, plane in enumerate(cv2.split(image[first:last])):
+        across = cv2.transpose(_blend(cv2.transpose(plane), columns))
+        _blend(across, (rows[0] - first, rows[1] - first, rows[2]), out[channel])
+    return out
+
+
+_Taps = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def _taps(size_in: int, size_out: int, start: int, count: int) -> _Taps:
+    """Indices of the two neighbours and the weight of the second, for `count` output pixels from `start`.
+
+    Positions are rounded as torch rounds them on a CPU with fused multiply-add: the scale to float32, then the position,
+    once. Without that they are off by up to 3e-5 of a pixel.
+    """
+    scale = float(np.float32(size_in) / np.float32(size_out))
+    position = (scale * (np.arange(start, start + count) + 0.5) - 0.5).clip(min=0.0).astype(np.float32)
+    lower = np.minimum(position.astype(np.int64), size_in - 1)
+    upper = np.minimum(lower + 1, size_in - 1)
+    return lower, upper, (position - lower.astype(np.float32))[:, None]
+
+
+def _blend(rows: np.ndarray, taps: _Taps, out: np.ndarray | None = None) -> np.ndarray:
+    lower, upper, weight = taps
+    base = rows[lower].astype(np.float32, copy=False)
+    slope = rows[upper].astype(np.float32, copy=False)
+    slope -= base
+    slope *= weight
+    return np.add(base, slope, out=out)
+
+
+def union(boxes: Sequence[Box]) -> Box:
+    """The smallest box around all of them."""
+    top, left = min(b.top for b in boxes), min(b.left for b in boxes)
+    bottom, right = max(b.top + b.height for b in boxes), max(b.left + b.width for b in boxes)
+    return Box(top, left, bottom - top, right - left)

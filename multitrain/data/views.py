@@ -1,0 +1,86 @@
+"""Test-time views of a video: clips spread over its length, each cropped at one or three places.
+
+Pixels are those of the published tests up to 1e-6 of the range: resized in float32. A video is opened once, each frame
+decoded once and resized once, however many views show it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from multitrain.config import ConfigError, DataConfig, DatasetConfig, ModelConfig
+from multitrain.data.decode import open_video
+from multitrain.data.frames import view_indices
+from multitrain.data.spatial import MEAN, STD, Box, resize_crop, short_side_size, uniform_crop, union
+
+_PUBLISHED_SHORT_SIDE = 256 / 224
+_DECODED_BYTES = 256 * 2**20
+"""Decoded frames held at once; a 1080p video of five views would need a gigabyte."""
+
+
+@dataclass(frozen=True)
+class CropPlan:
+    """Where the frames of a video are cropped."""
+
+    size: tuple[int, int]
+    """Height and width that frames are resized to."""
+    crops: tuple[Box, ...]
+    """Square boxes of the resized frame."""
+
+
+def crop_plan(height: int, width: int, dataset: DatasetConfig, model: ModelConfig) -> CropPlan:
+    """The test crops of frames of height × width. Raises ConfigError if a crop is larger than the resized frame."""
+    side = short_side(dataset, model)
+    if side < model.crop:
+        raise ConfigError(f"test_short_side={side} is smaller than model.crop={model.crop}; use at least {model.crop}")
+    size = short_side_size(height, width, side)
+    positions = (1,) if dataset.spatial_views == 1 else (0, 1, 2)
+    return CropPlan(size, tuple(uniform_crop(*size, model.crop, position) for position in positions))
+
+
+def short_side(dataset: DatasetConfig, model: ModelConfig) -> int:
+    """Short side in pixels that test frames are resized to.
+
+    Unless `test_short_side` says otherwise, as published: 256 for a crop of 224 (and in proportion) with one crop of a
+    `stride` dataset, else the crop itself.
+    """
+    if dataset.test_short_side is not None:
+        return dataset.test_short_side
+    if dataset.sampling == "stride" and dataset.spatial_views == 1:
+        return round(model.crop * _PUBLISHED_SHORT_SIDE)
+    return model.crop
+
+
+def load_views(path: Path | str, dataset: DatasetConfig, data: DataConfig, model: ModelConfig) -> np.ndarray:
+    """All views of a video, normalised: float32 [V, 3, T, S, S], view = temporal view × spatial_views + crop.
+
+    Raises VideoError if the video cannot be read.
+    """
+    with open_video(path, data.decoder, data.decode_timeout) as video:
+        shown = view_indices(dataset, data, video.frame_count, video.fps, model.frames)
+        needed = np.unique(shown)
+        first = video.frames(needed[:1])
+        plan = crop_plan(first.shape[1], first.shape[2], dataset, model)
+        out = np.empty((len(shown) * len(plan.crops), 3, model.frames, model.crop, model.crop), np.float32)
+        together = max(1, _DECODED_BYTES // first.nbytes)
+        for start in range(0, len(needed), together):
+            numbers = needed[start : start + together]
+            for number, frame in zip(numbers, video.frames(numbers)):
+                show(frame, np.argwhere(shown == number), plan, out)
+    return out
+
+
+def show(frame: np.ndarray, places: np.ndarray, plan: CropPlan, out: np.ndarray) -> None:
+    """Writes one decoded frame, uint8 [H, W, 3], to all its places (temporal view, t), int64 [P, 2], of `out`."""
+    around = union(plan.crops)
+    image = resize_crop(frame, plan.size, around)
+    image *= np.float32(1.0 / (255.0 * STD))
+    image -= np.float32(MEAN / STD)
+    for crop, box in enumerate(plan.crops):
+        top, left = box.top - around.top, box.left - around.left
+        pixels = image[:, top : top + box.height, left : left + box.width]
+        for view, t in places:
+            out[view * len(plan.crops) + crop, :, t] = pixels

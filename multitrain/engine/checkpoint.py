@@ -1,0 +1,255 @@
+"""Checkpoints that cannot be bad: a folder is complete and verified, or it is not a checkpoint.
+
+A checkpoint is ``checkpoints/update-00001234/`` with ``model.safetensors`` and ``optimizer.safetensors`` (tensors by
+parameter name, fp32, independent of the world size), ``state.json``, ``config.yaml`` and, written last,
+``manifest.json`` with the size and SHA-256 of each. It is written under a temporary name, synced, read back against its
+manifest, renamed, and only then named by the pointer ``checkpoints/latest``. Whatever instant the process or the node
+dies, the newest folder whose manifest fits is the state of the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from multitrain.config import ConfigError
+
+FORMAT = 1
+_NAME = re.compile(r"update-(\d{8,})$")
+_CHUNK = 1 << 24
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "config.yaml")
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint that cannot be read or written; the message names the folder, the reason and the remedy."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds.
+
+    `weights`: fp32 by parameter name. `moments`: fp32 as ``exp_avg.NAME`` and ``exp_avg_sq.NAME``. `state`: the step,
+    the plan's fingerprint, loss-scale state and what the model is, as JSON.
+    """
+
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    state: dict[str, Any]
+
+    @property
+    def update(self) -> int:
+        """Completed updates."""
+        return int(self.state["update"])
+
+
+def folder_of(checkpoints: Path, update: int) -> Path:
+    """The folder of the checkpoint after `update` updates."""
+    return checkpoints / f"update-{update:08d}"
+
+
+def listed(checkpoints: Path) -> list[Path]:
+    """Checkpoint folders under `checkpoints`, newest first, verified or not; temporary ones are not checkpoints."""
+    if not checkpoints.is_dir():
+        return []
+    found = [(int(m.group(1)), p) for p in checkpoints.iterdir() if (m := _NAME.match(p.name)) and p.is_dir()]
+    return [p for _, p in sorted(found, reverse=True)]
+
+
+def verify(folder: Path) -> str | None:
+    """Why `folder` is no whole checkpoint, or None when every file is as its manifest says."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        files = {
+            name: (int(manifest["files"][name]["bytes"]), str(manifest["files"][name]["sha256"])) for name in FILES
+        }
+    except FileNotFoundError:
+        return "manifest.json is missing (it is written last)"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"manifest.json cannot be read ({error})"
+    for name, (size, digest) in files.items():
+        try:
+            actual = (folder / name).stat().st_size
+            if actual != size:
+                return f"{name} has {actual} bytes instead of {size}"
+            if _sha256(folder / name) != digest:
+                return f"{name} does not match its SHA-256"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({error})"
+    return None
+
+
+def newest_verified(checkpoints: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest whole checkpoint, and why each newer one was passed over.
+
+    Raises:
+        CheckpointError: when there are checkpoints but none is whole: starting over in silence would lose the run.
+    """
+    refused: dict[Path, str] = {}
+    for folder in listed(checkpoints):
+        reason = verify(folder)
+        if reason is None:
+            return folder, refused
+        refused[folder] = reason
+    if refused:
+        worst = "; ".join(f"{f.name}: {r}" for f, r in refused.items())
+        raise CheckpointError(
+            f"{checkpoints}: no checkpoint is whole ({worst}); restore one from a backup, or move the folder away to start over"
+        )
+    return None, {}
+
+
+def read(folder: Path) -> Checkpoint:
+    """The content of a checkpoint folder that :func:`verify` accepts."""
+    reason = verify(folder)
+    if reason is not None:
+        raise CheckpointError(f"{folder}: {reason}; use an older checkpoint of the run")
+    state = json.loads((folder / "state.json").read_text())
+    if state.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder}: format {state.get('format')!r}, this version reads format {FORMAT}; use the version that wrote it"
+        )
+    return Checkpoint(
+        safetensors.torch.load_file(folder / "model.safetensors"),
+        safetensors.torch.load_file(folder / "optimizer.safetensors"),
+        state,
+    )
+
+
+def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and state of the newest whole checkpoint of a run folder, or of one checkpoint folder."""
+    if (path / "checkpoints").is_dir():
+        newest, _ = newest_verified(path / "checkpoints")
+        if newest is None:
+            raise CheckpointError(f"{path}: the run has no checkpoint yet")
+        path = newest
+    reason = verify(path)
+    if reason is not None:
+        raise CheckpointError(f"{path}: {reason}; use an older checkpoint of the run")
+    return safetensors.torch.load_file(path / "model.safetensors"), json.loads((path / "state.json").read_text())
+
+
+def write(checkpoints: Path, checkpoint: Checkpoint, config_text: str) -> Path:
+    """Write one checkpoint so that it is either whole and found, or not there. One process calls this.
+
+    Raises:
+        OSError: when the disk is full or the folder cannot be written; nothing that was there before has changed.
+    """
+    final = folder_of(checkpoints, checkpoint.update)
+    if final.is_dir() and verify(final) is None:
+        _point_to(checkpoints, final.name)
+        return final
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    temporary = checkpoints / f".{final.name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        files = {
+            "model.safetensors": safetensors.torch.save(checkpoint.weights),
+            "optimizer.safetensors": safetensors.torch.save(checkpoint.moments),
+            "state.json": _json({"format": FORMAT, **checkpoint.state}),
+            "config.yaml": config_text.encode(),
+        }
+        manifest: dict[str, dict[str, Any]] = {}
+        for name, content in files.items():
+            _write_synced(temporary / name, content)
+            manifest[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        _write_synced(temporary / "manifest.json", _json({"update": checkpoint.update, "files": manifest}))
+        _sync_folder(temporary)
+        reason = verify(temporary)
+        if reason is not None:
+            raise OSError(f"{temporary}: read back differently from what was written: {reason}")
+        if final.exists():  # a damaged one of the same update
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+        _sync_folder(checkpoints)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _point_to(checkpoints, final.name)
+    return final
+
+
+def prune(checkpoints: Path, keep: int, keep_every: int | None) -> list[Path]:
+    """Delete what retention no longer covers, never one of the newest `keep` whole checkpoints; returns what went.
+
+    The manifest goes first, so that a deletion cut short leaves no folder that looks whole.
+    """
+    removed = []
+    kept = 0
+    for folder in listed(checkpoints):
+        whole = (folder / "manifest.json").is_file()
+        if kept < keep:
+            kept += whole
+            continue
+        update = int(folder.name.split("-")[1])
+        if keep_every is not None and update % keep_every == 0 and whole:
+            continue
+        (folder / "manifest.json").unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        removed.append(folder)
+    return removed
+
+
+def clear_temporary(checkpoints: Path) -> None:
+    """Remove what writers that died have left; rank 0 calls this before the run goes on."""
+    if checkpoints.is_dir():
+        for leftover in checkpoints.glob(".update-*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _point_to(checkpoints: Path, name: str) -> None:
+    temporary = checkpoints / f".latest.{os.getpid()}.tmp"
+    _write_synced(temporary, (name + "\n").encode())
+    os.replace(temporary, checkpoints / "latest")
+    _sync_folder(checkpoints)
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        view = memoryview(content)
+        while view:
+            view = view[os.write(descriptor, view[:_CHUNK]) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems refuse to sync a folder
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    for chunk in _chunks(path):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            yield chunk
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,236 @@
+"""DeepSpeed ZeRO-1 behind one class. The only file that imports deepspeed.
+
+Settings that are silently wrong on this version are not offered: ZeRO stage 2, `overlap_comm`, and gradients that are
+missing on some ranks (filled with zeros here). Weights, gradients and moments are fp32 in every precision; bf16 and
+fp16 are the arithmetic of the forward and backward pass (autocast), so a checkpoint does not depend on the precision.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from multitrain.config import ConfigError, EngineConfig, OptimConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The arithmetic of `precision` (fp32, bf16, fp16) for operations on `device`."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=DTYPES[precision])
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups: weight decay on tensors of two and more dimensions, none on biases and norms (PySlowFast's rule)."""
+    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [g for g in groups if g["params"]]
+
+
+@dataclass
+class LossScale:
+    """Dynamic loss scale of fp16: halved when gradients overflow, doubled after `window` good updates. Part of a checkpoint."""
+
+    scale: float = 1.0
+    good_updates: int = 0
+    window: int = 2000
+    dynamic: bool = False
+
+    def after_update(self, overflow: bool) -> None:
+        """Adapt to the outcome of an update."""
+        if not self.dynamic:
+            return
+        self.good_updates = 0 if overflow else self.good_updates + 1
+        if overflow:
+            self.scale = max(1.0, self.scale / 2)
+        elif self.good_updates % self.window == 0:
+            self.scale *= 2
+
+
+class Engine:
+    """A model, its AdamW state sharded over the ranks by ZeRO-1, and the one way to change both.
+
+    ``backward`` as often as there are micro-batches, then ``update`` once. The process group must exist.
+    """
+
+    def __init__(
+        self, model: nn.Module, optim: OptimConfig, config: EngineConfig, precision: str, device: torch.device
+    ) -> None:
+        deepspeed = _import_deepspeed()
+        self.model = model.to(device)
+        self.device = device
+        self.precision = precision
+        self.loss_scale = LossScale()
+        if precision == "fp16":
+            self.loss_scale = LossScale(scale=2.0**config.loss_scale_start, dynamic=True)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model, optim.weight_decay),
+            lr=optim.lr,
+            betas=optim.betas,
+            eps=optim.eps,
+            fused=device.type == "cuda",
+        )
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,  # batches are counted by the order room, not by DeepSpeed
+            "gradient_accumulation_steps": 1,
+            "managed_gradient_accumulation": False,
+            "gradient_clipping": optim.clip_norm or 0.0,
+            "steps_per_print": 2**62,
+            "zero_optimization": {
+                "stage": config.zero_stage,
+                "overlap_comm": False,
+                "contiguous_gradients": True,
+                "reduce_bucket_size": config.bucket_elements,
+                "allgather_bucket_size": config.bucket_elements,
+            },
+        }
+        with _quiet():
+            self._engine, *_ = deepspeed.initialize(
+                model=self.model, optimizer=optimizer, config=settings, dist_init_required=False
+            )
+        self.steps_applied = 0
+
+    @property
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Trained parameters by name, in the model's order; equal on all ranks."""
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The arithmetic of this run's forward pass."""
+        return autocast(self.precision, self.device)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss` (a scalar) to the accumulated one.
+
+        ZeRO averages over ranks: `loss` must be scaled so that the mean over ranks of the sum over micro-batches is
+        the loss of the update.
+        """
+        if self.loss_scale.dynamic:
+            self._engine.optimizer.override_loss_scale(self.loss_scale.scale)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def update(self, lr: float) -> float:
+        """Average the gradient over ranks, clip it, and step AdamW with learning rate `lr`.
+
+        Returns:
+            The global L2 norm of the gradient before clipping; inf when it was not finite and the step was skipped.
+        """
+        for parameter in self.named_parameters.values():
+            if parameter.grad is None:  # ZeRO-1 sums different tensors where ranks lack different gradients
+                parameter.grad = torch.zeros_like(parameter)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        applied = bool(self._engine.was_step_applied())
+        self.loss_scale.after_update(overflow=not applied)
+        self.steps_applied += applied
+        if not applied:
+            return float("inf")
+        norm = self._engine.get_global_grad_norm()
+        return float(norm)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights by name: fp32 on the CPU. Complete on every rank; no collective."""
+        return {n: t.detach().to("cpu", torch.float32) for n, t in self.model.state_dict().items()}
+
+    def moments(self) -> dict[str, Tensor]:
+        """Both AdamW moments of every parameter as ``exp_avg.NAME`` and ``exp_avg_sq.NAME``, fp32 on the CPU.
+
+        A collective: all ranks call it. Before the first step the moments are zeros.
+        """
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        self._link_moments()
+        found = {}
+        for name, parameter in self.named_parameters.items():
+            for moment in MOMENTS:
+                value = safe_get_full_optimizer_state(parameter, moment)
+                found[f"{moment}.{name}"] = value.detach().to("cpu", torch.float32).reshape(parameter.shape).clone()
+        return found
+
+    def restore(self, weights: dict[str, Tensor], moments: dict[str, Tensor], steps_applied: int) -> None:
+        """Put back what `weights` and `moments` gave, on any world size. All ranks call it.
+
+        Raises:
+            ConfigError: when names or shapes are not those of this model.
+        """
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        self._check_fits(weights, moments)
+        self._link_moments(steps_applied)
+        with torch.no_grad():
+            for name, tensor in self.model.state_dict().items():
+                tensor.copy_(weights[name])
+            for name, parameter in self.named_parameters.items():
+                safe_set_full_fp32_param(parameter, weights[name].to(self.device))
+                for moment in MOMENTS:
+                    safe_set_full_optimizer_state(parameter, moments[f"{moment}.{name}"].to(self.device), moment)
+        self.steps_applied = steps_applied
+
+    def _check_fits(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+        expected = {n: t.shape for n, t in self.model.state_dict().items()}
+        expected |= {f"{m}.{n}": p.shape for n, p in self.named_parameters.items() for m in MOMENTS}
+        given = {n: t.shape for n, t in (weights | moments).items()}
+        for name in sorted(expected.keys() | given.keys()):
+            if expected.get(name) != given.get(name):
+                raise ConfigError(
+                    f"the checkpoint does not fit the model: {name} is {_shape(given.get(name))} in the checkpoint and "
+                    f"{_shape(expected.get(name))} in the model; keep the run's model settings, or start a new run with init_from="
+                )
+
+    def _link_moments(self, steps_applied: int | None = None) -> None:
+        """Make DeepSpeed see AdamW's moments of the flat partitions, creating them as zeros where AdamW has not yet.
+
+        ZeRO-1 links the moments to the parameters before a client AdamW has made them, and then finds none; linking
+        anew before each read or write mends that. The two names are DeepSpeed's own (0.19); a test guards them.
+        """
+        zero = self._engine.optimizer
+        inner = zero.optimizer
+        for group in inner.param_groups:
+            for flat in group["params"]:
+                state = inner.state[flat]
+                for moment in MOMENTS:
+                    if moment not in state:
+                        state[moment] = torch.zeros_like(flat)
+                if steps_applied is not None or "step" not in state:
+                    step = torch.tensor(float(steps_applied or 0), dtype=torch.float32)
+                    state["step"] = step.to(flat.device) if group.get("fused") else step
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "absent" if shape is None else str(list(shape))
+
+
+def _import_deepspeed() -> Any:
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ConfigError(f"training needs DeepSpeed: pip install 'multitrain[train]' ({error})") from error
+    if not torch.cuda.is_available():
+        # Without this, 0.19 compiles a shared-memory operator with g++ at the first start, which we do not use.
+        deepspeed.ops.__compatible_ops__ = {}
+    return deepspeed
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back DeepSpeed's start-up chatter below warnings."""
+    logger = logging.getLogger("DeepSpeed")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(max(level, logging.WARNING))

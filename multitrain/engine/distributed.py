@@ -1,0 +1,104 @@
+"""From a placed process to a member of the process group."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from multitrain.config import ConfigError
+from multitrain.monitor import slurm
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks of the run.
+
+    `control` is a gloo group of all ranks for small agreements that must not wait for the device.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    control: dist.ProcessGroup
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that writes."""
+        return self.rank == 0
+
+    def agree(self, value: int) -> int:
+        """The largest `value` any rank has; all ranks call it at the same point."""
+        flag = torch.tensor([value], dtype=torch.int64)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.control)
+        return int(flag.item())
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Element-wise sum over ranks of a float64 CPU tensor [n], the same bits on every rank."""
+        values = values.to("cpu", torch.float64)
+        dist.all_reduce(values, group=self.control)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's picklable `value`, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's picklable `value`, in rank order, on every rank."""
+        box: list[Any] = [None] * self.size
+        dist.all_gather_object(box, value, group=self.control)
+        return box
+
+
+def join(expected_size: int, timeout: int, threads: int) -> World:
+    """Join the process group that the environment describes: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT,
+    or SLURM's own variables.
+
+    Args:
+        expected_size: ranks that the configuration asks for.
+        timeout: seconds after which a collective fails.
+        threads: CPU threads for tensor operations.
+
+    Raises:
+        ConfigError: when the environment places another number of ranks than the configuration says.
+    """
+    if "RANK" not in os.environ:
+        os.environ.update(slurm.rank_environment() if "SLURM_PROCID" in os.environ else _alone())
+    rank, size, local_rank = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if size != expected_size:
+        raise ConfigError(
+            f"{size} ranks were started, but the run's configuration asks for {expected_size}; start it through "
+            f"launch/submit.py, or submit it again with nodes= and gpus= that multiply to {size}"
+        )
+    torch.set_num_threads(threads)
+    device = torch.device("cpu")
+    backend = "gloo"
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"rank {rank} is number {local_rank} on its node, which shows {torch.cuda.device_count()} GPUs; "
+                "ask for as many GPUs as ranks a node (gpus=)"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+    return World(rank, size, local_rank, device, control)
+
+
+def _alone() -> dict[str, str]:
+    """The environment of a single process, for `python -m multitrain.train RUN` typed by hand."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

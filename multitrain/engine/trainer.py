@@ -1,0 +1,308 @@
+"""The recipe: updates in order, checkpoints in between, and leaving without a trace when asked to.
+
+The number of completed updates is the only truth about where a run stands. Batches that loader workers have prepared
+ahead, and the gradient of an update that was cut short, are thrown away and computed again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from multitrain.config import RunConfig
+from multitrain.data.loader import Batch, TrainLoader
+from multitrain.engine import checkpoint as checkpoints
+from multitrain.engine.checkpoint import Checkpoint
+from multitrain.engine.deepspeed import Engine
+from multitrain.engine.distributed import World
+from multitrain.engine.interruption import Interruption, Request
+from multitrain.engine.schedule import Schedule
+from multitrain.engine.skips import Skips
+from multitrain.engine.update import Gradient, Losses
+from multitrain.model.multitrain import MultiTrain
+from multitrain.monitor.recorder import Recorder
+from multitrain.order import BatchShape, Plan
+
+Validate = Callable[[MultiTrain], dict[str, dict[str, float]]]
+MOST_NONFINITE = 100
+"""Updates in a row whose gradient is not finite, after which the run stops: it has diverged."""
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on, restarted or not; the message says why and what to do."""
+
+
+class _Stopped(Exception):
+    """All ranks have agreed to stop before the next micro-batch."""
+
+
+class Trainer:
+    """Runs `updates` updates of `model`, from wherever its checkpoints stand.
+
+    Args:
+        config: the run's configuration.
+        run: the run's folder.
+        world: this process among the ranks.
+        model: the network; its initial weights count only when the run has no checkpoint.
+        plan: which video comes when.
+        shape: effective batch = micro-batch × accumulation × ranks.
+        updates: length of the run.
+        open_loader: ``(start, stop)`` → the batches of this rank for updates ``start`` to ``stop - 1``.
+        open_recorder: ``start`` → where the run's numbers are written.
+        interruption: requests to stop or save.
+        skips: count of unreadable videos, with the cap that ends the run.
+        validate: results of the model by dataset, nothing when a stop came in between; called by all ranks. None for no
+            validation.
+        config_text: the configuration as it is stored in each checkpoint.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run: Path,
+        world: World,
+        model: MultiTrain,
+        *,
+        plan: Plan,
+        shape: BatchShape,
+        updates: int,
+        open_loader: Callable[[int, int], TrainLoader],
+        open_recorder: Callable[[int], Recorder],
+        interruption: Interruption,
+        skips: Skips,
+        validate: Validate | None,
+        config_text: str,
+    ) -> None:
+        self.config = config
+        self.world = world
+        self.model = model
+        self.plan = plan
+        self.shape = shape
+        self.updates = updates
+        self.completed = 0
+        self.engine = Engine(model, config.optim, config.engine, config.precision, world.device)
+        self.gradient = Gradient(config, model, self.engine, shape, world)
+        self.schedule = Schedule.of(config.optim, updates, plan.epoch_size / config.effective_batch)
+        self._checkpoints = run / "checkpoints"
+        self._open_loader = open_loader
+        self._open_recorder = open_recorder
+        self._interruption = interruption
+        self._skips = skips
+        self._validate = validate
+        self._config_text = config_text
+        self._saved = -1
+        self._validated = -1
+        self._nonfinite = 0
+        self._waited = 0.0
+
+    def resume(self) -> dict[Path, str]:
+        """Load the newest whole checkpoint, which rank 0 chooses; returns why newer ones were passed over."""
+        choice: tuple[Path | None, dict[Path, str]] | Exception | None = None
+        if self.world.is_main:
+            checkpoints.clear_temporary(self._checkpoints)
+            try:
+                choice = checkpoints.newest_verified(self._checkpoints)
+            except checkpoints.CheckpointError as error:
+                choice = error
+        choice = self.world.broadcast(choice)
+        if isinstance(choice, Exception):
+            raise choice
+        assert choice is not None
+        folder, refused = choice
+        if folder is not None:
+            self._load(checkpoints.read(folder))
+            self._saved = self.completed
+        return refused
+
+    def train(self) -> Request:
+        """Do the updates that are left.
+
+        Returns:
+            ``Request.NONE`` when the run is complete, else what made it stop; a checkpoint is then on disk.
+
+        Raises:
+            TrainingError: the run cannot go on.
+        """
+        self.recorder = self._open_recorder(self.completed)
+        self._loader = self._open_loader(self.completed, self.updates)
+        self.model.train()
+        request = Request.NONE
+        try:
+            self._validate_if_due()  # one that an interruption cut off
+            while self.completed < self.updates:
+                self._one_update()
+                self._validate_if_due()
+                self._save_if_due()
+        except _Stopped:
+            request = self._interruption.agreed()
+            self.recorder.event("signal", request=request.name.lower(), signals=self._interruption.signals)
+        finally:
+            self._loader.close()
+        self.save()
+        return request
+
+    def _one_update(self) -> None:
+        """Gradient of the whole effective batch, one step of AdamW, one line in the metrics."""
+        started = time.perf_counter()
+        self._waited = 0.0
+        losses = self.gradient.accumulate(self._micro_batches())
+        lr = self.schedule(self.completed)
+        scale = self.engine.loss_scale.scale
+        grad_norm = self.engine.update(lr)
+        self._check_finite(grad_norm)
+        record = self._record(losses, time.perf_counter() - started)
+        record |= {"lr": lr, "grad_norm": grad_norm, "loss_scale": scale}
+        self.completed += 1
+        self.recorder.update(record)
+
+    def _validate_if_due(self) -> None:
+        """Score the validation videos at their interval and after the last update."""
+        every = self.config.eval.every
+        if self._validate is None or every is None or self._validated == self.completed or not self.completed:
+            return
+        if self.completed % every and self.completed != self.updates:
+            return
+        results = self._validate(self.model)
+        if not results:  # a stop came in between, on all ranks; the next start validates first
+            raise _Stopped
+        self._validated = self.completed
+        self.recorder.validation(self.completed, results)
+
+    def _save_if_due(self) -> None:
+        """Write a checkpoint at its interval, or when somebody asked for one."""
+        asked = self._interruption.agreed() == Request.SAVE
+        if asked or self.completed % self.config.checkpoint.every == 0:
+            self.save()
+        if asked:
+            self._interruption.saved()
+
+    def save(self) -> None:
+        """Write a checkpoint of the completed updates, unless it is there. All ranks call this.
+
+        A disk that cannot take it is reported, and the run goes on to the next interval with what was there before.
+        """
+        if self._saved == self.completed:
+            return
+        started = time.perf_counter()
+        moments = self.engine.moments()
+        failure: str | None = None
+        if self.world.is_main:
+            try:
+                content = Checkpoint(self.engine.weights(), moments, self._state())
+                checkpoints.write(self._checkpoints, content, self._config_text)
+                checkpoints.prune(self._checkpoints, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
+            except OSError as error:
+                failure = f"{self._checkpoints}: {error.strerror or error}"
+        failure = self.world.broadcast(failure)
+        seconds = time.perf_counter() - started
+        if failure is not None:
+            self.recorder.event("checkpoint_failed", update=self.completed, reason=failure)
+            self.recorder.write(
+                f"checkpoint after update {self.completed} could NOT be written: {failure}; "
+                f"the run goes on and tries again at the next interval"
+            )
+            return
+        self._saved = self.completed
+        self.recorder.event("checkpoint", update=self.completed, seconds=round(seconds, 3))
+
+    def _micro_batches(self) -> Iterator[Batch]:
+        """This rank's micro-batches of the current update; raises _Stopped on all ranks at the same one."""
+        for _ in range(self.shape.accumulation):
+            started = time.perf_counter()
+            batch = None
+            while batch is None and self._interruption.pending < Request.STOP:
+                batch = self._loader.next_batch(timeout=0.5)
+            self._waited += time.perf_counter() - started
+            if self._interruption.agreed() >= Request.STOP:
+                raise _Stopped
+            assert batch is not None  # a rank that gave up waiting has made the others stop
+            yield batch
+
+    def _record(self, losses: Losses, seconds: float) -> dict[str, Any]:
+        """The update's numbers over all ranks: one small all-reduce, the only one for the log."""
+        names = list(self.model.datasets)
+        own = torch.cat([losses.terms, losses.per_dataset.flatten()]).double().cpu()
+        clock = torch.tensor([self._waited, seconds, float(len(losses.skipped))], dtype=torch.float64)
+        total = self.world.sum(torch.cat([own, clock]))
+        micro_batches = self.world.size * self.shape.accumulation
+        classification, projection, informative = (total[:3] / micro_batches).tolist()
+        per_dataset = total[3 : 3 + 2 * len(names)].reshape(-1, 2)
+        waited, busy, skipped = total[-3:].tolist()
+        if skipped:
+            self._count_skipped(losses.skipped)
+        weight = self.config.loss.informative_weight
+        start = self.completed * self.config.effective_batch
+        clips = self.config.effective_batch * self.config.augment.copies
+        record = {
+            "update": self.completed,
+            "loss": classification + projection + weight * informative,
+            "loss_classification": classification,
+            "loss_projection": projection,
+            "loss_informative": informative,
+            "loss_per_dataset": {n: s / c for n, (s, c) in zip(names, per_dataset.tolist()) if c},
+            "tickets": self.plan.digest(start, start + self.config.effective_batch),
+            "world_size": self.world.size,
+            "micro_batch": self.shape.micro_batch,
+            "seconds": round(seconds, 4),
+            "data_wait_fraction": round(waited / busy, 4) if busy else 0.0,
+            "clips_per_second": round(clips / seconds, 3),
+            "skipped": self._skips.counts,
+        }
+        if self.world.device.type == "cuda":
+            record["max_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+        return record
+
+    def _count_skipped(self, own: list[dict[str, Any]]) -> None:
+        records = [r for rank in self.world.gather(own) for r in rank]
+        if self.world.is_main:
+            self.recorder.skipped(records)
+        over = self._skips.add(records)
+        if over is not None:
+            raise TrainingError(over)
+
+    def _check_finite(self, grad_norm: float) -> None:
+        finite = grad_norm != float("inf")
+        self._nonfinite = 0 if finite else self._nonfinite + 1
+        if finite:
+            return
+        self.recorder.event("nonfinite_gradient", update=self.completed, loss_scale=self.engine.loss_scale.scale)
+        if self._nonfinite >= MOST_NONFINITE:
+            raise TrainingError(
+                f"the gradient was not finite for {MOST_NONFINITE} updates in a row (up to update {self.completed}): "
+                f"the run has diverged; start from an older checkpoint with a smaller optim.lr, or use precision=bf16"
+            )
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "update": self.completed,
+            "updates": self.updates,
+            "validated": self._validated,
+            "plan": self.plan.describe(),
+            "fingerprint": self.plan.fingerprint,
+            "steps_applied": self.engine.steps_applied,
+            "loss_scale": {"scale": self.engine.loss_scale.scale, "good_updates": self.engine.loss_scale.good_updates},
+            "datasets": dict(self.model.datasets),
+            "multi_label": [n for n, d in self.config.data.datasets.items() if d.multi_label],
+            "model": self.config.model.model_dump(mode="json"),
+            "precision": self.config.precision,
+            "world_size": self.world.size,
+            "versions": {"torch": torch.__version__},
+        }
+
+    def _load(self, content: Checkpoint) -> None:
+        if content.state["fingerprint"] != self.plan.fingerprint:
+            lines = self.plan.differences(content.state["plan"])
+            raise TrainingError(
+                f"{self._checkpoints}: the checkpoint belongs to another plan ({'; '.join(lines)}); "
+                "undo the change, or start a new run with init_from="
+            )
+        self.engine.restore(content.weights, content.moments, int(content.state["steps_applied"]))
+        if self.engine.loss_scale.dynamic and content.state["precision"] == "fp16":
+            self.engine.loss_scale.scale = float(content.state["loss_scale"]["scale"])
+            self.engine.loss_scale.good_updates = int(content.state["loss_scale"]["good_updates"])
+        self.completed = content.update
+        self._validated = int(content.state["validated"])

@@ -1,0 +1,274 @@
+"""Pictures of a run: curves, film strips with predictions, confusion matrices. matplotlib is loaded when one is drawn."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from multitrain.config import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C564B")
+"""Okabe and Ito's colours, told apart by colour-blind readers too."""
+INK, FAINT, RIGHT, WRONG = "#24292f", "#8b949e", "#1a7f37", "#cf222e"
+POINTS = 600
+"""Points of a drawn curve at most; longer ones are averaged in equal stretches."""
+NAMED = 32
+"""Classes up to which a confusion matrix shows their names."""
+
+Curve = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class History:
+    """What the curves show."""
+
+    metrics: Sequence[Mapping[str, Any]]
+    """Records of `metrics.jsonl`."""
+    validations: Mapping[int, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+    """By completed updates: results by dataset, in percent."""
+    restarts: Sequence[int] = ()
+    """Completed updates at which the run was resumed."""
+    chance: Mapping[str, float] = field(default_factory=dict)
+    """By dataset: percent that guessing reaches."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One test video and what the model says of it."""
+
+    dataset: str
+    frames: np.ndarray
+    """uint8 [T, H, W, 3]."""
+    truth: tuple[str, ...]
+    predictions: Mapping[str, Sequence[tuple[str, float]]]
+    """By head: (label, probability), best first."""
+
+
+def curves(history: History) -> bytes:
+    """Loss terms, loss by dataset, validation accuracy, learning rate, gradient norm and speed, as PNG."""
+    figure, axes = _figure(3, 2, width=13.0, height=7.2)
+    panels = axes.ravel()
+    terms = {"loss": "total", "loss_classification": "classification", "loss_projection": "projection"}
+    _lines(panels[0], "Loss", {label: _curve(history, key) for key, label in terms.items()}, first=INK)
+    _lines(panels[1], "Loss of each dataset's own head", _by_dataset(history))
+    _validation(panels[2], history)
+    _lines(panels[3], "Informative loss", {"informative": _curve(history, "loss_informative")})
+    norm = {"gradient norm": _curve(history, "grad_norm")}
+    _lines(panels[4], "Gradient norm, before clipping", norm, first=COLOURS[3])
+    _pace(panels[5], history)
+    for axis in panels:
+        axis.set_xlabel("updates")
+        _mark_restarts(axis, history.restarts)
+        axis.set_xlim(left=0)
+    return _png(figure)
+
+
+def film_strips(examples: Sequence[Example], heads: Sequence[str]) -> bytes:
+    """One row a video: frames, true label, and the best classes of every head, as PNG."""
+    rows, shown = len(examples), 6
+    figure, axes = _figure(1 + len(heads), rows, width=7.0 + 2.9 * len(heads), height=1.35 * rows + 0.4, ratio=2.6)
+    for row, example in enumerate(examples):
+        strip = axes[row, 0]
+        strip.imshow(_strip(example.frames, shown), interpolation="lanczos", aspect="equal")
+        strip.axis("off")
+        _title(strip, f"{example.dataset}:  {', '.join(example.truth)}", size=9)
+        for column, head in enumerate(heads, 1):
+            _bars(axes[row, column], example, head)
+            if row == 0:
+                axes[row, column].annotate(
+                    head, (0, 1), (0, 13), xycoords="axes fraction", textcoords="offset points", weight="bold", size=10
+                )
+    return _png(figure)
+
+
+def confusion(matrices: Mapping[str, np.ndarray], names: Mapping[str, Sequence[str]]) -> bytes:
+    """One confusion matrix a dataset (int [K, K], row = true class), in percent of the row, as PNG."""
+    sides = {d: 3.0 + 0.24 * min(len(m), NAMED) for d, m in matrices.items()}
+    widths = list(sides.values())
+    figure, axes = _figure(len(matrices), 1, width=sum(widths), height=max(widths) * 0.92, widths=widths)
+    for axis, (dataset, matrix) in zip(axes[0], matrices.items(), strict=True):
+        _matrix(axis, dataset, matrix, names[dataset])
+    return _png(figure)
+
+
+def _matrix(axis: Axes, dataset: str, matrix: np.ndarray, names: Sequence[str]) -> None:
+    rows = matrix.sum(1, keepdims=True)
+    share = 100 * matrix / np.maximum(rows, 1)
+    axis.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("true")
+    _title(axis, dataset)
+    axis.grid(visible=False)
+    if len(matrix) > NAMED:
+        return
+    ticks = range(len(matrix))
+    axis.set_xticks(ticks, names, rotation=40, ha="right", rotation_mode="anchor", size=8)
+    axis.set_yticks(ticks, names, size=8)
+    for i in ticks:
+        for j in ticks:
+            if matrix[i, j]:
+                colour = "white" if share[i, j] > 55 else INK
+                axis.text(j, i, f"{share[i, j]:.0f}", ha="center", va="center", size=7, color=colour)
+
+
+def _validation(axis: Axes, history: History) -> None:
+    _title(axis, "Validation top-1, % (dotted: chance)")
+    datasets = list(dict.fromkeys(d for results in history.validations.values() for d in results))
+    for colour, dataset in zip(_cycle(len(datasets)), datasets, strict=True):
+        points = [
+            (update, results[dataset]["map" if "map" in results[dataset] else "top1"])
+            for update, results in sorted(history.validations.items())
+            if dataset in results
+        ]
+        axis.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3.5, label=dataset)
+        if dataset in history.chance:
+            axis.axhline(history.chance[dataset], color=colour, linestyle=":", linewidth=1)
+    axis.set_ylim(0, 102)
+    if datasets:
+        axis.legend()
+    else:
+        _nothing(axis, "no validation (eval.every is not set)")
+
+
+def _pace(axis: Axes, history: History) -> None:
+    """Clips a second, and the learning rate in the background on a scale of its own."""
+    _lines(axis, "Clips a second; learning rate (grey)", {"": _curve(history, "clips_per_second")}, first=COLOURS[4])
+    updates, rate = _curve(history, "lr")
+    if len(rate):
+        peak = np.nanmax(rate)
+        axis.set_ylim(0)
+        top = axis.get_ylim()[1]
+        axis.fill_between(updates, 0, rate / max(peak, 1e-30) * top, color=FAINT, alpha=0.18, linewidth=0)
+        axis.set_ylim(0, top)
+        note = f"peak learning rate {peak:.1e}"
+        axis.annotate(note, (0.98, 0.04), xycoords="axes fraction", ha="right", size=8, color=FAINT)
+
+
+def _lines(axis: Axes, title: str, series: Mapping[str, Curve], first: str | None = None) -> None:
+    """Faint raw curves under smoothed ones."""
+    _title(axis, title)
+    drawn = {label: curve for label, curve in series.items() if len(curve[0])}
+    colours = [first, *_cycle(len(drawn))] if first else _cycle(len(drawn))
+    for colour, (label, (x, y)) in zip(colours, drawn.items(), strict=False):
+        axis.plot(x, y, color=colour, alpha=0.22, linewidth=0.8)
+        axis.plot(x, _smooth(y), color=colour, linewidth=1.6, label=label)
+    if len(drawn) > 1:
+        axis.legend()
+    if not drawn:
+        _nothing(axis, "not recorded")
+
+
+def _bars(axis: Axes, example: Example, head: str) -> None:
+    best = list(example.predictions.get(head, ()))[:3]
+    own = head == example.dataset
+    for place, (label, probability) in enumerate(best):
+        colour = "#afb8c1"
+        if own and place == 0:
+            colour = RIGHT if label in example.truth else WRONG
+        axis.barh(place, 1.0, color="#f0f2f5", height=0.78)
+        axis.barh(place, probability, color=colour, height=0.78, alpha=0.85 if own else 0.6)
+        axis.text(0.02, place, label, va="center", size=8, color=INK, weight="bold" if place == 0 and own else "normal")
+        axis.text(0.98, place, f"{100 * probability:.0f} %", va="center", ha="right", size=8, color=INK)
+    axis.set_ylim(2.6, -0.6)
+    axis.set_xlim(0, 1)
+    axis.axis("off")
+
+
+def _strip(frames: np.ndarray, count: int) -> np.ndarray:
+    """`count` evenly spaced frames side by side, white between them."""
+    chosen = frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
+    gap = np.full((chosen.shape[1], max(2, chosen.shape[2] // 32), 3), 255, np.uint8)
+    return np.concatenate([part for frame in chosen for part in (frame, gap)][:-1], axis=1)
+
+
+def _by_dataset(history: History) -> dict[str, Curve]:
+    names = list(dict.fromkeys(n for r in history.metrics for n in (r.get("loss_per_dataset") or {})))
+    return {name: _curve(history, "loss_per_dataset", name) for name in names}
+
+
+def _curve(history: History, key: str, name: str | None = None) -> Curve:
+    """Completed updates and values of a key, averaged in equal stretches down to :data:`POINTS`."""
+    pairs = []
+    for record in history.metrics:
+        value = record.get(key) if name is None else (record.get(key) or {}).get(name)
+        if value is not None:
+            pairs.append((record["update"] + 1, value))
+    x, y = np.array(pairs, float).reshape(-1, 2).T
+    if len(x) <= POINTS:
+        return x, y
+    cuts = np.linspace(0, len(x), POINTS + 1).astype(int)[:-1]
+    counts = np.diff([*cuts, len(x)])
+    return np.add.reduceat(x, cuts) / counts, np.add.reduceat(y, cuts) / counts
+
+
+def _smooth(y: np.ndarray) -> np.ndarray:
+    """Moving mean over about a thirtieth of the curve, narrower at the ends."""
+    half = max(1, len(y) // 60)
+    total = np.concatenate([[0.0], np.cumsum(y)])
+    i = np.arange(len(y))
+    reach = np.minimum(half, np.minimum(i, len(y) - 1 - i))
+    return (total[i + reach + 1] - total[i - reach]) / (2 * reach + 1)
+
+
+def _mark_restarts(axis: Axes, restarts: Sequence[int]) -> None:
+    for update in restarts:
+        axis.axvline(update, color=INK, linestyle=(0, (2, 3)), linewidth=0.9, alpha=0.6)
+    if restarts:
+        axis.annotate(
+            "resumed",
+            (restarts[0], 0.985),
+            (3, 0),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            va="top",
+            size=7,
+            color=INK,
+            alpha=0.7,
+        )
+
+
+def _title(axis: Axes, text: str, size: float = 10.5) -> None:
+    axis.set_title(text, loc="left", size=size, color=INK)
+
+
+def _nothing(axis: Axes, text: str) -> None:
+    axis.annotate(text, (0.5, 0.5), xycoords="axes fraction", ha="center", color=FAINT)
+
+
+def _cycle(count: int) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+
+
+def _figure(
+    columns: int, rows: int, *, width: float, height: float, ratio: float = 1.0, widths: Sequence[float] | None = None
+) -> tuple[Figure, Any]:
+    """A figure and its axes [rows, columns]; the first column is `ratio` times as wide as the others, or as `widths` say."""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("pictures need matplotlib; pip install 'multitrain[report]'") from None
+    style: dict[Any, Any] = {"font.size": 9, "axes.edgecolor": FAINT, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK}
+    with rc_context(style):
+        figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+        shares = widths or [ratio, *[1.0] * (columns - 1)]
+        axes = figure.subplots(rows, columns, squeeze=False, gridspec_kw={"width_ratios": shares})
+    for axis in axes.ravel():
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color="#e6e8eb", linewidth=0.7)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def _png(figure: Figure, dpi: int = 110) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()

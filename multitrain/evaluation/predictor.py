@@ -1,0 +1,159 @@
+"""A trained model that answers: which action is in this file?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from multitrain.config import ConfigError, DatasetConfig, ModelConfig, RunConfig, nearest
+from multitrain.data.views import load_views
+from multitrain.interop.weights import Weights, read_names, read_weights, run_config
+from multitrain.model import MultiTrain
+
+
+class Predictor(MultiTrain):
+    """A :class:`~multitrain.model.MultiTrain` that reads video files and knows the names of its classes.
+
+    Args:
+        config, datasets, multi_label: of the model.
+        run: how each dataset's clips are read.
+        class_names: names by label, for the datasets whose names are known; others are shown by number.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        datasets: dict[str, int],
+        *,
+        run: RunConfig,
+        multi_label: Sequence[str] = (),
+        class_names: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        super().__init__(config, datasets, multi_label=multi_label)
+        self.run = run
+        self.class_names = {name: list(names) for name, names in (class_names or {}).items()}
+
+    def predict(
+        self, path: str | Path, top: int = 5, *, views: Literal["centre", "test"] = "centre"
+    ) -> dict[str, list[tuple[str, float]]]:
+        """The most probable classes of a video in each dataset's label space.
+
+        Args:
+            path: a video file.
+            top: classes to return for each dataset; all when it has fewer.
+            views: ``centre``: one clip from the middle, centre crop; ``test``: all views of the dataset's multi-view
+                test, several times slower.
+
+        Returns:
+            By dataset, in head order: (label, probability) with the best first. Labels are class names, or the class's
+            number as text where names are not known.
+
+        Raises:
+            VideoError: the file cannot be read; it says why.
+            ConfigError: `views` is not known.
+        """
+        if views not in ("centre", "test"):
+            raise ConfigError(f"views={views!r}: {nearest(views, ['centre', 'test'])}")
+        return {name: self._best(name, row, top) for name, row in self.probabilities_of(path, views=views).items()}
+
+    def probabilities_of(
+        self, path: str | Path, *, views: Literal["centre", "test"] = "centre"
+    ) -> dict[str, torch.Tensor]:
+        """Mean probabilities over the views of a video, by dataset: float32 [K] on the CPU. Errors as :meth:`predict`."""
+        features: dict[str, torch.Tensor] = {}
+        out = {}
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.inference_mode():
+                for name in self.datasets:
+                    settings = self._reading(name, views)
+                    same = settings.model_dump_json(include=_READING)
+                    if same not in features:
+                        clips = torch.from_numpy(load_views(path, settings, self.run.data, self.config))
+                        features[same] = self.features(clips.to(self.pos_embed_spatial.device))
+                    out[name] = self.probabilities(name, self.heads.of(name)(features[same])).mean(0).cpu()
+        finally:
+            self.train(was_training)
+        return out
+
+    def label(self, dataset: str, index: int) -> str:
+        """The name of a class, or its number as text."""
+        names = self.class_names.get(dataset)
+        return names[index] if names else str(index)
+
+    def _reading(self, name: str, views: str) -> DatasetConfig:
+        settings = self.run.data.datasets[name]
+        return settings if views == "test" else settings.model_copy(update={"temporal_views": 1, "spatial_views": 1})
+
+    def _best(self, name: str, row: torch.Tensor, top: int) -> list[tuple[str, float]]:
+        order = torch.argsort(row, descending=True, stable=True)[: max(top, 0)]
+        return [(self.label(name, int(i)), float(row[i])) for i in order]
+
+
+_READING = {"sampling", "temporal_views", "spatial_views", "test_short_side"}
+"""What of a dataset's settings decides which pixels the network sees."""
+
+
+def load(path: str | Path, *, class_names: Mapping[str, str | Path | Sequence[str]] | None = None) -> Predictor:
+    """The model stored at `path`, on the CPU in eval mode.
+
+    Args:
+        path: a published `.pyth` file, a run's folder, a checkpoint's folder, or a `.safetensors` file.
+        class_names: by dataset, a list of names or a file with one name a line; takes precedence over names found with
+            the weights (stored, or ``classes.txt`` in the dataset's annotation folder).
+
+    Raises:
+        ConfigError: no model there, damaged, or class names that do not fit.
+    """
+    weights = read_weights(path)
+    names = weights.class_names | _given_names(class_names or {}, weights)
+    with torch.device("meta"):
+        model = Predictor(
+            weights.config,
+            weights.datasets,
+            run=_run(path, weights),
+            multi_label=weights.multi_label,
+            class_names=names,
+        )
+    model.load_state_dict({name: tensor.float() for name, tensor in weights.state.items()}, assign=True)
+    return model.eval()
+
+
+def _run(path: str | Path, weights: Weights) -> RunConfig:
+    """The stored configuration; every head must have its dataset's settings in it."""
+    run = run_config(path)
+    absent = [name for name in weights.datasets if name not in run.data.datasets]
+    if absent:
+        raise ConfigError(
+            f"{path}: its configuration has no data.datasets.{absent[0]}, which its weights have a head for; restore its config.yaml"
+        )
+    return run
+
+
+def _given_names(given: Mapping[str, str | Path | Sequence[str]], weights: Weights) -> dict[str, list[str]]:
+    out = {}
+    for name, source in given.items():
+        if name not in weights.datasets:
+            raise ConfigError(
+                f"class names for {name!r}, which is no dataset of this model; {nearest(name, weights.datasets)}"
+            )
+        classes = weights.datasets[name]
+        if isinstance(source, (str, Path)):
+            names = read_names({"class_names": str(source)}, classes)
+            if names is None:
+                raise ConfigError(f"{source}: not a file of {classes} class names, one a line, which {name} has")
+        else:
+            names = [str(n) for n in source]
+            if len(names) != classes:
+                raise ConfigError(
+                    f"{len(names)} class names for {name}, which has {classes} classes; give one for each"
+                )
+        out[name] = names
+    return out
+
+
+__all__ = ["Predictor", "load"]

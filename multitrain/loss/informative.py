@@ -1,0 +1,57 @@
+"""The informative loss: variance and covariance of the expander's outputs (VICReg, Bardes et al., ICLR 2022, eq. 1–4).
+
+It looks at all clips of a batch at once, so it is not a mean over clips: taken over micro-batches it is another loss.
+`embedding_gradient` makes the exact whole-batch loss affordable in two passes: embeddings of all clips without graph; its value and gradient
+with respect to them; then each micro-batch with graph, whose embeddings get their rows of that gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from multitrain.config import ConfigError
+from multitrain.loss.precision import at_least_fp32, no_autocast
+
+EPSILON = 1e-4
+"""Added to the variance before the root."""
+TARGET_STD = 1.0
+"""Standard deviation below which a dimension is pushed apart."""
+
+
+def informative_loss(
+    embeddings: Tensor, std_weight: float = 25.0, covariance_weight: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, std term, covariance term) of embeddings [n, D]; scalars in fp32, or fp64 for fp64 embeddings.
+
+    std_j = sqrt(var_unbiased(e_j) + 1e-4); std term = mean_j max(0, 1 − std_j); Cov = ēᵀē / (n − 1);
+    covariance term = (1/D) Σ_{j≠k} Cov_jk²; loss = std_weight · std term + covariance_weight · covariance term.
+
+    Raises:
+        ConfigError: fewer than two clips, of which there is no variance.
+    """
+    clips, dim = embeddings.shape
+    if clips < 2:
+        raise ConfigError(
+            f"the informative loss needs the embeddings of at least 2 clips, but got {clips}; "
+            "use micro_batch=2 or more, augment.copies=2 or loss.informative_weight=0"
+        )
+    with no_autocast(embeddings):
+        e = at_least_fp32(embeddings)
+        e = e - e.mean(0)
+        covariance = e.T @ e / (clips - 1)
+        variance = covariance.diagonal()
+        std_term = torch.relu(TARGET_STD - torch.sqrt(e.var(0) + EPSILON)).mean()
+        covariance_term = (covariance - torch.diag(variance)).square().sum() / dim
+        return std_weight * std_term + covariance_weight * covariance_term, std_term, covariance_term
+
+
+def embedding_gradient(
+    embeddings: Tensor, std_weight: float = 25.0, covariance_weight: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(loss, ∂loss/∂embeddings) of all clips' embeddings [M, D]: a scalar and [M, D], detached, fp32 or better."""
+    with torch.enable_grad():
+        e = at_least_fp32(embeddings.detach()).clone().requires_grad_()
+        loss = informative_loss(e, std_weight, covariance_weight)[0]
+        (gradient,) = torch.autograd.grad(loss, e)
+    return loss.detach(), gradient

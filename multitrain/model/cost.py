@@ -1,0 +1,55 @@
+"""What a model costs: parameters and multiply-accumulates of one clip."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from multitrain.config import ConfigError, ModelConfig
+from multitrain.model.multitrain import MultiTrain
+
+
+def flops(config: ModelConfig, datasets: dict[str, int]) -> tuple[int, float]:
+    """(parameters, multiply-accumulates) of one clip in eval mode, with all heads and the expander.
+
+    Counted as the published figures are: convolutions, matrix products including both of the attention, and layer norms at 5 an element.
+
+    Raises:
+        ConfigError: fvcore is missing.
+    """
+    try:
+        from fvcore.nn import FlopCountAnalysis
+    except ImportError:
+        raise ConfigError("counting operations needs fvcore: pip install 'multitrain[flops]'") from None
+    model = MultiTrain(config, datasets).eval()
+    clips = torch.zeros(1, 3, config.frames, config.crop, config.crop)
+    with torch.no_grad():
+        analysis = FlopCountAnalysis(_Outputs(model), clips).set_op_handle(
+            "aten::scaled_dot_product_attention", _attention
+        )
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        logging.getLogger("fvcore").setLevel(logging.ERROR)
+        total = float(analysis.total())
+    return sum(p.numel() for p in model.parameters()), total
+
+
+class _Outputs(torch.nn.Module):
+    """What is counted, as a tuple that torch can trace."""
+
+    def __init__(self, model: MultiTrain) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, clips: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out = self.model.outputs(clips)
+        return (*out.logits.values(), *out.projected.values(), *([] if out.expanded is None else [out.expanded]))
+
+
+def _attention(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+    """q·kᵀ and a·v: B·h·N·M·d each."""
+    q, k, v = (x.type().sizes() for x in inputs[:3])
+    return math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])

@@ -1,0 +1,88 @@
+"""What turns clip features into logits: one head a dataset, and one projection for every ordered pair of datasets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+from urllib.parse import unquote
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from multitrain.config import ConfigError
+from multitrain.model.random import KeyedDropout, stream_of
+
+def escape(name: str) -> str:
+    """A dataset's name as a module name: percent-encoded where torch does not take it ("." and attributes of modules).
+
+    Raises:
+        ConfigError: an empty name, or one with "/", which separates names elsewhere.
+    """
+    if not name or "/" in name:
+        raise ConfigError(f"{name!r} cannot name a dataset; use at least one character and no '/'")
+    escaped = name.replace("%", "%25").replace(".", "%2E")
+    if escaped in dir(_ByDataset(())):
+        escaped = "".join(f"%{byte:02X}" for byte in escaped[0].encode()) + escaped[1:]
+    return escaped
+
+
+def unescape(name: str) -> str:
+    """The dataset's name behind a module name; the inverse of `escape`."""
+    return unquote(name)
+
+
+class MlpHead(nn.Module):
+    """lin → GELU → dropout → lin, and dropout again on the logits if asked (published; defect 14 of its code)."""
+
+    def __init__(self, dim: int, hidden: int, classes: int, dropout: float, dropout_logits: bool, name: str) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, classes)
+        self.dropout = KeyedDropout(dropout, stream_of(f"heads.{name}.hidden"))
+        self.dropout_logits = KeyedDropout(dropout if dropout_logits else 0.0, stream_of(f"heads.{name}.logits"))
+
+    def forward(self, features: Tensor, keys: Tensor | None = None) -> Tensor:
+        """features [B, dim], keys int64 [B] or None -> logits [B, classes]."""
+        hidden = self.dropout(F.gelu(self.fc1(features)), keys)
+        return self.dropout_logits(self.fc2(hidden), keys)
+
+
+class LinearHead(nn.Linear):
+    """dropout → lin."""
+
+    def __init__(self, dim: int, classes: int, dropout: float, name: str) -> None:
+        super().__init__(dim, classes)
+        self.dropout = KeyedDropout(dropout, stream_of(f"heads.{name}.features"))
+
+    def forward(self, features: Tensor, keys: Tensor | None = None) -> Tensor:
+        """features [B, dim], keys int64 [B] or None -> logits [B, classes]."""
+        return super().forward(self.dropout(features, keys))
+
+
+class _ByDataset(nn.ModuleDict):
+    """Modules by the names of datasets, whatever characters they have."""
+
+    def __init__(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
+        super().__init__({escape(name): module for name, module in modules})
+
+    def of(self, name: str) -> Any:
+        """The module of the dataset called `name`."""
+        return self[escape(name)]
+
+
+class Heads(_ByDataset):
+    """One head a dataset; every head sees every clip."""
+
+
+class Projections(_ByDataset):
+    """W_ab of every ordered pair a ≠ b of datasets, without bias, `projections.<a>.<b>.weight` [K_b, K_a]."""
+
+    def __init__(self, datasets: dict[str, int]) -> None:
+        super().__init__(
+            (a, _ByDataset((b, nn.Linear(datasets[a], datasets[b], bias=False)) for b in datasets if b != a))
+            for a in datasets
+        )
+
+    def forward(self, logits: dict[str, Tensor]) -> dict[tuple[str, str], Tensor]:
+        """ẑ_ab = W_ab z_a: logits [B, K_a] by dataset -> projected logits [B, K_b] by (source a, target b)."""
+        return {(a, b): self.of(a).of(b)(logits[a]) for b in logits for a in logits if a != b}

@@ -1,0 +1,119 @@
+"""The whole model: backbone, one head a dataset, cross-dataset projections, expander (Liang et al., NeurIPS 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from multitrain.config import ConfigError, ModelConfig, nearest
+from multitrain.model.checkpointing import Recompute
+from multitrain.model.heads import Heads, LinearHead, MlpHead, Projections
+from multitrain.model.initialisation import initialise
+from multitrain.model.mvit import Mlp, MViT
+from multitrain.model.random import draw_keys
+
+
+@dataclass
+class Outputs:
+    """What the loss looks at."""
+
+    features: Tensor
+    """Pooled clip features [B, C]."""
+    logits: dict[str, Tensor] = field(default_factory=dict)
+    """By dataset: [B, K]."""
+    projected: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    """By (source, target): the source head's logits in the target's classes, [B, K_target]."""
+    expanded: Tensor | None = None
+    """The expander's output [B, C], which the informative loss looks at; None without expander."""
+
+
+class MultiTrain(MViT):
+    """One video transformer with a head for each of several datasets.
+
+    Args:
+        config: the network.
+        datasets: class count by dataset name, in head order.
+        activation_checkpointing: what the backward pass recomputes: "none", "selective" or "full".
+        multi_label: datasets whose clips may have several labels; their probabilities are sigmoids.
+
+    The published initialisation with seed 0 is in place; `initialise` gives that of another seed.
+
+    Raises:
+        ConfigError: no dataset, a class count below 1, or `multi_label` naming an unknown dataset.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        datasets: dict[str, int],
+        activation_checkpointing: Recompute = "none",
+        multi_label: Collection[str] = (),
+    ) -> None:
+        _check(datasets, multi_label)
+        super().__init__(config, activation_checkpointing)
+        self.datasets = dict(datasets)
+        self.multi_label = frozenset(multi_label)
+        self.heads = Heads((name, self._head(name)) for name in datasets)
+        self.projections = Projections(datasets) if config.projections and len(datasets) > 1 else None
+        self.expander = Mlp(self.dim, config.expander_hidden, self.dim) if config.expander else None
+        self.initialise(0)
+
+    def _head(self, name: str) -> nn.Module:
+        c, classes = self.config, self.datasets[name]
+        if c.head == "linear":
+            return LinearHead(self.dim, classes, c.head_dropout, name)
+        return MlpHead(self.dim, c.head_hidden, classes, c.head_dropout, c.dropout_logits, name)
+
+    def initialise(self, seed: int) -> None:
+        """Resets every parameter; each is a pure function of its name and `seed`, so adding a head leaves the others as they were."""
+        initialise(self, seed)
+
+    def forward(self, clips: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        """Probabilities by dataset, float [B, K], of normalised clips [B, 3, T, S, S]."""
+        keys = self._keys(clips, None)
+        logits = self._logits(self.features(clips, keys), keys)
+        return {name: self.probabilities(name, z) for name, z in logits.items()}
+
+    def probabilities(self, name: str, logits: Tensor) -> Tensor:
+        """Softmax, or sigmoid for a multi-label dataset, in fp32 or better: [B, K] -> [B, K]."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits.sigmoid() if name in self.multi_label else logits.softmax(-1)
+
+    def outputs(self, clips: Tensor, keys: Tensor | None = None) -> Outputs:
+        """Everything the loss needs, from normalised clips [B, 3, T, S, S] and, in training, the clips' keys int64 [B]."""
+        keys = self._keys(clips, keys)
+        features = self.features(clips, keys)
+        logits = self._logits(features, keys)
+        projected = {} if self.projections is None else self.projections(logits)
+        return Outputs(features, logits, projected, None if self.expander is None else self.expander(features))
+
+    def embeddings(self, clips: Tensor, keys: Tensor | None = None) -> Tensor:
+        """The expander's output [B, C] alone, equal to that of `outputs`; for the informative loss's first pass.
+
+        Raises:
+            ConfigError: this model has no expander.
+        """
+        if self.expander is None:
+            raise ConfigError("this model has no expander (model.expander=false), so there are no embeddings")
+        expanded: Tensor = self.expander(self.features(clips, keys))
+        return expanded
+
+    def _logits(self, features: Tensor, keys: Tensor | None) -> dict[str, Tensor]:
+        return {name: self.heads.of(name)(features, keys) for name in self.datasets}
+
+    def _keys(self, clips: Tensor, keys: Tensor | None) -> Tensor | None:
+        return draw_keys(clips.shape[0], clips.device) if keys is None and self.training else keys
+
+
+def _check(datasets: dict[str, int], multi_label: Collection[str]) -> None:
+    if not datasets:
+        raise ConfigError("a model needs at least one dataset, for example {'kinetics': 400}")
+    for name, classes in datasets.items():
+        if classes < 1:
+            raise ConfigError(f"dataset {name!r} has {classes} classes; it needs at least 1")
+    for name in multi_label:
+        if name not in datasets:
+            raise ConfigError(f"multi_label names {name!r}, which is not a dataset of this model; {nearest(name, datasets)}")

@@ -1,0 +1,235 @@
+"""The backbone: a multiscale vision transformer with pooled attention.
+
+MViT (Fan et al., ICCV 2021) with three changes of MViTv2 (Li et al., CVPR 2022): channels grow inside the attention's
+first projection, queries are pooled in every block, and the pooled query is added to the attention's output. Positions are separable
+absolute tables; there is no class token and no relative position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from multitrain.config import ConfigError, ModelConfig
+from multitrain.model.attention import attention
+from multitrain.model.checkpointing import Recompute, block_runner
+from multitrain.model.pooling import Grid, head_pool, pooled, skip_pool
+from multitrain.model.random import KeyedDropPath, draw_keys, stream_of
+
+PATCH_KERNEL, PATCH_STRIDE, PATCH_PADDING = (3, 7, 7), (2, 4, 4), (1, 3, 3)
+BLOCK_NORM_EPS = 1e-6
+POOL_NORM_EPS = 1e-5
+"""The published blocks hand plain layer norms, with torch's default, to their poolings."""
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """The geometry of one block, which follows from the configuration alone."""
+
+    dim_in: int
+    dim_out: int
+    heads: int
+    grid: Grid
+    """Token grid of the input."""
+    q_stride: int
+    """Spatial stride of the queries: 2 at a stage change, else 1."""
+    kv_stride: int
+    """Spatial stride of keys and values relative to the input grid."""
+    pool_q: bool
+    drop_path: float
+
+    @property
+    def q_grid(self) -> Grid:
+        """Token grid of the output."""
+        return pooled(self.grid, self.q_stride)
+
+    @property
+    def kv_grid(self) -> Grid:
+        """Token grid of keys and values."""
+        return pooled(self.grid, self.kv_stride)
+
+
+def patch_grid(config: ModelConfig) -> Grid:
+    """Token grid (T/2, S/4, S/4) after the patch embedding."""
+    return config.frames // 2, config.crop // 4, config.crop // 4
+
+
+def block_shapes(config: ModelConfig) -> list[BlockShape]:
+    """The geometry of every block (Table 1 of MViTv2, with the published code's rule for the stride of keys and values)."""
+    shapes: list[BlockShape] = []
+    dim, heads, grid, kv_stride = config.width, config.heads, patch_grid(config), config.kv_stride
+    for i in range(config.depth):
+        change = i in config.stages
+        dim_in = dim
+        if change:
+            dim, heads, kv_stride = dim * 2, heads * 2, max(kv_stride // 2, 1)
+        rate = config.drop_path * i / max(config.depth - 1, 1)
+        pool_q = change or config.pool_q_everywhere
+        shapes.append(BlockShape(dim_in, dim, heads, grid, 2 if change else 1, kv_stride, pool_q, rate))
+        grid = shapes[-1].q_grid
+    return shapes
+
+
+class PatchEmbed(nn.Module):
+    """Cuts clips [B, 3, T, H, W] into overlapping patches: tokens [B, T/2·H/4·W/4, C], time slowest."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv3d(3, width, PATCH_KERNEL, PATCH_STRIDE, PATCH_PADDING)
+
+    def forward(self, clips: Tensor) -> Tensor:
+        return self.proj(clips).flatten(2).transpose(1, 2).contiguous()
+
+
+class HeadPool(nn.Module):
+    """The filters of one depth-wise pooling, shared by all heads: weight [head size, 1, 3, 3, 3]."""
+
+    def __init__(self, head_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(head_size, 1, 3, 3, 3))
+
+    def filters(self, heads: int, dtype: torch.dtype) -> Tensor:
+        """One filter a channel of the merged heads, [heads·head size, 1, 3, 3, 3]."""
+        return self.weight.to(dtype).repeat(heads, 1, 1, 1, 1)
+
+
+class Attention(nn.Module):
+    """Pooled multi-head attention: tokens [B, N, dim_in] on the block's grid -> [B, N', dim_out] on its query grid."""
+
+    def __init__(self, shape: BlockShape, residual_q: bool) -> None:
+        super().__init__()
+        self.shape = shape
+        self.residual_q = residual_q
+        head_size = shape.dim_out // shape.heads
+        self.qkv = nn.Linear(shape.dim_in, 3 * shape.dim_out)
+        self.proj = nn.Linear(shape.dim_out, shape.dim_out)
+        self.pool_q = HeadPool(head_size) if shape.pool_q else None
+        self.norm_q = nn.LayerNorm(head_size, eps=POOL_NORM_EPS) if shape.pool_q else None
+        self.pool_k = HeadPool(head_size)
+        self.norm_k = nn.LayerNorm(head_size, eps=POOL_NORM_EPS)
+        self.pool_v = HeadPool(head_size)
+        self.norm_v = nn.LayerNorm(head_size, eps=POOL_NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self._query(x), *self._key_value(x)
+        out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+        if self.residual_q:
+            out = out + q
+        return self.proj(out.flatten(2))
+
+    def _query(self, x: Tensor) -> Tensor:
+        """[B, N', h, d]."""
+        s = self.shape
+        q = F.linear(x, self.qkv.weight[: s.dim_out], self.qkv.bias[: s.dim_out])
+        if self.pool_q is None or self.norm_q is None:
+            return q.unflatten(-1, (s.heads, -1))
+        q = head_pool(q, self.pool_q.filters(s.heads, q.dtype), s.grid, s.q_stride)
+        return self._norm(self.norm_q, q.unflatten(-1, (s.heads, -1)), q.dtype)
+
+    def _key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Twice [B, M, h, d]; keys and values share a stride, so one convolution pools both."""
+        s = self.shape
+        kv = F.linear(x, self.qkv.weight[s.dim_out :], self.qkv.bias[s.dim_out :])
+        filters = torch.cat([pool.filters(s.heads, kv.dtype) for pool in (self.pool_k, self.pool_v)])
+        k, v = head_pool(kv, filters, s.grid, s.kv_stride).unflatten(-1, (2, s.heads, -1)).unbind(2)
+        return self._norm(self.norm_k, k, kv.dtype), self._norm(self.norm_v, v, kv.dtype)
+
+    @staticmethod
+    def _norm(norm: nn.LayerNorm, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return norm(x).to(dtype)
+
+
+class Mlp(nn.Module):
+    """lin → GELU (erf) → lin on the last axis."""
+
+    def __init__(self, dim: int, hidden: int, dim_out: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each with a shortcut: tokens [B, N, dim_in], keys int64 [B] -> tokens [B, N', dim_out].
+
+    At a stage change the shortcut is projected (from the un-normalised tokens, unlike MViTv2) and then max-pooled.
+    """
+
+    def __init__(self, shape: BlockShape, config: ModelConfig, name: str) -> None:
+        super().__init__()
+        self.shape = shape
+        self.norm1 = nn.LayerNorm(shape.dim_in, eps=BLOCK_NORM_EPS)
+        self.attn = Attention(shape, config.residual_q)
+        self.norm2 = nn.LayerNorm(shape.dim_out, eps=BLOCK_NORM_EPS)
+        self.mlp = Mlp(shape.dim_out, int(shape.dim_out * config.mlp_ratio), shape.dim_out)
+        self.proj_max_pool = nn.Linear(shape.dim_in, shape.dim_out) if shape.dim_in != shape.dim_out else None
+        self.drop_path_attn = KeyedDropPath(shape.drop_path, stream_of(f"{name}.attn"))
+        self.drop_path_mlp = KeyedDropPath(shape.drop_path, stream_of(f"{name}.mlp"))
+
+    def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
+        branch = self.attn(self.norm1(x))
+        x = self._shortcut(x) + self.drop_path_attn(branch, keys)
+        return x + self.drop_path_mlp(self.mlp(self.norm2(x)), keys)
+
+    def _shortcut(self, x: Tensor) -> Tensor:
+        if self.proj_max_pool is not None:
+            x = self.proj_max_pool(x)
+        return skip_pool(x, self.shape.grid) if self.shape.q_stride > 1 else x
+
+
+class MViT(nn.Module):
+    """The backbone: clips float [B, 3, T, S, S] and keys int64 [B] or None -> clip features [B, width·2**stages].
+
+    Args:
+        config: the network.
+        activation_checkpointing: what the backward pass recomputes: "none", "selective" or "full".
+
+    Raises:
+        ConfigError: `width` is not a multiple of `heads`; a clip's size is not that of the configuration.
+    """
+
+    def __init__(self, config: ModelConfig, activation_checkpointing: Recompute = "none") -> None:
+        super().__init__()
+        if config.width % config.heads:
+            raise ConfigError(f"model.width={config.width} is not a multiple of model.heads={config.heads}; change one of them")
+        self.config = config
+        self.grid = patch_grid(config)
+        time, height, width = self.grid
+        self.patch_embed = PatchEmbed(config.width)
+        self.pos_embed_spatial = nn.Parameter(torch.empty(1, height * width, config.width))
+        self.pos_embed_temporal = nn.Parameter(torch.empty(1, time, config.width))
+        shapes = block_shapes(config)
+        self.blocks = nn.ModuleList(Block(shape, config, f"blocks.{i}") for i, shape in enumerate(shapes))
+        self.dim = shapes[-1].dim_out
+        self.norm = nn.LayerNorm(self.dim, eps=BLOCK_NORM_EPS)
+        self._run = block_runner(activation_checkpointing)
+
+    def forward(self, clips: Tensor, keys: Tensor | None = None) -> Tensor:
+        return self.features(clips, keys)
+
+    def features(self, clips: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Pooled clip features [B, C] of normalised clips [B, 3, T, S, S]; keys int64 [B] choose the masks of training."""
+        self._check(clips)
+        if keys is None and self.training:
+            keys = draw_keys(clips.shape[0], clips.device)
+        x = self.patch_embed(clips) + self._positions()
+        for block in self.blocks:
+            x = self._run(block, x, keys)
+        return self.norm(x.to(self.norm.weight.dtype)).mean(1)
+
+    def _positions(self) -> Tensor:
+        """The table of all tokens, [1, N, C]: token (t, y, x) gets spatial[y·W + x] + temporal[t]."""
+        return (self.pos_embed_spatial[:, None] + self.pos_embed_temporal[:, :, None]).flatten(1, 2)
+
+    def _check(self, clips: Tensor) -> None:
+        c = self.config
+        if clips.dim() != 5 or clips.shape[1:] != (3, c.frames, c.crop, c.crop):
+            raise ConfigError(
+                f"clips of shape {list(clips.shape)} do not fit this network, which takes "
+                f"[B, 3, {c.frames}, {c.crop}, {c.crop}] (model.frames={c.frames}, model.crop={c.crop})"
+            )

@@ -1,0 +1,97 @@
+"""Dropout and stochastic depth whose masks are a pure function of the clip and the layer.
+
+A mask depends on the clip's 64-bit key (a hash of seed, dataset, video, pass and copy) and on the layer's stream
+number, through a counter-based hash in wrap-around integer arithmetic. It is therefore the same in any micro-batch, on any rank, on
+CPU and GPU, after any restart, and when a block is computed again by activation checkpointing.
+
+The hash is the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) on Weyl-sequence counters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+
+def _signed(value: int) -> int:
+    """`value` modulo 2**64 as a signed 64-bit integer."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value
+
+
+_WEYL = _signed(0x9E3779B97F4A7C15)
+_MULTIPLIERS = (_signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB))
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64, which torch shifts arithmetically."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(z: Tensor) -> Tensor:
+    """SplitMix64's finaliser, a bijection of 64-bit integers; int64 in and out."""
+    z = (z ^ _shift(z, 30)) * _MULTIPLIERS[0]
+    z = (z ^ _shift(z, 27)) * _MULTIPLIERS[1]
+    return z ^ _shift(z, 31)
+
+
+def stream_of(name: str) -> int:
+    """The stream number of the layer called `name`: 64 bits of BLAKE2b, stable for ever."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
+def hashed(keys: Tensor, stream: int, count: int, start: int = 0) -> Tensor:
+    """`count` well-mixed 64-bit integers for each key, from counter `start` on: int64 [N] -> int64 [N, count]."""
+    state = _mix(_mix(keys) ^ _signed(stream))
+    counter = torch.arange(start + 1, start + count + 1, dtype=torch.int64, device=keys.device) * _WEYL
+    return _mix(state[:, None] + counter)
+
+
+def uniform(keys: Tensor, stream: int, count: int) -> Tensor:
+    """Uniform numbers in [0, 1), multiples of 2**-24: keys int64 [N] -> float32 [N, count]; equal on every device."""
+    return _shift(hashed(keys, stream, count), 40).to(torch.float32) * 2.0**-24
+
+
+def draw_keys(count: int, device: torch.device | str = "cpu") -> Tensor:
+    """Keys int64 [count] from torch's own generator of `device`, for training outside a keyed run."""
+    return torch.empty(count, dtype=torch.int64, device=device).random_()
+
+
+class _Keyed(nn.Module):
+    """What the two layers share: zero with probability `p`, divide what is kept by 1 - p, in training only."""
+
+    def __init__(self, p: float, stream: int) -> None:
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"a dropout probability of {p} is not in [0, 1)")
+        self.p = p
+        self.stream = stream
+
+    def _scale(self, x: Tensor, keys: Tensor | None, count: int) -> Tensor:
+        keys = draw_keys(x.shape[0], x.device) if keys is None else keys
+        return uniform(keys, self.stream, count) >= self.p
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class KeyedDropout(_Keyed):
+    """Dropout (Srivastava et al., 2014) of single elements; x [N, ...] and keys int64 [N] or None -> like x."""
+
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        kept = self._scale(x, keys, x[0].numel()).view(x.shape)
+        return x.div(1 - self.p) * kept
+
+
+class KeyedDropPath(_Keyed):
+    """Stochastic depth (Huang et al., 2016): drops a clip's whole branch; x [N, ...] and keys int64 [N] or None -> like x."""
+
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        kept = self._scale(x, keys, 1).view(-1, *[1] * (x.dim() - 1))
+        return x.div(1 - self.p) * kept

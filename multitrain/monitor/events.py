@@ -1,0 +1,57 @@
+"""`events.jsonl`: what happened to a run, and when. Never truncated: the history includes what a crash undid."""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from multitrain.monitor import lines
+
+
+class Events:
+    """Appends events to a file, each on disk before :meth:`write` returns.
+
+    Args:
+        path: the file, e.g. ``RUN/events.jsonl``.
+        job: scheduler's job id; ``SLURM_JOB_ID`` when not given, null outside a job.
+        restart: times that the run was started before; ``SLURM_RESTART_COUNT`` when not given, else the number of
+            starts that the file tells of.
+        host: name of the machine; this one's when not given.
+    """
+
+    def __init__(
+        self, path: str | Path, *, job: str | None = None, restart: int | None = None, host: str | None = None
+    ) -> None:
+        self.path = Path(path)
+        self.job = job if job is not None else os.environ.get("SLURM_JOB_ID")
+        self.restart = restart if restart is not None else _restarts(self.path)
+        self.host = host or socket.gethostname()
+
+    def write(self, event: str, **fields: Any) -> dict[str, Any]:
+        """Append one event (`start`, `resume`, `signal`, `checkpoint`, `end` …); returns what was written."""
+        record = {
+            "event": event,
+            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            "job": self.job,
+            "restart": self.restart,
+            "host": self.host,
+            "pid": os.getpid(),
+            **fields,
+        }
+        lines.append(self.path, record)
+        return record
+
+
+def read(path: str | Path) -> list[dict[str, Any]]:
+    """The events of a file in the order written; empty when there is none."""
+    return list(lines.read(Path(path)))
+
+
+def _restarts(path: Path) -> int:
+    count = os.environ.get("SLURM_RESTART_COUNT", "")
+    if count.isdigit():
+        return int(count)
+    return sum(record.get("event") in ("start", "resume") for record in lines.read(path))

@@ -1,0 +1,68 @@
+"""TensorBoard scalars. The horizontal axis counts completed updates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+SCALARS = {
+    "loss": "train/loss",
+    "loss_classification": "train/loss_classification",
+    "loss_projection": "train/loss_projection",
+    "loss_informative": "train/loss_informative",
+    "lr": "train/lr",
+    "grad_norm": "train/grad_norm",
+    "loss_scale": "train/loss_scale",
+    "clips_per_second": "perf/clips_per_second",
+    "data_wait_fraction": "perf/data_wait_fraction",
+    "seconds": "perf/update_seconds",
+    "max_memory_gb": "perf/max_memory_gb",
+}
+"""Keys of a record in `metrics.jsonl` and their TensorBoard names."""
+
+PER_DATASET = {"loss_per_dataset": "train/loss_", "skipped": "data/skipped_"}
+"""Keys that hold one number a dataset, and what stands before the dataset's name."""
+
+
+def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The TensorBoard names and values of one update's record; absent and null values are left out."""
+    for key, tag in SCALARS.items():
+        if record.get(key) is not None:
+            yield tag, float(record[key])
+    for key, prefix in PER_DATASET.items():
+        for name, value in (record.get(key) or {}).items():
+            if value is not None:
+                yield prefix + name, float(value)
+
+
+class TensorBoard:
+    """Writes scalars to a folder; points that a resumed run does again are hidden (`purge_step`).
+
+    Args:
+        folder: e.g. ``RUN/tensorboard``.
+        start_update: updates completed when the run (re)starts.
+    """
+
+    def __init__(self, folder: str | Path, *, start_update: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=start_update + 1, flush_secs=30)
+
+    def update(self, record: Mapping[str, Any]) -> None:
+        """The scalars of one update."""
+        for tag, value in scalars(record):
+            self.scalar(tag, value, int(record["update"]) + 1)
+
+    def scalar(self, tag: str, value: float, completed: int) -> None:
+        """One number after `completed` updates."""
+        self._writer.add_scalar(tag, value if math.isfinite(value) else math.nan, completed)
+
+    def flush(self) -> None:
+        """Write what is buffered."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Write what is buffered and close. Closing twice is fine."""
+        self._writer.close()

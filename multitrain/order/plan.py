@@ -1,0 +1,314 @@
+"""Which video comes when: ``ticket(g) → (dataset, index, pass)``, a pure function of the plan and the sample number g.
+
+Update s trains on the samples ``[s * effective_batch, (s + 1) * effective_batch)``. There is no state but s, so a run
+resumes anywhere at once, on any number of GPUs, and still sees every video exactly once per pass over its dataset.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, asdict, dataclass
+from decimal import Context, Decimal
+from fractions import Fraction
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from operator import index
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from multitrain.order.permutation import key, permute
+
+ORDER_VERSION = 1
+"""Raised with every change that gives an old plan a new order: no run goes on in an order it did not start in."""
+
+TICKET = np.dtype([("dataset", "<i4"), ("index", "<i8"), ("pass", "<i8")])
+"""One video of the order: which dataset (position in `Plan.sources`), which video of it, the how-manieth time."""
+
+Mixture = Literal["interleave", "concat"]
+Proportions = Literal["size", "weights", "temperature"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One dataset as the order sees it."""
+
+    name: str
+    size: int
+    """Videos."""
+    replicas: int = 1
+    """Passes over the dataset in one epoch."""
+    weight: float | None = None
+    """Share in the mixture with proportions=weights; any positive scale."""
+    digest: str = ""
+    """Of the content of the annotations; the order does not depend on it, the fingerprint does."""
+
+    def __post_init__(self) -> None:
+        _make_integers(self, "size", "replicas")
+        if self.size < 1 or self.replicas < 1:
+            raise ValueError(f"dataset {self.name!r} needs at least one video and one replica: {self}")
+        if self.weight is not None and not 0 < self.weight < math.inf:
+            raise ValueError(f"dataset {self.name!r} has weight {self.weight}; a weight is a positive number")
+
+    @property
+    def draws(self) -> int:
+        """Videos that an epoch draws from this dataset."""
+        return self.size * self.replicas
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The order of all videos of a run.
+
+    mixture=interleave: every update holds the datasets in their proportions, exactly where these come out whole (see
+    `apportion`), and each dataset runs through keyed permutations of its own, one a pass. mixture=concat: one keyed
+    permutation a pass over the union of all replicas of all datasets, as in the paper's code.
+
+    Raises:
+        ValueError: when the settings contradict each other; one line.
+    """
+
+    sources: Sequence[Source]
+    _: KW_ONLY
+    seed: int
+    effective_batch: int
+    """Videos per update."""
+    mixture: Mixture = "interleave"
+    proportions: Proportions = "size"
+    """interleave: by videos × replicas, by `Source.weight`, or by (videos × replicas) to the power 1 / temperature."""
+    temperature: float = 1.0
+    group: int = 1
+    """interleave: this many consecutive samples are of one dataset, but for a few at the end of an update."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sources", tuple(self.sources))
+        _make_integers(self, "seed", "effective_batch", "group")
+        names = [s.name for s in self.sources]
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"a plan needs one dataset or more, each with a name of its own; got {names}")
+        if self.mixture not in get_args(Mixture) or self.proportions not in get_args(Proportions):
+            raise ValueError(f"no such mixture={self.mixture} with proportions={self.proportions}")
+        if self.mixture == "concat" and self.proportions != "size":
+            raise ValueError(f"mixture=concat takes proportions=size only, not {self.proportions}")
+        if self.proportions == "weights" and any(s.weight is None for s in self.sources):
+            raise ValueError("proportions=weights needs a weight for every dataset")
+        if not 0.01 <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature} is not possible; use a number from 0.01 upwards")
+        if self.effective_batch < 1 or self.group < 1 or self.effective_batch % self.group:
+            raise ValueError(f"effective_batch={self.effective_batch} is not a multiple of group={self.group}")
+
+    @cached_property
+    def epoch_size(self) -> int:
+        """Samples in one epoch: the videos of all datasets, times their replicas."""
+        return sum(s.draws for s in self.sources)
+
+    def updates(self, epochs: float) -> int:
+        """The fewest updates that hold `epochs` epochs; with proportions=size, those of one epoch omit no video."""
+        return math.ceil(simplest(epochs) * self.epoch_size / self.effective_batch)
+
+    def tickets(self, start: int, stop: int) -> NDArray[np.void]:
+        """The videos of samples ``[start, stop)``, as `TICKET` [stop - start]; the cost does not depend on `start`.
+
+        Raises:
+            ValueError: unless 0 <= start <= stop.
+        """
+        start, stop = index(start), index(stop)
+        if not 0 <= start <= stop:
+            raise ValueError(f"samples are numbered from 0 upwards, so there is no range [{start}, {stop})")
+        tickets = np.empty(stop - start, TICKET)
+        if start < stop:
+            fill = self._interleave if self.mixture == "interleave" else self._concat
+            fill(tickets, start, stop)
+        return tickets
+
+    def digest(self, start: int, stop: int) -> str:
+        """16 hex digits that stand for the tickets of samples ``[start, stop)``."""
+        return hashlib.blake2b(self.tickets(start, stop).tobytes(), digest_size=8).hexdigest()
+
+    def stand_in(self, ticket: np.void, attempt: int) -> int:
+        """The index of the video to show in place of an unreadable one, from the same dataset.
+
+        Attempts 0, 1, 2 … name different videos, and never the unreadable one itself, until the dataset has no more.
+        """
+        source, bad = self.sources[int(ticket["dataset"])], int(ticket["index"])
+        others = source.size - 1
+        if not others:
+            return bad
+        turn = np.array([attempt % others])
+        other = int(permute(turn, others, key("stand-in", self.seed, source.name, bad, int(ticket["pass"])))[0])
+        return other + (other >= bad)
+
+    def describe(self) -> dict[str, Any]:
+        """All that the order depends on, in JSON's types."""
+        return {
+            "order_version": ORDER_VERSION,
+            "seed": self.seed,
+            "effective_batch": self.effective_batch,
+            "mixture": self.mixture,
+            "proportions": self.proportions,
+            "temperature": float(self.temperature),
+            "group": self.group,
+            "sources": [asdict(s) | {"weight": None if s.weight is None else float(s.weight)} for s in self.sources],
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of `describe`, in hex: two plans of one fingerprint are one order of the same videos."""
+        return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
+
+    def differences(self, other: Mapping[str, Any]) -> list[str]:
+        """What changed since another plan's `describe` was written, one line each; empty for the same plan."""
+        was, now = dict(other), self.describe()
+        old, new = ({s["name"]: s for s in d.pop("sources", ())} for d in (was, now))
+        lines = _changes("", was, now)
+        lines += [f"dataset {name!r} was not there" for name in new if name not in old]
+        lines += [f"dataset {name!r} is gone" for name in old if name not in new]
+        for name in new:
+            lines += _changes(f"dataset {name!r}: ", old.get(name, new[name]), new[name])
+        if list(old) != list(new) and sorted(old) == sorted(new):
+            lines.append(f"the order of the datasets was {', '.join(old)}; is now {', '.join(new)}")
+        return lines
+
+    def _concat(self, tickets: NDArray[np.void], start: int, stop: int) -> None:
+        """One pass over the union: dataset after dataset, replica after replica, all shuffled by one permutation."""
+        ends = np.cumsum([s.draws for s in self.sources])
+        sizes = np.array([s.size for s in self.sources])
+        replicas = np.array([s.replicas for s in self.sources])
+        union, place = self._shuffled(("concat", self.seed), np.arange(start, stop), self.epoch_size)
+        dataset = np.searchsorted(ends, place, side="right")
+        replica, video = np.divmod(place - (ends - sizes * replicas)[dataset], sizes[dataset])
+        tickets["dataset"], tickets["index"], tickets["pass"] = dataset, video, union * replicas[dataset] + replica
+
+    def _interleave(self, tickets: NDArray[np.void], start: int, stop: int) -> None:
+        """The k-th draw of a dataset is place k of an endless list: one permutation of the dataset after the other."""
+        tickets["dataset"], draw = self._seating(start, stop)
+        for number, source in enumerate(self.sources):
+            own = np.flatnonzero(tickets["dataset"] == number)
+            if own.size:
+                lap, video = self._shuffled(("order", self.seed, source.name), draw[own], source.size)
+                tickets["index"][own], tickets["pass"][own] = video, lap
+
+    def _shuffled(
+        self, name: tuple[str | int, ...], place: NDArray[np.int64], size: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Pass and video at ascending places [N] of an endless list of passes, each a permutation of range(size)."""
+        lap, offset = np.divmod(place, size)
+        first, last = int(lap[0]), int(lap[-1])
+        keys = np.array([key(*name, number) for number in range(first, last + 1)], np.uint64)
+        return lap, permute(offset, size, keys[lap - first] if len(keys) > 1 else keys)
+
+    def _seating(self, start: int, stop: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Of each sample in ``[start, stop)`` the dataset, and the how-manieth draw of that dataset it is."""
+        batch = self.effective_batch
+        first, end = start // batch, -(-stop // batch)
+        drawn = [self._drawn(update) for update in range(first, end + 1)]
+        datasets, draws = [], []
+        for before, after in pairwise(drawn):
+            dataset, ordinal = layout(tuple(b - a for a, b in zip(before, after)), self.group)
+            datasets.append(dataset)
+            draws.append(np.array(before)[dataset] + ordinal)
+        wanted = slice(start - first * batch, stop - first * batch)
+        return np.concatenate(datasets)[wanted], np.concatenate(draws)[wanted]
+
+    def _drawn(self, updates: int) -> list[int]:
+        """Videos drawn from each dataset in the first `updates` updates: whole shares exact, the others apportioned."""
+        whole, fractional = self._shares
+        seats = self.effective_batch - sum(whole)
+        rest = apportion(updates * seats, fractional)
+        return [updates * share + seated for share, seated in zip(whole, rest)]
+
+    @cached_property
+    def _shares(self) -> tuple[list[int], list[int]]:
+        """Of each dataset the videos per update where that is a whole number, else 0; its weight where not, else 0."""
+        weights = self._weights()
+        shares = [divmod(self.effective_batch * w, sum(weights)) for w in weights]
+        whole = [share if not remainder else 0 for share, remainder in shares]
+        return whole, [w if remainder else 0 for w, (_, remainder) in zip(weights, shares)]
+
+    def _weights(self) -> list[int]:
+        """The proportions of the datasets as integers: floats are taken for the simple fractions they stand for."""
+        if self.proportions == "size":
+            return [s.draws for s in self.sources]
+        if self.proportions == "weights":
+            fractions = [simplest(s.weight or 0) for s in self.sources]
+        else:
+            context = Context(prec=28)  # Decimal, since the last bit of a float's power differs between C libraries.
+            power = context.divide(1, Decimal(repr(float(self.temperature))))
+            fractions = [simplest(context.power(s.draws, power)) for s in self.sources]
+        scale = math.lcm(*(f.denominator for f in fractions))
+        return [int(f * scale) for f in fractions]
+
+
+def apportion(seats: int, weights: Sequence[int]) -> list[int]:
+    """`seats` shared out by `weights` as the method of Webster and Sainte-Laguë does.
+
+    It favours neither the large nor the small, and it is house-monotone: with one seat more nobody has fewer (Balinski
+    and Young, "Fair Representation", 1982). So seat by seat it is an order of all draws, known at any seat without the
+    seats before. Shares that all come out whole are met exactly; else one of n who is due a fraction f of the seats is
+    off by (1 + n f) / 2 at most. Weight 0 gets none; ties go to the first.
+    """
+    total = sum(weights)
+    if not total:
+        return [0] * len(weights)
+    counts = [(2 * seats * w + total) // (2 * total) for w in weights]
+    claims = [n for n, w in enumerate(weights) if w]
+    while sum(counts) > seats:
+        counts[max(claims, key=lambda n: (Fraction(2 * counts[n] - 1, weights[n]), n))] -= 1
+    while sum(counts) < seats:
+        counts[min(claims, key=lambda n: (Fraction(2 * counts[n] + 1, weights[n]), n))] += 1
+    return counts
+
+
+@lru_cache(maxsize=256)
+def layout(counts: tuple[int, ...], group: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """An update's samples, `counts` of each dataset: whole groups of one dataset spread evenly, what fills none last.
+
+    Returns:
+        dataset int32 [sum of counts], and ordinal int64: how many of the dataset's samples come before this one.
+    """
+    groups = [count // group for count in counts]
+    owner = np.repeat(np.arange(len(counts)), groups)
+    moment = np.concatenate([(np.arange(n) + 0.5) / n for n in groups])
+    spread = np.repeat(owner[np.argsort(moment, kind="stable")], group)
+    dataset = np.concatenate([spread, np.repeat(np.arange(len(counts)), [count % group for count in counts])])
+    ordinal = np.empty(len(dataset), np.int64)
+    ordinal[np.argsort(dataset, kind="stable")] = np.concatenate([np.arange(count) for count in counts])
+    dataset = dataset.astype(np.int32)
+    dataset.flags.writeable = ordinal.flags.writeable = False
+    return dataset, ordinal
+
+
+def simplest(number: float | Decimal) -> Fraction:
+    """A fraction of few digits within 1e-14 (relative) of `number`: 0.3 is 3/10, and 1/3 as a float is 1/3 again.
+
+    Raises:
+        ValueError: unless 0 <= number < infinity.
+    """
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{number} is not a number from 0 upwards")
+    exact, limit = Fraction(number), 1
+    while abs((fraction := exact.limit_denominator(limit)) - exact) > exact / 10**14:
+        limit *= 10
+    return fraction
+
+
+def _make_integers(instance: object, *names: str) -> None:
+    """Python's own integers, which do not overflow, in place of numpy's; refuses floats."""
+    for name in names:
+        object.__setattr__(instance, name, index(getattr(instance, name)))
+
+
+def _changes(prefix: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    fields = [*now, *(f for f in was if f not in now)]
+    changed = [f for f in fields if was.get(f) != now.get(f)]
+    return [f"{prefix}{f} was {_short(was.get(f))}, is now {_short(now.get(f))}" for f in changed]
+
+
+def _short(value: object) -> str:
+    """`value` in a message: of a digest, the first digits will do."""
+    text = str(value) or "none"
+    return text if len(text) <= 16 else text[:12] + "…"

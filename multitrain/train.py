@@ -1,0 +1,310 @@
+"""What each rank runs: ``python -m multitrain.train RUN``. Read the configuration, build, resume, train, leave well.
+
+Exit status: 0 the run is complete; 75 it was interrupted; 76 it was asked to stop; 1 it failed; 2 a setting or file is wrong.
+Under SLURM an interrupted run puts itself back into the queue as its very last act, unless somebody cancelled it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from multitrain.config import ConfigError, RunConfig, dump, load
+from multitrain.engine.interruption import Interruption, Request
+from multitrain.monitor import slurm
+from multitrain.monitor.events import Events, read
+
+if TYPE_CHECKING:
+    from multitrain.engine.distributed import World
+    from multitrain.engine.trainer import Trainer, Validate
+    from multitrain.model.multitrain import MultiTrain
+
+FINISHED, FAILED, MISTAKE, INTERRUPTED, STOPPED = 0, 1, 2, 75, 76
+WAIT_FOR_END = 120.0
+"""Seconds that a rank waits for SLURM to end it after the job was put back into the queue."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train the run whose folder is the one argument; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return FINISHED if arguments[:1] in (["-h"], ["--help"]) else MISTAKE
+    run = Path(arguments[0]).resolve()
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    world: World | None = None
+    interruption = Interruption(run, lambda value: world.agree(value) if world else value, watches_files=rank == 0)
+    interruption.install()  # before torch is imported: a signal may come at any moment
+    try:
+        config = load(run)
+        _make_deterministic(config)
+        from multitrain.engine.distributed import join
+
+        world = join(config.world_size, config.engine.collective_timeout, config.engine.threads)
+        trainer = build(config, run, world, interruption)
+        _start(config, run, trainer, rank)
+        request = trainer.train()
+        return _leave(run, trainer, request, interruption)
+    except BaseException as error:
+        _die(run, rank, error)
+
+
+def build(config: RunConfig, run: Path, world: World, interruption: Interruption) -> Trainer:
+    """The trainer of a run: catalogs, plan, batch shape, model and engine. All ranks call it."""
+    from multitrain.data.catalog import open_catalogs, sources
+    from multitrain.data.loader import TrainLoader
+    from multitrain.engine.skips import Skips
+    from multitrain.engine.trainer import Trainer
+    from multitrain.model.multitrain import MultiTrain
+    from multitrain.monitor.recorder import Recorder
+    from multitrain.order import Plan, solve
+
+    index = Path(config.data.index or run.parent / ".index")
+    if world.is_main:
+        open_catalogs(config.data, "train", index)
+    world.agree(0)  # the others map the index that rank 0 has made
+    catalogs = open_catalogs(config.data, "train", index)
+    plan = Plan(
+        sources(config.data, catalogs),
+        seed=config.seed,
+        effective_batch=config.effective_batch,
+        mixture=config.data.mixture,
+        proportions=config.data.proportions,
+        temperature=config.data.temperature,
+        group=config.group,
+    )
+    shape = solve(
+        config.effective_batch,
+        nodes=config.nodes,
+        gpus=config.gpus,
+        micro_batch=config.micro_batch,
+        group=config.group,
+    )
+    updates = config.updates or plan.updates(config.epochs)
+    model = MultiTrain(
+        config.model,
+        {name: catalog.classes for name, catalog in catalogs.items()},
+        activation_checkpointing=config.activation_checkpointing,
+        multi_label=[n for n, d in config.data.datasets.items() if d.multi_label],
+    )
+    model.initialise(config.seed)
+    _initialise_from(config, run, model, world)
+    skips = Skips({name: len(catalog) for name, catalog in catalogs.items()}, config.data.skip_cap)
+    skips.add_file(run / "skipped.jsonl")
+
+    def open_loader(start: int, stop: int) -> TrainLoader:
+        return TrainLoader(catalogs, plan, shape, world.rank, config, start, stop)
+
+    def open_recorder(start: int) -> Recorder:
+        return Recorder(
+            run,
+            total_updates=updates,
+            start_update=start,
+            rank=world.rank,
+            log_every=config.monitor.log_every,
+            tensorboard=config.monitor.tensorboard,
+        )
+
+    return Trainer(
+        config,
+        run,
+        world,
+        model,
+        plan=plan,
+        shape=shape,
+        updates=updates,
+        open_loader=open_loader,
+        open_recorder=open_recorder,
+        interruption=interruption,
+        skips=skips,
+        validate=_validation(config, world, index, interruption),
+        config_text=dump(config),
+    )
+
+
+def _validation(config: RunConfig, world: World, index: Path, interruption: Interruption) -> Validate | None:
+    """The function that scores the validation videos, or None when no validation is asked for."""
+    if config.eval.every is None:
+        return None
+    from multitrain.data.catalog import open_catalogs
+    from multitrain.engine.deepspeed import autocast
+    from multitrain.evaluation.evaluator import validate
+
+    catalogs = open_catalogs(config.data, "val", index, config.eval.val_stride)
+    precision = config.eval.precision or config.precision
+
+    def run_validation(model: MultiTrain) -> dict[str, dict[str, float]]:
+        with autocast(precision, world.device):
+            return validate(
+                model,
+                config,
+                catalogs,
+                rank=world.rank,
+                world_size=world.size,
+                reduce=world.sum,
+                stop=lambda: interruption.pending >= Request.STOP,
+            )
+
+    return run_validation
+
+
+def _initialise_from(config: RunConfig, run: Path, model: MultiTrain, world: World) -> None:
+    """Start from other weights, when asked to and the run has no checkpoint of its own."""
+    from multitrain.engine.checkpoint import listed
+
+    fresh = world.broadcast(not listed(run / "checkpoints"))
+    if config.init_from is None or not fresh:
+        return
+    from multitrain.interop.weights import initialise_from
+
+    report = initialise_from(model, config.init_from)
+    if world.is_main:
+        print(f"initial weights from {config.init_from}: {report}", flush=True)
+        Events(run / "events.jsonl").write(
+            "init_from", path=config.init_from, matched=len(report.matched), fresh=sorted(report.missing)
+        )
+
+
+def _start(config: RunConfig, run: Path, trainer: Trainer, rank: int) -> None:
+    """Resume, say so, and refuse to go round in circles."""
+    from multitrain.engine.trainer import TrainingError
+
+    refused = trainer.resume()
+    if rank:
+        return
+    events = Events(run / "events.jsonl")
+    for folder, reason in refused.items():
+        events.write("checkpoint_refused", checkpoint=folder.name, reason=reason)
+        print(f"checkpoint {folder.name} is not whole ({reason}); falling back to an older one", flush=True)
+    stalled = _starts_in_place(run, trainer.completed)
+    if stalled > config.cluster.max_stalled_restarts:
+        raise TrainingError(
+            f"{stalled} restarts in a row began at update {trainer.completed} and got no further; "
+            f"see {run}/logs, mend the cause, and submit the run again (cluster.max_stalled_restarts={config.cluster.max_stalled_restarts})"
+        )
+    events.write(
+        "resume" if trainer.completed else "start",
+        update=trainer.completed,
+        total_updates=trainer.updates,
+        world_size=trainer.world.size,
+        micro_batch=trainer.shape.micro_batch,
+        accumulation=trainer.shape.accumulation,
+        plan=trainer.plan.fingerprint,
+    )
+    verb = f"resuming after update {trainer.completed}" if trainer.completed else "starting"
+    print(
+        f"{run.name}: {verb} of {trainer.updates}; {trainer.world.size} ranks × {trainer.shape.micro_batch} videos × "
+        f"{trainer.shape.accumulation} accumulation = {config.effective_batch} videos an update",
+        flush=True,
+    )
+
+
+def _starts_in_place(run: Path, update: int) -> int:
+    """Starts of this SLURM job in a row, before this one, that began at `update` and wrote no later checkpoint."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return 0
+    count = 0
+    for event in reversed(read(run / "events.jsonl")):
+        if event["event"] == "checkpoint" and event.get("update", 0) > update:
+            break
+        if event["event"] in ("start", "resume"):
+            if str(event.get("job")) != job or event.get("update") != update:
+                break
+            count += 1
+    return count
+
+
+def _leave(run: Path, trainer: Trainer, request: Request, interruption: Interruption) -> int:
+    """End this start of the run: say why, close everything, and go back to the queue if SLURM took the nodes."""
+    world, recorder = trainer.world, trainer.recorder
+    job = os.environ.get("SLURM_JOB_ID")
+    signals = [s for rank in world.gather(interruption.signals) for s in rank]
+    reason: str | None = None
+    if request == Request.NONE:
+        recorder.event("end", update=trainer.completed, status="finished")
+        recorder.write(f"finished after {trainer.completed} updates")
+    else:
+        reason, status = world.broadcast(_why(request, job, signals) if world.is_main else None)
+        recorder.event("requeue" if reason else "end", update=trainer.completed, status=status)
+        recorder.write(f"{status} after {trainer.completed} of {trainer.updates} updates; submit the same name to resume")
+        interruption.stopped()
+    recorder.close()
+    sys.stdout.flush()
+    world.agree(0)  # everybody has saved and closed
+    if reason is not None and job is not None:
+        _requeue(run, job, world, interruption)
+    return {Request.NONE: FINISHED, Request.STOP: STOPPED}.get(request, INTERRUPTED)
+
+
+def _why(request: Request, job: str | None, signals: list[int]) -> tuple[str | None, str]:
+    """Why SLURM took the job away (None when it did not), and that or another reason in words."""
+    if request == Request.STOP:
+        return None, "stopped on request"
+    if job is None:
+        return None, "interrupted"
+    try:
+        reason = slurm.taken_away(job, signals)
+    except slurm.SlurmError as error:  # no scontrol in a container, say; the batch script asks again, and requeues
+        return None, f"interrupted, by what SLURM did not say ({error})"
+    return reason, reason or "cancelled"
+
+
+def _requeue(run: Path, job: str, world: World, interruption: Interruption) -> None:
+    """The very last act: rank 0 puts the job back, and all ranks wait for SLURM to end them.
+
+    A rank that left on its own would make SLURM count the job as completed (seen on 22.05), and it would not come back.
+    """
+    seen = len(interruption.signals)
+    if world.is_main:
+        try:
+            slurm.requeue(job)
+        except slurm.SlurmError as error:
+            Events(run / "events.jsonl").write("requeue_failed", reason=str(error))
+            print(f"the job could not put itself back into the queue ({error}); its script tries again", flush=True)
+            return
+    deadline = time.monotonic() + WAIT_FOR_END
+    while time.monotonic() < deadline and len(interruption.signals) == seen:
+        time.sleep(0.1)
+
+
+def _make_deterministic(config: RunConfig) -> None:
+    """Switches that must be set before CUDA starts."""
+    if not config.deterministic:
+        return
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def _die(run: Path, rank: int, error: BaseException) -> NoReturn:
+    """Leave at once after an error: no collective, no destructor that could wait for other ranks."""
+
+    mistake = isinstance(error, ConfigError)
+    if isinstance(error, SystemExit):
+        os._exit(int(error.code or 0))
+    text = str(error) if mistake or type(error).__name__ == "TrainingError" else f"{type(error).__name__}: {error}"
+    try:
+        if run.is_dir():
+            Events(run / "events.jsonl").write("error", rank=rank, reason=text)
+    except OSError as second:
+        print(f"the error could not be written to {run}/events.jsonl: {second}", file=sys.stderr)
+    if not mistake and type(error).__name__ != "TrainingError":
+        traceback.print_exception(error)
+    print(f"multitrain: rank {rank}: {text}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(MISTAKE if mistake else FAILED)
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # process groups and loader threads need no farewell

@@ -1,0 +1,48 @@
+# Shared by the scripts in this folder, which are given to sbatch: sourced, never run.
+
+if [ -z "${SLURM_JOB_ID:-}" ]; then
+    echo "error: this is a job script; give it to sbatch: sbatch $0 …" >&2
+    exit 2
+fi
+cd "$home" || exit 2
+
+# Of the environment that sbatch was called in; else the checkout's own.
+python=${MULTITRAIN_PYTHON:-python}
+if [ -z "${MULTITRAIN_PYTHON:-}${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x .venv/bin/python ]; then
+    python=$PWD/.venv/bin/python
+fi
+export PYTHONFAULTHANDLER=1
+
+# Tasks start with the stop signals held back, so that none can kill one that is still importing (needs coreutils 8.31).
+hold='env --block-signal=TERM,USR1,USR2'
+$hold true 2>/dev/null || hold=
+
+# srun does not inherit --cpus-per-task since 22.05.
+step=(srun --kill-on-bad-exit=1 "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}")
+
+# preempted: SLURM is taking the nodes away, and the job has not been put back into the queue.
+preempted() { scontrol show job -o "$SLURM_JOB_ID" | grep -q ' JobState=RUNNING .* PreemptTime=2'; }
+
+# running: nobody has cancelled the job.
+running() { scontrol show job -o "$SLURM_JOB_ID" | grep -q ' JobState=RUNNING '; }
+
+# evaluate DATASET CHECKPOINT [key=value …]: multi-view scores of one dataset's test split. A restart skips the videos that
+# are scored already, so a job that is preempted or runs out of time simply comes back.
+evaluate() {
+    local dataset=$1 checkpoint=${2:-} out status
+    if [ -z "$checkpoint" ]; then
+        echo "usage: sbatch $(basename "$0") CHECKPOINT [key=value …]   (a run's folder, a checkpoint's folder, or a .pyth)" >&2
+        exit 2
+    fi
+    shift 2
+    out=${checkpoint#./}
+    out=${OUT:-runs/evaluation/$(tr / - <<<"${out#/}")-$dataset}
+    PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} \
+        "${step[@]}" "$python" -u -m multitrain.cli evaluate "$checkpoint" --dataset "$dataset" --out "$out" "$@"
+    status=$?
+    # 140: ended by SIGUSR2, SLURM's warning of the time limit.
+    if { [ "$status" -eq 140 ] && running; } || { [ "$status" -ne 0 ] && preempted; }; then
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+    exit "$status"
+}

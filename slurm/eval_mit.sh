@@ -1,0 +1,28 @@
+#!/bin/bash
+# Multi-view test on Moments-in-Time, 2 clips × 3 crops a video:
+#
+#   sbatch slurm/eval_mit.sh CHECKPOINT [key=value …]
+#   sbatch --nodes=2 --partition=gpu slurm/eval_mit.sh runs/first data=mit
+#
+# CHECKPOINT is a run's folder, a checkpoint's folder, or a released .pyth. Results go to $OUT, or a folder under
+# runs/evaluation named after the checkpoint.
+#
+#SBATCH --job-name=eval_mit
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gres=gpu:8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=12:00:00
+#SBATCH --signal=USR2@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+
+home=${MULTITRAIN_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
+if [ ! -f "$home/slurm/common.sh" ]; then
+    echo "error: $home is not the checkout; call sbatch there, or set MULTITRAIN_HOME to it" >&2
+    exit 2
+fi
+. "$home/slurm/common.sh"
+
+evaluate mit "$@"

@@ -1,0 +1,38 @@
+"""A rank process for test_update: one real update through DeepSpeed; rank 0 stores losses and gradient by name.
+
+The gradient is read from AdamW's first moment after the first step: exp_avg = (1 - beta1) · gradient.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from multitrain.config import load
+from multitrain.engine.distributed import join
+from multitrain.engine.interruption import Interruption
+from multitrain.train import build
+
+
+def main(run: Path) -> None:
+    config = load(run)
+    world = join(config.world_size, 60, 1)
+    trainer = build(config, run, world, Interruption(run, world.agree, watches_files=False))
+    records = []
+    trainer.updates = 1
+    trainer.config = config
+    recorder = trainer._open_recorder(0)
+    recorder.update = records.append  # type: ignore[method-assign]
+    trainer._open_recorder = lambda start: recorder  # type: ignore[assignment]
+    trainer.train()
+    moments = trainer.engine.moments()
+    if world.is_main:
+        beta1 = config.optim.betas[0]
+        gradient = {n.removeprefix("exp_avg."): t / (1 - beta1) for n, t in moments.items() if n.startswith("exp_avg.")}
+        torch.save({"gradient": gradient, "record": records[0]}, run / "update.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,34 @@
+# run    /shared/runs/golden
+# batch  512 videos an update = 4 × 4 ranks × 4 videos × 8 accumulated
+#!/bin/bash
+
+# Parameters
+#SBATCH --account=lab
+#SBATCH --cpus-per-task=8
+#SBATCH --gres=gpu:a100:4
+#SBATCH --job-name=golden
+#SBATCH --mem=480G
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=4
+#SBATCH --open-mode=append
+#SBATCH --output=/shared/runs/golden/logs/%j.log
+#SBATCH --partition=gpu
+#SBATCH --requeue
+#SBATCH --signal=USR2@300
+#SBATCH --time=720
+
+# setup
+hold='env --block-signal=TERM,USR1,USR2'; $hold true 2>/dev/null || hold=
+export PYTHONPATH=/shared/runs/golden/code${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONFAULTHANDLER=1
+srun --kill-on-bad-exit=1 --cpus-per-task=8 apptainer exec --nv image.sif python -u -m launch.preflight --dir /shared/runs/golden || exit 1
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output /shared/runs/golden/logs/submitit/%j_%t_log.out --kill-on-bad-exit=1 --cpus-per-task=8 --output /shared/runs/golden/logs/%j-rank%t.log $hold apptainer exec --nv image.sif python -u -m submitit.core._submit /shared/runs/golden/logs/submitit
+
+
+# teardown
+status=$?
+if [ "$status" -ne 0 ] && [ "$status" -ne 75 ] && scontrol show job -o "$SLURM_JOB_ID" | grep -q " JobState=RUNNING .* PreemptTime=2"; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$status"

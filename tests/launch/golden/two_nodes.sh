@@ -1,0 +1,30 @@
+# run    /shared/runs/golden
+# batch  512 videos an update = 2 × 8 ranks × 4 videos × 8 accumulated
+#!/bin/bash
+
+# Parameters
+#SBATCH --cpus-per-task=8
+#SBATCH --gres=gpu:8
+#SBATCH --job-name=golden
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --open-mode=append
+#SBATCH --output=/shared/runs/golden/logs/%j.log
+#SBATCH --requeue
+#SBATCH --signal=USR2@120
+#SBATCH --time=1440
+
+# setup
+hold='env --block-signal=TERM,USR1,USR2'; $hold true 2>/dev/null || hold=
+export PYTHONPATH=/shared/runs/golden/code${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONFAULTHANDLER=1
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output /shared/runs/golden/logs/submitit/%j_%t_log.out --kill-on-bad-exit=1 --cpus-per-task=8 --output /shared/runs/golden/logs/%j-rank%t.log $hold /venv/bin/python -u -m submitit.core._submit /shared/runs/golden/logs/submitit
+
+
+# teardown
+status=$?
+if [ "$status" -ne 0 ] && [ "$status" -ne 75 ] && scontrol show job -o "$SLURM_JOB_ID" | grep -q " JobState=RUNNING .* PreemptTime=2"; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$status"

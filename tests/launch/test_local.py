@@ -1,0 +1,190 @@
+"""`cluster=local`: real processes, real signals, none left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import local
+from multitrain.config import ConfigError, RunConfig, compose
+
+RANK = """
+    import json, os, signal, sys, time
+    from multitrain.monitor.slurm import unblock_stop_signals
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+    print(json.dumps({n: os.environ[n] for n in names} | {"pid": os.getpid(), "cwd": os.getcwd()}), flush=True)
+    rank = int(os.environ["RANK"])
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, root: Path) -> Path:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "multitrain").symlink_to(root / "multitrain")
+    return tmp_path
+
+
+def config(ranks: int) -> RunConfig:
+    return compose(["cluster=local", f"gpus={ranks}", "experiment=k400", "cluster.cpus_per_gpu=3"])
+
+
+def rank_program(folder: Path, body: str) -> tuple[str, ...]:
+    file = folder / "rank.py"
+    file.write_text(textwrap.dedent(RANK) + textwrap.dedent(body))
+    return (str(file),)
+
+
+def started(folder: Path, ranks: int) -> list[dict[str, str]]:
+    """The first line of every rank, once all have written it."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        logs = [local.rank_log(folder, r) for r in range(ranks)]
+        if all(log.exists() and "\n" in log.read_text() for log in logs):
+            return [json.loads(log.read_text().split("\n")[0]) for log in logs]
+        time.sleep(0.05)
+    raise AssertionError("the ranks did not start")
+
+
+def launcher(root: Path, folder: Path, ranks: int, body: str) -> subprocess.Popen[str]:
+    program = (
+        "import sys; from pathlib import Path; from launch import local; from multitrain.config import compose; "
+        f"config = compose(['cluster=local', 'gpus={ranks}', 'experiment=k400']); "
+        f"sys.exit(local.run(Path({str(folder)!r}), config, {rank_program(folder, body)!r}))"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", program], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def gone(pids: list[int]) -> bool:
+    deadline = time.monotonic() + 10
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(map(alive, pids))
+
+
+def test_every_rank_knows_its_place(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    program = rank_program(folder, "print('rank', rank, 'of', os.environ['WORLD_SIZE'])")
+    assert local.run(folder, config(3), program) == 0
+    places = started(folder, 3)
+    assert [p["RANK"] for p in places] == [p["LOCAL_RANK"] for p in places] == ["0", "1", "2"]
+    assert {(p["WORLD_SIZE"], p["LOCAL_WORLD_SIZE"], p["MASTER_ADDR"]) for p in places} == {("3", "3", "127.0.0.1")}
+    assert len({p["MASTER_PORT"] for p in places}) == 1
+    assert {p["OMP_NUM_THREADS"] for p in places} == {"3"}
+    assert {p["cwd"] for p in places} == {str(folder / "code")}
+    out = capfd.readouterr().out
+    assert "rank 0 of 3" in out
+    assert "rank 1 of 3" not in out
+
+
+def test_a_failing_rank_ends_the_others_and_is_shown(folder: Path) -> None:
+    program = rank_program(
+        folder,
+        "if rank == 1: sys.exit('the reason why\\n') if False else (print('the reason why'), os._exit(7))\ntime.sleep(60)",
+    )
+    said: list[str] = []
+    begin = time.monotonic()
+    assert local.run(folder, config(3), program, say=said.append) == 7
+    assert time.monotonic() - begin < 20
+    assert gone([int(p["pid"]) for p in started(folder, 3)])
+    assert "the reason why" in said[0]
+    assert "rank 1 failed with exit code 7" in said[1]
+
+
+SAVES = """
+    signals = []
+    signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
+    unblock_stop_signals()
+    while not signals: time.sleep(0.01)
+    time.sleep(0.3)
+    print("saved after", len(signals), flush=True)
+    sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_is_passed_on_once_and_the_run_is_resumable(root: Path, folder: Path, number: int) -> None:
+    process = launcher(root, folder, 2, SAVES)
+    pids = [int(p["pid"]) for p in started(folder, 2)]
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert "saved after 1" in out
+    assert "saved after 1" in local.rank_log(folder, 1).read_text()
+    assert gone(pids)
+
+
+def test_a_second_stop_ends_ranks_that_do_not_leave(root: Path, folder: Path) -> None:
+    process = launcher(root, folder, 2, "signal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(60)")
+    pids = [int(p["pid"]) for p in started(folder, 2)]
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert all(map(alive, pids))
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGINT
+    assert gone(pids)
+
+
+def test_no_rank_outlives_a_killed_launcher(root: Path, folder: Path) -> None:
+    process = launcher(root, folder, 2, "time.sleep(60)")
+    pids = [int(p["pid"]) for p in started(folder, 2)]
+    process.kill()
+    process.communicate(timeout=30)
+    assert gone(pids)
+
+
+def test_a_stop_that_comes_during_imports_is_not_lost(root: Path, folder: Path) -> None:
+    process = launcher(root, folder, 1, "time.sleep(1.5)" + SAVES)
+    started(folder, 1)
+    process.send_signal(signal.SIGTERM)  # the rank is 'importing': its handler comes later
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert "saved after 1" in out
+
+
+def test_logs_of_earlier_starts_stay(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    program = rank_program(folder, "print('hello', sys.argv[1])")
+    local.run(folder, config(1), (*program, "first"))
+    capfd.readouterr()
+    local.run(folder, config(1), (*program, "second"))
+    assert "first" not in capfd.readouterr().out
+    log = local.rank_log(folder).read_text()
+    assert "hello first" in log
+    assert "hello second" in log
+
+
+def test_each_rank_has_its_gpu_or_the_run_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    program = rank_program(folder, "print(os.environ['CUDA_VISIBLE_DEVICES'])")
+    assert local.run(folder, config(2), program) == 0
+    assert "\n4,5\n" in local.rank_log(folder, 1).read_text()
+    with pytest.raises(ConfigError, match="gpus=4, but there are 3 here; use gpus=3"):
+        local.run(folder, config(4), program)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert local.run(folder, config(4), program) == 0
+
+
+def test_the_same_table_for_every_machine(folder: Path, root: Path) -> None:
+    (folder / "code" / "launch").symlink_to(root / "launch")
+    assert local.run(folder, config(2), ("-m", "launch.preflight", "--dir", str(folder))) == 0
+    lines = local.rank_log(folder).read_text().splitlines()
+    assert lines[0].split() == ["rank", "node", "gpu", "cpus", "affinity", "shm_free_GB", "write_MB_s"]
+    assert [line.split()[0] for line in lines[1:]] == ["0", "1"]
+    assert all(int(line.split()[-1]) > 0 for line in lines[1:])
+    assert os.sched_getaffinity(0)

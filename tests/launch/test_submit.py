@@ -1,0 +1,259 @@
+"""A run is named once, written whole, refused in one line, and resumed with what was typed before."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch import run_folder
+from launch.run_folder import ask, digest, locked, merge, snapshot, sources, write
+from launch.submit import main
+from multitrain.config import ConfigError, load
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def written(*words: str) -> run_folder.Run:
+    run = ask(words)
+    write(run)
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize("how", [["launch/submit.py"], ["-m", "launch.submit"]])
+def test_it_runs_as_a_script_and_as_a_module(how: list[str], root: Path) -> None:
+    done = subprocess.run([sys.executable, *how, "--help"], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "examples:" in done.stdout
+
+
+def test_submitting_takes_under_two_seconds_and_no_torch(root: Path, tmp_path: Path) -> None:
+    program = f"""
+        import resource, sys
+        sys.path.insert(0, {str(root)!r})
+        from launch import run_folder, slurm
+        from launch.run_folder import ask, write
+        from launch.submit import main
+        assert main(["nodes=2", "gpus=8", "name=x", "dry_run=true"]) == 0
+        write(ask(["nodes=2", "gpus=8", "name=y"]))
+        import submitit
+        heavy = {{"torch", "cv2", "av", "decord", "deepspeed", "matplotlib"}} & set(sys.modules)
+        assert not heavy, heavy
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        print(used.ru_utime + used.ru_stime)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.splitlines()[-1]) < 2.0  # processor time: the test machine may be busy
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["gpsu=3"], "unknown option 'gpsu'; did you mean 'gpus'?"),
+        (["nodes=two"], "nodes='two'"),
+        (["cluster=slrum"], "did you mean 'slurm'"),
+        (["nodes=3", "gpus=8", "dry_run=true"], "nodes=3 × gpus=8 = 24"),
+        (["frist"], "name=frist starts a new run"),
+        (["--nodes=2"], "options are key=value"),
+        (["name=a/b"], "cannot be a folder name"),
+        (["cluster.time_limit=1", "dry_run=true"], "cluster.lead_time=120"),
+        (["cluster.sbatch.time=5", "dry_run=true"], "cluster.time_limit"),
+        (["cluster.sbatch.open-mode=truncate", "dry_run=true"], "resuming relies on"),
+        (["cluster.memory_per_node=4G", "cluster.sbatch.mem-per-cpu=1G", "dry_run=true"], "SLURM takes one of them"),
+        (["cluster=local", "nodes=2"], "use nodes=1, or cluster=slurm"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.splitlines()) == 1
+
+
+def test_without_slurm_the_remedy_is_named(root: Path) -> None:
+    command = [sys.executable, str(root / "launch" / "submit.py"), "nodes=2"]
+    done = subprocess.run(command, env={"PATH": "/nowhere"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "cluster=local" in done.stderr
+
+
+def test_wrong_data_is_refused_in_the_words_of_the_data_check(root: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(root / "launch" / "submit.py"), "cluster=local", "gpus=1", "name=x"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "train.csv" in done.stderr
+    assert not (tmp_path / "runs" / "x").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ resuming
+
+
+def test_the_last_value_of_an_option_counts() -> None:
+    assert merge([["nodes=1", "+data.x=1", "cluster=local"], ["nodes=2"], ["cluster=slurm", "~data.x"]]) == [
+        "nodes=2",
+        "cluster=slurm",
+        "~data.x",
+    ]
+
+
+def test_a_resumed_run_adds_its_new_options_to_the_old_ones(tmp_path: Path) -> None:
+    written("name=r", "nodes=2", "gpus=8", "cluster.partition=low", "optim.lr=1e-3")
+    run = ask(["r", "nodes=4", "cluster.partition=high"])
+    assert run.exists
+    assert (run.config.nodes, run.config.gpus, run.config.cluster.partition) == (4, 8, "high")
+    assert run.config.optim.lr == 1e-3
+    write(run)
+    assert load(tmp_path / "runs" / "r").nodes == 4
+    history = yaml.safe_load((tmp_path / "runs" / "r" / "overrides.yaml").read_text())
+    assert [entry["overrides"] for entry in history] == [
+        ["nodes=2", "gpus=8", "cluster.partition=low", "optim.lr=1e-3"],
+        ["nodes=4", "cluster.partition=high"],
+    ]
+
+
+def test_a_config_group_chosen_anew_replaces_the_old_one() -> None:
+    written("name=r", "cluster=local", "gpus=2")
+    assert ask(["name=r", "cluster=slurm"]).config.cluster.kind == "slurm"
+
+
+@pytest.mark.parametrize("how", ["r", "runs/r", "name=r"])
+def test_a_run_is_found_by_name_and_by_folder(how: str, tmp_path: Path) -> None:
+    written("name=r", "gpus=4")
+    run = ask([how])
+    assert run.path == tmp_path / "runs" / "r"
+    assert run.config.gpus == 4
+
+
+def test_a_run_keeps_its_paths_wherever_it_is_resumed_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = written("name=r", "data.root=videos", "init_from=start.pyth").config
+    assert first.data.datasets["mit"].videos == f"{tmp_path}/videos/moments_in_time/videos_320p"
+    assert first.init_from == f"{tmp_path}/start.pyth"
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    monkeypatch.setenv("MULTITRAIN_DATA", "/elsewhere")
+    again = ask([str(tmp_path / "runs" / "r"), "nodes=2"]).config
+    assert again.data.datasets == first.data.datasets
+    assert again.init_from == first.init_from
+    moved = ask([str(tmp_path / "runs" / "r"), "data.root=/moved"]).config
+    assert moved.data.datasets["mit"].videos == "/moved/moments_in_time/videos_320p"
+
+
+@pytest.mark.parametrize(
+    ("change", "option", "before", "now"),
+    [
+        ("seed=1", "seed", "0", "1"),
+        ("effective_batch=256", "effective_batch", "512", "256"),
+        ("data.mixture=concat", "data.mixture", "interleave", "concat"),
+        ("data.datasets.mit.replicas=2", "data.datasets.mit.replicas", "1", "2"),
+        ("data=ssv2", "data.datasets", "kinetics, mit, ssv2", "ssv2"),
+        ("model.depth=23", "model.depth", "24", "23"),
+        ("augment.mix_group=4", "augment.mix_group", "2", "4"),
+    ],
+)
+def test_another_plan_or_network_needs_another_name(change: str, option: str, before: str, now: str) -> None:
+    written("name=r", "gpus=8")
+    with pytest.raises(ConfigError) as refused:
+        ask(["r", change])
+    message = str(refused.value)
+    assert message.startswith(f"{option}: run 'r' has {before}, and {now} was asked for")
+    assert "name=" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["data.workers=2", "data.decode_timeout=5", "data.datasets.mit.temporal_views=3", "updates=10", "precision=fp32"],
+)
+def test_what_does_not_touch_the_plan_may_change(change: str) -> None:
+    written("name=r", "gpus=8")
+    assert ask(["r", change]).exists
+
+
+def test_a_run_in_progress_on_this_machine_is_not_started_twice() -> None:
+    run = written("name=r", "gpus=8")
+    with locked(run.path), pytest.raises(ConfigError, match=rf"process {os.getpid()} "), locked(run.path):
+        pass
+    with locked(run.path):
+        pass
+
+
+# ------------------------------------------------------------------------------------------------- what is written
+
+
+def test_the_folder_holds_what_was_asked_for_and_what_runs(tmp_path: Path, root: Path) -> None:
+    run = written("name=r", "nodes=2", "gpus=8")
+    folder = tmp_path / "runs" / "r"
+    assert {p.name for p in folder.iterdir()} == {"config.yaml", "overrides.yaml", "code", "env.txt", "logs"}
+    assert load(folder) == run.config
+    assert run.config.name == "r"
+    assert (folder / "code" / "multitrain" / "train.py").read_bytes() == (root / "multitrain" / "train.py").read_bytes()
+    assert (folder / "code" / "configs" / "config.yaml").is_file()
+    assert "numpy==" in (folder / "env.txt").read_text()
+    assert not list((tmp_path / "runs").glob(".r.new*"))
+
+
+def test_a_folder_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file, not a folder")
+    with pytest.raises(ConfigError, match="runs"):
+        written("name=r", "gpus=8")
+
+
+def test_the_snapshot_has_the_sources_and_nothing_that_git_ignores(tmp_path: Path, root: Path) -> None:
+    names = {str(f) for f in sources()}
+    assert {"multitrain/__init__.py", "launch/submit.py", "configs/config.yaml"} <= names
+    assert not [n for n in names if n.endswith(".pyc") or n.startswith((".venv", "tests", "runs"))]
+    snapshot(tmp_path / "code")
+    done = subprocess.run(
+        [sys.executable, "launch/submit.py", "nodes=2", "gpus=8", "dry_run=true"],
+        cwd=tmp_path / "code",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr  # complete: it can submit by itself
+
+
+def test_resuming_takes_the_code_of_today_and_says_so(tmp_path: Path) -> None:
+    run = written("name=r", "gpus=8")
+    run_folder.record(run, cluster="slurm", job="1")
+    old = run.path / "code" / "multitrain" / "__init__.py"
+    old.write_text("# the code of yesterday\n")
+    yesterday = digest(run.path / "code")
+    write(again := ask(["r"]))
+    run_folder.record(again, cluster="slurm", job="2")
+    assert "yesterday" not in old.read_text()
+    codes = [json.loads(line)["code"] for line in (run.path / "events.jsonl").read_text().splitlines()]
+    assert yesterday not in codes
+    assert codes[1] == digest(run.path / "code")
+    assert run_folder.jobs(run.path) == ["1", "2"]
+
+
+def test_own_config_groups_are_used_remembered_and_kept(tmp_path: Path) -> None:
+    (tmp_path / "mine" / "cluster").mkdir(parents=True)
+    (tmp_path / "mine" / "cluster" / "site.yaml").write_text("kind: slurm\npartition: tomorrow\n")
+    run = ask(["name=r", "cluster=site", "gpus=8"], config_dirs=["mine"])
+    write(run)
+    assert (run.path / "code" / "config_dirs" / "0" / "cluster" / "site.yaml").is_file()
+    assert ask(["r", "nodes=2"]).config.cluster.partition == "tomorrow"
+
+
+def test_unnamed_runs_are_called_after_experiment_and_time(tmp_path: Path) -> None:
+    assert ask(["gpus=8", "experiment=ssv2"]).name.startswith("ssv2-20")
+    assert ask(["gpus=8"], default_name="job7").name == "k400_mit_ssv2-job7"

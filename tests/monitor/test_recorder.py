@@ -1,0 +1,253 @@
+"""What a run's record looks like from outside, whatever interrupted it."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from multitrain.monitor import Recorder, events, lines, metrics
+from multitrain.monitor.progress import Progress, duration
+
+
+def record(update: int, loss: float | None = None) -> dict[str, object]:
+    return {
+        "update": update,
+        "loss": 10.0 - update if loss is None else loss,
+        "loss_classification": 1.0,
+        "loss_projection": 2.0,
+        "loss_informative": 3.0,
+        "loss_per_dataset": {"shapes": 0.5, "a b": 0.25},
+        "lr": 0.1 * update,
+        "grad_norm": 0.7,
+        "loss_scale": 1.0,
+        "tickets": f"digest{update}",
+        "world_size": 2,
+        "seconds": 1.5,
+        "data_wait_fraction": 0.25,
+        "clips_per_second": 20.0,
+        "max_memory_gb": 1.25,
+        "skipped": {"shapes": 1},
+    }
+
+
+def points(run: Path, tag: str) -> list[tuple[int, float]]:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    board = accumulator.EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    board.Reload()
+    return [(e.step, e.value) for e in board.Scalars(tag)]
+
+
+def test_a_resumed_run_has_every_update_once_and_in_order_in_metrics_and_tensorboard(tmp_path: Path) -> None:
+    with Recorder(tmp_path, total_updates=10) as first:
+        first.event("start")
+        for u in range(7):
+            first.update(record(u, loss=100.0 + u))
+        first.validation(4, {"shapes": {"top1": 40.0, "top5": 80.0}})
+        first.validation(6, {"shapes": {"top1": 60.0, "top5": 90.0}})
+    with Recorder(tmp_path, total_updates=10, start_update=4) as second:
+        second.event("resume")
+        for u in range(4, 10):
+            second.update(record(u, loss=200.0 + u))
+        second.validation(6, {"shapes": {"top1": 61.0, "top5": 90.0}})
+    written = metrics.read(tmp_path / "metrics.jsonl")
+    assert [r["update"] for r in written] == list(range(10))
+    expected = [100.0 + u for u in range(4)] + [200.0 + u for u in range(4, 10)]
+    assert [r["loss"] for r in written] == expected
+    assert points(tmp_path, "train/loss") == [(u + 1, v) for u, v in enumerate(expected)]
+    assert points(tmp_path, "val/shapes/top1") == [(4, 40.0), (6, 61.0)]
+
+
+def test_tensorboard_has_the_documented_names(tmp_path: Path) -> None:
+    with Recorder(tmp_path, total_updates=1) as recorder:
+        recorder.update(record(0))
+        recorder.event("checkpoint", update=1, seconds=0.5)
+        recorder.validation(1, {"a b": {"top1": 1.0, "top5": 5.0}})
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    board = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    train = ["loss", "loss_classification", "loss_projection", "loss_informative", "loss_shapes", "loss_a b", "lr"]
+    assert set(board.Tags()["scalars"]) == {
+        *(f"train/{n}" for n in (*train, "grad_norm", "loss_scale")),
+        *(f"perf/{n}" for n in ("clips_per_second", "data_wait_fraction", "update_seconds", "max_memory_gb")),
+        *("checkpoint/save_seconds", "data/skipped_shapes", "val/a b/top1", "val/a b/top5"),
+    }
+
+
+def test_a_line_cut_off_by_a_crash_costs_that_line_only(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"update": 0, "loss": 1.5}\n{"update": 1, "loss": 1.25}\n{"update": 2, "lo')
+    assert [r["update"] for r in metrics.read(path)] == [0, 1]
+    book = metrics.Metrics(path, start_update=3)
+    book.write({"update": 3, "loss": 1.0})
+    book.close()
+    assert path.read_bytes().count(b"\n") == 3
+    assert [r["update"] for r in metrics.read(path)] == [0, 1, 3]
+
+    history = tmp_path / "events.jsonl"
+    history.write_bytes(b'{"event": "start"}\n{"event": "checkp')
+    events.Events(history).write("resume")
+    assert [e["event"] for e in events.read(history)] == ["start", "resume"]
+
+
+def test_floats_come_back_to_the_bit_and_values_that_json_lacks_are_null(tmp_path: Path) -> None:
+    values = [0.1 + 0.2, math.pi * 1e-300, 1 / 3]
+    lines.append(tmp_path / "f", {"v": values, "nan": float("nan"), "inf": [float("inf")]})
+    (text,) = (tmp_path / "f").read_text().splitlines()
+    back = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert back == {"v": values, "nan": None, "inf": [None]}
+
+
+def test_numpy_and_torch_scalars_are_numbers(tmp_path: Path) -> None:
+    import numpy as np
+    import torch
+
+    lines.append(
+        tmp_path / "f", {"a": np.float32(0.5), "b": torch.tensor(2.5), "c": np.int64(3), "d": {"e": np.float64(1.5)}}
+    )
+    assert list(lines.read(tmp_path / "f")) == [{"a": 0.5, "b": 2.5, "c": 3, "d": {"e": 1.5}}]
+
+
+def test_only_rank_0_writes(tmp_path: Path) -> None:
+    with Recorder(tmp_path / "run", total_updates=5, rank=1) as recorder:
+        recorder.event("start")
+        recorder.update(record(0))
+        recorder.validation(1, {"shapes": {"top1": 1.0}})
+        recorder.write("hello")
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_videos_of_updates_done_again_are_not_counted_twice(tmp_path: Path) -> None:
+    Recorder(tmp_path, total_updates=9, rank=3).skipped([{"update": 1, "dataset": "x"}, {"update": 5, "dataset": "x"}])
+    Recorder(tmp_path, total_updates=9, start_update=5, tensorboard=False).close()
+    assert [r["update"] for r in lines.read(tmp_path / "skipped.jsonl")] == [1]
+
+
+def test_events_say_when_where_and_under_which_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "41")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    events.Events(tmp_path / "e", host="n1").write("signal", name="SIGUSR2")
+    (event,) = events.read(tmp_path / "e")
+    assert event.pop("time").endswith("+00:00")
+    assert event.pop("pid") == os.getpid()
+    assert event == {"event": "signal", "job": "41", "restart": 2, "host": "n1", "name": "SIGUSR2"}
+
+
+def test_without_a_scheduler_restarts_are_counted_from_the_events(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    for expected in range(3):
+        book = events.Events(tmp_path / "e")
+        assert book.restart == expected
+        book.write("resume" if expected else "start")
+
+
+def test_lines_of_many_processes_never_mix(tmp_path: Path) -> None:
+    code = textwrap.dedent(
+        """
+        import sys
+        from pathlib import Path
+        from multitrain.monitor import lines
+        for i in range(50):
+            lines.append(Path(sys.argv[1]), {"who": sys.argv[2], "i": i, "pad": "x" * 3000})
+        """
+    )
+    many = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "f"), str(n)]) for n in range(3)]
+    assert [p.wait() for p in many] == [0, 0, 0]
+    raw = (tmp_path / "f").read_bytes().splitlines()
+    assert len(raw) == len(list(lines.read(tmp_path / "f"))) == 150
+
+
+def test_a_killed_process_leaves_every_line_it_wrote(tmp_path: Path) -> None:
+    code = textwrap.dedent(
+        """
+        import os, signal, sys
+        from multitrain.monitor import Recorder
+        recorder = Recorder(sys.argv[1], total_updates=9, tensorboard=False)
+        for update in range(5):
+            recorder.update({"update": update, "loss": 1.0})
+        os.kill(os.getpid(), signal.SIGKILL)
+        """
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.DEVNULL).returncode
+        == -signal.SIGKILL
+    )
+    assert [r["update"] for r in metrics.read(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+
+
+def test_monitor_needs_no_torch() -> None:
+    code = "import sys, multitrain.monitor; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_log_has_one_plain_line_an_update_with_the_time_to_go() -> None:
+    stream, now = io.StringIO(), iter(range(0, 1000, 2))
+    progress = Progress(100, 90, log_every=2, stream=stream, clock=lambda: float(next(now)))
+    for update in range(90, 100):
+        progress.update(record(update, loss=1.5))
+    written = stream.getvalue()
+    assert [line.split("update ")[1].split("/")[0].strip() for line in written.splitlines()] == [
+        "92",
+        "94",
+        "96",
+        "98",
+        "100",
+    ]
+    assert "loss 1.5000" in written
+    assert "ETA 16 s" in written.splitlines()[0]  # 8 updates of 2 s
+    assert "\r" not in written
+    assert "\x1b" not in written
+
+
+def test_a_terminal_has_a_bar() -> None:
+    stream = Terminal()
+    progress = Progress(10, 4, stream=stream)
+    progress.update(record(4))
+    progress.close()
+    assert "\r" in stream.getvalue()
+    assert "5/10" in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.4, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (185, "3 min 05 s"),
+        (25920, "7 h 12 min"),
+        (183600, "2 d 03 h"),
+    ],
+)
+def test_durations_read_well(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_checkpoint_events_put_metrics_on_disk_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    original = os.fsync
+
+    def fsync(file: int) -> None:
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{file}")))
+        original(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with Recorder(tmp_path, total_updates=3, tensorboard=False) as recorder:
+        recorder.update(record(0))
+        recorder.event("checkpoint", update=1, seconds=0.1)
+        assert synced == ["metrics.jsonl", "events.jsonl"]

@@ -1,0 +1,154 @@
+"""Small real runs for tests: video files written with PyAV, configurations, and rank processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from multitrain.config import RunConfig, dump, validate
+
+ROOT = Path(__file__).resolve().parents[1]
+
+MODEL = {
+    "frames": 4,
+    "crop": 64,
+    "depth": 3,
+    "width": 16,
+    "heads": 1,
+    "stages": [1],
+    "kv_stride": 4,
+    "drop_path": 0.2,
+    "head_hidden": 24,
+    "head_dropout": 0.5,
+    "expander_hidden": 32,
+}
+"""A network of the real structure that runs in milliseconds; dropout and stochastic depth are on."""
+
+
+def write_video(path: Path, seed: int, frames: int = 12, size: tuple[int, int] = (80, 64)) -> None:
+    """An H.264 file of moving coloured noise, `size` = (width, height)."""
+    import av
+
+    rng = np.random.default_rng(seed)
+    texture = rng.integers(0, 255, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.width, stream.height, stream.pix_fmt = size[0], size[1], "yuv420p"
+        for t in range(frames):
+            frame = av.VideoFrame.from_ndarray(np.roll(texture, 2 * t, axis=1), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def write_dataset(folder: Path, videos: int, classes: int, seed: int) -> None:
+    """`folder`/{train,val,test}.csv and video files, labels going round."""
+    folder.mkdir(parents=True)
+    names = []
+    for i in range(videos):
+        write_video(folder / f"v {i}.mp4", seed * 1000 + i)
+        names.append(f"v {i}.mp4 {i % classes}\n")
+    for split in ("train", "val", "test"):
+        (folder / f"{split}.csv").write_text("".join(names))
+
+
+def settings(data: Path, **changes: Any) -> dict[str, Any]:
+    """Nested settings of a tiny three-dataset run on the files that `tiny_data` wrote; `a__b=c` changes setting a.b."""
+    datasets = {
+        "stride": {"classes": 5, "sampling": "stride"},
+        "segment": {"classes": 3, "sampling": "segment", "flip": False},
+        "with.dot": {"classes": 4},
+    }
+    for name, d in datasets.items():
+        d |= {"annotations": str(data / name), "videos": str(data / name)}
+    mapping: dict[str, Any] = {
+        "name": "tiny",
+        "nodes": 1,
+        "gpus": 1,
+        "updates": 6,
+        "effective_batch": 16,
+        "micro_batch": 2,
+        "precision": "fp32",
+        "cluster": {"kind": "local"},
+        "data": {"datasets": datasets, "workers": 0, "sampling_rate": 1},
+        "model": dict(MODEL),
+        "loss": {},
+        "optim": {"lr": 1e-3, "warmup_updates": 2},
+        "engine": {},
+        "augment": {},
+        "eval": {},
+        "checkpoint": {"every": 100, "keep": 2},
+        "monitor": {"tensorboard": False},
+    }
+    for key, value in changes.items():
+        at = mapping
+        *path, last = key.split("__")
+        for part in path:
+            at = at.setdefault(part, {})
+        at[last] = value
+    return mapping
+
+
+def write_run(runs: Path, mapping: dict[str, Any]) -> tuple[Path, RunConfig]:
+    """A run's folder as `launch/submit.py` leaves it, as far as ranks need it."""
+    config = validate(mapping)
+    run = runs / str(config.name)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.yaml").write_text(dump(config))
+    return run, config
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start_ranks(
+    arguments: Sequence[str], world_size: int, *, log: Path, environment: dict[str, str] | None = None
+) -> list[subprocess.Popen[bytes]]:
+    """One real process a rank: ``python ARGUMENTS``, output of all appended to `log`."""
+    port = str(free_port())
+    processes = []
+    for rank in range(world_size):
+        env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+        env |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        env |= environment or {}
+        with open(log, "ab") as out:
+            command = [sys.executable, "-u", *arguments]
+            processes.append(
+                subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT, preexec_fn=_block_signals)
+            )
+    return processes
+
+
+def _block_signals() -> None:
+    """As the launcher does, so that a signal that comes before the rank's own handlers waits for them."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
+
+
+def wait(processes: Sequence[subprocess.Popen[bytes]], timeout: float = 120) -> list[int]:
+    """Exit statuses; kills what is left when one fails or the time is up."""
+    try:
+        return [p.wait(timeout) for p in processes]
+    finally:
+        for p in processes:
+            if p.poll() is None:
+                p.kill()
+                p.wait()
+
+
+def train(run: Path, world_size: int, timeout: float = 120, expect: int = 0) -> None:
+    """Run `python -m multitrain.train RUN` on `world_size` ranks to its end."""
+    log = run / "ranks.log"
+    codes = wait(start_ranks(["-m", "multitrain.train", str(run)], world_size, log=log), timeout)
+    assert codes == [expect] * world_size, f"exit statuses {codes}\n{log.read_text()[-6000:]}"

@@ -1,0 +1,93 @@
+"""The house of the design: who may import whom, and what stays light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+FLOORS = [
+    {"config", "order"},
+    {"loss", "model", "monitor"},
+    {"data", "interop"},
+    {"engine", "evaluation"},
+    {"train", "cli", "launch", "__main__"},
+]
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+ONLY_IN = {
+    "deepspeed": {"multitrain/engine/deepspeed.py"},
+    "decord": {"multitrain/data/decode.py"},
+    "submitit": {"launch/slurm.py"},
+}
+
+
+def files(root: Path) -> list[Path]:
+    return sorted([*root.glob("multitrain/**/*.py"), *root.glob("launch/**/*.py")])
+
+
+def room(relative: Path) -> str:
+    parts = relative.with_suffix("").parts
+    return parts[0] if parts[0] == "launch" else parts[1]
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+def test_rooms_import_only_from_floors_below(root: Path) -> None:
+    wrong = []
+    for path in files(root):
+        relative = path.relative_to(root)
+        me = room(relative)
+        for name in imports(path):
+            parts = name.split(".")
+            other = {"launch": "launch", "multitrain": parts[1] if len(parts) > 1 else ""}.get(parts[0], "")
+            if me in FLOOR and other in FLOOR and other != me and FLOOR[other] >= FLOOR[me]:
+                wrong.append(f"{relative} imports {name}")
+    assert wrong == []
+
+
+def test_launch_imports_config_order_and_monitor_only(root: Path) -> None:
+    allowed = {"config", "order", "monitor", ""}
+    for path in root.glob("launch/**/*.py"):
+        for name in imports(path):
+            if name.startswith("multitrain"):
+                assert name.split(".")[1] in allowed, f"{path.name} imports {name}"
+
+
+def test_each_heavy_library_has_one_room(root: Path) -> None:
+    for path in files(root):
+        relative = str(path.relative_to(root))
+        for name in imports(path):
+            allowed = ONLY_IN.get(name.split(".")[0])
+            assert allowed is None or relative in allowed, f"{relative} imports {name}"
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "multitrain",
+        "multitrain.config",
+        "multitrain.order",
+        "multitrain.monitor.slurm",
+        "multitrain.monitor.status",
+        "multitrain.data.catalog",
+        "multitrain.engine.interruption",
+        "multitrain.cli",
+        "launch.submit",
+    ],
+)
+def test_what_must_be_light_imports_no_torch(root: Path, module: str) -> None:
+    code = (
+        f"import sys, {module}; sys.exit(' '.join(m for m in ('torch', 'cv2', 'av', 'deepspeed') if m in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, f"{module} imports {done.stderr}"
