@@ -25,7 +25,7 @@ from typing import Any
 
 from multitrain.monitor.slurm import rank_environment
 
-WRITTEN = 64 << 20
+WRITTEN = 16 << 20
 """Bytes written to measure the speed of the run's folder."""
 
 PATIENCE = 120.0

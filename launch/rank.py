@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
-from multitrain.monitor.slurm import STOP_SIGNALS, block_stop_signals, rank_environment
+from multitrain.monitor.slurm import PLACE, STOP_SIGNALS, block_stop_signals, rank_environment
 
 
 def training(run: Path) -> tuple[str, ...]:
@@ -37,7 +37,8 @@ class Rank:
             signal.signal(name, signal.SIG_DFL)  # exec resets handlers, but not what is ignored
         code = os.path.join(self.run, "code")
         os.chdir(code)
-        environment = {**os.environ, **rank_environment(), "PYTHONPATH": python_path(code)}
+        inherited = {k: v for k, v in os.environ.items() if k not in PLACE}  # of the shell that submitted
+        environment = {**inherited, **rank_environment(inherited), "PYTHONPATH": python_path(code)}
         sys.stdout.flush()
         sys.stderr.flush()
         os.execve(sys.executable, [sys.executable, "-u", *self.arguments], environment)

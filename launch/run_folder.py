@@ -29,7 +29,6 @@ from typing import Any
 import yaml
 
 from multitrain.config import ConfigError, RunConfig, compose, config_folder, dump, load, nearest, validate
-from multitrain.config.compose import compose_mapping
 from multitrain.monitor.events import Events, read
 from multitrain.order.batch import BatchShape, solve
 
@@ -42,7 +41,8 @@ FREE = re.compile(
 """Options under `data` that a resumed run may change: where files lie, how fast they are read, how testing looks at them.
 Whether other files hold the same videos is checked by the run itself, by content."""
 
-PATHS = ("annotations", "videos", "class_names")
+PATH_OPTIONS = re.compile(r"init_from|data\.(root|index)|data\.datasets\..+\.(annotations|videos|class_names)")
+"""Options that are paths."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,12 @@ def ask(words: Sequence[str], *, config_dirs: Sequence[str] = (), default_name: 
     typed = [w for w in words if "=" in w or w.startswith("~")]
     path = _folder(typed, [w for w in words if w not in typed], config_dirs, default_name)
     saved = load(path) if (path / "config.yaml").is_file() else None
-    history = _history(path) if saved else []
-    dirs = list(dict.fromkeys([*(d for entry in history for d in entry.get("config_dirs", [])), *config_dirs]))
-    overrides = merge([*(entry["overrides"] for entry in history), typed])
-    config = compose([o for o in overrides if _key(o) not in ("name", "runs")], config_dirs=dirs)
-    config = _placed(config, path, saved, {_key(o) for o in typed})
     if saved:
+        config, dirs = _resumed(saved, path, typed, config_dirs)
         _refuse_another_run(path.name, saved, config)
+    else:
+        dirs = list(config_dirs)
+        config = _placed(_flat(compose(_options(typed), config_dirs=dirs)), path)
     shape = solve(
         config.effective_batch, nodes=config.nodes, gpus=config.gpus, micro_batch=config.micro_batch, group=config.group
     )
@@ -116,6 +115,11 @@ def merge(lists: Sequence[Sequence[str]]) -> list[str]:
     return list(last.values())
 
 
+def _options(*lists: Sequence[str]) -> list[str]:
+    """The merged overrides without the run's name and folder, which are known otherwise."""
+    return [o for o in merge(lists) if _key(o) not in ("name", "runs")]
+
+
 def _key(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
@@ -123,7 +127,8 @@ def _key(override: str) -> str:
 def _folder(typed: list[str], plain: list[str], config_dirs: Sequence[str], default_name: str | None) -> Path:
     """The run's folder: of the run that a plain word names, or of the `name` that was typed, or a new one."""
     given = {_key(o): o.partition("=")[2].strip("'\"") for o in typed}
-    runs = Path(given.get("runs") or compose_mapping()["runs"]).absolute()
+    usual = yaml.safe_load((config_folder() / "config.yaml").read_text()).get("runs", "runs")
+    runs = Path(given.get("runs") or usual).absolute()
     name = None if given.get("name") in (None, "", "null") else given["name"]
     if plain:
         folder = _existing(plain, runs)
@@ -164,31 +169,63 @@ def _history(path: Path) -> list[dict[str, Any]]:
         raise ConfigError(f"{file} cannot be read ({' '.join(str(error).split())}); restore it") from None
 
 
-def _placed(config: RunConfig, path: Path, saved: RunConfig | None, typed: set[str]) -> RunConfig:
-    """`config` with its name, and with absolute paths, since ranks run in another folder.
+Flat = dict[tuple[str, ...], Any]
+"""A configuration as leaves by path; names of datasets may hold dots."""
 
-    A resumed run keeps its paths, wherever it is resumed from, unless they are typed anew.
+
+def _resumed(saved: RunConfig, path: Path, typed: list[str], config_dirs: Sequence[str]) -> tuple[RunConfig, list[str]]:
+    """The configuration of a resumed run: as saved, and what the new options change.
+
+    What they change is the difference of two compositions, with and without them, so that neither an edited YAML file,
+    nor another working folder, nor another `MULTITRAIN_DATA` changes a run behind its owner's back.
     """
-    mapping = config.model_dump(mode="json")
-    old = saved.model_dump(mode="json") if saved else None
+    history = _history(path)
+    dirs = list(dict.fromkeys([*(d for entry in history for d in entry.get("config_dirs", [])), *config_dirs]))
+    result = _flat(saved)
+    if not _options(typed):
+        return _placed(result, path), dirs
+    earlier = [entry["overrides"] for entry in history]
+    before = _flat(compose(_options(*earlier), config_dirs=dirs))
+    now = _flat(compose(_options(*earlier, typed), config_dirs=dirs))
+    named = {_key(o) for o in typed}
+    for leaf in {**before, **now}:
+        dotted = ".".join(leaf)
+        is_named = "experiment" in named or any(dotted == k or dotted.startswith(k + ".") for k in named)
+        if leaf in now and (is_named or before.get(leaf, ...) != now[leaf]):
+            result[leaf] = now[leaf]
+        elif leaf not in now:
+            result.pop(leaf, None)
+    return _placed(result, path), dirs
 
-    def place(section: dict[str, Any], before: dict[str, Any] | None, where: str, name: str, *also: str) -> None:
-        options = {where + name, *also}
-        if before is not None and not options & typed:
-            section[name] = before[name]
-        elif section[name] is not None:
-            section[name] = str(Path(section[name]).expanduser().absolute())
 
-    data, old_data = mapping["data"], old and old["data"]
-    place(mapping, old, "", "init_from", "experiment")
-    place(data, old_data, "data.", "root", "data", "experiment")
-    place(data, old_data, "data.", "index")
-    for name, dataset in data["datasets"].items():
-        before = (old_data or {}).get("datasets", {}).get(name)
-        parents = ("data.root", "data", "experiment", "data.datasets", f"data.datasets.{name}")
-        for option in PATHS:
-            place(dataset, before, f"data.datasets.{name}.", option, *parents)
-    return validate({**mapping, "name": path.name, "runs": str(path.parent)})
+def _placed(flat: Flat, path: Path) -> RunConfig:
+    """The configuration with its name, and with absolute paths, since ranks run in another folder."""
+    nested: dict[str, Any] = {}
+    for leaf, value in flat.items():
+        if value is not None and PATH_OPTIONS.fullmatch(".".join(leaf)):
+            value = str(Path(value).expanduser().absolute())
+        inner = nested
+        for part in leaf[:-1]:
+            inner = inner.setdefault(part, {})
+        if value == {}:
+            inner.setdefault(leaf[-1], {})
+        else:
+            inner[leaf[-1]] = value
+    return validate({**nested, "name": path.name, "runs": str(path.parent)})
+
+
+def _flat(config: RunConfig) -> Flat:
+    flat: Flat = {}
+
+    def add(leaf: tuple[str, ...], value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                add((*leaf, key), inner)
+        else:
+            flat[leaf] = value
+
+    add((), config.model_dump(mode="json"))
+    return flat
 
 
 def _refuse_another_run(name: str, saved: RunConfig, config: RunConfig) -> None:
@@ -209,24 +246,15 @@ def _refuse_another_run(name: str, saved: RunConfig, config: RunConfig) -> None:
 
 
 def _fixed(config: RunConfig) -> dict[str, Any]:
-    """The options that a resumed run must keep, flat: seed, effective batch, mix group, model, and the data's plan."""
-    flat: dict[str, Any] = {
+    """The options that a resumed run must keep: seed, effective batch, mix group, model, and the data's plan."""
+    kept = {".".join(leaf): value for leaf, value in _flat(config).items() if leaf[0] in ("data", "model")}
+    return {
         "seed": config.seed,
         "effective_batch": config.effective_batch,
         "data.datasets": ", ".join(config.data.datasets),
+        **{name: value for name, value in kept.items() if not FREE.fullmatch(name)},
+        "augment.mix_group": config.group,
     }
-
-    def add(prefix: str, value: Any) -> None:
-        if isinstance(value, dict) and value:
-            for key, inner in value.items():
-                add(f"{prefix}.{key}", inner)
-        elif not FREE.fullmatch(prefix):
-            flat[prefix] = value
-
-    add("data", config.data.model_dump(mode="json"))
-    add("model", config.model.model_dump(mode="json"))
-    flat["augment.mix_group"] = config.group
-    return flat
 
 
 # ------------------------------------------------------------------------------------------------------ on the disk

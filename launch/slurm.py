@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shlex
 import shutil
@@ -76,11 +77,13 @@ def submit(run: Path, config: RunConfig, arguments: tuple[str, ...] | None = Non
     executor = _executor(run, config, checked=True)
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    with _outside_any_job():
+    with _outside_any_job(), contextlib.redirect_stderr(io.StringIO()):  # submitit repeats there what it raises
         try:
             return str(executor.submit(Rank(run, arguments or training(run))).job_id)
         except (FailedJobError, FailedSubmissionError) as error:
-            said = [line.strip() for line in str(error).splitlines() if "error:" in line]
+            said = [
+                line.partition("error: ")[2] for line in str(error).splitlines() if line.startswith("sbatch: error: ")
+            ]
             raise ConfigError("SLURM refused the job: " + "; ".join(said or str(error).split("\n"))) from None
 
 

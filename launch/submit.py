@@ -109,7 +109,7 @@ def _to_slurm(run: Run) -> int:
         raise
     run_folder.record(run, cluster="slurm", job=job)
     log = slurm.rank_log(run.path, job)
-    print(f"job     {job}{f', resumes {run.name}' if resumed else ''}")
+    print(f"job     {job}{f'  (resumes {run.name})' if resumed else ''}")
     print(f"run     {run.path}")
     print(f"batch   {_batch(run)}")
     print(f"log     {log}")

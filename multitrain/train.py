@@ -1,6 +1,6 @@
 """What each rank runs: ``python -m multitrain.train RUN``. Read the configuration, build, resume, train, leave well.
 
-Exit status: 0 the run is complete; 75 it was interrupted; 76 it was asked to stop; 1 it failed; 2 a setting or file is wrong.
+Exit status: 0 the run is complete; 75 it was interrupted and can be resumed; 1 it failed; 2 a setting or file is wrong.
 Under SLURM an interrupted run puts itself back into the queue as its very last act, unless somebody cancelled it.
 """
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from multitrain.engine.trainer import Trainer, Validate
     from multitrain.model.multitrain import MultiTrain
 
-FINISHED, FAILED, MISTAKE, INTERRUPTED, STOPPED = 0, 1, 2, 75, 76
+FINISHED, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 75
 WAIT_FOR_END = 120.0
 """Seconds that a rank waits for SLURM to end it after the job was put back into the queue."""
 
@@ -237,8 +237,8 @@ def _leave(run: Path, trainer: Trainer, request: Request, interruption: Interrup
     sys.stdout.flush()
     world.agree(0)  # everybody has saved and closed
     if reason is not None and job is not None:
-        _requeue(run, job, world, interruption)
-    return {Request.NONE: FINISHED, Request.STOP: STOPPED}.get(request, INTERRUPTED)
+        return _requeue(run, job, world, interruption)
+    return FINISHED if request == Request.NONE else INTERRUPTED
 
 
 def _why(request: Request, job: str | None, signals: list[int]) -> tuple[str | None, str]:
@@ -247,14 +247,11 @@ def _why(request: Request, job: str | None, signals: list[int]) -> tuple[str | N
         return None, "stopped on request"
     if job is None:
         return None, "interrupted"
-    try:
-        reason = slurm.taken_away(job, signals)
-    except slurm.SlurmError as error:  # no scontrol in a container, say; the batch script asks again, and requeues
-        return None, f"interrupted, by what SLURM did not say ({error})"
+    reason = slurm.taken_away(job, signals)
     return reason, reason or "cancelled"
 
 
-def _requeue(run: Path, job: str, world: World, interruption: Interruption) -> None:
+def _requeue(run: Path, job: str, world: World, interruption: Interruption) -> int:
     """The very last act: rank 0 puts the job back, and all ranks wait for SLURM to end them.
 
     A rank that left on its own would make SLURM count the job as completed (seen on 22.05), and it would not come back.
@@ -266,10 +263,11 @@ def _requeue(run: Path, job: str, world: World, interruption: Interruption) -> N
         except slurm.SlurmError as error:
             Events(run / "events.jsonl").write("requeue_failed", reason=str(error))
             print(f"the job could not put itself back into the queue ({error}); its script tries again", flush=True)
-            return
+            return FAILED
     deadline = time.monotonic() + WAIT_FOR_END
     while time.monotonic() < deadline and len(interruption.signals) == seen:
         time.sleep(0.1)
+    return INTERRUPTED
 
 
 def _make_deterministic(config: RunConfig) -> None:

@@ -13,6 +13,9 @@ if [ -z "${MULTITRAIN_PYTHON:-}${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x .ven
 fi
 export PYTHONFAULTHANDLER=1
 
+# Of the shell that submitted; the tasks' own come from srun.
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
+
 # Tasks start with the stop signals held back, so that none can kill one that is still importing (needs coreutils 8.31).
 hold='env --block-signal=TERM,USR1,USR2'
 $hold true 2>/dev/null || hold=

@@ -121,7 +121,7 @@ def start_ranks(
     for rank in range(world_size):
         env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
         env |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
         env |= environment or {}
         with open(log, "ab") as out:
             command = [sys.executable, "-u", *arguments]
@@ -152,3 +152,12 @@ def train(run: Path, world_size: int, timeout: float = 120, expect: int = 0) -> 
     log = run / "ranks.log"
     codes = wait(start_ranks(["-m", "multitrain.train", str(run)], world_size, log=log), timeout)
     assert codes == [expect] * world_size, f"exit statuses {codes}\n{log.read_text()[-6000:]}"
+
+
+def excite(model: Any) -> None:
+    """Scale the expander of a fresh model up, so that its embeddings spread and the informative loss has something to see."""
+    import torch
+
+    with torch.no_grad():
+        for layer in (model.expander.fc1, model.expander.fc2):
+            layer.weight.mul_(30.0)

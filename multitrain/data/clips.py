@@ -16,7 +16,7 @@ import numpy as np
 from multitrain.config import DatasetConfig, RunConfig
 from multitrain.data.augment import augment_clip
 from multitrain.data.catalog import Catalog
-from multitrain.data.decode import VideoError, open_video
+from multitrain.data.decode import VideoError, open_video, prepare
 from multitrain.data.frames import training_indices
 from multitrain.data.guard import Guard, Overdue
 from multitrain.data.random import Draws
@@ -76,6 +76,10 @@ class TrainJob:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_guard": Guard()}
+
+    def prepare(self) -> None:
+        """Import the decoder."""
+        prepare(self.config.data.decoder)
 
     def describe(self, task: Task) -> str:
         """The video of a task, for error messages."""
@@ -169,6 +173,10 @@ class TestJob:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_guard": Guard()}
+
+    def prepare(self) -> None:
+        """Import the decoder."""
+        prepare(self.config.data.decoder)
 
     def describe(self, task: int) -> str:
         """The video of a task, for error messages."""

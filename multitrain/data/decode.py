@@ -119,6 +119,12 @@ def open_video(path: Path | str, backend: Backend = "pyav", timeout: float | Non
     return _DecordVideo(path, deadline) if backend == "decord" else _PyAVVideo(path, deadline)
 
 
+def prepare(backend: Backend) -> None:
+    """Import a backend's library now rather than with the first video; not decord, which may be missing."""
+    if backend == "pyav":
+        import av  # noqa: F401
+
+
 def _check_file(path: Path) -> None:
     try:
         found = os.stat(path)
@@ -426,7 +432,7 @@ class _DecordVideo(Video):
             self._reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
             self.frame_count, self.fps = len(self._reader), float(self._reader.get_avg_fps())
         except Exception as error:
-            raise VideoError(path, _decord_reason(error), transient=_may_pass(error)) from error
+            raise VideoError(path, _decord_reason(error, self.path), transient=_may_pass(error)) from error
         if self.frame_count < 1 or not 0 < self.fps < math.inf:
             raise VideoError(path, f"{self.frame_count} frames at {self.fps} frames a second")
 
@@ -438,7 +444,7 @@ class _DecordVideo(Video):
         try:
             frames = self._reader.get_batch(wanted).asnumpy()
         except Exception as error:
-            raise VideoError(self.path, _decord_reason(error), transient=_may_pass(error)) from error
+            raise VideoError(self.path, _decord_reason(error, self.path), transient=_may_pass(error)) from error
         return np.ascontiguousarray(frames, dtype=np.uint8)
 
 
@@ -454,11 +460,12 @@ def _import_decord() -> Any:
     return decord
 
 
-def _decord_reason(error: Exception) -> str:
-    """decord's messages open with a C++ position and end with a stack trace."""
+def _decord_reason(error: Exception, path: Path) -> str:
+    """decord's messages open with a C++ position, name the file and end with a stack trace."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
-    return text.split("Check failed: ")[-1] if "Check failed" in text else text.split("] ", 1)[-1]
+    text = text.split("Check failed: ")[-1] if "Check failed" in text else text.split("] ", 1)[-1]
+    return text.replace(str(path), "the file").rstrip(".")
 
 
-__all__ = ["Backend", "Video", "VideoError", "open_video"]
+__all__ = ["Backend", "Video", "VideoError", "open_video", "prepare"]

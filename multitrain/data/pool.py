@@ -54,6 +54,10 @@ class Job(Protocol):
     patience: float
     """Seconds within which a worker has to answer a task."""
 
+    def prepare(self) -> None:
+        """Import what `run` needs; called once, before workers are forked."""
+        ...
+
     def run(self, task: Any, out: np.ndarray) -> Any:
         """Fill `out` (dtype, shape) and return the rest of the answer, small."""
         ...
@@ -335,9 +339,10 @@ def keep(given: dict[str, Any]) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)
     control = Connection(given["control"])
     try:
-        job = pickle.loads(control.recv_bytes())
+        job: Job = pickle.loads(control.recv_bytes())
     except (EOFError, OSError):
         os._exit(0)
+    job.prepare()
     pids: dict[int, int] = {}
     for number in range(len(given["workers"])):
         pid = os.fork()

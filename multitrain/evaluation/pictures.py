@@ -174,7 +174,7 @@ def _bars(axis: Axes, example: Example, head: str) -> None:
         if own and place == 0:
             colour = RIGHT if label in example.truth else WRONG
         axis.barh(place, 1.0, color="#f0f2f5", height=0.78)
-        axis.barh(place, probability, color=colour, height=0.78, alpha=0.85 if own else 0.6)
+        axis.barh(place, probability, color=colour, height=0.78, alpha=0.6)
         axis.text(0.02, place, label, va="center", size=8, color=INK, weight="bold" if place == 0 and own else "normal")
         axis.text(0.98, place, f"{100 * probability:.0f} %", va="center", ha="right", size=8, color=INK)
     axis.set_ylim(2.6, -0.6)
@@ -210,12 +210,12 @@ def _curve(history: History, key: str, name: str | None = None) -> Curve:
 
 
 def _smooth(y: np.ndarray) -> np.ndarray:
-    """Moving mean over about a thirtieth of the curve, narrower at the ends."""
+    """Moving mean over about a thirtieth of the curve."""
     half = max(1, len(y) // 60)
     total = np.concatenate([[0.0], np.cumsum(y)])
     i = np.arange(len(y))
-    reach = np.minimum(half, np.minimum(i, len(y) - 1 - i))
-    return (total[i + reach + 1] - total[i - reach]) / (2 * reach + 1)
+    start, stop = np.maximum(i - half, 0), np.minimum(i + half + 1, len(y))
+    return (total[stop] - total[start]) / (stop - start)
 
 
 def _mark_restarts(axis: Axes, restarts: Sequence[int]) -> None:
@@ -256,7 +256,13 @@ def _figure(
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError("pictures need matplotlib; pip install 'multitrain[report]'") from None
-    style: dict[Any, Any] = {"font.size": 9, "axes.edgecolor": FAINT, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK}
+    style: dict[Any, Any] = {
+        "font.size": 9,
+        "axes.edgecolor": FAINT,
+        "axes.labelcolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+    }
     with rc_context(style):
         figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
         shares = widths or [ratio, *[1.0] * (columns - 1)]

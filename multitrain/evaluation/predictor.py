@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 
 from multitrain.config import ConfigError, DatasetConfig, ModelConfig, RunConfig, nearest
-from multitrain.data.views import load_views
-from multitrain.interop.weights import Weights, read_names, read_weights, run_config
+from multitrain.data.views import load_views, short_side
+from multitrain.interop.weights import Weights, read_model, read_names
 from multitrain.model import MultiTrain
 
 
@@ -63,7 +63,7 @@ class Predictor(MultiTrain):
         self, path: str | Path, *, views: Literal["centre", "test"] = "centre"
     ) -> dict[str, torch.Tensor]:
         """Mean probabilities over the views of a video, by dataset: float32 [K] on the CPU. Errors as :meth:`predict`."""
-        features: dict[str, torch.Tensor] = {}
+        features: dict[tuple[object, ...], torch.Tensor] = {}
         out = {}
         was_training = self.training
         self.eval()
@@ -71,7 +71,7 @@ class Predictor(MultiTrain):
             with torch.inference_mode():
                 for name in self.datasets:
                     settings = self._reading(name, views)
-                    same = settings.model_dump_json(include=_READING)
+                    same = self._pixels(settings)
                     if same not in features:
                         clips = torch.from_numpy(load_views(path, settings, self.run.data, self.config))
                         features[same] = self.features(clips.to(self.pos_embed_spatial.device))
@@ -89,13 +89,13 @@ class Predictor(MultiTrain):
         settings = self.run.data.datasets[name]
         return settings if views == "test" else settings.model_copy(update={"temporal_views": 1, "spatial_views": 1})
 
+    def _pixels(self, settings: DatasetConfig) -> tuple[object, ...]:
+        """What decides which pixels the network sees; datasets that agree on it share the clips."""
+        return settings.sampling, settings.temporal_views, settings.spatial_views, short_side(settings, self.config)
+
     def _best(self, name: str, row: torch.Tensor, top: int) -> list[tuple[str, float]]:
         order = torch.argsort(row, descending=True, stable=True)[: max(top, 0)]
         return [(self.label(name, int(i)), float(row[i])) for i in order]
-
-
-_READING = {"sampling", "temporal_views", "spatial_views", "test_short_side"}
-"""What of a dataset's settings decides which pixels the network sees."""
 
 
 def load(path: str | Path, *, class_names: Mapping[str, str | Path | Sequence[str]] | None = None) -> Predictor:
@@ -109,29 +109,23 @@ def load(path: str | Path, *, class_names: Mapping[str, str | Path | Sequence[st
     Raises:
         ConfigError: no model there, damaged, or class names that do not fit.
     """
-    weights = read_weights(path)
-    names = weights.class_names | _given_names(class_names or {}, weights)
-    with torch.device("meta"):
-        model = Predictor(
-            weights.config,
-            weights.datasets,
-            run=_run(path, weights),
-            multi_label=weights.multi_label,
-            class_names=names,
-        )
-    model.load_state_dict({name: tensor.float() for name, tensor in weights.state.items()}, assign=True)
-    return model.eval()
-
-
-def _run(path: str | Path, weights: Weights) -> RunConfig:
-    """The stored configuration; every head must have its dataset's settings in it."""
-    run = run_config(path)
+    weights, run = read_model(path)
     absent = [name for name in weights.datasets if name not in run.data.datasets]
     if absent:
         raise ConfigError(
             f"{path}: its configuration has no data.datasets.{absent[0]}, which its weights have a head for; restore its config.yaml"
         )
-    return run
+    names = weights.class_names | _given_names(class_names or {}, weights)
+    with torch.device("meta"):
+        model = Predictor(
+            weights.config,
+            weights.datasets,
+            run=run,
+            multi_label=weights.multi_label,
+            class_names=names,
+        )
+    model.load_state_dict({name: tensor.float() for name, tensor in weights.state.items()}, assign=True)
+    return model.eval()
 
 
 def _given_names(given: Mapping[str, str | Path | Sequence[str]], weights: Weights) -> dict[str, list[str]]:

@@ -27,7 +27,7 @@ from multitrain.monitor.progress import duration
 
 
 @dataclass(frozen=True)
-class Tested:
+class Scored:
     """One dataset's test: figures and scores."""
 
     name: str
@@ -116,7 +116,7 @@ def newest_evaluation(run_dir: Path) -> Path | None:
     return best.parent if best else None
 
 
-def read_evaluation(folder: str | Path) -> dict[str, Tested]:
+def read_evaluation(folder: str | Path) -> dict[str, Scored]:
     """The datasets of a finished evaluation that were scored by their own head.
 
     Raises:
@@ -133,7 +133,7 @@ def read_evaluation(folder: str | Path) -> dict[str, Tested]:
     for name, result in results.items():
         if result["head"] == result["dataset"]:
             with np.load(folder / name / "scores.npz") as file:
-                tested[name] = Tested(name, result, file["labels"], file["scores"], file["paths"])
+                tested[name] = Scored(name, result, file["labels"], file["scores"], file["paths"])
     return tested
 
 
@@ -148,7 +148,7 @@ def read_history(run_dir: Path, chance: Mapping[str, float]) -> History:
     )
 
 
-def accuracy_table(tested: Mapping[str, Tested]) -> str:
+def accuracy_table(tested: Mapping[str, Scored]) -> str:
     """Accuracy against chance as aligned text, one line a dataset."""
     if not tested:
         return ""
@@ -166,7 +166,7 @@ def accuracy_table(tested: Mapping[str, Tested]) -> str:
 _HEADER = ("dataset", "test videos", "classes", "top-1 %", "top-5 %", "mAP %", "chance %")
 
 
-def _row(tested: Tested) -> tuple[str, ...]:
+def _row(tested: Scored) -> tuple[str, ...]:
     r = tested.result
     videos = str(r["scored"]) if r["scored"] == r["videos"] else f"{r['scored']} of {r['videos']}"
     figures = ("–" if r.get(k) is None else f"{r[k]:.1f}" for k in ("top1", "top5", "map"))
@@ -196,7 +196,7 @@ def summarise(run_dir: Path, config: RunConfig, history: History) -> dict[str, s
 
 
 def pick_examples(
-    run_dir: Path, config: RunConfig, tested: Mapping[str, Tested], count: int
+    run_dir: Path, config: RunConfig, tested: Mapping[str, Scored], count: int
 ) -> tuple[list[Example], list[str]]:
     """Some test videos of each dataset with the predictions of every head, and notes on what could not be read."""
     examples: list[Example] = []
@@ -221,7 +221,7 @@ def pick_examples(
     return examples, notes
 
 
-def _chosen(tested: Tested, count: int) -> list[int]:
+def _chosen(tested: Scored, count: int) -> list[int]:
     """Videos of classes far apart; the last is the surest mistake, if there was one."""
     best = tested.scores.argmax(1) if len(tested.scores) else np.zeros(0, int)
     labels = tested.labels.argmax(1) if tested.labels.ndim == 2 else tested.labels
@@ -236,7 +236,7 @@ def _chosen(tested: Tested, count: int) -> list[int]:
     return list(dict.fromkeys(chosen))
 
 
-def _confusion(tested: Tested) -> np.ndarray:
+def _confusion(tested: Scored) -> np.ndarray:
     classes = tested.scores.shape[1]
     matrix = np.zeros((classes, classes), int)
     for true, predicted, number in tested.result["confusion"]:
@@ -244,7 +244,7 @@ def _confusion(tested: Tested) -> np.ndarray:
     return matrix
 
 
-def _markdown(name: str, summary: Mapping[str, str], tested: Mapping[str, Tested]) -> str:
+def _markdown(name: str, summary: Mapping[str, str], tested: Mapping[str, Scored]) -> str:
     lines = [f"# {name}", "", *(f"* {key}: {value}" for key, value in summary.items()), ""]
     if tested:
         lines += ["| " + " | ".join(_HEADER) + " |", "|" + " --- |" * len(_HEADER)]
@@ -284,7 +284,7 @@ pre{overflow:auto;font-size:12.5px;line-height:1.4}summary{cursor:pointer;color:
 def _page(
     name: str,
     summary: Mapping[str, str],
-    tested: Mapping[str, Tested],
+    tested: Mapping[str, Scored],
     shown: Mapping[str, bytes],
     notes: Sequence[str],
     config: str,
@@ -312,7 +312,7 @@ def _page(
     )
 
 
-def _html_table(tested: Mapping[str, Tested]) -> str:
+def _html_table(tested: Mapping[str, Scored]) -> str:
     head = "".join(f"<th>{html.escape(h)}</th>" for h in _HEADER) + "<th>top-1, and chance in red</th>"
     rows = []
     for t in tested.values():

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from multitrain.config import ConfigError, ModelConfig
+from multitrain.config import ConfigError, ModelConfig, RunConfig
 from multitrain.interop import pyslowfast
-from multitrain.interop.weights import HEADER, Weights, locate, read_weights, resize_positions, run_config
+from multitrain.interop.weights import HEADER, Weights, locate, read_model, resize_positions
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,12 @@ def convert(
         raise ConfigError(f"{target}: exists already; choose another name, or add --force to replace it")
     if not target.parent.is_dir():
         raise ConfigError(f"{target}: there is no folder {target.parent}; create it first")
-    weights, notes = _resized(read_weights(source), frames, crop)
+    stored, run = read_model(source)
+    weights, notes = _resized(stored, frames, crop)
     if target.suffix == ".pyth":
-        notes += _write_pyth(source, target, weights, resized=bool(notes))
+        notes += _write_pyth(source, target, weights, run, resized=bool(notes))
     else:
-        _write_safetensors(source, target, weights)
+        _write_safetensors(source, target, weights, run)
     count = sum(t.numel() for t in weights.state.values())
     return Converted(target, len(weights.state), count, weights.datasets, tuple(notes))
 
@@ -70,7 +71,7 @@ def _resized(weights: Weights, frames: int | None, crop: int | None) -> tuple[We
     return weights._replace(config=new, state=state), [note]
 
 
-def _write_pyth(source: Path, target: Path, weights: Weights, *, resized: bool) -> list[str]:
+def _write_pyth(source: Path, target: Path, weights: Weights, run: RunConfig, *, resized: bool) -> list[str]:
     import warnings
 
     kept: dict[str, Any] = {}
@@ -79,7 +80,6 @@ def _write_pyth(source: Path, target: Path, weights: Weights, *, resized: bool) 
         kept = {"epoch": file.epoch}
         if not resized:
             kept |= {"cfg": file.cfg, "optimizer_state": file.optimizer_state}
-    data = run_config(source).data
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         pyslowfast.write_pyth(
@@ -88,17 +88,16 @@ def _write_pyth(source: Path, target: Path, weights: Weights, *, resized: bool) 
             weights.datasets,
             weights.state,
             multi_label=weights.multi_label,
-            sampling_rate=data.sampling_rate,
-            target_fps=data.target_fps,
+            sampling_rate=run.data.sampling_rate,
+            target_fps=run.data.target_fps,
             **kept,
         )
     return [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
 
 
-def _write_safetensors(source: Path, target: Path, weights: Weights) -> None:
+def _write_safetensors(source: Path, target: Path, weights: Weights, run: RunConfig) -> None:
     from safetensors.torch import save_file
 
-    run = run_config(source)
     values = run.model_dump(mode="json") | {"model": weights.config.model_dump(mode="json")}
     description = {
         "model": weights.config.model_dump(mode="json"),
@@ -112,9 +111,8 @@ def _write_safetensors(source: Path, target: Path, weights: Weights) -> None:
     state = {name: tensor.contiguous() for name, tensor in weights.state.items()}
     _replace(target, lambda temporary: save_file(state, temporary, metadata={HEADER: text}))
     beside = target.parent / "config.json"
-    _replace(
-        beside, lambda temporary: temporary.write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n")
-    )
+    if not beside.exists():  # for people and other tools; the file's own header is what is read
+        _replace(beside, lambda path: path.write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n"))
 
 
 def _replace(path: Path, write: Any) -> None:

@@ -51,18 +51,18 @@ def read_weights(path: str | Path) -> Weights:
     """
     path = Path(path)
     if path.suffix == ".pyth":
+        return _of_published(pyslowfast.read_published(path))
+    return _of_safetensors(locate(path))
+
+
+def read_model(path: str | Path) -> tuple[Weights, RunConfig]:
+    """:func:`read_weights` and :func:`run_config` at once: what lies at `path` is opened and verified only once."""
+    path = Path(path)
+    if path.suffix == ".pyth":
         file = pyslowfast.read_published(path)
-        return Weights(
-            file.config, file.datasets, file.multi_label, _names_beside(file.settings, file.datasets), file.state
-        )
+        return _of_published(file), _published_run(file)
     place = locate(path)
-    found = _described(place)
-    state = _read_safetensors(place)
-    where = f"{place}: its tensors are not those of the model that it describes"
-    require_all(
-        compare(shapes(state), layout(found.config, found.datasets)), where, "write it again with `multitrain convert`"
-    )
-    return found._replace(state=state)
+    return _of_safetensors(place), _stored_run(place)
 
 
 def initialise_from(model: MultiTrain, path: str | Path, *, interpolate_positions: bool = False) -> Report:
@@ -138,14 +138,7 @@ def run_config(path: str | Path) -> RunConfig:
     path = Path(path)
     if path.suffix == ".pyth":
         return _published_run(pyslowfast.read_published(path))
-    place = locate(path)
-    header = _description(place)
-    if isinstance(header.get("run"), dict):
-        return validate(header["run"])
-    for folder in (place.parent, place.parent.parent.parent):
-        if (folder / "config.yaml").is_file():
-            return load(folder / "config.yaml")
-    return _generic_run(_described(place))
+    return _stored_run(locate(path))
 
 
 def locate(path: Path) -> Path:
@@ -228,6 +221,30 @@ def _sha256(path: Path) -> str:
 # -- descriptions ----------------------------------------------------------------------------------------------------
 
 
+def _of_published(file: pyslowfast.Published) -> Weights:
+    names = _names_beside(file.settings, file.datasets)
+    return Weights(file.config, file.datasets, file.multi_label, names, file.state)
+
+
+def _of_safetensors(place: Path) -> Weights:
+    found = _described(place)
+    state = _read_safetensors(place)
+    report = compare(shapes(state), layout(found.config, found.datasets))
+    where = f"{place}: its tensors are not those of the model that it describes"
+    require_all(report, where, "write it again with `multitrain convert`")
+    return found._replace(state=state)
+
+
+def _stored_run(place: Path) -> RunConfig:
+    header = _description(place)
+    if isinstance(header.get("run"), dict):
+        return validate(header["run"])
+    for folder in (place.parent, place.parent.parent.parent):
+        if (folder / "config.yaml").is_file():
+            return load(folder / "config.yaml")
+    return _generic_run(_described(place))
+
+
 def _description(place: Path) -> dict[str, Any]:
     """What the model in `place` is: from the file's header, else config.json, else a checkpoint's state.json."""
     from safetensors import SafetensorError, safe_open
@@ -288,14 +305,14 @@ def read_names(settings: Mapping[str, Any], classes: int) -> list[str] | None:
 
     None when there is no such file, or when it does not have `classes` names.
     """
-    candidates = [settings.get("class_names"), str(Path(settings.get("annotations") or ".") / "classes.txt")]
-    for candidate in candidates:
-        if candidate and Path(candidate).is_file():
-            names = Path(candidate).read_text(encoding="utf-8").splitlines()
-            while names and not names[-1].strip():
-                names.pop()
-            if len(names) == classes:
-                return [n.strip() for n in names]
+    folder, given = Path(settings.get("annotations") or "."), settings.get("class_names")
+    for file in [*([Path(given), folder / given] if given else []), folder / "classes.txt"]:
+        if file.is_file():
+            try:
+                names = [line.strip() for line in file.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+            except (OSError, UnicodeDecodeError):  # names are for display; numbers do as well
+                return None
+            return names if len(names) == classes else None
     return None
 
 
@@ -347,7 +364,19 @@ def _published_run(file: pyslowfast.Published) -> RunConfig:
         entry["separator"] = cfg.get("DATA", {}).get("PATH_LABEL_SEPARATOR") or " "
     data = cfg.get("DATA", {})
     reading = {"sampling_rate": data.get("SAMPLING_RATE", 3), "target_fps": data.get("TARGET_FPS", 30)}
-    return _put_together(file.config, entries, reading)
+    run = _put_together(file.config, entries, reading)
+    return _with_short_side(run, int((data.get("TRAIN_JITTER_SCALES") or [256])[0]))
+
+
+def _with_short_side(run: RunConfig, short_side: int) -> RunConfig:
+    """The published code's short side of single-crop tests, which does not follow the crop's size, where that matters."""
+    if round(run.model.crop * 256 / 224) == short_side:
+        return run
+    values = run.model_dump(mode="json")
+    for dataset in values["data"]["datasets"].values():
+        if dataset["sampling"] == "stride" and dataset["spatial_views"] == 1 and dataset["test_short_side"] is None:
+            dataset["test_short_side"] = short_side
+    return validate(values)
 
 
 def _generic_run(weights: Weights) -> RunConfig:
@@ -422,6 +451,7 @@ __all__ = [
     "Weights",
     "initialise_from",
     "locate",
+    "read_model",
     "read_names",
     "read_weights",
     "resize_positions",

@@ -27,8 +27,9 @@ class _AllGather(torch.autograd.Function):
 def all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """x [n, ...] of every rank, stacked in rank order: [W·n, ...]. Without a group, x itself.
 
-    The gradient is summed over the ranks, so that averaging the parameters' gradients over ranks afterwards gives the true gradient of
-    a loss that every rank computes from the gathered tensor. Shapes must be equal on all ranks; every rank must call it, forward and backward.
+    The gradient is the sum over the ranks of their losses' gradients. When every rank computes the same loss from the
+    gathered tensor, the mean over ranks of the parameters' gradients is then that loss's true gradient. Shapes must be
+    equal on all ranks, and every rank must take part, forward and backward.
     """
     if group is None:
         return x

@@ -1,8 +1,9 @@
 """The informative loss: variance and covariance of the expander's outputs (VICReg, Bardes et al., ICLR 2022, eq. 1–4).
 
 It looks at all clips of a batch at once, so it is not a mean over clips: taken over micro-batches it is another loss.
-`embedding_gradient` makes the exact whole-batch loss affordable in two passes: embeddings of all clips without graph; its value and gradient
-with respect to them; then each micro-batch with graph, whose embeddings get their rows of that gradient.
+`embedding_gradient` makes the exact whole-batch loss affordable in two passes: first the embeddings of all clips without
+graph, and the loss's value and gradient with respect to them; then each micro-batch with graph, whose embeddings get
+their rows of that gradient (the gradient cache of Gao et al., RepL4NLP 2021).
 """
 
 from __future__ import annotations

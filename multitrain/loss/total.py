@@ -6,11 +6,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from multitrain.config import ConfigError, LossConfig
+from multitrain.config import ConfigError, LossConfig, nearest
 from multitrain.loss.classification import clip_losses
 from multitrain.loss.gather import all_gather
 from multitrain.loss.informative import informative_loss
@@ -54,8 +53,9 @@ class MultiDatasetLoss:
         datasets: class count by dataset name; a clip's dataset id is the position here.
         config: weights.
         multi_label: datasets with several labels a clip: binary cross-entropy instead of cross-entropy.
-        group: ranks whose embeddings the informative loss looks at together. Their mean gradient is then the true one.
-        clips_per_update: clips of all ranks and accumulation steps; with `scope="update"` a call that sees fewer needs `surrogate`.
+        group: ranks whose embeddings the informative loss looks at together; the mean of their gradients is the true one.
+        clips_per_update: clips of an update, over all ranks and accumulation steps. When given, a call with
+            `scope="update"` that sees fewer is refused unless it brings the `surrogate`.
     """
 
     def __init__(
@@ -66,6 +66,9 @@ class MultiDatasetLoss:
         group: dist.ProcessGroup | None = None,
         clips_per_update: int | None = None,
     ) -> None:
+        for name in multi_label:
+            if name not in datasets:
+                raise ConfigError(f"multi_label names {name!r}, which is not a dataset here; {nearest(name, datasets)}")
         self.datasets = dict(datasets)
         self.config = config
         self.multi_label = frozenset(multi_label)
@@ -83,12 +86,12 @@ class MultiDatasetLoss:
 
         Args:
             out: the model's outputs for these clips.
-            targets: by dataset, soft labels [N, K] or class numbers int64 [N]; or, for single-label datasets only, the class number of each clip in its
-                own dataset, int64 [N].
-            dataset_ids: int64 [N].
-            surrogate: the informative loss over all clips of the update and the rows of its gradient that belong to these clips [N, D], both
-                from `embedding_gradient`. The informative term then has that value, and a gradient that, averaged over the update's micro-batches,
-                is that of the whole batch's loss.
+            targets: by dataset, soft labels [N, K] or class numbers int64 [N]; or, for single-label datasets only,
+                the class number of each clip in its own dataset, int64 [N].
+            dataset_ids: position in `datasets` of each clip's dataset, int64 [N].
+            surrogate: the informative loss over all clips of the update, and the rows [N, D] of its gradient that
+                belong to these clips, both from `embedding_gradient`. The informative term then has that value, and
+                a gradient that, averaged over the update's micro-batches, is that of the whole batch's loss.
 
         Raises:
             ConfigError: the informative loss sees fewer than two clips, or not the whole update when it should.
@@ -106,6 +109,8 @@ class MultiDatasetLoss:
         zero = at_least_fp32(out.logits[names[0]].new_zeros(()))
         terms = Terms(zero, zero, zero, zero)
         n = dataset_ids.shape[0]
+        if out.logits[names[0]].shape[0] != n:
+            raise ValueError(f"{n} dataset ids do not fit logits of {out.logits[names[0]].shape[0]} clips")
         for position, name in enumerate(names):
             own = dataset_ids == position
             weight = self.config.dataset_weights.get(name, 1.0) / n
@@ -130,15 +135,17 @@ class MultiDatasetLoss:
         gathered = all_gather(at_least_fp32(expanded), self.group)
         if self.config.scope == "update" and self.clips_per_update not in (None, gathered.shape[0]):
             raise ConfigError(
-                f"loss.scope=update needs the informative loss over all {self.clips_per_update} clips of an update, but this call sees "
-                f"{gathered.shape[0]}; pass the surrogate of embedding_gradient, or use loss.scope=micro"
+                f"loss.scope=update is the informative loss over all {self.clips_per_update} clips of an update, "
+                f"but this call sees {gathered.shape[0]}; pass the surrogate of embedding_gradient, or use loss.scope=micro"
             )
         return informative_loss(gathered, self.config.std_weight, self.config.covariance_weight)[0]
 
     def _surrogate(self, expanded: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
         """`value`, with the gradient (M/n)·`gradient` with respect to these n of the update's M clips."""
         if gradient.shape != expanded.shape:
-            raise ValueError(f"a gradient of shape {list(gradient.shape)} for embeddings of shape {list(expanded.shape)}")
+            raise ValueError(
+                f"a gradient of shape {list(gradient.shape)} for embeddings of shape {list(expanded.shape)}"
+            )
         e = at_least_fp32(expanded)
         share = (self.clips_per_update or e.shape[0]) / e.shape[0]
         linear = (e * gradient.to(e.dtype)).sum() * share

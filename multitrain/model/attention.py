@@ -78,9 +78,7 @@ def _chunked_attention_backward(
 
 
 @_chunked_attention_backward.register_fake
-def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -94,3 +92,6 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor)
 
 
 chunked_attention.register_autograd(_backward, setup_context=_setup)
+
+CHUNKED = torch.ops.multitrain.chunked_attention.default
+"""The operation as a dispatcher sees it."""

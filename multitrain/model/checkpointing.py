@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from multitrain.model import attention as _  # registers multitrain::chunked_attention
+from multitrain.model.attention import CHUNKED
 
 Recompute = Literal["none", "selective", "full"]
 Runner = Callable[[nn.Module, Tensor, "Tensor | None"], Tensor]
@@ -23,7 +23,7 @@ KEPT = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.multitrain.chunked_attention.default,
+    CHUNKED,
     torch.ops.aten.addmm.default,
     torch.ops.aten.mm.default,
 }

@@ -25,7 +25,11 @@ def flops(config: ModelConfig, datasets: dict[str, int]) -> tuple[int, float]:
         from fvcore.nn import FlopCountAnalysis
     except ImportError:
         raise ConfigError("counting operations needs fvcore: pip install 'multitrain[flops]'") from None
-    model = MultiTrain(config, datasets).eval()
+    with torch.device("meta"):
+        model = MultiTrain(config, datasets).eval()
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.zero_()
     clips = torch.zeros(1, 3, config.frames, config.crop, config.crop)
     with torch.no_grad():
         analysis = FlopCountAnalysis(_Outputs(model), clips).set_op_handle(

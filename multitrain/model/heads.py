@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from multitrain.config import ConfigError
 from multitrain.model.random import KeyedDropout, stream_of
 
+
 def escape(name: str) -> str:
     """A dataset's name as a module name: percent-encoded where torch does not take it ("." and attributes of modules).
 

@@ -116,4 +116,6 @@ def _check(datasets: dict[str, int], multi_label: Collection[str]) -> None:
             raise ConfigError(f"dataset {name!r} has {classes} classes; it needs at least 1")
     for name in multi_label:
         if name not in datasets:
-            raise ConfigError(f"multi_label names {name!r}, which is not a dataset of this model; {nearest(name, datasets)}")
+            raise ConfigError(
+                f"multi_label names {name!r}, which is not a dataset of this model; {nearest(name, datasets)}"
+            )

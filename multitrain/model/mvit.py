@@ -196,7 +196,9 @@ class MViT(nn.Module):
     def __init__(self, config: ModelConfig, activation_checkpointing: Recompute = "none") -> None:
         super().__init__()
         if config.width % config.heads:
-            raise ConfigError(f"model.width={config.width} is not a multiple of model.heads={config.heads}; change one of them")
+            raise ConfigError(
+                f"model.width={config.width} is not a multiple of model.heads={config.heads}; change one of them"
+            )
         self.config = config
         self.grid = patch_grid(config)
         time, height, width = self.grid
@@ -214,7 +216,7 @@ class MViT(nn.Module):
 
     def features(self, clips: Tensor, keys: Tensor | None = None) -> Tensor:
         """Pooled clip features [B, C] of normalised clips [B, 3, T, S, S]; keys int64 [B] choose the masks of training."""
-        self._check(clips)
+        self._check(clips, keys)
         if keys is None and self.training:
             keys = draw_keys(clips.shape[0], clips.device)
         x = self.patch_embed(clips) + self._positions()
@@ -226,10 +228,14 @@ class MViT(nn.Module):
         """The table of all tokens, [1, N, C]: token (t, y, x) gets spatial[y·W + x] + temporal[t]."""
         return (self.pos_embed_spatial[:, None] + self.pos_embed_temporal[:, :, None]).flatten(1, 2)
 
-    def _check(self, clips: Tensor) -> None:
+    def _check(self, clips: Tensor, keys: Tensor | None) -> None:
         c = self.config
         if clips.dim() != 5 or clips.shape[1:] != (3, c.frames, c.crop, c.crop):
             raise ConfigError(
                 f"clips of shape {list(clips.shape)} do not fit this network, which takes "
                 f"[B, 3, {c.frames}, {c.crop}, {c.crop}] (model.frames={c.frames}, model.crop={c.crop})"
+            )
+        if keys is not None and keys.shape != clips.shape[:1]:
+            raise ConfigError(
+                f"{list(keys.shape)} keys do not fit {clips.shape[0]} clips; give one key, int64, for each clip"
             )

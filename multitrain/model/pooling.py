@@ -131,19 +131,27 @@ def skip_pool(x: Tensor, grid: Grid) -> Tensor:
     """Max pool with kernel 1×3×3, stride 1×2×2 and padding 0×1×1: tokens [B, T·H·W, C] -> [B, T·H'·W', C]."""
     b, _, c = x.shape
     volume = x.view(b, *grid, c)
-    return _MaxPool.apply(_MaxPool.apply(volume, 3), 2).view(b, -1, c)
+    if x.device.type == "cpu":
+        out = F.max_pool3d(volume.permute(0, 4, 1, 2, 3), (1, 3, 3), (1, 2, 2), (0, 1, 1)).permute(0, 2, 3, 4, 1)
+    else:
+        out = _MaxPool.apply(_MaxPool.apply(volume, 3), 2)
+    return out.reshape(b, -1, c)
 
 
 class _MaxPool(torch.autograd.Function):
     """Max pool with kernel 3, stride 2 and padding 1 along one axis; the first maximum gets the gradient.
 
-    Deterministic on every device (torch's 3-D backward pass on CUDA is not), and it keeps two bytes an output, not eight.
+    For CUDA, where torch's own 3-D backward pass is not deterministic. It keeps two bytes an output, not eight.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
         left, centre, right, inner = _windows(x, dim)
-        out = centre.contiguous() if centre.stride() == x.stride() else centre.clone(memory_format=torch.contiguous_format)
+        out = (
+            centre.contiguous()
+            if centre.stride() == x.stride()
+            else centre.clone(memory_format=torch.contiguous_format)
+        )
         not_first = out.narrow(dim, 1, left.shape[dim])
         left_wins = left >= not_first
         torch.maximum(not_first, left, out=not_first)

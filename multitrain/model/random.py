@@ -54,6 +54,11 @@ def uniform(keys: Tensor, stream: int, count: int) -> Tensor:
     return _shift(hashed(keys, stream, count), 40).to(torch.float32) * 2.0**-24
 
 
+def uniform53(keys: Tensor, stream: int, count: int, start: int = 0) -> Tensor:
+    """Uniform numbers strictly inside (0, 1) with 52 random bits: keys int64 [N] -> float64 [N, count], from counter `start` on."""
+    return (_shift(hashed(keys, stream, count, start), 12).to(torch.float64) + 0.5) * 2.0**-52
+
+
 def draw_keys(count: int, device: torch.device | str = "cpu") -> Tensor:
     """Keys int64 [count] from torch's own generator of `device`, for training outside a keyed run."""
     return torch.empty(count, dtype=torch.int64, device=device).random_()
@@ -69,7 +74,8 @@ class _Keyed(nn.Module):
         self.p = p
         self.stream = stream
 
-    def _scale(self, x: Tensor, keys: Tensor | None, count: int) -> Tensor:
+    def _kept(self, x: Tensor, keys: Tensor | None, count: int) -> Tensor:
+        """bool [N, count]."""
         keys = draw_keys(x.shape[0], x.device) if keys is None else keys
         return uniform(keys, self.stream, count) >= self.p
 
@@ -83,7 +89,7 @@ class KeyedDropout(_Keyed):
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        kept = self._scale(x, keys, x[0].numel()).view(x.shape)
+        kept = self._kept(x, keys, x[0].numel()).view(x.shape)
         return x.div(1 - self.p) * kept
 
 
@@ -93,5 +99,5 @@ class KeyedDropPath(_Keyed):
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        kept = self._scale(x, keys, 1).view(-1, *[1] * (x.dim() - 1))
+        kept = self._kept(x, keys, 1).view(-1, *[1] * (x.dim() - 1))
         return x.div(1 - self.p) * kept

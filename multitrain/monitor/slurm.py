@@ -1,6 +1,6 @@
 """What a rank needs to know of SLURM: its place in the world, why it is being stopped, and how to come back.
 
-No torch, no submitit. Everything here was seen on a real controller (22.05.8); `docs/interruption.md` tells the story.
+No torch, no submitit. Everything that is said here of SLURM was seen on a real controller (22.05.8).
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 (SIGUSR1 where a site's own scripts send that). The launchers start ranks with these *blocked*, so that none can kill a
 rank that is still importing: the rank installs its handlers, then calls :func:`unblock_stop_signals`, and what arrived
 meanwhile is delivered."""
+
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""The variables that tell a rank its place in the world and where all meet."""
 
 FIRST_PORT, PORTS = 20000, 12000
 """Rendezvous ports: 20000–31999, below the ephemeral ports of Linux."""
@@ -54,8 +57,7 @@ def rank_environment(environment: Mapping[str, str] = os.environ) -> dict[str, s
     GPU to each task.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        given = {name: environment[name] for name in names if name in environment}
+        given = {name: environment[name] for name in PLACE if name in environment}
         return {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", **_alone(given["WORLD_SIZE"]), **given}
     if not in_step(environment):
         return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", **_alone("1")}

@@ -202,6 +202,14 @@ class TestFastBackend:
                 assert d.mean() < mean, (magnitude, sign)
                 assert np.percentile(d, 99) <= high, (magnitude, sign)
 
+    def test_sharpness_leaves_the_outermost_pixels(self) -> None:
+        frames = np.random.default_rng(0).integers(0, 256, (1, 20, 30, 3), np.uint8)
+        sharp = fast(frames, [Operation("Sharpness", 1.9)])
+        inside = np.zeros((20, 30), bool)
+        inside[1:-1, 1:-1] = True
+        np.testing.assert_array_equal(sharp[:, ~inside], frames[:, ~inside])
+        assert (sharp[:, inside] != frames[:, inside]).mean() > 0.8
+
     @pytest.mark.parametrize("name", ["ShearX", "ShearY", "Rotate", "TranslateX", "TranslateY"])
     def test_geometry_fills_the_same_pixels_with_grey(self, name: str) -> None:
         frames = np.full((1, 60, 90, 3), 255, np.uint8)

@@ -103,6 +103,10 @@ class TestPublished:
         boxes = {mix.cutmix_box(64, 64, case["lam_raw"], y, x) for y in range(64) for x in range(64)}
         assert Box(top, left, bottom - top, right - left) in boxes
 
+    def test_boxes_are_cut_to_whole_pixels_and_to_the_clip(self) -> None:
+        assert mix.cutmix_box(15, 15, 0.75, 7, 7) == Box(4, 4, 6, 6)  # half of int(7.5), downwards
+        assert mix.cutmix_box(64, 32, 0.75, 0, 31) == Box(0, 23, 16, 9)
+
     @staticmethod
     def mixed(golden: dict[str, Any], name: str, patch: pytest.MonkeyPatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The golden input under the golden λ and box."""
@@ -179,8 +183,13 @@ class TestMixing:
             torch.testing.assert_close(rows, expected.targets[name], rtol=0, atol=0)
 
     def test_groups_and_seeds_draw_anew(self) -> None:
-        lambdas = {mix.draw_mixing(AugmentConfig(), 224, 224, Draws("mix", s, n)) for s in range(3) for n in range(9)}
-        assert len(lambdas) == 27
+        same = torch.ones(8, 1, dtype=torch.long).repeat_interleave(2, 0)[:, 0]
+        drawn = set()
+        for seed in range(3):
+            targets = {"d": torch.eye(16)}
+            mix.mix(torch.zeros(16, 3, 1, 1, 1), targets, same, 0, AugmentConfig(cutmix_alpha=0.0), seed)
+            drawn |= set(targets["d"].diagonal()[::4].tolist())
+        assert len(drawn) == 3 * 4
 
     def test_partners_mirror_the_group(self) -> None:
         assert mix.partners([0, 0, 0, 0], across=False) == [3, 2, 1, 0]

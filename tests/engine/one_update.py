@@ -9,16 +9,20 @@ import sys
 from pathlib import Path
 
 import torch
+from support import excite
 
 from multitrain.config import load
 from multitrain.engine.distributed import join
 from multitrain.engine.interruption import Interruption
+from multitrain.model.multitrain import MultiTrain
 from multitrain.train import build
 
 
 def main(run: Path) -> None:
     config = load(run)
     world = join(config.world_size, 60, 1)
+    initialise = MultiTrain.initialise
+    MultiTrain.initialise = lambda self, seed: (initialise(self, seed), excite(self))[0]  # type: ignore[method-assign]
     trainer = build(config, run, world, Interruption(run, world.agree, watches_files=False))
     records = []
     trainer.updates = 1

@@ -179,6 +179,6 @@ def test_files_stop_and_save_do_what_they_say(fp32_reference: Path, tmp_path: Pa
     assert all(p.poll() is None for p in processes)
     assert not (run / "SAVE").exists()
     (run / "STOP").touch()
-    assert wait(processes) == [76, 76]
+    assert wait(processes) == [75, 75]
     assert not (run / "STOP").exists()
     assert events(run, "end")[-1]["status"] == "stopped on request"

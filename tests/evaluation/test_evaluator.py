@@ -262,7 +262,7 @@ def test_a_folder_of_another_evaluation_is_refused(
     other.load_state_dict(model.state_dict())
     with torch.no_grad():
         other.norm.bias[0] += 1
-    with pytest.raises(ConfigError, match="another evaluation .weights"):
+    with pytest.raises(ConfigError, match=r"another evaluation .weights"):
         evaluate(other, config, ["segment"], out_dir=tmp_path)
     with pytest.raises(ConfigError, match="precision"):
         evaluate(model, config, ["segment"], out_dir=tmp_path, precision="bf16")
@@ -336,7 +336,7 @@ def test_a_name_that_is_not_known_is_one_line(model: MultiTrain, config: RunConf
 def test_a_head_of_another_size_is_refused(config: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has 5 classes, its head 4"):
         evaluate(MultiTrain(config.model, {"stride": 4}), config, ["stride"], out_dir=tmp_path)
-    with pytest.raises(ConfigError, match="no head in this model.*--head other"):
+    with pytest.raises(ConfigError, match=r"no head in this model.*--head other"):
         evaluate(MultiTrain(config.model, {"other": 4}), config, ["stride"], out_dir=tmp_path)
 
 

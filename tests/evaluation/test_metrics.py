@@ -59,7 +59,7 @@ def test_confusion_refuses_several_labels() -> None:
 
 def test_a_label_outside_the_classes_is_refused() -> None:
     for label in (3, -1):
-        with pytest.raises(ValueError, match="not in 0..2"):
+        with pytest.raises(ValueError, match=r"not in 0..2"):
             metrics.topk_accuracy(SCORES, [label, 0, 0, 0])
 
 

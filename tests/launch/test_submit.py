@@ -133,6 +133,21 @@ def test_a_config_group_chosen_anew_replaces_the_old_one() -> None:
     assert ask(["name=r", "cluster=slurm"]).config.cluster.kind == "slurm"
 
 
+def test_an_edited_yaml_file_does_not_change_a_run_behind_its_owners_back(tmp_path: Path) -> None:
+    site = tmp_path / "mine" / "cluster" / "site.yaml"
+    site.parent.mkdir(parents=True)
+    site.write_text("kind: slurm\npartition: old\ntime_limit: 60\nlead_time: 60\nsbatch: {begin: now}\n")
+    write(ask(["name=r", "cluster=site", "gpus=8"], config_dirs=["mine"]))
+    site.write_text("kind: slurm\npartition: new\ntime_limit: 90\nlead_time: 90\nsbatch: {begin: later}\n")
+    unchanged = ask(["r"]).config
+    assert unchanged == load(tmp_path / "runs" / "r")
+    changed = ask(["r", "nodes=2", "cluster.time_limit=90"]).config
+    assert changed == unchanged.model_copy(
+        update={"nodes": 2, "cluster": unchanged.cluster.model_copy(update={"time_limit": 90})}
+    )
+    assert ask(["r", "cluster=site"]).config.cluster.partition == "new"
+
+
 @pytest.mark.parametrize("how", ["r", "runs/r", "name=r"])
 def test_a_run_is_found_by_name_and_by_folder(how: str, tmp_path: Path) -> None:
     written("name=r", "gpus=4")

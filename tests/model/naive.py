@@ -31,7 +31,9 @@ def pool(state: State, which: str, prefix: str, x: Tensor, grid: tuple[int, ...]
     return norm(state, f"{prefix}.norm_{which}", tokens, 1e-5)
 
 
-def attention(state: State, prefix: str, x: Tensor, grid: tuple[int, ...], heads: int, strides: tuple[int, int], residual: bool) -> Tensor:
+def attention(
+    state: State, prefix: str, x: Tensor, grid: tuple[int, ...], heads: int, strides: tuple[int, int], residual: bool
+) -> Tensor:
     qkv = linear(state, f"{prefix}.qkv", x)
     b, n, _ = qkv.shape
     q, k, v = qkv.reshape(b, n, 3, heads, -1).permute(2, 0, 3, 1, 4)
@@ -58,7 +60,9 @@ def features(state: State, config: ModelConfig, clips: Tensor) -> Tensor:
         if change:
             heads, kv_stride = heads * 2, max(1, kv_stride // 2)
         strides = (2 if change else 1, kv_stride)
-        branch = attention(state, f"{name}.attn", norm(state, f"{name}.norm1", x, 1e-6), tuple(grid), heads, strides, config.residual_q)
+        branch = attention(
+            state, f"{name}.attn", norm(state, f"{name}.norm1", x, 1e-6), tuple(grid), heads, strides, config.residual_q
+        )
         if change:
             x = linear(state, f"{name}.proj_max_pool", x)
             volume = x.reshape(len(x), *grid, -1).permute(0, 4, 1, 2, 3)

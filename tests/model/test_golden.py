@@ -14,7 +14,16 @@ from multitrain.loss import MultiDatasetLoss, informative_loss
 from multitrain.loss.total import Terms
 from multitrain.model import MultiTrain
 
-TINY = {"frames": 8, "crop": 64, "depth": 4, "width": 32, "stages": (1, 3), "kv_stride": 8, "drop_path": 0.0, "head_dropout": 0.0}
+TINY = {
+    "frames": 8,
+    "crop": 64,
+    "depth": 4,
+    "width": 32,
+    "stages": (1, 3),
+    "kv_stride": 8,
+    "drop_path": 0.0,
+    "head_dropout": 0.0,
+}
 CASES = {
     "tiny_multi": (ModelConfig(**TINY), {"kinetics": 400, "mit": 305, "ssv2": 174}, LossConfig()),
     "tiny_k400_32x3": (
@@ -42,7 +51,9 @@ class Golden:
         self.config, self.datasets, self.loss = CASES[name]
         self.values: dict[str, Any] = torch.load(folder / f"{name}.golden.pt", weights_only=False)
         self.state = torch.load(folder / f"{name}.pyth", weights_only=True)["model_state"]
-        self.ids = torch.tensor(self.values["sample_dataset"]) if len(self.datasets) > 1 else torch.zeros(6, dtype=torch.int64)
+        self.ids = (
+            torch.tensor(self.values["sample_dataset"]) if len(self.datasets) > 1 else torch.zeros(6, dtype=torch.int64)
+        )
 
     def model(self) -> MultiTrain:
         model = MultiTrain(self.config, self.datasets)

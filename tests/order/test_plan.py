@@ -61,16 +61,17 @@ def seen(tickets: np.ndarray) -> Counter:
 @moderate
 @given(plans())
 def test_every_video_comes_exactly_once_per_pass_over_its_dataset_two_passes_deep(plan: Plan) -> None:
-    passes = [2 * s.replicas if plan.mixture == "concat" else 2 for s in plan.sources]
-    expected = {(d, i, p) for d, s in enumerate(plan.sources) for p in range(passes[d]) for i in range(s.size)}
-    found: Counter = Counter()
-    position = 0
-    while not expected <= found.keys():
-        found += seen(plan.tickets(position, position + 20 * plan.effective_batch))
-        position += 20 * plan.effective_batch
-        assert position < 10**6
-    assert set(found.values()) == {1}
-    assert all(0 <= i < plan.sources[d].size for d, i, _ in found)
+    horizon = 2 * plan.epoch_size
+    if plan.mixture == "interleave":
+        weights = plan._weights()
+        horizon = max((2 * s.size + 3) * sum(weights) // w + 1 for s, w in zip(plan.sources, weights))
+    assume(horizon < min(20_000, 3000 * plan.effective_batch))
+    tickets = plan.tickets(0, -(-horizon // plan.effective_batch) * plan.effective_batch)
+    assert len(np.unique(tickets)) == len(tickets)
+    for number, source in enumerate(plan.sources):
+        own = tickets[tickets["dataset"] == number]
+        for number_of_pass in range(2 * source.replicas if plan.mixture == "concat" else 2):
+            assert sorted(own["index"][own["pass"] == number_of_pass]) == list(range(source.size))
 
 
 @moderate
@@ -181,6 +182,7 @@ def test_far_positions_do_not_overflow(mixture: Any, start: int) -> None:
     plan = Plan(sources, seed=1, effective_batch=510, mixture=mixture)
     tickets = plan.tickets(start, start + 2000)
     assert len(np.unique(tickets)) == 2000
+    assert np.array_equal(plan.tickets(np.int64(start), np.int64(start + 2000)), tickets)
     assert tickets["index"].min() >= 0
     assert tickets["pass"].min() >= 0
     plan = Plan(PAPER, seed=1, effective_batch=512, mixture=mixture)
@@ -230,13 +232,12 @@ def test_float_weights_give_exact_counts_in_every_update(
 
 
 def test_a_dataset_whose_share_is_whole_gets_it_exactly_even_when_the_others_are_not() -> None:
-    sources = [Source("a", 50, weight=1 / 3), Source("b", 50, weight=0.5), Source("c", 50, weight=1 / 6)]
+    sources = [Source(name, 50, weight=w) for name, w in [("a", 0.3), ("b", 0.5), ("c", 0.1), ("d", 0.1)]]
     plan = Plan(sources, seed=0, effective_batch=512, proportions="weights")
     for update in range(50):
-        a, b, c = counts(plan.tickets(update * 512, update * 512 + 512), 3)
+        a, b, c, d = counts(plan.tickets(update * 512, update * 512 + 512), 4)
         assert b == 256
-        assert a in (170, 171)
-        assert c in (85, 86)
+        assert {a, c, d} <= {50, 51, 52, 153, 154, 155}
 
 
 @moderate
@@ -245,10 +246,10 @@ def test_counts_never_stray_from_the_proportions(plan: Plan) -> None:
     number, batch, weights = len(plan.sources), plan.effective_batch, plan._weights()
     whole = [batch * w % sum(weights) == 0 for w in weights]
     shared = sum(w for w, exact in zip(weights, whole) if not exact)
-    so_far = np.zeros(number, int)
-    for update in range(30):
-        so_far += counts(plan.tickets(update * batch, (update + 1) * batch), number)
-        for count, w, exact in zip(so_far.tolist(), weights, whole):
+    dataset = plan.tickets(0, 20 * batch)["dataset"].reshape(20, batch)
+    so_far = np.cumsum([(dataset == n).sum(1) for n in range(number)], axis=1)
+    for update in range(20):
+        for count, w, exact in zip(so_far[:, update].tolist(), weights, whole):
             stray = abs(count - Fraction((update + 1) * batch * w, sum(weights)))
             assert stray <= (0 if exact else (1 + Fraction((number - sum(whole)) * w, shared)) / 2)
 
@@ -315,10 +316,9 @@ def test_no_positive_number_is_lost_in_simplification(number: float) -> None:
 
 @moderate
 @given(plans(mixture="interleave"))
-def test_mix_groups_are_of_one_dataset_and_consecutive_draws_except_at_the_end_of_an_update(plan: Plan) -> None:
+def test_mix_groups_are_of_one_dataset_except_at_the_end_of_an_update(plan: Plan) -> None:
     group, batch = plan.group, plan.effective_batch
     tickets = plan.tickets(0, 10 * batch)
-    draws = tickets["pass"] * np.array([s.size for s in plan.sources])[tickets["dataset"]]
     for update in range(10):
         own = tickets["dataset"][update * batch : (update + 1) * batch]
         held = counts(tickets[update * batch : (update + 1) * batch], len(plan.sources))
@@ -326,7 +326,6 @@ def test_mix_groups_are_of_one_dataset_and_consecutive_draws_except_at_the_end_o
         groups = own.reshape(-1, group)
         assert (groups[:pure] == groups[:pure, :1]).all()
         assert own[pure * group :].tolist() == [d for d, count in enumerate(held) for _ in range(count % group)]
-        assert (np.diff(draws[update * batch :][:group]) >= 0).all()
 
 
 @moderate
@@ -443,6 +442,7 @@ def test_digest_stands_for_the_tickets() -> None:
     digests = {plan.digest(n * 512, n * 512 + 512) for n in range(50)}
     assert len(digests) == 50
     assert replace(plan, seed=1).digest(0, 512) not in digests
+    assert len({Plan([Source("a", 1)], seed=0, effective_batch=1).digest(n, n + 1) for n in range(9)}) == 9
     assert all(len(d) == 16 and int(d, 16) >= 0 for d in digests)
 
 

@@ -1,0 +1,294 @@
+"""`multitrain VERB` does what the functions do; a mistake is one line and exit status 2."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from multitrain import cli
+from multitrain.config import dump
+from multitrain.engine import checkpoint as checkpoints
+from multitrain.engine.checkpoint import Checkpoint
+from multitrain.model import MultiTrain
+from tests import support
+
+NAMES = {"stride": 5, "segment": 3, "with.dot": 4}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on real small files with one checkpoint."""
+    folder = tmp_path_factory.mktemp("cli")
+    for i, (name, classes) in enumerate(NAMES.items()):
+        support.write_dataset(folder / "data" / name, 9, classes, seed=i)
+    settings = support.settings(folder / "data")
+    settings["data"]["root"] = str(folder / "data")
+    settings["runs"] = str(folder / "runs")
+    run, config = support.write_run(folder / "runs", settings)
+    state = {"update": 5, "datasets": NAMES, "model": config.model.model_dump(mode="json"), "multi_label": []}
+    weights = MultiTrain(config.model, NAMES).state_dict()
+    checkpoints.write(run / "checkpoints", Checkpoint(weights, {}, state), dump(config))
+    return run
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit status, output and errors of a command in this process."""
+    try:
+        status = cli.main([str(a) for a in arguments])
+    except SystemExit as error:
+        status = int(error.code or 0)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+# -- mistakes --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["evalute"], "did you mean 'evaluate'?"),
+        (["train"], "launch/submit.py"),
+        (["test"], "multitrain evaluate"),
+        (["predict"], "the following arguments are required"),
+        (["predict", "nothing.pyth", "a.mp4"], "nothing.pyth: no such file"),
+        (["evaluate", "nothing"], "nothing: no such file or folder"),
+        (["convert", "nothing", "b.onnx"], "b.onnx: its ending says no known format"),
+        (["flops", "model=mvit_b99"], "there is no such model; known here: mvit_b16_16x4"),
+        (["data", "data=sssv2"], "did you mean 'ssv2'?"),
+        (["data", "data.rot=x"], "did you mean"),
+        (["predict", "a.pyth", "b.mp4", "--top", "0"], "not a whole number from 1 up"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_status_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
+) -> None:
+    status, out, err = said(capsys, *arguments)
+    assert (status, out) == (2, "")
+    assert expected in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+
+
+def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = said(capsys, "--help")
+    assert status == 0
+    assert all(f"  {verb} " in out for verb in cli.VERBS)
+    assert said(capsys)[0] == 2
+    for verb in ("predict", "evaluate", "convert", "data", "flops"):
+        status, out, _ = said(capsys, verb, "--help")
+        assert status == 0
+        assert "example:" in out
+
+
+def test_looking_up_a_verb_imports_nothing_heavy() -> None:
+    code = "import sys; from multitrain import cli; cli.main(['--help']); print(sorted({'torch', 'av', 'cv2', 'hydra'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("[]\n")
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "multitrain", "evalute"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "did you mean 'evaluate'?" in done.stderr
+
+
+# -- predict, convert, flops, data ---------------------------------------------------------------------------------------
+
+
+def test_predict_answers_and_goes_on_after_a_broken_file(
+    run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    broken, names = tmp_path / "broken.mp4", tmp_path / "names.txt"
+    broken.write_bytes(b"")
+    names.write_text("push\npull\nlift\n")
+    good = run.parents[1] / "data" / "segment" / "v 0.mp4"
+    status, out, err = said(capsys, "predict", run, broken, good, "--top", 1, "--json", "--classes", f"segment={names}")
+    assert status == 2
+    assert err.count("\n") == 1
+    assert "broken.mp4: empty file" in err
+    (line,) = out.splitlines()
+    found = json.loads(line)
+    assert found["video"] == str(good)
+    assert found["predictions"]["segment"][0][0] in ("push", "pull", "lift")
+    status, out, _ = said(capsys, "predict", run, good, "--top", 2)
+    assert status == 0
+    assert out.splitlines()[0] == str(good)
+    assert [row.split()[0] for row in out.splitlines()[1:]] == list(NAMES)
+
+
+def test_a_converted_model_predicts_the_same(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    video = run.parents[1] / "data" / "segment" / "v 1.mp4"
+    status, out, _ = said(capsys, "convert", run, tmp_path / "a.safetensors")
+    assert status == 0
+    assert "heads: stride (5), segment (3), with.dot (4)" in out
+    assert said(capsys, "convert", run, tmp_path / "a.safetensors")[0] == 2
+    expected = said(capsys, "predict", run, video, "--json")
+    assert said(capsys, "predict", tmp_path / "a.safetensors", video, "--json") == expected
+
+
+def test_flops_are_the_published_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("fvcore")
+    status, out, _ = said(capsys, "flops", "model=tiny")
+    assert status == 0
+    assert "parameters" in out
+    assert "8 × 64²" in out
+
+
+def test_flops_of_stored_weights(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("fvcore")
+    status, out, _ = said(capsys, "flops", "--run", run)
+    stored = checkpoints.read_model(run)[0]
+    assert status == 0
+    assert out.startswith(f"{sum(t.numel() for t in stored.values()):,} parameters")
+
+
+def test_data_checks_the_annotation_files_of_a_run(
+    run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    status, out, _ = said(capsys, "data", "--run", run, "--index", tmp_path)
+    assert status == 0
+    assert "epoch: 27 videos" in out
+    status, _, err = said(capsys, "data", "--run", run, "data.datasets.segment.classes=2", "--index", tmp_path)
+    assert status == 2
+    assert "train.csv:3: label 2" in err
+
+
+def test_status_and_report_are_passed_on(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = said(capsys, "status", run)
+    assert status == 0
+    assert "tiny" in out
+
+
+# -- evaluate --------------------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_prints_the_table_and_writes_beside_the_weights(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = said(capsys, "evaluate", run, "--dataset", "stride", "segment", "eval.videos_per_batch=2")
+    assert status == 0
+    (line,) = out.splitlines()
+    assert [cell.split()[0] for cell in line.split(" | ")] == ["stride", "segment", "average"]
+    folder = run / "evaluation" / "update-00000005" / "test"
+    assert str(folder) in err
+    assert json.loads((folder / "metrics.json").read_text())["table"] == line
+    assert np.load(folder / "stride" / "scores.npz")["scores"].shape == (9, 5)
+
+
+def test_evaluate_follows_overrides_of_the_stored_settings(
+    run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    moved = tmp_path / "moved"
+    (run.parents[1] / "data").rename(moved)
+    try:
+        status, _, err = said(capsys, "evaluate", run, "--dataset", "segment", "--out", out)
+        assert status == 2
+        assert "no such folder of annotations" in err
+        assert said(capsys, "evaluate", run, f"data.root={moved}", "--dataset", "segment", "--out", out)[0] == 0
+    finally:
+        moved.rename(run.parents[1] / "data")
+    for wrong, expected in {
+        "model.depth=4": "cannot be changed",
+        "eval.videos_per_bach=2": "did you mean 'videos_per_batch'",
+        "evil.workers=2": "unknown option 'evil'",
+        "eval.workers=many": "eval.workers",
+        "eval=[": "is no override",
+    }.items():
+        status, _, err = said(capsys, "evaluate", run, "--out", out, wrong)
+        assert status == 2
+        assert expected in err
+        assert err.count("\n") == 1
+
+
+def test_evaluate_with_another_head_gives_scores_only(
+    run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    status, out, _ = said(capsys, "evaluate", run, "--dataset", "segment", "--head", "stride", "--out", tmp_path)
+    assert (status, out) == (0, "segment.by.stride –/–\n")
+
+
+def test_ranks_share_the_videos_and_agree_with_one(
+    run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    command = ["-m", "multitrain", "evaluate", str(run), "--dataset", "segment", "stride", "eval.videos_per_batch=2"]
+    log = tmp_path / "log"
+    ranks = support.start_ranks([*command, "--out", str(tmp_path / "two")], 2, log=log)
+    assert support.wait(ranks) == [0, 0], log.read_text()
+    assert log.read_text().count("average") == 1  # rank 0 alone prints
+    assert len(list(tmp_path.glob("two/stride/shards/rank-*.scores"))) == 2
+    assert said(capsys, *command[2:], "--out", tmp_path / "one")[0] == 0
+    for name in ("segment", "stride"):
+        one, two = (np.load(tmp_path / folder / name / "scores.npz")["scores"] for folder in ("one", "two"))
+        assert one.tobytes() == two.tobytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_a_signalled_evaluation_goes_on_where_it_was(run: Path, tmp_path: Path, number: signal.Signals) -> None:
+    data, videos = run.parents[1] / "data" / "stride", 300
+    (tmp_path / "test.csv").write_text("".join(f"v {i % 9}.mp4 {i % 9 % 5}\n" for i in range(videos)))
+    out, log = tmp_path / "out", tmp_path / "log"
+    command = [
+        "-m",
+        "multitrain",
+        "evaluate",
+        str(run),
+        "--dataset",
+        "stride",
+        "--out",
+        str(out),
+        "eval.videos_per_batch=1",
+    ]
+    command += [f"data.datasets.stride.annotations={tmp_path}", f"data.datasets.stride.videos={data}"]
+    (process,) = support.start_ranks(command, 1, log=log)
+    deadline = time.monotonic() + 60
+    while not any(f.stat().st_size for f in out.glob("stride/shards/*")) and time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.02)
+    process.send_signal(number)
+    assert process.wait(30) == (-9 if number == signal.SIGKILL else 75), log.read_text()
+    assert not (out / "metrics.json").exists()
+    (first,) = out.glob("stride/shards/*.scores")
+    kept = first.read_bytes()
+    assert len(kept) > 64 * 20  # at least what was synced
+    ranks = support.start_ranks(command, 2, log=log)
+    assert support.wait(ranks) == [0, 0], log.read_text()
+    assert first.read_bytes() == kept
+    result = json.loads((out / "stride" / "metrics.json").read_text())
+    assert (result["scored"], result["unreadable"]) == (videos, [])
+    sizes = [len(f.read_bytes()) for f in out.glob("stride/shards/*.scores")]
+    assert sum(sizes) < (videos + 64) * (8 + 8 + 5 * 4) + 3 * 1000  # nothing but a torn tail was scored twice
+
+
+def test_evaluating_a_published_file_needs_only_the_folder_of_the_data(
+    shared: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = shared / "golden" / "videos"
+    golden = torch.load(shared / "golden" / "data.golden.pt", weights_only=False)["test"]
+    model = shared / "golden" / "tiny_multi.pyth"
+    overrides = [f"data.root={root}", "eval.workers=0"]
+    for name, folder, label in (("kinetics", "kinetics400", 0), ("ssv2", "ssv2", 2)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "test.csv").write_text(f"test_0.mp4 {label}\n")
+        overrides.append(f"data.datasets.{name}.annotations={tmp_path / folder}")
+    status, out, _ = said(capsys, "evaluate", model, "--dataset", "kinetics", "ssv2", *overrides)
+    assert status == 0
+    assert [cell.split()[0] for cell in out.split(" | ")] == ["kinetics", "ssv2", "average"]
+    from multitrain.evaluation.predictor import load
+
+    published = load(model)
+    for name, views in (("kinetics", "kinetics_1x5"), ("ssv2", "ssv2_3x1")):
+        found = np.load(tmp_path / "evaluation" / "tiny_multi" / "test" / name / "scores.npz")
+        clips = torch.stack([view["frames"] for view in golden[views]])
+        with torch.no_grad():
+            expected = published(clips)[name].sum(0)
+        assert found["labels"].tolist() == [golden[views][0]["label"]]
+        np.testing.assert_allclose(found["scores"][0], expected, atol=1e-5)
