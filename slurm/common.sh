@@ -4,12 +4,11 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
     echo "error: this is a job script; give it to sbatch: sbatch $0 …" >&2
     exit 2
 fi
-cd "$home" || exit 2
 
 # Of the environment that sbatch was called in; else the checkout's own.
 python=${MULTITRAIN_PYTHON:-python}
-if [ -z "${MULTITRAIN_PYTHON:-}${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x .venv/bin/python ]; then
-    python=$PWD/.venv/bin/python
+if [ -z "${MULTITRAIN_PYTHON:-}${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x "$home/.venv/bin/python" ]; then
+    python=$home/.venv/bin/python
 fi
 export PYTHONFAULTHANDLER=1
 
@@ -40,7 +39,7 @@ evaluate() {
     shift 2
     out=${checkpoint#./}
     out=${OUT:-runs/evaluation/$(tr / - <<<"${out#/}")-$dataset}
-    PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} \
+    PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH} \
         "${step[@]}" "$python" -u -m multitrain.cli evaluate "$checkpoint" --dataset "$dataset" --out "$out" "$@"
     status=$?
     # 140: ended by SIGUSR2, SLURM's warning of the time limit.

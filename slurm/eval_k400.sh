@@ -2,10 +2,10 @@
 # Multi-view test on Kinetics-400, 5 clips × 1 crop a video:
 #
 #   sbatch slurm/eval_k400.sh CHECKPOINT [key=value …]
-#   sbatch --nodes=2 --partition=gpu slurm/eval_k400.sh runs/first data=k400
+#   sbatch --nodes=2 --partition=gpu slurm/eval_k400.sh runs/first
 #
-# CHECKPOINT is a run's folder, a checkpoint's folder, or a released .pyth. Results go to $OUT, or a folder under
-# runs/evaluation named after the checkpoint.
+# CHECKPOINT is a run's folder, a checkpoint's folder, or a released .pyth; key=value changes its configuration, e.g.
+# data.root=/datasets. Results go to $OUT, or a folder of runs/evaluation that is named after the checkpoint.
 #
 #SBATCH --job-name=eval_k400
 #SBATCH --nodes=1

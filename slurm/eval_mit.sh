@@ -2,10 +2,10 @@
 # Multi-view test on Moments-in-Time, 2 clips × 3 crops a video:
 #
 #   sbatch slurm/eval_mit.sh CHECKPOINT [key=value …]
-#   sbatch --nodes=2 --partition=gpu slurm/eval_mit.sh runs/first data=mit
+#   sbatch --nodes=2 --partition=gpu slurm/eval_mit.sh runs/first
 #
-# CHECKPOINT is a run's folder, a checkpoint's folder, or a released .pyth. Results go to $OUT, or a folder under
-# runs/evaluation named after the checkpoint.
+# CHECKPOINT is a run's folder, a checkpoint's folder, or a released .pyth; key=value changes its configuration, e.g.
+# data.root=/datasets. Results go to $OUT, or a folder of runs/evaluation that is named after the checkpoint.
 #
 #SBATCH --job-name=eval_mit
 #SBATCH --nodes=1

@@ -2,10 +2,10 @@
 # Multi-view test on Something-Something-v2, 1 clip × 3 crops a video:
 #
 #   sbatch slurm/eval_ssv2.sh CHECKPOINT [key=value …]
-#   sbatch --nodes=2 --partition=gpu slurm/eval_ssv2.sh runs/first data=ssv2
+#   sbatch --nodes=2 --partition=gpu slurm/eval_ssv2.sh runs/first
 #
-# CHECKPOINT is a run's folder, a checkpoint's folder, or a released .pyth. Results go to $OUT, or a folder under
-# runs/evaluation named after the checkpoint.
+# CHECKPOINT is a run's folder, a checkpoint's folder, or a released .pyth; key=value changes its configuration, e.g.
+# data.root=/datasets. Results go to $OUT, or a folder of runs/evaluation that is named after the checkpoint.
 #
 #SBATCH --job-name=eval_ssv2
 #SBATCH --nodes=1

@@ -26,7 +26,7 @@ fi
 . "$home/slurm/common.sh"
 
 # Chosen once: a requeued job finds the same folder, with the configuration and the code that it started with.
-run=$("$python" launch/submit.py --prepare "$@") || exit
+run=$("$python" "$home/launch/submit.py" --prepare "$@") || exit
 echo "run $run"
 scontrol update "jobid=$SLURM_JOB_ID" "name=$(basename "$run")"
 

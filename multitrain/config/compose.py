@@ -163,21 +163,14 @@ def _schema_path(loc: tuple[str | int, ...]) -> list[str]:
 
 
 def _nearest_field(loc: tuple[str | int, ...]) -> str:
-    parts = _schema_path(loc)
+    """Options like the unknown one at `loc`: among its siblings, else anywhere by the last part of their names."""
+    *parent, name = _schema_path(loc)
     known = _fields(RunConfig)
-    parent = ".".join(parts[:-1])
-    siblings = [k.removeprefix(parent + ".") for k in known if k.rpartition(".")[0] == parent]
-    close = nearest(parts[-1], siblings)
-    if close.startswith("known"):
-        leaves = {k.rpartition(".")[2]: k for k in known}
-        elsewhere = nearest(parts[-1], leaves)
-        if not elsewhere.startswith("known"):
-            return (
-                nearest(parts[-1], leaves).replace(parts[-1], parts[-1])
-                + " "
-                + ", ".join(sorted(k for leaf, k in leaves.items() if repr(leaf) in elsewhere))
-            )
-    return close
+    siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == ".".join(parent)]
+    elsewhere = sorted(k for k in known if k.rpartition(".")[2] == name)
+    if elsewhere:
+        return "did you mean " + " or ".join(map(repr, elsewhere[:3])) + "?"
+    return nearest(name, siblings)
 
 
 def _described(loc: tuple[str | int, ...]) -> str:

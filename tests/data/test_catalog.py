@@ -109,7 +109,8 @@ def test_the_fast_parser_agrees_with_the_careful_one(rows: list[tuple[str, int]]
 
 
 def test_ordinary_files_take_the_fast_parser() -> None:
-    assert _parse_fast(b"a/b c.mp4 10\nd.mp4 2\n", b" ") is not None
+    for text in (b"a/b c.mp4 10\nd.mp4 2\n", b"a/b c.mp4 10\r\nd.mp4 2\r\n", b"a/b c.mp4 10\nd.mp4 2"):
+        assert _parse_fast(text, b" ") is not None
 
 
 @pytest.mark.parametrize(
@@ -220,6 +221,8 @@ def test_an_unchanged_csv_is_not_read_again(tmp_path: Path) -> None:
     csv.write_bytes(b"x" * before.st_size)  # unreadable, were it read
     os.utime(csv, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert content(Catalog.open(config, "d", "train", tmp_path / "index")) == content(first)
+    csv.write_text("a.mp4 2\n")
+    assert Catalog.open(config, "d", "train", tmp_path / "index").labels(0) == (2,)
 
 
 def test_a_csv_changed_within_one_tick_of_the_clock_is_read_again(tmp_path: Path) -> None:

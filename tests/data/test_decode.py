@@ -34,7 +34,7 @@ ENCODINGS = {
     "mpeg2": ("a.mpg", "mpeg2video", {"bf": "2", "g": "12"}),
     "vp9": ("a.webm", "libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"}),
     "vp8 with hidden frames": ("b.webm", "libvpx", {"auto-alt-ref": "1", "lag-in-frames": "16", "arnr-maxframes": "7"}),
-    "av1": ("c.mp4", "libaom-av1", {"cpu-used": "9", "lag-in-frames": "16"}),
+    "av1": ("c.mp4", "libsvtav1", {"preset": "10", "svtav1-params": "hierarchical-levels=4:lp=1"}),
     "hevc": ("b.mp4", "libx265", {"x265-params": "log-level=none:keyint=15"}),
 }
 

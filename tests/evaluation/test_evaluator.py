@@ -379,8 +379,12 @@ def test_validation_uses_one_centred_view(model: MultiTrain, config: RunConfig) 
         clip = torch.from_numpy(load_views(catalogs["segment"].path(i), one, config.data, config.model))
         with torch.no_grad():
             hits += int(model(clip)["segment"].argmax() == catalogs["segment"].labels(i)[0])
+    shapes = set()
+    hook = model.patch_embed.register_forward_hook(lambda _m, inputs, _o: shapes.add(tuple(inputs[0].shape)))
     found = evaluator.validate(model, config, {"segment": catalogs["segment"]})["segment"]
+    hook.remove()
     assert found["top1"] == pytest.approx(100 * hits / 3)
+    assert shapes == {(4, 3, 4, 64, 64)}  # a group of four videos of one clip
 
 
 def test_validation_leaves_the_model_in_training_as_it_was(model: MultiTrain, config: RunConfig) -> None:

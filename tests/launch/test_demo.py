@@ -18,6 +18,7 @@ def demo(root: Path, folder: Path, *more: str) -> subprocess.CompletedProcess[st
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
 
 
+@pytest.mark.timeout(600)
 def test_the_demo_goes_from_nothing_to_a_report_and_starts_over_only_when_told(root: Path, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     pytest.importorskip("matplotlib")

@@ -94,7 +94,7 @@ def mean_gradient(model: Toy, world: int) -> Tensor:
     return grad / world
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("ranks")
     mp.spawn(rank_main, (request.param, str(folder)), nprocs=request.param)

@@ -41,8 +41,8 @@ def by_definition(
 
     def loss(z: Tensor, y: Tensor, name: str) -> float:
         if name in multi_label:
-            return float(F.binary_cross_entropy(z.sigmoid(), y))
-        return -float((y * F.log_softmax(z, 0)).sum())
+            return F.binary_cross_entropy(z.sigmoid(), y).item()
+        return -(y * F.log_softmax(z, 0)).sum().item()
 
     classification = projection = 0.0
     for i, position in enumerate(ids.tolist()):
@@ -178,6 +178,6 @@ def test_what_does_not_fit_is_refused_with_a_reason() -> None:
     out.expanded = None
     with pytest.raises(ValueError, match="no expander"):
         MultiDatasetLoss(datasets, LossConfig(projection_weight=0))(out, targets, ids)
+    alone = problem(datasets, 1)
     with pytest.raises(ConfigError, match="at least 2 clips"):
-        out, targets, ids = problem(datasets, 1)
-        loss(out, targets, ids)
+        loss(*alone)
