@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         world = join(config.world_size, config.engine.collective_timeout, config.engine.threads)
         trainer = build(config, run, world, interruption)
-        _start(config, run, trainer, rank)
+        _start(config, run, trainer)
         request = trainer.train()
         return _leave(run, trainer, request, interruption)
     except BaseException as error:
@@ -169,27 +169,24 @@ def _initialise_from(config: RunConfig, run: Path, model: MultiTrain, world: Wor
         )
 
 
-def _start(config: RunConfig, run: Path, trainer: Trainer, rank: int) -> None:
+def _start(config: RunConfig, run: Path, trainer: Trainer) -> None:
     """Resume, say so, and refuse to go round in circles."""
     from multitrain.engine.trainer import TrainingError
 
     refused = trainer.resume()
-    if rank:
+    if not trainer.world.is_main:
         return
-    events = Events(run / "events.jsonl")
-    for folder, reason in refused.items():
-        events.write("checkpoint_refused", checkpoint=folder.name, reason=reason)
-        print(f"checkpoint {folder.name} is not whole ({reason}); falling back to an older one", flush=True)
     stalled = _starts_in_place(run, trainer.completed)
+    for folder, reason in refused.items():
+        trainer.recorder.event("checkpoint_refused", checkpoint=folder.name, reason=reason)
+        print(f"checkpoint {folder.name} is not whole ({reason}); falling back to an older one", flush=True)
     if stalled > config.cluster.max_stalled_restarts:
         raise TrainingError(
-            f"{stalled} restarts in a row began at update {trainer.completed} and got no further; "
-            f"see {run}/logs, mend the cause, and submit the run again (cluster.max_stalled_restarts={config.cluster.max_stalled_restarts})"
+            f"{stalled} restarts in a row began at update {trainer.completed} and got no further; see {run}/logs, mend the "
+            f"cause, and submit the run again (cluster.max_stalled_restarts={config.cluster.max_stalled_restarts})"
         )
-    events.write(
+    trainer.recorder.event(
         "resume" if trainer.completed else "start",
-        update=trainer.completed,
-        total_updates=trainer.updates,
         world_size=trainer.world.size,
         micro_batch=trainer.shape.micro_batch,
         accumulation=trainer.shape.accumulation,
@@ -205,7 +202,7 @@ def _start(config: RunConfig, run: Path, trainer: Trainer, rank: int) -> None:
 
 def _starts_in_place(run: Path, update: int) -> int:
     """Starts of this SLURM job in a row, before this one, that began at `update` and wrote no later checkpoint."""
-    job = os.environ.get("SLURM_JOB_ID")
+    job = slurm.job_id()
     if job is None:
         return 0
     count = 0
@@ -222,7 +219,7 @@ def _starts_in_place(run: Path, update: int) -> int:
 def _leave(run: Path, trainer: Trainer, request: Request, interruption: Interruption) -> int:
     """End this start of the run: say why, close everything, and go back to the queue if SLURM took the nodes."""
     world, recorder = trainer.world, trainer.recorder
-    job = os.environ.get("SLURM_JOB_ID")
+    job = slurm.job_id()
     signals = [s for rank in world.gather(interruption.signals) for s in rank]
     reason: str | None = None
     if request == Request.NONE:
@@ -231,7 +228,8 @@ def _leave(run: Path, trainer: Trainer, request: Request, interruption: Interrup
     else:
         reason, status = world.broadcast(_why(request, job, signals) if world.is_main else None)
         recorder.event("requeue" if reason else "end", update=trainer.completed, status=status)
-        recorder.write(f"{status} after {trainer.completed} of {trainer.updates} updates; submit the same name to resume")
+        then = "the job comes back by itself" if reason else "submit the same name to resume"
+        recorder.write(f"{status} after {trainer.completed} of {trainer.updates} updates; {then}")
         interruption.stopped()
     recorder.close()
     sys.stdout.flush()

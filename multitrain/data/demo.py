@@ -31,7 +31,7 @@ import numpy as np
 
 from multitrain.data.random import Draws, generator
 
-SIZE = 96
+SIZE = 64
 """Height and width of a video in pixels."""
 RATE = 24
 """Frames a second."""
@@ -44,9 +44,9 @@ PAIRS = tuple(
     (shape, motion)
     for shape, motions in {
         "circle": ("left", "right", "up"),
-        "square": ("right", "up", "down"),
-        "triangle": ("up", "down", "left"),
-        "cross": ("down", "left", "right"),
+        "triangle": ("right", "up", "down"),
+        "cross": ("up", "down", "left"),
+        "ring": ("down", "left", "right"),
     }.items()
     for motion in motions
 )
@@ -137,19 +137,19 @@ def write_clip(clip: Clip) -> None:
 
 
 def draw(clip: Clip) -> np.ndarray:
-    """The frames of a clip: uint8 [T, 96, 96, 3] RGB, T from 24 to 48."""
+    """The frames of a clip: uint8 [T, 64, 64, 3] RGB, T from 24 to 48."""
     draws = Draws("demo", VERSION, clip.seed, clip.dataset, clip.split, clip.index)
     shape, motion = _content(clip, draws)
     frames = draws.integer(24, 48)
     texture = _texture(clip, draws)
     centres, radii = _path(motion, frames, draws)
     colour = _colour(draws)
-    turn, spin = draws.uniform(-0.3, 0.3), draws.uniform(-0.3, 0.3)
-    pan = np.array([draws.uniform(-10, 10), draws.uniform(-10, 10)])
+    turn, spin = draws.uniform(-0.2, 0.2), draws.uniform(-0.2, 0.2)
+    pan = np.array([draws.uniform(-7, 7), draws.uniform(-7, 7)])
     out = np.empty((frames, SIZE, SIZE, 3), np.uint8)
     for t in range(frames):
         s = t / (frames - 1)
-        top, left = (12 + np.round(pan * s)).astype(int)
+        top, left = (8 + np.round(pan * s)).astype(int)
         out[t] = texture[top : top + SIZE, left : left + SIZE]
         _paint(out[t], shape, centres[t], radii[t], turn + spin * s, colour)
     return out
@@ -166,10 +166,10 @@ def _content(clip: Clip, draws: Draws) -> tuple[str, str]:
 
 
 def _texture(clip: Clip, draws: Draws) -> np.ndarray:
-    """A background with room to drift: coarse coloured blobs plus fine grain, uint8 [120, 120, 3]."""
+    """A background with room to drift: coarse coloured blobs plus fine grain, uint8 [80, 80, 3]."""
     import cv2
 
-    side = SIZE + 24
+    side = SIZE + 16
     bits = generator("demo texture", VERSION, clip.seed, clip.dataset, clip.split, clip.index).bit_generator
     raw = bits.random_raw((side * side * 3 + 7) // 8 + 64).view(np.uint8)
     cells = draws.integer(3, 7)
@@ -184,18 +184,18 @@ def _texture(clip: Clip, draws: Draws) -> np.ndarray:
 def _path(motion: str, frames: int, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
     """Centres [T, 2] in pixels (x, y) and radii [T]; opposite motions are each other played backwards."""
     s = np.linspace(-0.5, 0.5, frames)
-    drift = np.array([draws.uniform(-4, 4), draws.uniform(-4, 4)])
+    drift = np.array([draws.uniform(-3, 3), draws.uniform(-3, 3)])
     if motion in _DIRECTIONS:
-        radius, travel = draws.uniform(15, 21), draws.uniform(28, 46)
+        radius, travel = draws.uniform(15, 19), draws.uniform(14, 24)
         along = np.array(_DIRECTIONS[motion])
         ends = travel * np.abs(along) / 2
         radii = np.full(frames, radius)
         steps = travel * along + drift * (along == 0)
     else:
-        small = draws.uniform(10, 13)
-        growth = np.linspace(small, small * draws.uniform(1.8, 2.4), frames)
+        small = draws.uniform(9, 11)
+        growth = np.linspace(small, small * draws.uniform(1.7, 2.1), frames)
         radii, ends, steps = growth if motion == "growing" else growth[::-1], np.zeros(2), drift
-    room = np.maximum(SIZE / 2 - 2 - ends - radii.max(), 0)
+    room = np.maximum(SIZE / 2 - 1 - ends - radii.max(), 0)
     middle = SIZE / 2 + np.array([draws.uniform(-1, 1), draws.uniform(-1, 1)]) * room
     return middle + s[:, None] * steps, radii
 
@@ -214,7 +214,7 @@ def _outline(shape: str) -> np.ndarray:
     if shape == "triangle":
         return 1.15 * np.array([(math.sin(a), -math.cos(a)) for a in (0, 2 * math.pi / 3, 4 * math.pi / 3)])
     if shape == "cross":
-        a, b = 1.0, 0.34
+        a, b = 1.05, 0.28
         corners = [
             (-b, -a),
             (b, -a),

@@ -52,7 +52,7 @@ class Trainer:
         shape: effective batch = micro-batch × accumulation × ranks.
         updates: length of the run.
         open_loader: ``(start, stop)`` → the batches of this rank for updates ``start`` to ``stop - 1``.
-        open_recorder: ``start`` → where the run's numbers are written.
+        open_recorder: ``start`` → where the run's numbers are written, from update ``start`` on.
         interruption: requests to stop or save.
         skips: count of unreadable videos, with the cap that ends the run.
         validate: results of the model by dataset, nothing when a stop came in between; called by all ranks. None for no
@@ -100,7 +100,11 @@ class Trainer:
         self._waited = 0.0
 
     def resume(self) -> dict[Path, str]:
-        """Load the newest whole checkpoint, which rank 0 chooses; returns why newer ones were passed over."""
+        """Load the newest whole checkpoint, which rank 0 chooses, and open the recorder where it ends.
+
+        Returns:
+            Why newer checkpoints were passed over.
+        """
         choice: tuple[Path | None, dict[Path, str]] | Exception | None = None
         if self.world.is_main:
             checkpoints.clear_temporary(self._checkpoints)
@@ -116,10 +120,11 @@ class Trainer:
         if folder is not None:
             self._load(checkpoints.read(folder))
             self._saved = self.completed
+        self.recorder = self._open_recorder(self.completed)
         return refused
 
     def train(self) -> Request:
-        """Do the updates that are left.
+        """Do the updates that are left after :meth:`resume`.
 
         Returns:
             ``Request.NONE`` when the run is complete, else what made it stop; a checkpoint is then on disk.
@@ -127,7 +132,6 @@ class Trainer:
         Raises:
             TrainingError: the run cannot go on.
         """
-        self.recorder = self._open_recorder(self.completed)
         self._loader = self._open_loader(self.completed, self.updates)
         self.model.train()
         request = Request.NONE

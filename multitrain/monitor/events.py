@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from multitrain.monitor import lines
+from multitrain.monitor import lines, slurm
 
 
 class Events:
@@ -16,7 +16,7 @@ class Events:
 
     Args:
         path: the file, e.g. ``RUN/events.jsonl``.
-        job: scheduler's job id; ``SLURM_JOB_ID`` when not given, null outside a job.
+        job: scheduler's job id; of the environment when not given, null outside a job.
         restart: times that the run was started before; ``SLURM_RESTART_COUNT`` when not given, else the number of
             starts that the file tells of.
         host: name of the machine; this one's when not given.
@@ -26,7 +26,7 @@ class Events:
         self, path: str | Path, *, job: str | None = None, restart: int | None = None, host: str | None = None
     ) -> None:
         self.path = Path(path)
-        self.job = job if job is not None else os.environ.get("SLURM_JOB_ID")
+        self.job = job if job is not None else slurm.job_id()
         self.restart = restart if restart is not None else _restarts(self.path)
         self.host = host or socket.gethostname()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from support import excite
@@ -24,12 +25,10 @@ def main(run: Path) -> None:
     initialise = MultiTrain.initialise
     MultiTrain.initialise = lambda self, seed: (initialise(self, seed), excite(self))[0]  # type: ignore[method-assign]
     trainer = build(config, run, world, Interruption(run, world.agree, watches_files=False))
-    records = []
+    trainer.resume()
+    records: list[Any] = []
+    trainer.recorder.update = records.append  # type: ignore[method-assign]
     trainer.updates = 1
-    trainer.config = config
-    recorder = trainer._open_recorder(0)
-    recorder.update = records.append  # type: ignore[method-assign]
-    trainer._open_recorder = lambda start: recorder  # type: ignore[assignment]
     trainer.train()
     moments = trainer.engine.moments()
     if world.is_main:

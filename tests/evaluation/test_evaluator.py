@@ -17,7 +17,7 @@ from multitrain.data.catalog import Catalog, open_catalogs
 from multitrain.data.views import load_views
 from multitrain.evaluation import evaluator, metrics
 from multitrain.evaluation.evaluator import Evaluation, EvaluationError, evaluate
-from multitrain.evaluation.shards import ShardReader
+from multitrain.evaluation.shards import ShardReader, ShardWriter
 from multitrain.model import MultiTrain
 from tests import support
 
@@ -236,6 +236,28 @@ def test_a_torn_line_about_an_unreadable_video_is_looked_at_again(
     file.write_text(file.read_text()[:-4])
     evaluate(model, config, ["stride", "segment", "many"], out_dir=tmp_path)
     assert_same(tmp_path, reference)
+
+
+def test_what_another_rank_is_still_writing_is_read_when_it_is_whole(tmp_path: Path) -> None:
+    header = {"dataset": "d"}
+    writer, reader = ShardWriter(tmp_path, header, rank=1), ShardReader(tmp_path / "seen", header)
+    rows = {i: np.full(3, i, np.float32) for i in range(4)}
+    for i, row in rows.items():
+        writer.scored(i, row)
+    writer.unreadable(7, "a.mp4", "empty file")
+    writer.unreadable(8, "b.mp4", "empty file")
+    writer.close()
+    (tmp_path / "seen").mkdir()
+    for file in tmp_path.glob("rank-*"):
+        content, seen = file.read_bytes(), tmp_path / "seen" / file.name
+        for size in range(0, len(content) + 1, 3):  # as a network file system may show it
+            seen.write_bytes(content[:size])
+            reader.poll()
+        seen.write_bytes(content)
+        reader.poll()
+    assert {i: row.tolist() for i, row in reader.scores.items()} == {i: row.tolist() for i, row in rows.items()}
+    assert sorted(reader.unreadable) == [7, 8]
+    assert reader.poll() == 0
 
 
 def test_rank_0_waits_for_the_others_and_says_who_is_missing(

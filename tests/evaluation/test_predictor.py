@@ -30,7 +30,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         support.write_dataset(folder / "data" / name, 1, classes, seed=i)
     (folder / "data" / "segment" / "classes.txt").write_text("push\npull\nlift something heavy\n")
     settings = support.settings(folder / "data")
-    settings["data"]["datasets"]["stride"]["temporal_views"] = 3
+    settings["data"]["datasets"]["stride"] |= {
+        "temporal_views": 3,
+        "test_short_side": 64,
+    }  # as large as `segment`'s frames
     settings["data"]["datasets"]["with.dot"]["multi_label"] = True
     run, config = support.write_run(folder / "runs", settings)
     model = MultiTrain(config.model, NAMES, multi_label=["with.dot"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from multitrain.model.attention import CHUNK, attention, chunked_attention
 
@@ -47,6 +48,16 @@ def test_the_chunked_operation_is_a_well_formed_torch_operation() -> None:
     torch.library.opcheck(
         chunked_attention, tuple(inputs(CHUNK + 3, 8, torch.bfloat16)), test_utils=("test_schema", "test_faketensor")
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_half_precisions_on_the_cpu_take_the_chunked_route_and_the_others_the_fused_one(dtype: torch.dtype) -> None:
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        attention(*inputs(20, 8, dtype))
+    names = {event.key for event in seen.key_averages()}
+    half = dtype in (torch.bfloat16, torch.float16)
+    assert ("multitrain::chunked_attention" in names) == half
+    assert ("aten::_scaled_dot_product_flash_attention_for_cpu" in names) == (not half)
 
 
 def test_the_chunked_route_keeps_no_attention_matrix() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from multitrain.config import ModelConfig
-from multitrain.model import MultiTrain
+from multitrain.model import MultiTrain, MViT
 from tests.model import naive
 
 CONFIG = ModelConfig(
@@ -37,6 +37,20 @@ def test_gradients_are_bit_identical_to_those_without(recompute: str, keys: Tens
     expected, actual = gradients("none", keys, autocast), gradients(recompute, keys, autocast)
     assert set(actual) == set(expected)
     assert all(actual[name].equal(value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_masks_drawn_by_the_backbone_alone_are_recomputed_too(recompute: str) -> None:
+    grads = []
+    for mode in ("none", recompute):
+        model = MViT(CONFIG, mode).train()  # type: ignore[arg-type]
+        for parameter in model.parameters():
+            parameter.data.fill_(0.1)
+        naive.perturbed(model)
+        torch.manual_seed(5)
+        model(torch.randn(4, 3, 4, 32, 32)).square().sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(a is not None and a.equal(b) for a, b in zip(*grads))
 
 
 def test_the_masks_of_this_test_matter() -> None:

@@ -55,6 +55,16 @@ def test_the_weight_gradient_keeps_fp32_accuracy_over_many_positions() -> None:
     assert (actual - expected).norm() <= 5e-6 * expected.norm()
 
 
+def test_the_weight_gradient_of_bf16_tokens_is_summed_in_fp32() -> None:
+    grid = (16, 64, 64)
+    x, weight = torch.full((4, 16 * 64 * 64, 2), 143 / 128).bfloat16(), torch.zeros(2, 1, 3, 3, 3).bfloat16().requires_grad_()
+    grad = torch.ones_like(x)
+    (actual,) = torch.autograd.grad(head_pool(x, weight, grid, 1), weight, grad)
+    expected = x.double().sum((0, 1))[:, None, None]
+    centre = actual[:, 0, 1]
+    assert ((centre[:, 1:2, 1:2].double() - expected).abs() <= 2**-8 * expected).all()
+
+
 @settings(deadline=None, max_examples=60)
 @given(GRIDS, st.integers(1, 3), st.booleans())
 def test_both_max_pools_are_torchs_with_ties(grid: Grid, batch: int, for_cuda: bool) -> None:
