@@ -165,7 +165,7 @@ def _initialise_from(config: RunConfig, run: Path, model: MultiTrain, world: Wor
     if world.is_main:
         print(f"initial weights from {config.init_from}: {report}", flush=True)
         Events(run / "events.jsonl").write(
-            "init_from", path=config.init_from, matched=len(report.matched), fresh=sorted(report.missing)
+            "init_from", path=config.init_from, matched=len(report.matched), fresh=sorted(report.fresh)
         )
 
 

@@ -42,8 +42,8 @@ evaluate() {
     PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH} \
         "${step[@]}" "$python" -u -m multitrain.cli evaluate "$checkpoint" --dataset "$dataset" --out "$out" "$@"
     status=$?
-    # 140: ended by SIGUSR2, SLURM's warning of the time limit.
-    if { [ "$status" -eq 140 ] && running; } || { [ "$status" -ne 0 ] && preempted; }; then
+    # 75: interrupted, without a scontrol of its own; 140: ended by SIGUSR2, SLURM's warning of the time limit.
+    if { { [ "$status" -eq 75 ] || [ "$status" -eq 140 ]; } && running; } || { [ "$status" -ne 0 ] && preempted; }; then
         scontrol requeue "$SLURM_JOB_ID"
     fi
     exit "$status"

@@ -121,7 +121,12 @@ def start_ranks(
     for rank in range(world_size):
         env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
         env |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+        env |= {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{ROOT}:{ROOT}/tests",
+        }
         env |= environment or {}
         with open(log, "ab") as out:
             command = [sys.executable, "-u", *arguments]

@@ -16,7 +16,8 @@ class AugmentConfig(Settings):
     copies: int = Field(2, ge=1)
     """Augmented clips a video (repeated augmentation). Videos × copies = clips."""
     randaugment: str | None = "rand-m7-n4-mstd0.5-inc1"
-    """RandAugment in the field's notation: magnitude m, number of operations n, magnitude deviation mstd, increasing variants inc; null for none."""
+    """RandAugment in the field's notation: magnitude m, number of operations n, magnitude deviation mstd, increasing
+    variants inc; null for none."""
     crop_area: tuple[float, float] = (0.08, 1.0)
     """Share of the frame's area that a random resized crop takes."""
     crop_aspect: tuple[float, float] = (0.75, 1.3333)

@@ -19,9 +19,11 @@ class DatasetConfig(Settings):
     classes: int | None = Field(None, ge=1)
     """Number of classes. Not needed when `class_names` is given."""
     class_names: str | None = None
-    """File with one class name a line; line n (from 0) is label n. Without it, `classes.txt` in the annotation folder is used for display when there."""
+    """File with one class name a line; line n (from 0) is label n. Without it, `classes.txt` in the annotation folder is used
+    for display when there."""
     sampling: Literal["stride", "segment"] = "stride"
-    """`stride`: frames at a fixed rate from a random window (Kinetics); `segment`: one frame from each of equal segments (Something-Something)."""
+    """`stride`: frames at a fixed rate from a random window (Kinetics); `segment`: one frame from each of equal segments
+    (Something-Something)."""
     flip: bool = True
     """Whether a mirrored video keeps its label; false where left and right matter (Something-Something)."""
     replicas: int = Field(1, ge=1)
@@ -37,7 +39,8 @@ class DatasetConfig(Settings):
     spatial_views: Literal[1, 3] = 1
     """Crops per clip at test time: 1 centre, or 3 (left, centre, right, or top, centre, bottom)."""
     test_short_side: int | None = Field(None, ge=16)
-    """Short side in pixels before the test crop. When not given: 8/7 of the crop with one view of a `stride` dataset, else the crop itself (the published rule: 256 and 224)."""
+    """Short side in pixels before the test crop. When not given: 8/7 of the crop with one spatial view of a `stride`
+    dataset, else the crop itself (the published rule: 256 and 224)."""
 
     @model_validator(mode="after")
     def _has_classes(self) -> DatasetConfig:
@@ -89,7 +92,8 @@ class DataConfig(Settings):
             twin = seen.setdefault((d.annotations, d.videos), name)
             if twin != name:
                 raise ValueError(
-                    f"datasets {twin!r} and {name!r} are the same folder {d.annotations!r}; remove one, or set 'replicas' to count it more than once"
+                    f"datasets {twin!r} and {name!r} are the same folder {d.annotations!r}; "
+                    "remove one, or set 'replicas' to count it more than once"
                 )
             if self.proportions == "weights" and d.weight is None:
                 raise ValueError(

@@ -55,6 +55,7 @@ class ModelConfig(Settings):
             raise ValueError(f"stages={list(self.stages)} must rise and lie between 1 and depth-1={self.depth - 1}")
         if self.crop // 4 % (2 ** len(self.stages)):
             raise ValueError(
-                f"crop={self.crop} cannot be halved {len(self.stages)} times after the patch stride of 4; use a multiple of {4 * 2 ** len(self.stages)}"
+                f"crop={self.crop} cannot be halved {len(self.stages)} times after the patch stride of 4; "
+                f"use a multiple of {4 * 2 ** len(self.stages)}"
             )
         return self

@@ -102,10 +102,11 @@ class RunConfig(Settings):
                 f"micro_batch={self.micro_batch} does not hold whole mix groups of {self.augment.mix_group} videos; "
                 f"use micro_batch={self.augment.mix_group * max(1, self.micro_batch // self.augment.mix_group)} or augment.mix_group=1"
             )
-        if self.mixes and self.effective_batch % self.augment.mix_group:
+        group = self.group
+        if self.effective_batch % group:
             raise ValueError(
-                f"effective_batch={self.effective_batch} is not a multiple of augment.mix_group={self.augment.mix_group}; "
-                f"use effective_batch={self.augment.mix_group * (self.effective_batch // self.augment.mix_group + 1)} or augment.mix_group=1"
+                f"effective_batch={self.effective_batch} is not a multiple of augment.mix_group={group}; "
+                f"use effective_batch={group * (self.effective_batch // group + 1)} or augment.mix_group=1"
             )
         if self.mixes and any(d.multi_label for d in datasets.values()) and self.augment.mix_across_datasets:
             raise ValueError("augment.mix_across_datasets=true cannot mix multi-label datasets; set it to false")

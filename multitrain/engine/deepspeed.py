@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -214,6 +216,9 @@ def _shape(shape: torch.Size | None) -> str:
 
 
 def _import_deepspeed() -> Any:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what it finds by itself, without a warning
+    warnings.filterwarnings("ignore", ".*all_gather_into_tensor", FutureWarning)  # torch 2.13 on what DeepSpeed calls
     try:
         import deepspeed
     except ImportError as error:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from multitrain.model.products import bmm
+
 CHUNK = 512
 """Queries at a time in `chunked_attention`; its score matrix stays in the cache."""
 
@@ -37,14 +39,14 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     for i in range(0, n, CHUNK):
         scores = _scores(q[:, i : i + CHUNK], keys)
         lse[:, i : i + CHUNK] = torch.logsumexp(scores, -1)
-        part = torch.bmm(torch.softmax(scores, -1).to(v.dtype), v)
+        part = bmm(torch.softmax(scores, -1).to(v.dtype), v)
         out[:, :, i : i + CHUNK] = part.view(b, h, -1, d)
     return out, lse
 
 
 def _scores(q: Tensor, keys: Tensor) -> Tensor:
     """float32 [·, n, M]: the queries scaled, then multiplied in their own dtype."""
-    return torch.bmm(q * q.shape[-1] ** -0.5, keys).float()
+    return bmm(q * q.shape[-1] ** -0.5, keys).float()
 
 
 @chunked_attention.register_fake
@@ -69,11 +71,11 @@ def _chunked_attention_backward(
     for i in range(0, n, CHUNK):
         part = slice(i, i + CHUNK)
         probabilities = torch.exp(_scores(q[:, part], keys) - lse[:, part, None])
-        grad_v += torch.bmm(probabilities.to(v.dtype).transpose(1, 2), grad[:, part])
-        grad_scores = probabilities * (torch.bmm(grad[:, part], values).float() - delta[:, part])
+        grad_v += bmm(probabilities.to(v.dtype).transpose(1, 2), grad[:, part])
+        grad_scores = probabilities * (bmm(grad[:, part], values).float() - delta[:, part])
         grad_scores = (grad_scores * d**-0.5).to(q.dtype)
-        grad_q[:, part] = torch.bmm(grad_scores, k)
-        grad_k += torch.bmm(grad_scores.transpose(1, 2), q[:, part])
+        grad_q[:, part] = bmm(grad_scores, k)
+        grad_k += bmm(grad_scores.transpose(1, 2), q[:, part])
     return grad_q.view(shape_q), grad_k.to(k.dtype).view(shape_k), grad_v.to(v.dtype).view(shape_k)
 
 

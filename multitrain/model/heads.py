@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from multitrain.config import ConfigError
+from multitrain.model.products import Linear
 from multitrain.model.random import KeyedDropout, stream_of
 
 
@@ -37,8 +38,8 @@ class MlpHead(nn.Module):
 
     def __init__(self, dim: int, hidden: int, classes: int, dropout: float, dropout_logits: bool, name: str) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, classes)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, classes)
         self.dropout = KeyedDropout(dropout, stream_of(f"heads.{name}.hidden"))
         self.dropout_logits = KeyedDropout(dropout if dropout_logits else 0.0, stream_of(f"heads.{name}.logits"))
 
@@ -48,7 +49,7 @@ class MlpHead(nn.Module):
         return self.dropout_logits(self.fc2(hidden), keys)
 
 
-class LinearHead(nn.Linear):
+class LinearHead(Linear):
     """dropout → lin."""
 
     def __init__(self, dim: int, classes: int, dropout: float, name: str) -> None:
@@ -80,7 +81,7 @@ class Projections(_ByDataset):
 
     def __init__(self, datasets: dict[str, int]) -> None:
         super().__init__(
-            (a, _ByDataset((b, nn.Linear(datasets[a], datasets[b], bias=False)) for b in datasets if b != a))
+            (a, _ByDataset((b, Linear(datasets[a], datasets[b], bias=False)) for b in datasets if b != a))
             for a in datasets
         )
 

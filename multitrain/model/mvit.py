@@ -17,6 +17,7 @@ from multitrain.config import ConfigError, ModelConfig
 from multitrain.model.attention import attention
 from multitrain.model.checkpointing import Recompute, block_runner
 from multitrain.model.pooling import Grid, head_pool, pooled, skip_pool
+from multitrain.model.products import Linear, conv3d, linear
 from multitrain.model.random import KeyedDropPath, draw_keys, stream_of
 
 PATCH_KERNEL, PATCH_STRIDE, PATCH_PADDING = (3, 7, 7), (2, 4, 4), (1, 3, 3)
@@ -81,7 +82,9 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(3, width, PATCH_KERNEL, PATCH_STRIDE, PATCH_PADDING)
 
     def forward(self, clips: Tensor) -> Tensor:
-        return self.proj(clips).flatten(2).transpose(1, 2).contiguous()
+        conv = self.proj
+        out = conv3d(clips, conv.weight, conv.bias, stride=PATCH_STRIDE, padding=PATCH_PADDING)
+        return out.flatten(2).transpose(1, 2).contiguous()
 
 
 class HeadPool(nn.Module):
@@ -104,8 +107,8 @@ class Attention(nn.Module):
         self.shape = shape
         self.residual_q = residual_q
         head_size = shape.dim_out // shape.heads
-        self.qkv = nn.Linear(shape.dim_in, 3 * shape.dim_out)
-        self.proj = nn.Linear(shape.dim_out, shape.dim_out)
+        self.qkv = Linear(shape.dim_in, 3 * shape.dim_out)
+        self.proj = Linear(shape.dim_out, shape.dim_out)
         self.pool_q = HeadPool(head_size) if shape.pool_q else None
         self.norm_q = nn.LayerNorm(head_size, eps=POOL_NORM_EPS) if shape.pool_q else None
         self.pool_k = HeadPool(head_size)
@@ -123,7 +126,7 @@ class Attention(nn.Module):
     def _query(self, x: Tensor) -> Tensor:
         """[B, N', h, d]."""
         s = self.shape
-        q = F.linear(x, self.qkv.weight[: s.dim_out], self.qkv.bias[: s.dim_out])
+        q = linear(x, self.qkv.weight[: s.dim_out], self.qkv.bias[: s.dim_out])
         if self.pool_q is None or self.norm_q is None:
             return q.unflatten(-1, (s.heads, -1))
         q = head_pool(q, self.pool_q.filters(s.heads, q.dtype), s.grid, s.q_stride)
@@ -132,7 +135,7 @@ class Attention(nn.Module):
     def _key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Twice [B, M, h, d]; keys and values share a stride, so one convolution pools both."""
         s = self.shape
-        kv = F.linear(x, self.qkv.weight[s.dim_out :], self.qkv.bias[s.dim_out :])
+        kv = linear(x, self.qkv.weight[s.dim_out :], self.qkv.bias[s.dim_out :])
         filters = torch.cat([pool.filters(s.heads, kv.dtype) for pool in (self.pool_k, self.pool_v)])
         k, v = head_pool(kv, filters, s.grid, s.kv_stride).unflatten(-1, (2, s.heads, -1)).unbind(2)
         return self._norm(self.norm_k, k, kv.dtype), self._norm(self.norm_v, v, kv.dtype)
@@ -147,8 +150,8 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int, dim_out: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim_out)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim_out)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
@@ -167,7 +170,7 @@ class Block(nn.Module):
         self.attn = Attention(shape, config.residual_q)
         self.norm2 = nn.LayerNorm(shape.dim_out, eps=BLOCK_NORM_EPS)
         self.mlp = Mlp(shape.dim_out, int(shape.dim_out * config.mlp_ratio), shape.dim_out)
-        self.proj_max_pool = nn.Linear(shape.dim_in, shape.dim_out) if shape.dim_in != shape.dim_out else None
+        self.proj_max_pool = Linear(shape.dim_in, shape.dim_out) if shape.dim_in != shape.dim_out else None
         self.drop_path_attn = KeyedDropPath(shape.drop_path, stream_of(f"{name}.attn"))
         self.drop_path_mlp = KeyedDropPath(shape.drop_path, stream_of(f"{name}.mlp"))
 

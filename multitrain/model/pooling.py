@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from multitrain.model.products import conv3d, rounding
+
 Grid = tuple[int, int, int]
 """Token grid (T, H, W)."""
 
@@ -48,7 +50,7 @@ def head_pool(x: Tensor, weight: Tensor, grid: Grid, stride: int) -> Tensor:
 
 def _convolve(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     """x [B, T, H, W, C] -> [B, T, H', W', C]."""
-    out = F.conv3d(x.permute(0, 4, 1, 2, 3), weight, stride=(1, stride, stride), padding=1, groups=x.shape[-1])
+    out = conv3d(x.permute(0, 4, 1, 2, 3), weight, stride=(1, stride, stride), padding=1, groups=x.shape[-1])
     return out.permute(0, 2, 3, 4, 1)
 
 
@@ -123,7 +125,11 @@ def _frame_gradient(x: Tensor, grad: Tensor, stride: int) -> Tensor:
     weight = x.new_empty(c, 1, 3, 3)
     backward = torch.ops.aten.convolution_backward
     mask = [False, True, False]
-    gradient: Tensor = backward(grad, x, weight, None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], c, mask)[1]
+    if rounding(x) is not None:
+        x, grad = x.float(), grad.float()
+    gradient: Tensor = backward(
+        grad, x, weight.to(x.dtype), None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], c, mask
+    )[1]
     return gradient
 
 

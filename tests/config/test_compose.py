@@ -15,7 +15,9 @@ EXPERIMENTS = ["k400_mit_ssv2", "k400_mit_ssv2_reference", "k400", "mit", "ssv2"
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_composes_and_its_batch_can_be_solved(experiment: str) -> None:
     config = compose([f"experiment={experiment}"])
-    solve(config.effective_batch, nodes=config.nodes, gpus=config.gpus, micro_batch=config.micro_batch, group=config.group)
+    solve(
+        config.effective_batch, nodes=config.nodes, gpus=config.gpus, micro_batch=config.micro_batch, group=config.group
+    )
 
 
 def test_all_experiments_are_listed_here() -> None:

@@ -57,7 +57,10 @@ def test_the_weight_gradient_keeps_fp32_accuracy_over_many_positions() -> None:
 
 def test_the_weight_gradient_of_bf16_tokens_is_summed_in_fp32() -> None:
     grid = (16, 64, 64)
-    x, weight = torch.full((4, 16 * 64 * 64, 2), 143 / 128).bfloat16(), torch.zeros(2, 1, 3, 3, 3).bfloat16().requires_grad_()
+    x, weight = (
+        torch.full((4, 16 * 64 * 64, 2), 143 / 128).bfloat16(),
+        torch.zeros(2, 1, 3, 3, 3).bfloat16().requires_grad_(),
+    )
     grad = torch.ones_like(x)
     (actual,) = torch.autograd.grad(head_pool(x, weight, grid, 1), weight, grad)
     expected = x.double().sum((0, 1))[:, None, None]
