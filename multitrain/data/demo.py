@@ -38,7 +38,7 @@ RATE = 24
 VERSION = 1
 """Changes whenever the same seed makes other files."""
 
-SHAPES = ("circle", "square", "triangle", "cross", "star", "ring")
+SHAPES = ("circle", "bar", "triangle", "cross", "star", "ring")
 MOTIONS = ("left", "right", "up", "down", "growing", "shrinking")
 PAIRS = tuple(
     (shape, motion)
@@ -58,7 +58,7 @@ CLASSES = {
 """Datasets and the names of their classes; the position is the label."""
 
 CLIPS = {
-    "shapes": {"train": 600, "val": 90, "test": 150},
+    "shapes": {"train": 720, "val": 90, "test": 150},
     "motions": {"train": 600, "val": 90, "test": 150},
     "scenes": {"train": 720, "val": 96, "test": 180},
 }
@@ -208,9 +208,9 @@ def _colour(draws: Draws) -> tuple[int, int, int]:
 
 
 def _outline(shape: str) -> np.ndarray:
-    """Corners [n, 2] on or inside the unit circle, of about equal area for all shapes."""
-    if shape == "square":
-        return np.array([(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)])
+    """Corners [n, 2], for a radius of about one."""
+    if shape == "bar":
+        return np.array([(-1.1, -0.4), (1.1, -0.4), (1.1, 0.4), (-1.1, 0.4)])
     if shape == "triangle":
         return 1.15 * np.array([(math.sin(a), -math.cos(a)) for a in (0, 2 * math.pi / 3, 4 * math.pi / 3)])
     if shape == "cross":

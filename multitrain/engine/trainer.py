@@ -6,6 +6,7 @@ ahead, and the gradient of an update that was cut short, are thrown away and com
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -241,7 +242,7 @@ class Trainer:
         weight = self.config.loss.informative_weight
         start = self.completed * self.config.effective_batch
         clips = self.config.effective_batch * self.config.augment.copies
-        record = {
+        return {
             "update": self.completed,
             "loss": classification + projection + weight * informative,
             "loss_classification": classification,
@@ -255,10 +256,8 @@ class Trainer:
             "data_wait_fraction": round(waited / busy, 4) if busy else 0.0,
             "clips_per_second": round(clips / seconds, 3),
             "skipped": self._skips.counts,
+            "max_memory_gb": round(_peak_memory(self.world.device) / 1e9, 3),
         }
-        if self.world.device.type == "cuda":
-            record["max_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
-        return record
 
     def _count_skipped(self, own: list[dict[str, Any]]) -> None:
         records = [r for rank in self.world.gather(own) for r in rank]
@@ -310,3 +309,10 @@ class Trainer:
             self.engine.loss_scale.good_updates = int(content.state["loss_scale"]["good_updates"])
         self.completed = content.update
         self._validated = int(content.state["validated"])
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Most bytes so far: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,7 @@
-"""Activation checkpointing of blocks: what the backward pass recomputes instead of keeping.
+"""Activation checkpointing: what the backward pass recomputes instead of keeping.
+
+"none": nothing. "full": every block, from its input. "selective": each branch of a block, from its input, except its
+attention and its last matrix product: less arithmetic than "full", and a lower peak, as one branch at a time is in memory.
 
 Masks are keyed (model/random.py), so recomputing needs no saved random state and gives the same bits.
 """
@@ -10,13 +13,12 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from multitrain.model.attention import CHUNKED
 
 Recompute = Literal["none", "selective", "full"]
-Runner = Callable[[nn.Module, Tensor, "Tensor | None"], Tensor]
 
 KEPT = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -24,35 +26,29 @@ KEPT = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     CHUNKED,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.mm.default,
 }
-"""Operations whose outputs "selective" keeps: attention and matrix products. Norms, GELU and convolutions are recomputed."""
+"""Operations whose outputs "selective" keeps: attention is a third of the arithmetic and a twentieth of the memory."""
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _plain(block: nn.Module, x: Tensor, keys: Tensor | None) -> Tensor:
-    out: Tensor = block(x, keys)
+_recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+_recomputed_but_attention = partial(_recomputed, context_fn=partial(create_selective_checkpoint_contexts, _policy))
+
+
+def run_block(recompute: Recompute, block: Callable[..., Tensor], x: Tensor, keys: Tensor | None) -> Tensor:
+    """`block(x, keys)`, of which "full" keeps only x and keys."""
+    if recompute != "full" or not torch.is_grad_enabled():
+        return block(x, keys)
+    out: Tensor = _recomputed(block, x, keys)
     return out
 
 
-def _recompute(block: nn.Module, x: Tensor, keys: Tensor | None, **options: Any) -> Tensor:
-    if not torch.is_grad_enabled():
-        return _plain(block, x, keys)
-    out: Tensor = checkpoint(block, x, keys, use_reentrant=False, preserve_rng_state=False, **options)
+def run_branch(recompute: Recompute, branch: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`branch(x)`, of which "selective" keeps only x and the outputs of `KEPT`."""
+    if recompute != "selective" or not torch.is_grad_enabled():
+        return branch(x)
+    out: Tensor = _recomputed_but_attention(branch, x)
     return out
-
-
-def block_runner(recompute: Recompute) -> Runner:
-    """A function that runs (block, tokens, keys) and recomputes in the backward pass what `recompute` says.
-
-    "none" keeps everything; "selective" keeps a block's input and the outputs of `KEPT`; "full" keeps a block's input only.
-    """
-    if recompute == "none":
-        return _plain
-    if recompute == "full":
-        return _recompute
-    return partial(_recompute, context_fn=partial(create_selective_checkpoint_contexts, _policy))

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from multitrain.config import ConfigError, ModelConfig
 from multitrain.model.attention import attention
-from multitrain.model.checkpointing import Recompute, block_runner
+from multitrain.model.checkpointing import Recompute, run_block, run_branch
 from multitrain.model.pooling import Grid, head_pool, pooled, skip_pool
 from multitrain.model.products import Linear, conv3d, linear
 from multitrain.model.random import KeyedDropPath, draw_keys, stream_of
@@ -163,26 +163,29 @@ class Block(nn.Module):
     At a stage change the shortcut is projected (from the un-normalised tokens, unlike MViTv2) and then max-pooled.
     """
 
-    def __init__(self, shape: BlockShape, config: ModelConfig, name: str) -> None:
+    def __init__(self, shape: BlockShape, config: ModelConfig, name: str, recompute: Recompute) -> None:
         super().__init__()
         self.shape = shape
+        self.recompute = recompute
         self.norm1 = nn.LayerNorm(shape.dim_in, eps=BLOCK_NORM_EPS)
         self.attn = Attention(shape, config.residual_q)
         self.norm2 = nn.LayerNorm(shape.dim_out, eps=BLOCK_NORM_EPS)
         self.mlp = Mlp(shape.dim_out, int(shape.dim_out * config.mlp_ratio), shape.dim_out)
-        self.proj_max_pool = Linear(shape.dim_in, shape.dim_out) if shape.dim_in != shape.dim_out else None
+        self.proj_max_pool = nn.Linear(shape.dim_in, shape.dim_out) if shape.dim_in != shape.dim_out else None
         self.drop_path_attn = KeyedDropPath(shape.drop_path, stream_of(f"{name}.attn"))
         self.drop_path_mlp = KeyedDropPath(shape.drop_path, stream_of(f"{name}.mlp"))
 
     def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
-        branch = self.attn(self.norm1(x))
+        branch = run_branch(self.recompute, lambda x: self.attn(self.norm1(x)), x)
         x = self._shortcut(x) + self.drop_path_attn(branch, keys)
-        return x + self.drop_path_mlp(self.mlp(self.norm2(x)), keys)
+        branch = run_branch(self.recompute, lambda x: self.mlp(self.norm2(x)), x)
+        return x + self.drop_path_mlp(branch, keys)
 
     def _shortcut(self, x: Tensor) -> Tensor:
-        if self.proj_max_pool is not None:
-            x = self.proj_max_pool(x)
-        return skip_pool(x, self.shape.grid) if self.shape.q_stride > 1 else x
+        project = self.proj_max_pool
+        if project is None:
+            return x
+        return run_branch(self.recompute, lambda x: skip_pool(project(x), self.shape.grid), x)
 
 
 class MViT(nn.Module):
@@ -203,16 +206,17 @@ class MViT(nn.Module):
                 f"model.width={config.width} is not a multiple of model.heads={config.heads}; change one of them"
             )
         self.config = config
-        self.grid = patch_grid(config)
-        time, height, width = self.grid
+        self.activation_checkpointing = activation_checkpointing
+        time, height, width = patch_grid(config)
         self.patch_embed = PatchEmbed(config.width)
         self.pos_embed_spatial = nn.Parameter(torch.empty(1, height * width, config.width))
         self.pos_embed_temporal = nn.Parameter(torch.empty(1, time, config.width))
         shapes = block_shapes(config)
-        self.blocks = nn.ModuleList(Block(shape, config, f"blocks.{i}") for i, shape in enumerate(shapes))
+        self.blocks = nn.ModuleList(
+            Block(shape, config, f"blocks.{i}", activation_checkpointing) for i, shape in enumerate(shapes)
+        )
         self.dim = shapes[-1].dim_out
         self.norm = nn.LayerNorm(self.dim, eps=BLOCK_NORM_EPS)
-        self._run = block_runner(activation_checkpointing)
 
     def forward(self, clips: Tensor, keys: Tensor | None = None) -> Tensor:
         return self.features(clips, keys)
@@ -224,7 +228,7 @@ class MViT(nn.Module):
             keys = draw_keys(clips.shape[0], clips.device)
         x = self.patch_embed(clips) + self._positions()
         for block in self.blocks:
-            x = self._run(block, x, keys)
+            x = run_block(self.activation_checkpointing, block, x, keys)
         return self.norm(x.to(self.norm.weight.dtype)).mean(1)
 
     def _positions(self) -> Tensor:

@@ -74,10 +74,12 @@ class _Keyed(nn.Module):
         self.p = p
         self.stream = stream
 
-    def _kept(self, x: Tensor, keys: Tensor | None, count: int) -> Tensor:
-        """bool [N, count]."""
+    def _drop(self, x: Tensor, keys: Tensor | None, count: int, shape: torch.Size | tuple[int, ...]) -> Tensor:
+        """x with `count` masks a clip, viewed as `shape`. Dividing x, not the mask, rounds once: 1/0.9 is 0.2 % off in bf16."""
+        if not self.training or self.p == 0:
+            return x
         keys = draw_keys(x.shape[0], x.device) if keys is None else keys
-        return uniform(keys, self.stream, count) >= self.p
+        return x.div(1 - self.p) * (uniform(keys, self.stream, count) >= self.p).view(shape)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
@@ -87,17 +89,11 @@ class KeyedDropout(_Keyed):
     """Dropout (Srivastava et al., 2014) of single elements; x [N, ...] and keys int64 [N] or None -> like x."""
 
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
-        if not self.training or self.p == 0:
-            return x
-        kept = self._kept(x, keys, x[0].numel()).view(x.shape)
-        return x.div(1 - self.p) * kept
+        return self._drop(x, keys, x[0].numel(), x.shape)
 
 
 class KeyedDropPath(_Keyed):
-    """Stochastic depth (Huang et al., 2016): drops a clip's whole branch; x [N, ...] and keys int64 [N] or None -> like x."""
+    """Stochastic depth (Huang et al., 2016): drops a clip's whole branch; x [N, ...], keys int64 [N] or None -> like x."""
 
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
-        if not self.training or self.p == 0:
-            return x
-        kept = self._kept(x, keys, 1).view(-1, *[1] * (x.dim() - 1))
-        return x.div(1 - self.p) * kept
+        return self._drop(x, keys, 1, (-1, *[1] * (x.dim() - 1)))
