@@ -257,7 +257,7 @@ def _encode(path: Path, frames: np.ndarray) -> None:
     """H.264 (x264, with B-frames, one thread so that the bytes never change) in MP4."""
     import av
 
-    options = {"preset": "veryfast", "crf": "20", "threads": "1"}
+    options = {"preset": "superfast", "crf": "20", "threads": "1"}
     temporary = path.with_suffix(".tmp")
     with av.open(str(temporary), "w", format="mp4") as container:
         stream: Any = container.add_stream("libx264", rate=Fraction(RATE), options=options)

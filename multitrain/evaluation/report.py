@@ -152,8 +152,8 @@ def accuracy_table(tested: Mapping[str, Scored]) -> str:
     """Accuracy against chance as aligned text, one line a dataset."""
     if not tested:
         return ""
-    rows = [_HEADER, *(_row(t) for t in tested.values())]
-    widths = [max(len(row[c]) for row in rows) for c in range(len(_HEADER))]
+    rows = _rows(tested)
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     aligned = [
         "  ".join(
             cell.ljust(w) if c == 0 else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths, strict=True))
@@ -164,6 +164,13 @@ def accuracy_table(tested: Mapping[str, Scored]) -> str:
 
 
 _HEADER = ("dataset", "test videos", "classes", "top-1 %", "top-5 %", "mAP %", "chance %")
+
+
+def _rows(tested: Mapping[str, Scored]) -> list[tuple[str, ...]]:
+    """Header and one row a dataset, without the columns that say nothing of any dataset."""
+    rows = [_HEADER, *(_row(t) for t in tested.values())]
+    kept = [c for c in range(len(_HEADER)) if any(row[c] != "–" for row in rows[1:])]
+    return [tuple(row[c] for c in kept) for row in rows]
 
 
 def _row(tested: Scored) -> tuple[str, ...]:
@@ -229,11 +236,9 @@ def _chosen(tested: Scored, count: int) -> list[int]:
     right = np.flatnonzero(best == labels)
     order = [int(v) for _, v in sorted((int(np.sum(labels[:i] == labels[i])), int(i)) for i in right)]
     spread = order[: max(1, len(set(labels.tolist())))]
-    stride = max(1, len(spread) // max(count - 1, 1))
-    chosen = [*spread[::stride], *order][: count - bool(len(wrong))]
-    if len(wrong):
-        chosen.append(int(wrong[tested.scores[wrong].max(1).argmax()]))
-    return list(dict.fromkeys(chosen))
+    stride = max(1, len(spread) // max(count, 1))
+    chosen = list(dict.fromkeys([*spread[::stride], *order]))[: count - bool(len(wrong))]
+    return [*chosen, int(wrong[tested.scores[wrong].max(1).argmax()])] if len(wrong) else chosen
 
 
 def _confusion(tested: Scored) -> np.ndarray:
@@ -247,8 +252,9 @@ def _confusion(tested: Scored) -> np.ndarray:
 def _markdown(name: str, summary: Mapping[str, str], tested: Mapping[str, Scored]) -> str:
     lines = [f"# {name}", "", *(f"* {key}: {value}" for key, value in summary.items()), ""]
     if tested:
-        lines += ["| " + " | ".join(_HEADER) + " |", "|" + " --- |" * len(_HEADER)]
-        lines += ["| " + " | ".join(_row(t)) + " |" for t in tested.values()]
+        head, *rows = _rows(tested)
+        lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
@@ -313,10 +319,11 @@ def _page(
 
 
 def _html_table(tested: Mapping[str, Scored]) -> str:
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in _HEADER) + "<th>top-1, and chance in red</th>"
+    header, *table = _rows(tested)
+    head = "".join(f"<th>{html.escape(h)}</th>" for h in header) + "<th>top-1, and chance in red</th>"
     rows = []
-    for t in tested.values():
-        cells = "".join(f"<td>{html.escape(c)}</td>" for c in _row(t))
+    for t, texts in zip(tested.values(), table, strict=True):
+        cells = "".join(f"<td>{html.escape(c)}</td>" for c in texts)
         top = t.result.get("map") or t.result.get("top1") or 0.0
         bar = f'<span class="bar"><i style="width:{top:.1f}%"></i><b style="left:{t.chance:.1f}%"></b></span>'
         rows.append(f"<tr>{cells}<td>{bar}</td></tr>")

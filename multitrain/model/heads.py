@@ -34,7 +34,7 @@ def unescape(name: str) -> str:
 
 
 class MlpHead(nn.Module):
-    """lin → GELU → dropout → lin, and dropout again on the logits if asked (published; defect 14 of its code)."""
+    """lin → GELU → dropout → lin, and dropout again on the logits if asked (the published code does)."""
 
     def __init__(self, dim: int, hidden: int, classes: int, dropout: float, dropout_logits: bool, name: str) -> None:
         super().__init__()

@@ -171,7 +171,7 @@ class Block(nn.Module):
         self.attn = Attention(shape, config.residual_q)
         self.norm2 = nn.LayerNorm(shape.dim_out, eps=BLOCK_NORM_EPS)
         self.mlp = Mlp(shape.dim_out, int(shape.dim_out * config.mlp_ratio), shape.dim_out)
-        self.proj_max_pool = nn.Linear(shape.dim_in, shape.dim_out) if shape.dim_in != shape.dim_out else None
+        self.proj_max_pool = Linear(shape.dim_in, shape.dim_out) if shape.dim_in != shape.dim_out else None
         self.drop_path_attn = KeyedDropPath(shape.drop_path, stream_of(f"{name}.attn"))
         self.drop_path_mlp = KeyedDropPath(shape.drop_path, stream_of(f"{name}.mlp"))
 

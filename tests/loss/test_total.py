@@ -37,7 +37,7 @@ def problem(
 def by_definition(
     out: Any, targets: dict[str, Tensor], ids: Tensor, names: list[str], config: LossConfig, multi_label: set[str]
 ) -> tuple[float, float, float]:
-    """Equations of reference.md 2.3 and 2.4, clip by clip."""
+    """The sums of the definition (Liang et al., NeurIPS 2022, §3), clip by clip."""
 
     def loss(z: Tensor, y: Tensor, name: str) -> float:
         if name in multi_label:

@@ -128,7 +128,7 @@ def test_a_cancelled_run_stays_cancelled_and_can_be_resumed(runs: Runs, referenc
 
 @pytest.mark.slow
 def test_the_real_time_limit(runs: Runs) -> None:
-    """SLURM's own warning: the updates do not fit into its two minutes, and the run comes back by itself."""
+    """SLURM's own warning: the updates do not fit into its two minutes; the run comes back by itself, to the last bit."""
     limits = ("cluster.time_limit=2", "cluster.lead_time=45", "updates=2000")
     run, job = runs.submit("limited", *limits)
     runs.cluster.until(lambda: runs.cluster.job(job).get("Restarts") == "1", "the requeue", seconds=150)
@@ -136,4 +136,9 @@ def test_the_real_time_limit(runs: Runs) -> None:
     before = len(runs.metrics(run))
     runs.cluster.start_now(job)
     runs.reach(run, job, before + 5)
-    assert [m["update"] for m in runs.metrics(run)][: before + 5] == list(range(before + 5))
+    runs.cluster.run("scancel", job)
+    other, undisturbed = runs.submit("unlimited", "updates=2000")
+    runs.reach(other, undisturbed, before + 5)
+    for key in ("update", "loss", "grad_norm", "tickets"):
+        ours, theirs = ([m[key] for m in runs.metrics(r)[: before + 5]] for r in (run, other))
+        assert ours == theirs, key
