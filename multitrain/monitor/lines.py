@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -16,10 +17,19 @@ def encode(record: Mapping[str, Any]) -> bytes:
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one line in a single write (whole even when several processes append) and wait until it is on disk."""
+    """Append one line, whole even when several processes append, and wait until it is on disk.
+
+    A torn line at the end, which a crash has left, is removed; where the file system has no locks it is ended instead,
+    since another process might be writing it.
+    """
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        os.write(file, (b"" if _ends_whole(file) else b"\n") + encode(record))
+        start = b""
+        if _locked(file):
+            os.ftruncate(file, _whole(file))
+        elif _whole(file) < os.fstat(file).st_size:
+            start = b"\n"
+        os.write(file, start + encode(record))
         os.fsync(file)
     finally:
         os.close(file)
@@ -70,9 +80,25 @@ def _precedes(line: bytes, update: int) -> bool:
     return record is not None and isinstance(record.get("update"), int) and record["update"] < update
 
 
-def _ends_whole(file: int) -> bool:
-    size = os.fstat(file).st_size
-    return size == 0 or os.pread(file, 1, size - 1) == b"\n"
+def _locked(file: int) -> bool:
+    """Wait for the file's lock, which closing it gives back; False where there are no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
+
+
+def _whole(file: int, block: int = 4096) -> int:
+    """Bytes up to the end of the last whole line."""
+    end = os.fstat(file).st_size
+    while end > 0:
+        start = max(0, end - block)
+        newline = os.pread(file, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
 
 
 def _plain(value: Any) -> Any:

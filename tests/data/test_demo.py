@@ -82,6 +82,15 @@ def test_no_two_videos_of_any_splits_are_alike() -> None:
             assert np.abs(a.astype(int) - b).mean() > 3
 
 
+def test_no_shape_is_at_the_same_place_in_two_splits() -> None:
+    """With the same number in two splits, the background alone being another would not do."""
+    for dataset in CLASSES:
+        for i in range(4):
+            first, second = (draw(Clip("", dataset, s, i, 0)) for s in ("train", "test"))
+            shapes = [v[len(v) // 2].max(-1) == 255 for v in (first, second)]
+            assert (shapes[0] != shapes[1]).mean() > 0.02
+
+
 def test_label_spaces_overlap_in_part() -> None:
     assert {shape for shape, _ in PAIRS} < set(CLASSES["shapes"])
     assert {f"moving {motion}" for _, motion in PAIRS} < set(CLASSES["motions"])

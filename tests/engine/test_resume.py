@@ -57,7 +57,7 @@ def interrupt(run: Path, ranks: int, number: int, after: int, *, only: int | Non
     return wait(processes)
 
 
-@pytest.fixture(scope="module", params=["fp32", "bf16"])
+@pytest.fixture(scope="module", params=["fp32", "bf16", "fp16"])
 def reference(request: pytest.FixtureRequest, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The uninterrupted run of two ranks."""
     return _uninterrupted(tiny_data, tmp_path_factory.mktemp(f"reference-{request.param}"), request.param)
@@ -69,7 +69,9 @@ def fp32_reference(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def _uninterrupted(data: Path, runs: Path, precision: str) -> Path:
-    run, _ = write_run(runs, settings(data, gpus=2, updates=UPDATES, precision=precision, data__workers=1))
+    run, _ = write_run(
+        runs, settings(data, gpus=2, updates=UPDATES, precision=precision, data__workers=1, engine__loss_scale_start=12)
+    )
     train(run, 2)
     return run
 

@@ -93,9 +93,20 @@ def test_a_line_cut_off_by_a_crash_costs_that_line_only(tmp_path: Path) -> None:
     assert [r["update"] for r in metrics.read(path)] == [0, 1, 3]
 
     history = tmp_path / "events.jsonl"
-    history.write_bytes(b'{"event": "start"}\n{"event": "checkp')
-    events.Events(history).write("resume")
-    assert [e["event"] for e in events.read(history)] == ["start", "resume"]
+    for torn in (b'{"event": "checkp', b'{"event": "' + b"x" * 10_000):
+        history.write_bytes(b'{"event": "start"}\n' + torn)
+        events.Events(history).write("resume")
+        assert [json.loads(line)["event"] for line in history.read_text().splitlines()] == ["start", "resume"]
+
+
+def test_without_file_locks_a_torn_line_is_ended_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(file: int, how: int) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    (tmp_path / "f").write_bytes(b'{"a": 1}\n{"b')
+    lines.append(tmp_path / "f", {"c": 3})
+    assert (tmp_path / "f").read_bytes() == b'{"a": 1}\n{"b\n{"c": 3}\n'
 
 
 def test_floats_come_back_to_the_bit_and_values_that_json_lacks_are_null(tmp_path: Path) -> None:
