@@ -15,6 +15,7 @@ if not __package__:
 
 import argparse
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Sequence
@@ -33,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     began = time.monotonic()
     run = Path(given.runs) / given.name
-    shape = _shape(_gpus())
+    typed = {o.partition("=")[0] for o in given.overrides}
+    shape = [] if typed & {"gpus", "micro_batch", "effective_batch"} else _shape(_gpus())
     for step in (
         lambda: _python("Data", "-m", "multitrain.data.demo", "--out", given.data, "--fraction", str(given.fraction)),
         lambda: _train(run, given.data, [*shape, *given.overrides]),
@@ -65,9 +67,17 @@ def _python(title: str, *command: str) -> int:
     print(f"\n{title}: python {' '.join(command)}", flush=True)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     script = [str(ROOT / command[0]), *command[1:]] if command[0].endswith(".py") else command
-    code = subprocess.run([sys.executable, *script], env=environment, check=False).returncode
+    with subprocess.Popen([sys.executable, *script], env=environment) as process:
+        # Ctrl-C reaches the command too, which saves and leaves; `subprocess.run` would kill it meanwhile.
+        before = {
+            signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
+            signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
+        }
+        code = process.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
     print(f"({duration(time.monotonic() - began)})", flush=True)
-    return code
+    return code if code >= 0 else 128 - code
 
 
 def _gpus() -> int:

@@ -56,8 +56,8 @@ def main(arguments: Arguments | None = None) -> int:
 
 def predict(arguments: Arguments) -> int:
     """Which action is in a video file?"""
-    parser = _parser("predict", predict, "multitrain predict multitrain_release.v1.pyth clip.mp4")
-    parser.add_argument("model", help=_MODEL)
+    parser = _parser("predict", predict, "multitrain predict clip.mp4 --checkpoint multitrain_release.v1.pyth")
+    parser.add_argument("--checkpoint", required=True, metavar="MODEL", help=_MODEL)
     parser.add_argument("videos", nargs="+", metavar="VIDEO", help="video files")
     parser.add_argument("--top", type=_count, default=5, metavar="N", help="classes for each dataset (default 5)")
     parser.add_argument(
@@ -73,7 +73,7 @@ def predict(arguments: Arguments) -> int:
     from multitrain.evaluation.predictor import load
 
     names = dict(_pair(text, "--classes") for text in given.classes)
-    model = load(given.model, class_names=names).to(_device(given.device))
+    model = load(given.checkpoint, class_names=names).to(_device(given.device))
     status = FINISHED
     for video in given.videos:
         try:

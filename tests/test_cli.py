@@ -59,13 +59,13 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, s
         (["train"], "launch/submit.py"),
         (["test"], "multitrain evaluate"),
         (["predict"], "the following arguments are required"),
-        (["predict", "nothing.pyth", "a.mp4"], "nothing.pyth: no such file"),
+        (["predict", "a.mp4", "--checkpoint", "nothing.pyth"], "nothing.pyth: no such file"),
         (["evaluate", "nothing"], "nothing: no such file or folder"),
         (["convert", "nothing", "b.onnx"], "b.onnx: its ending says no known format"),
         (["flops", "model=mvit_b99"], "there is no such model; known here: mvit_b16_16x4"),
         (["data", "data=sssv2"], "did you mean 'ssv2'?"),
         (["data", "data.rot=x"], "did you mean"),
-        (["predict", "a.pyth", "b.mp4", "--top", "0"], "not a whole number from 1 up"),
+        (["predict", "b.mp4", "--checkpoint", "a.pyth", "--top", "0"], "not a whole number from 1 up"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_status_2(
@@ -111,7 +111,9 @@ def test_predict_answers_and_goes_on_after_a_broken_file(
     broken.write_bytes(b"")
     names.write_text("push\npull\nlift\n")
     good = run.parents[1] / "data" / "segment" / "v 0.mp4"
-    status, out, err = said(capsys, "predict", run, broken, good, "--top", 1, "--json", "--classes", f"segment={names}")
+    status, out, err = said(
+        capsys, "predict", broken, good, "--checkpoint", run, "--top", 1, "--json", "--classes", f"segment={names}"
+    )
     assert status == 2
     assert err.count("\n") == 1
     assert "broken.mp4: empty file" in err
@@ -119,7 +121,7 @@ def test_predict_answers_and_goes_on_after_a_broken_file(
     found = json.loads(line)
     assert found["video"] == str(good)
     assert found["predictions"]["segment"][0][0] in ("push", "pull", "lift")
-    status, out, _ = said(capsys, "predict", run, good, "--top", 2)
+    status, out, _ = said(capsys, "predict", good, "--checkpoint", run, "--top", 2)
     assert status == 0
     assert out.splitlines()[0] == str(good)
     assert [row.split()[0] for row in out.splitlines()[1:]] == list(NAMES)
@@ -131,8 +133,9 @@ def test_a_converted_model_predicts_the_same(run: Path, capsys: pytest.CaptureFi
     assert status == 0
     assert "heads: stride (5), segment (3), with.dot (4)" in out
     assert said(capsys, "convert", run, tmp_path / "a.safetensors")[0] == 2
-    expected = said(capsys, "predict", run, video, "--json")
-    assert said(capsys, "predict", tmp_path / "a.safetensors", video, "--json") == expected
+    expected = said(capsys, "predict", video, "--checkpoint", run, "--json")
+    assert expected[0] == 0
+    assert said(capsys, "predict", video, "--checkpoint", tmp_path / "a.safetensors", "--json") == expected
 
 
 def test_flops_are_the_published_ones(capsys: pytest.CaptureFixture[str]) -> None:

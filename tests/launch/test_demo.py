@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -41,3 +43,23 @@ def test_a_wrong_option_is_refused_before_anything_is_trained(root: Path, tmp_pa
     assert done.returncode == 2
     assert "lrr" in done.stderr
     assert not (tmp_path / "runs/demo").exists()
+
+
+@pytest.mark.timeout(600)
+def test_an_interrupted_demo_saves_before_it_leaves(root: Path, tmp_path: Path) -> None:
+    """SIGINT to the whole group, as a terminal sends it."""
+    pytest.importorskip("deepspeed")
+    where = ("--runs", str(tmp_path / "runs"), "--data", str(tmp_path / "data"), "--fraction", "0.001")
+    command = [sys.executable, str(root / "launch/demo.py"), *where, "updates=100000", "checkpoint.every=100000"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    metrics = tmp_path / "runs/demo/metrics.jsonl"
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 240
+        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(120) == 75, (tmp_path / "log").read_text()
+    assert list((tmp_path / "runs/demo/checkpoints").glob("update-*/manifest.json"))
+    assert "run the demo again" in (tmp_path / "log").read_text()
