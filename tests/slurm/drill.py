@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import subprocess
 import time
@@ -59,11 +60,24 @@ class Cluster:
         return self.run(*command, "--output=/dev/null", f"--wrap=sleep {seconds}").strip()
 
     def start_now(self, job: str) -> None:
-        """Start a requeued job at once; SLURM lets it wait for two minutes."""
+        """Start a requeued job at once; SLURM lets it wait for two minutes.
+
+        Only when nothing is left of the start before: its batch script's exit, coming late, would count as the new one's.
+        """
         self.wait(job, "PENDING")
+        self.until(lambda: not _steps(job), f"the end of the steps of {job}")
         self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
 
     def clear(self) -> None:
         """Cancel all jobs and wait until the nodes are idle."""
         self.run("scancel", "--quiet", "--user=root")
         self.until(lambda: not self.run("squeue", "--noheader", "--all").strip(), "an empty queue")
+
+
+def _steps(job: str) -> list[str]:
+    """Steps of the job that have processes on this machine, the batch script among them."""
+    titles = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            titles.append(entry.read_bytes().decode(errors="replace"))
+    return [title for title in titles if title.startswith(f"slurmstepd: [{job}.")]
