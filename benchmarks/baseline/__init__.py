@@ -1,0 +1,1 @@
+"""Plain formulations of what the published code computes, to measure against; checked against golden values in tests."""
