@@ -89,10 +89,10 @@ def main(arguments: Arguments) -> int:
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["source", "copy", "state", "reason", "frames", "width", "height", "bytes"])
     for copy in copies:
-        if (record := done[copy.target]) is not None:
-            state = "failed" if "error" in record else "damaged" if "damage" in record else "good"
-            reason = record.get("error") or record.get("damage", "")
-            sizes = [record.get(k, "") for k in ("frames", "width", "height", "bytes")]
+        if (made := done[copy.target]) is not None:
+            state = "failed" if "error" in made else "damaged" if "damage" in made else "good"
+            reason = made.get("error") or made.get("damage", "")
+            sizes = [made.get(k, "") for k in ("frames", "width", "height", "bytes")]
             writer.writerow([copy.source, copy.target, state, reason, *sizes])
     replace_text(given.out / "resize.csv", table.getvalue())
     failed = {c.source: str(d["error"]) for c in copies if (d := done[c.target]) is not None and "error" in d}

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from multitrain.config import DatasetConfig
 from multitrain.data.annotations import CatalogError, Syntax, lines
 from multitrain.data.prepare.resize import found_below
+from multitrain.monitor.figures import table
 
 KINDS = ("missing", "broken", "short", "duplicate", "labelled twice", "leak")
 SPLITS = ("train", "val", "test")
@@ -81,11 +82,7 @@ class Report:
         """Numbers by dataset and split, and the first findings."""
         header = ["dataset", "split", "videos", "good", *KINDS]
         rows = [[d, s or "-", *(str(c[k]) for k in header[2:])] for (d, s), c in self.counts().items()]
-        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-        text = [
-            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
-            for row in [header, *rows]
-        ]
+        text = [table(header, rows, left=2)]
         listed = [f"{f.kind}: {f.entry.file} ({f.entry.place}): {f.detail}" for f in self.findings[:shown]]
         more = len(self.findings) - len(listed)
         return "\n".join([*text, *([""] if listed else []), *listed, *([f"… and {more} more"] if more > 0 else [])])
@@ -168,7 +165,7 @@ def _compared(entries: Iterable[Entry], content: Mapping[str, str]) -> Iterator[
     for group in (g for g in same.values() if len(g) > 1):
         firsts: dict[tuple[str, str], Entry] = {}
         for entry in group:
-            first = firsts.setdefault((entry.dataset, entry.split), entry)
+            first = firsts.setdefault((entry.dataset, entry.split) if entry.split else ("", ""), entry)
             if first is not entry and first.labels == entry.labels:
                 yield Finding(entry, "duplicate", _as(entry, first))
             other = next((e for e in group if e.dataset == entry.dataset and e.labels != entry.labels), None)

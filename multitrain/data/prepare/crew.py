@@ -127,9 +127,9 @@ class Bar(Generic[Item]):
             self._said = time.monotonic()
             pace = self._done / max(self._said - self._began, 1e-9)
             left = f", {duration((self._total - self._done) / pace)} left" if self._done < self._total else ""
-            bad = f", {self._bad} bad" if self._bad else ""
+            some = f", {self._bad} bad" if self._bad else ""
             print(
-                f"{self._title}: {self._done} of {self._total} files{bad}, {pace:.1f} a second{left}",
+                f"{self._title}: {self._done} of {self._total} files{some}, {pace:.1f} a second{left}",
                 file=self._stream,
                 flush=True,
             )
