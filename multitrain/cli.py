@@ -19,7 +19,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "convert": ("multitrain.commands.convert", "One kind of weights file into another: .pyth and .safetensors."),
     "status": ("multitrain.monitor.status", "How runs are doing."),
     "report": ("multitrain.evaluation.report", "Curves, figures and example clips of a run as one page."),
-    "data": ("multitrain.commands.data", "Check and index the annotation files of a run."),
+    "data": ("multitrain.commands.data", "Make datasets ready: import, resize, check, index, stats, show."),
     "preflight": ("multitrain.commands.preflight", "Check nodes and GPUs before a long run."),
     "flops": ("multitrain.commands.flops", "Parameters and multiply-accumulates of a clip."),
 }

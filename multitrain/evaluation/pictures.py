@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from multitrain.config import ConfigError
+from multitrain.monitor.figures import COLOURS, FAINT, INK
+from multitrain.monitor.figures import figure as _figure
+from multitrain.monitor.figures import png as _png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C564B")
-"""Okabe and Ito's colours, told apart by colour-blind readers too."""
-INK, FAINT, RIGHT, WRONG = "#24292f", "#8b949e", "#1a7f37", "#cf222e"
+RIGHT, WRONG = "#1a7f37", "#cf222e"
 POINTS = 600
 """Points of a drawn curve at most; longer ones are averaged in equal stretches."""
 NAMED = 32
@@ -245,36 +243,3 @@ def _nothing(axis: Axes, text: str) -> None:
 
 def _cycle(count: int) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(count)]
-
-
-def _figure(
-    columns: int, rows: int, *, width: float, height: float, ratio: float = 1.0, widths: Sequence[float] | None = None
-) -> tuple[Figure, Any]:
-    """A figure and its axes [rows, columns]; the first column is `ratio` times as wide as the others, or as `widths` say."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("pictures need matplotlib; pip install 'multitrain[report]'") from None
-    style: dict[Any, Any] = {
-        "font.size": 9,
-        "axes.edgecolor": FAINT,
-        "axes.labelcolor": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
-    }
-    with rc_context(style):
-        figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-        shares = widths or [ratio, *[1.0] * (columns - 1)]
-        axes = figure.subplots(rows, columns, squeeze=False, gridspec_kw={"width_ratios": shares})
-    for axis in axes.ravel():
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(color="#e6e8eb", linewidth=0.7)
-        axis.set_axisbelow(True)
-    return figure, axes
-
-
-def _png(figure: Figure, dpi: int = 110) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    return buffer.getvalue()
