@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -11,6 +12,15 @@ STARTS = ("start", "resume")
 CAUSES = {"end": "status", "requeue": "status", "error": "reason"}
 """Events that say why a start of a run ended, and the field that says it. The first of several counts: after one rank's
 error the others lose their peer and say so too."""
+
+LOST_PEER = re.compile(
+    r"closed by (the )?(remote )?peer|reset by peer|Broken pipe|remote process exited|NCCL.*(unhandled system|remote) error",
+    re.I,
+)
+"""What a rank says of an update whose other ranks have gone."""
+
+PEER = "a rank was killed without warning"
+"""What is said of a start that only ranks told the end of that had lost another."""
 
 UNTOLD = "killed without warning"
 """What is said of a start that ended without a word: SIGKILL, a dead node, no memory."""
@@ -47,11 +57,19 @@ def interruptions(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     }
                 )
             started, reason = True, None
-        elif started and reason is None and name in CAUSES:
-            reason = str(event.get(CAUSES[name]) or name)
+        elif started and reason in (None, PEER) and name in CAUSES:
+            reason = reason_of(event)
         if name != "submit":
             last = event
     return found
+
+
+def reason_of(event: Mapping[str, Any]) -> str:
+    """Why a start ended, by its last word: one line."""
+    text = " ".join(str(event.get(CAUSES[str(event["event"])]) or event["event"]).split())
+    if event["event"] == "error" and LOST_PEER.search(text):
+        return PEER
+    return "was finished, then made longer" if text == "finished" else text
 
 
 def _seconds(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> float | None:

@@ -14,7 +14,7 @@ import pytest
 
 from multitrain.config import ConfigError
 from multitrain.monitor import Recorder, events, status, table
-from multitrain.monitor.interruptions import UNTOLD
+from multitrain.monitor.interruptions import PEER, UNTOLD, interruptions
 from multitrain.monitor.screen import card
 from multitrain.monitor.status import QUIET, main, statuses
 
@@ -155,6 +155,19 @@ def test_restarts_are_told_with_their_reasons(tmp_path: Path) -> None:
     for part in ("restarted 4 times", "preempted", "no disk", UNTOLD, "2 updates done again"):
         assert part in text
     assert f"4, last: {UNTOLD}" in table([found])
+
+
+def test_ranks_that_lost_another_do_not_hide_why_it_went() -> None:
+    lost = {
+        "event": "error",
+        "rank": 1,
+        "reason": "RuntimeError: [tcp/pair.cc:537] Read error: Connection reset by peer.",
+    }
+    cause = {"event": "error", "rank": 0, "reason": "OutOfMemoryError: 80 GB"}
+    begin, again = {"event": "start"}, {"event": "resume", "update": 3}
+    assert [i["reason"] for i in interruptions([begin, lost, lost, again])] == [PEER]
+    assert [i["reason"] for i in interruptions([begin, lost, cause, lost, again])] == ["OutOfMemoryError: 80 GB"]
+    assert [i["reason"] for i in interruptions([begin, cause, lost, again])] == ["OutOfMemoryError: 80 GB"]
 
 
 def test_the_newest_checkpoint_has_an_age(tmp_path: Path) -> None:
