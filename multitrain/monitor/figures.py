@@ -49,7 +49,7 @@ def figure(
     return drawn, axes
 
 
-def png(drawn: Figure, dpi: int = 110) -> bytes:
+def png(drawn: Figure, dpi: int = 125) -> bytes:
     """The figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     drawn.savefig(buffer, format="png", dpi=dpi)
