@@ -132,7 +132,7 @@ def _validation(config: RunConfig, world: World, index: Path, interruption: Inte
         return None
     from multitrain.data.catalog import open_catalogs
     from multitrain.engine.deepspeed import autocast
-    from multitrain.evaluation.evaluator import validate
+    from multitrain.evaluation.validation import validate
 
     catalogs = open_catalogs(config.data, "val", index, config.eval.val_stride)
     precision = config.eval.precision or config.precision
