@@ -97,6 +97,7 @@ def ask(words: Sequence[str], *, config_dirs: Sequence[str] = (), default_name: 
     if saved:
         config, dirs = _resumed(saved, path, typed, config_dirs)
         _refuse_another_run(path.name, saved, config)
+        _refuse_another_start(path, saved, config)
     else:
         dirs = list(config_dirs)
         config = _placed(_flat(compose(_options(typed), config_dirs=dirs)), path)
@@ -242,6 +243,16 @@ def _refuse_another_run(name: str, saved: RunConfig, config: RunConfig) -> None:
         raise ConfigError(
             f"{k}: run {name!r} has {before.get(k, 'absent')}, and {now.get(k, 'absent')} was asked for{more}; "
             f"that is another run: give it another name (name=…), or leave {k} as it is"
+        )
+
+
+def _refuse_another_start(path: Path, saved: RunConfig, config: RunConfig) -> None:
+    """Refuse other initial weights for a run that has a checkpoint: resuming would leave them out in silence."""
+    started = any((path / "checkpoints").glob("update-*"))
+    if started and config.init_from not in (saved.init_from, None):
+        raise ConfigError(
+            f"init_from: run {path.name!r} has checkpoints and goes on from the newest; initial weights are for new runs: "
+            "give it another name (name=…), or leave init_from out to resume"
         )
 
 

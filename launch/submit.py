@@ -198,10 +198,17 @@ def _check_weights(run: Run) -> None:
     """A wrong path to initial weights is found here, not hours later on the nodes.
 
     Raises:
-        ConfigError: there is nothing at `init_from`.
+        ConfigError: there is nothing at `init_from`, or it is of this run.
     """
     path = run.config.init_from
-    if path is not None and not run.exists and run.config.cluster.check_data and not Path(path).exists():
+    if path is None or run.exists:
+        return
+    if run.path in (Path(path).absolute(), *Path(path).absolute().parents):
+        raise ConfigError(
+            f"init_from={path}: lies in this run's own folder; to resume the run leave init_from out, to start another from "
+            "it give that one another name (name=…)"
+        )
+    if run.config.cluster.check_data and not Path(path).exists():
         raise ConfigError(
             f"init_from={path}: no such file or folder; give a .pyth, a .safetensors, or a run's or checkpoint's folder"
         )

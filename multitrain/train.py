@@ -132,7 +132,7 @@ def _validation(config: RunConfig, world: World, index: Path, interruption: Inte
         return None
     from multitrain.data.catalog import open_catalogs
     from multitrain.engine.deepspeed import autocast
-    from multitrain.evaluation.evaluator import validate
+    from multitrain.evaluation.validation import validate
 
     catalogs = open_catalogs(config.data, "val", index, config.eval.val_stride)
     precision = config.eval.precision or config.precision
@@ -157,15 +157,26 @@ def _initialise_from(config: RunConfig, run: Path, model: MultiTrain, world: Wor
     from multitrain.engine.checkpoint import listed
 
     fresh = world.broadcast(not listed(run / "checkpoints"))
-    if config.init_from is None or not fresh:
+    if config.init_from is None:
         return
-    from multitrain.interop.weights import initialise_from
+    if not fresh:
+        if world.is_main:
+            print(f"resuming: init_from={config.init_from} was for the run's first start and is not read", flush=True)
+        return
+    from multitrain.interop.start import initialise_from
 
-    report = initialise_from(model, config.init_from)
+    report = initialise_from(model, config.init_from, interpolate_positions=config.interpolate_positions)
     if world.is_main:
         print(f"initial weights from {config.init_from}: {report}", flush=True)
+        for line in report.lines():
+            print(line, flush=True)
         Events(run / "events.jsonl").write(
-            "init_from", path=config.init_from, matched=len(report.matched), fresh=sorted(report.fresh)
+            "init_from",
+            path=config.init_from,
+            matched=len(report.matched),
+            fresh=list(report.fresh),
+            unexpected=list(report.unexpected),
+            notes=list(report.notes),
         )
 
 
@@ -293,6 +304,8 @@ def _die(run: Path, rank: int, error: BaseException) -> NoReturn:
         print(f"the error could not be written to {run}/events.jsonl: {second}", file=sys.stderr)
     if not mistake and type(error).__name__ != "TrainingError":
         traceback.print_exception(error)
+    for line in getattr(error, "details", ()) if rank == 0 else ():
+        print(line, file=sys.stderr)
     print(f"multitrain: rank {rank}: {text}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(MISTAKE if mistake else FAILED)

@@ -117,7 +117,7 @@ def _default_out(model: str, split: str) -> Path:
     path = Path(model)
     if path.suffix in (".pyth", ".safetensors") and path.parent.name[:7] != "update-":
         return Path("evaluation") / path.stem / split
-    from multitrain.interop.weights import locate
+    from multitrain.interop.places import locate
 
     checkpoint = locate(path).parent
     return checkpoint.parent.parent / "evaluation" / checkpoint.name / split

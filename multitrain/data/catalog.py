@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from multitrain.config import ConfigError, DataConfig, DatasetConfig, RunConfig, load, nearest
+from multitrain.config.class_names import find_class_names, read_class_names
 from multitrain.data.annotations import CatalogError, Syntax, lines
 from multitrain.data.index import indexed, read_index
 from multitrain.order import Source
@@ -224,22 +225,19 @@ def _class_file(dataset: DatasetConfig) -> Path:
 
 def _read_names(file: Path) -> list[str]:
     try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CatalogError(f"{file}: cannot be read as UTF-8 text ({error}); it holds one class name a line") from error
-    return [line.strip() for line in text.rstrip().splitlines()]
+        return read_class_names(file)
+    except ConfigError as error:
+        raise CatalogError(str(error)) from None
 
 
 def _class_names(dataset: DatasetConfig, classes: int) -> list[str] | None:
     if dataset.class_names is not None:
         return _read_names(_class_file(dataset))
+    names = find_class_names(Path(dataset.annotations), classes)
     file = Path(dataset.annotations) / "classes.txt"
-    if not file.is_file():
-        return None
-    names = _read_names(file)
-    if len(names) != classes:
-        _log.warning("%s: %d names but classes=%d; classes are shown by number", file, len(names), classes)
-        return None
+    if names is None and file.is_file():
+        count = len(_read_names(file))
+        _log.warning("%s: %d names but classes=%d; classes are shown by number", file, count, classes)
     return names
 
 

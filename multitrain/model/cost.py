@@ -11,6 +11,7 @@ import torch
 
 from multitrain.config import ConfigError, ModelConfig
 from multitrain.model.multitrain import MultiTrain
+from multitrain.model.products import rounding
 
 
 def flops(config: ModelConfig, datasets: dict[str, int]) -> tuple[int, float]:
@@ -31,6 +32,7 @@ def flops(config: ModelConfig, datasets: dict[str, int]) -> tuple[int, float]:
     for parameter in model.parameters():
         parameter.data.zero_()
     clips = torch.zeros(1, 3, config.frames, config.crop, config.crop)
+    rounding(clips)  # asks the CPU what it can do, which a trace cannot
     with torch.no_grad():
         analysis = FlopCountAnalysis(_Outputs(model), clips).set_op_handle(
             "aten::scaled_dot_product_attention", _attention
