@@ -57,5 +57,6 @@ def _overview() -> str:
             *verbs,
             "",
             "multitrain data VERB --help says more; `multitrain data KEY=VALUE …` is data index",
+            "example: multitrain data check experiment=ssv2 data.root=/datasets",
         ]
     )
