@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from multitrain.monitor.restarts import IN_PLACE
 from multitrain.monitor.slurm import PLACE, STOP_SIGNALS, block_stop_signals, free_port, job_id, rank_environment
 
 IN_ORDER = (0, 75)
@@ -37,8 +38,6 @@ REJOIN = 60.0
 JOIN = 300.0
 """Seconds within which all supervisors must have met."""
 TICK = 0.1
-IN_PLACE = "MULTITRAIN_RESTARTS_IN_PLACE"
-"""Environment variable of a rank: how often the ranks were started again before (as in `multitrain.monitor.restarts`)."""
 
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
@@ -131,14 +130,15 @@ class Hub:
         self._ended.add(rank)
         if code in IN_ORDER:
             self._in_order.add(rank)
+        died, ending = code not in IN_ORDER, self._deadline is not None
         last = self.attempt >= self._restarts or stopping or bool(self._in_order) or not restartable(code)
-        if code not in IN_ORDER and last or self._deadline is not None and code in IN_ORDER:
+        if last if died else ending:
             return self.give_up(f"rank {rank} ended with {code}")
         if len(self._ended) == self._size and not self._in_order and not self._over:
             self.attempt += 1
             self._ended, self._deadline = set(), None
             return {"do": "start", "attempt": self.attempt, "port": free_port()}
-        if self._deadline is None and code not in IN_ORDER:
+        if died and not ending:
             self._deadline = time.monotonic() + REJOIN
             again = f"restart {self.attempt + 1} of {self._restarts} inside the allocation"
             return {"do": "stop", "why": f"rank {rank} ended with {code}; {again}"}
@@ -288,7 +288,9 @@ class Supervisor:
                     message = (link.receive() or [{}])[0]
                 except (TimeoutError, ValueError):
                     if time.monotonic() >= deadline:
-                        sys.exit(f"multitrain: only {len(self._links) + 1} of {self.size} ranks came within {JOIN:.0f} s")
+                        sys.exit(
+                            f"multitrain: only {len(self._links) + 1} of {self.size} ranks came within {JOIN:.0f} s"
+                        )
                     continue
                 if message.get("job") == hello["job"] and message.get("rank") not in (None, *self._links):
                     self._add(int(message["rank"]), link)

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -197,7 +197,7 @@ class Engine:
         """The fp32 tensors that AdamW steps on this rank, one a parameter group."""
         return [flat for group in self._engine.optimizer.optimizer.param_groups for flat in group["params"]]
 
-    def restore(self, weights: dict[str, Tensor], moments: dict[str, Tensor], steps_applied: int) -> None:
+    def restore(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], steps_applied: int) -> None:
         """Put back the weights and moments of a checkpoint, on any world size. All ranks call it.
 
         Raises:
@@ -216,10 +216,10 @@ class Engine:
                     safe_set_full_optimizer_state(parameter, moments[f"{moment}.{name}"].to(self.device), moment)
         self.steps_applied = steps_applied
 
-    def _check_fits(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+    def _check_fits(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
         expected = {n: t.shape for n, t in self.model.state_dict().items()}
         expected |= {f"{m}.{n}": p.shape for n, p in self.named_parameters.items() for m in MOMENTS}
-        given = {n: t.shape for n, t in (weights | moments).items()}
+        given = {n: t.shape for n, t in {**weights, **moments}.items()}
         for name in sorted(expected.keys() | given.keys()):
             if expected.get(name) != given.get(name):
                 raise ConfigError(

@@ -166,7 +166,9 @@ class Trainer:
         finally:
             self._loader.close()
         if not self._save_for_good() and request == Request.NONE:
-            raise SaveError(f"the last checkpoint could not be written to {self._checkpoints}; make room, and resume the run")
+            raise SaveError(
+                f"the last checkpoint could not be written to {self._checkpoints}; make room, and resume the run"
+            )
         return request
 
     def _one_update(self) -> None:
@@ -342,4 +344,3 @@ class Trainer:
             self.engine.loss_scale.good_updates = int(content.state["loss_scale"]["good_updates"])
         self.completed = content.update
         self._validated = int(content.state["validated"])
-

@@ -23,9 +23,9 @@ FAILED = "failed"
 class Start:
     """One start of a run.
 
-    `restart`: how often SLURM had started the job before. `in_place`: how often the ranks had been started again inside the allocation before. `ended`: in which order it left;
-    None: it died. `progress`: whether it wrote a checkpoint of more updates than there was one of. `final`: the error that
-    no restart mends.
+    `restart`: how often SLURM had started the job before. `in_place`: how often the ranks had been started again inside
+    the allocation before. `ended`: in which order it left; None: it died. `progress`: whether it wrote a checkpoint of more
+    updates than there was one of. `final`: the error that no restart mends.
     """
 
     restart: int = 0
