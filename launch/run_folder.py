@@ -348,6 +348,7 @@ def jobs(path: Path) -> list[str]:
 
 def _replace(path: Path, new: Path) -> None:
     (path / "logs").mkdir(exist_ok=True)
+    (path / "STOP").unlink(missing_ok=True)  # of a start that died before it saw it
     for name in ("env.txt", "overrides.yaml", "config.yaml"):
         os.replace(new / name, path / name)
     if digest(path / "code") != digest(new / "code"):

@@ -245,7 +245,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         for name, tensor in tensors.items():
             if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
                 raise TypeError(f"{name} is {tensor.dtype} on {tensor.device}; checkpoints hold float32 of the CPU")
-            writer.write(memoryview(tensor.detach().contiguous().view(-1).numpy().view(np.uint8)))
+            writer.write(tensor.detach().contiguous().view(-1).numpy().view(np.uint8).data)
     return writer.entry
 
 
