@@ -144,8 +144,8 @@ def _kill_a_worker(run: TinyRun, chance: random.Random) -> None:
 
 
 def _hang(run: TinyRun, chance: random.Random) -> None:
-    """One rank is frozen for good: the others hang in their next collective."""
-    _send([_one(run, chance)], signal.SIGSTOP)
+    """One rank is frozen for good: the others hang in their next collective. A rank alone is killed; nobody waits for it."""
+    _send([_one(run, chance)], signal.SIGSTOP if run.world > 1 else signal.SIGKILL)
 
 
 def _out_of_memory(run: TinyRun, chance: random.Random) -> None:
@@ -163,14 +163,11 @@ def _memory_again(run: TinyRun, chance: random.Random) -> None:
 
 
 def _file_size_limit(run: TinyRun, chance: random.Random) -> None:
-    """Files of at most 100 kB from now on (as a quota): no checkpoint fits."""
+    """Files of at most 100 kB (as a quota has it) until one save has failed; the limit holds for shared memory as well."""
     before = run.count("checkpoint_failed")
     for pid in _all(run):
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
     run.until(lambda: run.count("checkpoint_failed") > before or not run.running, "a save that fails")
-
-
-def _larger_files_again(run: TinyRun, chance: random.Random) -> None:
     for pid in _all(run):
         with contextlib.suppress(ProcessLookupError):
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -243,12 +240,12 @@ KINDS = {
         Kind("exception in a rank", _to_one(EXCEPTION), EVERY, passes=True),
         Kind("out of memory in a rank", _out_of_memory, EVERY, passes=True, undo=_memory_again),
         Kind("hung rank", _hang, EVERY, weight=2),
-        Kind("quota (EFBIG)", _file_size_limit, EVERY, passes=True, undo=_larger_files_again, weight=3),
+        Kind("quota (EFBIG)", _file_size_limit, 2 * EVERY, passes=True, weight=3),
         Kind("disk full (ENOSPC)", _fill_the_disk, 2 * EVERY, passes=True, undo=_empty_the_disk, weight=3),
         Kind("damaged checkpoint", _to_all(KILL), 2 * EVERY, after=damage, weight=6),
     )
 }
-"""All kinds by name. `may_lose` of the last two counts one checkpoint that could not be written, or was damaged."""
+"""All kinds by name. `may_lose` of the last three counts one checkpoint that could not be written, or was damaged."""
 
 
 def deal(chance: random.Random, count: int, *, only: str | None = None, can_fill: bool = True) -> list[Kind]:
@@ -263,4 +260,3 @@ def deal(chance: random.Random, count: int, *, only: str | None = None, can_fill
     dealt += (rest * count)[: count - len(dealt)]
     chance.shuffle(dealt)
     return dealt
-

@@ -17,7 +17,7 @@ from typing import Any
 from multitrain.engine import checkpoint as ck
 
 ROOT = Path(__file__).resolve().parents[2]
-UPDATES = 34
+UPDATES = 40
 """Length of a drilled run."""
 EVERY = 4
 """Updates between two checkpoints: the most that a hard death may cost."""
@@ -119,6 +119,19 @@ class TinyRun:
         """The update at which the newest start began."""
         starts = [e for e in self.records("events.jsonl") if e["event"] in ("start", "resume")]
         return int(starts[-1]["update"])
+
+    def newest(self) -> int:
+        """Updates of the newest checkpoint that is whole, looked for from outside; 0 without one."""
+        whole = (f for f in ck.listed(self.folder / "checkpoints") if ck.verify(f) is None)
+        return next((int(f.name.split("-")[1]) for f in whole), 0)
+
+    def failed_saves(self) -> int:
+        """Periodic saves in a row, the last ones, that did not succeed."""
+        saves = [e["event"] for e in self.records("events.jsonl") if e["event"].startswith("checkpoint")]
+        count = 0
+        while saves and saves.pop() == "checkpoint_failed":
+            count += 1
+        return count
 
     @property
     def began(self) -> bool:
