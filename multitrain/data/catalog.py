@@ -102,18 +102,18 @@ class Catalog:
             raise CatalogError(
                 f"{self._index}: index of {self.csv} cannot be read ({error}); open the dataset again"
             ) from error
-        self._text, self._starts, self._stops, self._labels, self._label_starts = arrays
+        self._paths, self._starts, self._labels, self._label_starts = arrays
         self.multi_label: bool = header["multi_label"]
         self.duplicates: int = header["duplicates"]
         self._largest: int = header["largest_label"]
         self.digest: str = header["digest"] if self._stride == 1 else f"{header['digest']}/{self._stride}"
 
     def __len__(self) -> int:
-        return -(-len(self._starts) // self._stride)
+        return -(-(len(self._starts) - 1) // self._stride)
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        for array in ("_text", "_starts", "_stops", "_labels", "_label_starts"):
+        for array in ("_paths", "_starts", "_labels", "_label_starts"):
             del state[array]
         return state
 
@@ -128,7 +128,7 @@ class Catalog:
     def relative_path(self, i: int) -> str:
         """The path of video `i` as the csv has it."""
         row = self._row(i)
-        return os.fsdecode(self._text[self._starts[row] : self._stops[row]].tobytes())
+        return os.fsdecode(self._paths[self._starts[row] : self._starts[row + 1]].tobytes())
 
     def labels(self, i: int) -> tuple[int, ...]:
         """The labels of video `i`: one, or with multi-label data any number from one up, each in range(classes)."""
