@@ -20,6 +20,8 @@ VERBS: dict[str, tuple[str, str]] = {
         "multitrain.commands.convert",
         "One kind of weights into another: .pyth, .safetensors + config.json, or a folder.",
     ),
+    "export": ("multitrain.interop.export", "A model to give away: weights, class names, card with results."),
+    "completion": ("multitrain.commands.completion", "Completion of commands and options for bash, zsh or fish."),
     "status": ("multitrain.monitor.status", "How runs are doing."),
     "report": ("multitrain.evaluation.report", "Curves, figures and example clips of a run as one page."),
     "data": ("multitrain.commands.data", "Make datasets ready: import, resize, check, index, stats, show."),
