@@ -1,0 +1,1 @@
+"""Every figure, reproducible with one command each."""
