@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make setup | make clean
+# make demo | make test | make bench | make lint | make setup | make clean
 PYTHON ?= python3
 VENV   ?= .venv
 # The torch that the suite was last run with. A CPU build is enough for demo and test: on a machine without NVIDIA GPUs,
@@ -10,11 +10,13 @@ READY  := $(VENV)/.ready
 export PATH := $(abspath $(BIN)):$(PATH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test bench bench-full lint format clean
 
 help:
 	@echo "make demo   set up, train one small model on three datasets of real video files, evaluate it, write a report"
 	@echo "make test   set up, run the whole test suite"
+	@echo "make bench       measure every figure at sizes that fit two cores, write benchmarks/README.md; under 25 minutes"
+	@echo "make bench-full  the same at the real sizes"
 	@echo "make lint   ruff, mypy and codespell, as in pre-commit"
 	@echo "make setup  virtual environment in $(VENV) with everything in it"
 	@echo "make clean  remove the demo's files and caches, keep $(VENV)"
@@ -34,6 +36,12 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+bench: setup
+	$(BIN)/python -m benchmarks.run
+
+bench-full: setup
+	$(BIN)/python -m benchmarks.run --full
 
 lint: setup
 	$(BIN)/ruff check .

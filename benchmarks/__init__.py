@@ -1,1 +1,1 @@
-"""Every figure, reproducible with one command each."""
+"""One script a figure: ``python -m benchmarks.NAME [--full]`` from the checkout; `make bench` runs all of them."""

@@ -78,6 +78,7 @@ def _submit(words: list[str], config_dirs: list[str]) -> int:
         return _dry_run(run)
     with run_folder.locked(run.path):
         _refuse_active(run.path)
+        _check_weights(run)
         _check_data(run)
         if run.config.cluster.kind == "local":
             return _run_here(run)
@@ -149,6 +150,7 @@ def _prepare(words: list[str], config_dirs: list[str]) -> int:
     if not (job and run.exists and job in run_folder.jobs(run.path)):  # else a requeued job: all is written
         with run_folder.locked(run.path):
             _refuse_active(run.path, but=job)
+            _check_weights(run)
             _check_data(run)
             run_folder.write(run)
             run_folder.record(run, cluster="slurm", job=job)
@@ -189,6 +191,19 @@ def _refuse_active(path: Path, but: str | None = None) -> None:
         raise ConfigError(
             f"run {path.name!r} is job {job} ({state.lower()}); cancel that first (scancel {job}), "
             f"or take another name: name=…"
+        )
+
+
+def _check_weights(run: Run) -> None:
+    """A wrong path to initial weights is found here, not hours later on the nodes.
+
+    Raises:
+        ConfigError: there is nothing at `init_from`.
+    """
+    path = run.config.init_from
+    if path is not None and not run.exists and run.config.cluster.check_data and not Path(path).exists():
+        raise ConfigError(
+            f"init_from={path}: no such file or folder; give a .pyth, a .safetensors, or a run's or checkpoint's folder"
         )
 
 

@@ -1,1 +1,1 @@
-"""What the figures are measured against: plain formulations of the published arithmetic, checked against its numbers."""
+"""Plain formulations of what the published code computes, to measure against; checked against golden values in tests."""

@@ -102,6 +102,15 @@ def test_wrong_data_is_refused_in_the_words_of_the_data_check(root: Path, tmp_pa
     assert not (tmp_path / "runs" / "x").exists()
 
 
+def test_initial_weights_that_are_not_there_are_refused_before_anything_is_written(root: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(root / "launch" / "submit.py"), "cluster=local", "name=x", "init_from=k400.pyth"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: init_from={tmp_path}/k400.pyth: no such file or folder")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "runs" / "x").exists()
+
+
 # ------------------------------------------------------------------------------------------------------ resuming
 
 

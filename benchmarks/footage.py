@@ -1,0 +1,114 @@
+"""Video files to measure with, so that the benchmarks need nothing but the checkout: 320p H.264, ten seconds, 30 frames a second.
+
+A hand-held camera over a scene of natural spectrum (amplitude falling as 1 / frequency), textured things that move and turn
+in front of it, changing light, and sensor noise. What decoders and augmentation cost on them is near what it is on clips of
+people: the page of results says how near, where real clips were given.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+CACHE = Path(__file__).resolve().parent / ".footage"
+VERSION = 1
+SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
+
+
+def real(folder: Path | str) -> list[Path]:
+    """The video files below a folder."""
+    found = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SUFFIXES)
+    if not found:
+        raise SystemExit(f"--videos {folder}: no video file in it ({', '.join(SUFFIXES)})")
+    return found
+
+
+def made(count: int, size: tuple[int, int] = (568, 320), frames: int = 300, folder: Path = CACHE) -> list[Path]:
+    """`count` files of `size` (width, height), made when they are not there yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [folder / f"v{VERSION}-{size[0]}x{size[1]}-{frames}-{n}.mp4" for n in range(count)]
+    for number, file in enumerate(names):
+        if not file.exists():
+            _write(file, number, size, frames)
+    return names
+
+
+def _write(file: Path, seed: int, size: tuple[int, int], frames: int) -> None:
+    import av
+
+    partial = file.with_suffix(f".{os.getpid()}.mp4")
+    scene = Scene(seed, size)
+    with av.open(str(partial), "w") as container:
+        stream = container.add_stream("libx264", rate=30, options={"crf": "23", "preset": "medium"})
+        stream.width, stream.height, stream.pix_fmt = size[0], size[1], "yuv420p"
+        stream.thread_count = 1
+        for t in range(frames):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(scene.frame(t), format="rgb24")))
+        container.mux(stream.encode())
+    os.replace(partial, file)
+
+
+class Scene:
+    """A scene by its seed; any frame of it can be asked for."""
+
+    def __init__(self, seed: int, size: tuple[int, int]) -> None:
+        self._rng = np.random.default_rng(seed)
+        self._seed, self._size = seed, size
+        self._ground = _texture(self._rng, (size[1] * 3 // 2, size[0] * 3 // 2), 1.0)
+        self._things = [_Thing(self._rng, size) for _ in range(4)]
+        self._pan = self._rng.uniform(0.3, 1.0, 4) * self._rng.choice([-1, 1], 4)
+
+    def frame(self, t: int) -> np.ndarray:
+        """uint8 [H, W, 3]."""
+        width, height = self._size
+        sway = np.array([np.sin(t / 41 * self._pan[0]), np.cos(t / 37 * self._pan[1])]) * (width / 12, height / 12)
+        shake = np.random.default_rng((self._seed, t)).normal(0, 0.35, 2)
+        centre = np.array([self._ground.shape[1], self._ground.shape[0]]) / 2
+        turn = cv2.getRotationMatrix2D(tuple(centre), 3 * np.sin(t / 90 * self._pan[2]), 1 + 0.05 * np.sin(t / 60))
+        turn[:, 2] += np.array([width, height]) / 2 - centre + sway + shake
+        picture = cv2.warpAffine(self._ground, turn, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
+        for thing in self._things:
+            thing.paint(picture, t, sway)
+        picture *= 1 + 0.04 * np.sin(t / 25)
+        picture += np.random.default_rng((self._seed, t, 1)).normal(0, 2.0, picture.shape).astype(np.float32)
+        return np.clip(picture, 0, 255).astype(np.uint8)
+
+
+class _Thing:
+    """A textured ellipse on a path of its own."""
+
+    def __init__(self, rng: np.random.Generator, size: tuple[int, int]) -> None:
+        self._size = size
+        side = int(size[1] * rng.uniform(0.25, 0.55))
+        self._skin = _texture(rng, (side, side), 0.9)
+        y, x = np.mgrid[:side, :side] / (side - 1) * 2 - 1
+        distance = np.sqrt(x**2 + (y / rng.uniform(0.5, 1.0)) ** 2)
+        self._mask = np.clip((1 - distance) * side / 4, 0, 1).astype(np.float32)
+        self._place = rng.uniform(0.2, 0.8, 2) * size
+        self._swing = rng.uniform(0.05, 0.3, 2) * size
+        self._speed = rng.uniform(8, 40, 3) * rng.choice([-1, 1], 3)
+
+    def paint(self, picture: np.ndarray, t: int, sway: np.ndarray) -> None:
+        side = len(self._mask)
+        at = self._place + self._swing * (np.sin(t / self._speed[0]), np.cos(t / self._speed[1])) + sway
+        turn = cv2.getRotationMatrix2D((side / 2, side / 2), 25 * np.sin(t / self._speed[2]), 1.0)
+        turn[:, 2] += at - side / 2
+        mask = cv2.warpAffine(self._mask, turn, self._size)[..., None]
+        picture += mask * (cv2.warpAffine(self._skin, turn, self._size) - picture)
+
+
+def _texture(rng: np.random.Generator, shape: tuple[int, int], power: float) -> np.ndarray:
+    """Coloured noise whose amplitude falls with frequency to the `power`: float32 [H, W, 3] of 0 … 255."""
+    fy, fx = np.fft.fftfreq(shape[0])[:, None], np.fft.rfftfreq(shape[1])[None, :]
+    fall = np.maximum(np.hypot(fy, fx), 1 / max(shape)) ** -(power + 0.25)
+    planes = []
+    for _ in range(3):
+        phase = rng.normal(size=(shape[0], fall.shape[1])) + 1j * rng.normal(size=(shape[0], fall.shape[1]))
+        planes.append(np.fft.irfft2(fall * phase, shape))
+    light = planes[0]
+    out = np.stack([light + 0.35 * p for p in planes], axis=-1)
+    out = (out - out.mean()) / out.std()
+    return (128 + 52 * out).clip(0, 255).astype(np.float32)

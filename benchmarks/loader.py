@@ -1,0 +1,119 @@
+"""Training clips: two augmented copies of 32×3 from 320p files, against whole-frame Pillow and float32 as published.
+
+python -m benchmarks.loader [--full] [--videos DIR]
+
+Ours is the job that loader workers do, whole. Both sides get the same draws: window, operations, crop, flip, erased box.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import statistics
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+
+from benchmarks import footage
+from benchmarks.baseline import loader as baseline
+from benchmarks.measure import take_turns
+from benchmarks.results import row, save
+from multitrain.config import RunConfig, validate
+from multitrain.data import mix
+from multitrain.data.augment import draw_augmentation
+from multitrain.data.catalog import open_catalogs, sources
+from multitrain.data.clips import Task, TrainJob
+from multitrain.data.decode import open_video
+from multitrain.data.random import Draws
+from multitrain.order import Plan
+
+FRAMES, RATE, CROP, COPIES = 32, 3, 224, 2
+NAME = "clips"
+
+
+class Bench:
+    """One dataset of the given videos, and every way to make its training clips."""
+
+    def __init__(self, videos: list[Path], folder: Path) -> None:
+        self.videos = videos
+        (folder / "train.csv").write_text("".join(f"{p.resolve()} 0\n" for p in videos))
+        self._folder = folder
+        config = self.config("pyav")
+        self._catalogs = open_catalogs(config.data, "train", folder / "index")
+        self._plan = Plan(sources(config.data, self._catalogs), seed=0, effective_batch=2, group=2)
+        self._sizes = []
+        for path in videos:
+            with open_video(path) as video:
+                self._sizes.append(video.frames([0]).shape[1:3])
+        decoders = ["pyav", *(["decord"] if importlib.util.find_spec("decord") else [])]
+        self.jobs = {(d, "opencv"): self._job(d, "opencv") for d in decoders} | {("pyav", "pil"): self._job("pyav", "pil")}
+
+    def config(self, decoder: str, backend: str = "opencv") -> RunConfig:
+        dataset = {"annotations": str(self._folder), "videos": "/", "classes": 1}
+        return validate(
+            {
+                "data": {"datasets": {NAME: dataset}, "decoder": decoder, "sampling_rate": RATE},
+                "model": {"frames": FRAMES, "crop": CROP},
+                "augment": {"backend": backend, "copies": COPIES},
+                **{group: {} for group in ("cluster", "loss", "optim", "engine", "eval", "checkpoint", "monitor")},
+            }
+        )
+
+    def _job(self, decoder: str, backend: str) -> TrainJob:
+        return TrainJob(self._catalogs, self._plan, self.config(decoder, backend))
+
+    def ours(self, decoder: str, backend: str, device: bool, number: int) -> Any:
+        """The copies of one video; with `device`, what the device does as well: float32, normalised, erased."""
+        job = self.jobs[decoder, backend]
+        ticket = self._plan.tickets(number, number + 1)[0]
+        out = np.empty(job.shape, job.dtype)
+        made = job.run(Task(0, ticket), out)
+        if not device:
+            return out
+        clips = mix.normalise(torch.from_numpy(out))
+        mix.erase(clips, torch.from_numpy(made.boxes), torch.from_numpy(made.keys))
+        return clips
+
+    def published(self, number: int) -> Any:
+        """The same clips by the baseline."""
+        ticket = self._plan.tickets(number, number + 1)[0]
+        index, config = int(ticket["index"]), self.jobs["pyav", "opencv"].config
+        identity = (config.seed, NAME, index, int(ticket["pass"]))
+        drawn = [
+            draw_augmentation(*self._sizes[index], config.augment, CROP, Draws("augment", *identity, copy), True)
+            for copy in range(COPIES)
+        ]
+        start = Draws("window", *identity).uniform()
+        return torch.stack(baseline.training_clips(self.videos[index], FRAMES, RATE, start, drawn, CROP))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and save."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__)
+    parser.add_argument("--full", action="store_true", help="48 clips instead of 16")
+    parser.add_argument("--videos", metavar="DIR", help="measure on these files instead of made ones")
+    parser.add_argument("--clips", type=int, help="how many clips")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    videos = footage.real(given.videos) if given.videos else footage.made(8 if given.full else 4)
+    rounds = given.clips or (48 if given.full else 16)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(videos, Path(folder))
+        variants: dict[str, Callable[[int], Any]] = {"published": bench.published} if ("decord", "opencv") in bench.jobs else {}
+        for decoder, backend in bench.jobs:
+            for device in (True, False):
+                variants[f"{decoder} {backend} {'float32' if device else 'uint8'}"] = partial(bench.ours, decoder, backend, device)
+        found = {name: statistics.mean(times) * 1e3 for name, times in take_turns(variants, rounds).items()}
+    for name, ms in found.items():
+        print(f"{name:28} {ms:7.1f} ms  {found['published'] / ms:5.2f}×")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""What a benchmark leaves: `results/NAME.json`, from which `benchmarks.report` writes every table and plot.
+
+A script measures, makes one `row` a figure, perhaps some `plot`, and calls `save`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+FOLDER = Path(__file__).resolve().parent / "results"
+
+Size = Literal["small", "full"]
+
+_VERSIONED = (
+    "numpy",
+    "torch",
+    "deepspeed",
+    "av",
+    "decord",
+    "opencv-python-headless",
+    "pillow",
+    "safetensors",
+    "fvcore",
+)
+
+
+def row(
+    figure: str,
+    *,
+    ours: float | None,
+    baseline: float | None = None,
+    ratio: float | None = None,
+    unit: str = "",
+    target: str = "",
+    aim: str = "",
+    note: str = "",
+) -> dict[str, Any]:
+    """One line of a table.
+
+    Args:
+        figure: what was measured.
+        ours, baseline: in `unit`.
+        ratio: how many times better ours is; baseline ÷ ours where not given, which is right where less is better.
+        target: what has to be reached: ``">= 4.1×"`` is about the ratio, ``"<= 1.5 ms"`` about ours.
+        aim: what is hoped for, written in the same way.
+        note: what a reader has to know to understand the line.
+    """
+    if ratio is None and ours and baseline is not None:
+        ratio = baseline / ours
+    values = {"figure": figure, "ours": ours, "baseline": baseline, "ratio": ratio}
+    return values | {"unit": unit, "target": target, "aim": aim, "note": note}
+
+
+def plot(
+    title: str,
+    x: str,
+    y: str,
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    log: Literal["", "x", "y", "xy"] = "",
+    note: str = "",
+) -> dict[str, Any]:
+    """A plot: points (x, y) of each line by its label; `log` names the logarithmic axes."""
+    points = {label: [list(p) for p in line] for label, line in lines.items()}
+    return {"title": title, "x": x, "y": y, "lines": points, "log": log, "note": note}
+
+
+def save(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    size: Size = "small",
+    plots: Sequence[Mapping[str, Any]] = (),
+    folder: Path = FOLDER,
+) -> Path:
+    """Write `folder`/NAME.json, print the rows, return the file."""
+    content = {
+        "name": name,
+        "command": command(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "hardware": hardware(),
+        "versions": versions(),
+        "size": size,
+        "rows": [row(**r) for r in rows],
+        "plots": list(plots),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}.json"
+    file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for r in content["rows"]:
+        ratio = "" if r["ratio"] is None else f"  {r['ratio']:.3g}×"
+        print(f"{r['figure']}: {_number(r['ours'])} against {_number(r['baseline'])} {r['unit']}{ratio}", flush=True)
+    return file
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def command() -> str:
+    """The command line of this process, as one would type it in the checkout."""
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    if spec is not None:
+        program = ["-m", spec.name.removesuffix(".__main__")]
+    else:
+        program = [os.path.relpath(sys.argv[0], FOLDER.parents[1])] if sys.argv[0] else []
+    return shlex.join(["python", *program, *sys.argv[1:]])
+
+
+def hardware() -> str:
+    """CPU, cores that this process may use, memory, and GPUs if torch sees some."""
+    model = platform.machine()
+    cpu, memory = Path("/proc/cpuinfo"), Path("/proc/meminfo")
+    if cpu.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")
+        ]
+        model = names[0] if names else model
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    text = f"{model}, {cores} cores"
+    if memory.exists():
+        text += f", {int(memory.read_text().split()[1]) / 2**20:.0f} GiB"
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        text += f", {torch.cuda.device_count()} × {torch.cuda.get_device_name(0)}"
+    return text
+
+
+def versions() -> dict[str, str]:
+    """Python and the libraries that figures depend on, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for package in _VERSIONED:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,45 @@
+"""What several verbs ask for: a device, a configuration, a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from multitrain.config import ConfigError, RunConfig
+
+MODEL = "a .pyth or .safetensors file, a run's folder, or a checkpoint's folder"
+
+
+def device(name: str | None, local_rank: int = 0) -> str:
+    """The torch device to use: `name`, or the GPU of this rank, or the CPU."""
+    import torch
+
+    if name is None:
+        return f"cuda:{local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name!r}: no such device; use cpu, cuda or cuda:N") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"--device {name}: {torch.cuda.device_count()} GPUs are visible here; use another number, or cpu"
+        )
+    return str(found)
+
+
+def configured(run: str | None, overrides: Sequence[str]) -> RunConfig:
+    """The shipped configuration, or that of a run, with overrides."""
+    from multitrain.config import compose, load
+
+    if run is None:
+        return compose(overrides)
+    from multitrain.evaluation.settings import with_overrides
+
+    return with_overrides(load(run), overrides)
+
+
+def stored(model: str, overrides: Sequence[str]) -> RunConfig:
+    """The configuration stored with weights, with overrides."""
+    from multitrain.evaluation.settings import with_overrides
+    from multitrain.interop.weights import run_config
+
+    return with_overrides(run_config(model), overrides)

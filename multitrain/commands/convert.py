@@ -1,0 +1,35 @@
+"""``multitrain convert``: one kind of weights file into another."""
+
+from __future__ import annotations
+
+import sys
+
+from multitrain.commands.common import MODEL
+from multitrain.config.arguments import Arguments, Parser, whole_number
+
+
+def main(arguments: Arguments) -> int:
+    """``multitrain convert``; returns the exit status."""
+    parser = Parser(
+        "convert",
+        "One kind of weights file into another: .pyth and .safetensors.",
+        "multitrain convert runs/k400_mit_ssv2 model.pyth",
+    )
+    parser.add_argument("source", help=MODEL)
+    parser.add_argument("target", help="file to write; its ending says how: .pyth or .safetensors")
+    parser.add_argument(
+        "--frames", type=whole_number, help="frames of a clip, when another number: position tables are interpolated"
+    )
+    parser.add_argument(
+        "--crop", type=whole_number, help="side of a clip in pixels, when another: position tables are interpolated"
+    )
+    parser.add_argument("--force", action="store_true", help="replace the target when it exists")
+    given = parser.parse_args(arguments)
+    from multitrain.interop.convert import convert as write
+
+    done = write(given.source, given.target, frames=given.frames, crop=given.crop, force=given.force)
+    heads = ", ".join(f"{name} ({classes})" for name, classes in done.datasets.items())
+    print(f"{done.target}: {done.tensors} tensors, {done.parameters:,} parameters; heads: {heads}")
+    for note in done.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return 0

@@ -1,0 +1,37 @@
+"""``multitrain data``: the annotation files of a run, read and indexed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from multitrain.commands.common import configured
+from multitrain.config.arguments import Arguments, Parser
+
+
+def main(arguments: Arguments) -> int:
+    """``multitrain data``; returns the exit status."""
+    parser = Parser(
+        "data",
+        "Check and index the annotation files of a run.",
+        "multitrain data experiment=k400_mit_ssv2 data.root=/datasets",
+    )
+    parser.add_argument(
+        "--run", metavar="DIR", help="a run's folder or its config.yaml, instead of the shipped configuration"
+    )
+    parser.add_argument(
+        "--index", type=Path, metavar="DIR", help="folder for the index (default: data.index, else RUNS/.index)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options, e.g. data=ssv2 data.root=/datasets")
+    given = parser.parse_with_overrides(arguments)
+    import tempfile
+
+    from multitrain.config import dump
+    from multitrain.data.catalog import main as check
+
+    config = configured(given.run, given.overrides)
+    index = given.index or config.data.index or Path(config.runs) / ".index"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text(dump(config))
+        return check([str(file), "--index", str(index), *(["--json"] if given.json else [])])

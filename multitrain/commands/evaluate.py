@@ -1,0 +1,173 @@
+"""``multitrain evaluate``: the multi-view test, interrupted and resumed like training."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from multitrain.commands.common import MODEL, device
+from multitrain.config import ConfigError, RunConfig
+from multitrain.config.arguments import Arguments, Parser
+
+if TYPE_CHECKING:
+    from multitrain.evaluation.evaluator import Evaluation
+
+FINISHED, INTERRUPTED = 0, 75
+WAIT_FOR_END = 120.0
+"""Seconds that a rank waits for SLURM to end it after its job was put back into the queue."""
+
+
+def main(arguments: Arguments) -> int:
+    """``multitrain evaluate``; returns the exit status."""
+    parser = Parser(
+        "evaluate",
+        "Multi-view test of a model; goes on where an interrupted one was. Under srun, ranks share the videos.",
+        "multitrain evaluate runs/k400_mit_ssv2 --dataset kinetics data.root=/datasets",
+    )
+    parser.add_argument("model", help=MODEL)
+    parser.add_argument(
+        "--dataset", nargs="+", action="extend", metavar="NAME", help="datasets to test on (default: all of the model)"
+    )
+    parser.add_argument(
+        "--split", default="test", choices=("train", "val", "test"), help="annotation file (default test.csv)"
+    )
+    parser.add_argument("--head", metavar="NAME", help="score with this dataset's head: scores only, no accuracy")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where scores and metrics.json go (default: beside the weights)"
+    )
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp16"), help="arithmetic (default: eval.precision, else fp32)"
+    )
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: this rank's GPU, else the CPU)")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="changes to the stored configuration, e.g. data.root=/datasets",
+    )
+    given = parser.parse_with_overrides(arguments)
+    from multitrain.evaluation import evaluator
+    from multitrain.evaluation.predictor import load
+    from multitrain.evaluation.settings import with_overrides
+    from multitrain.monitor import slurm
+
+    stop = _StopSignals()
+    place = slurm.rank_environment()
+    rank, world_size = int(place["RANK"]), int(place["WORLD_SIZE"])
+    model = load(given.model)
+    config = with_overrides(model.run, given.overrides)
+    _require_same_network(model.run, config)
+    out = given.out or _default_out(given.model, given.split)
+    model.to(device(given.device, int(place["LOCAL_RANK"])))
+    done = evaluator.evaluate(
+        model,
+        config,
+        given.dataset or list(model.datasets),
+        given.split,
+        out_dir=out,
+        rank=rank,
+        world_size=world_size,
+        head=given.head,
+        precision=given.precision,
+        stop=stop,
+        progress=_progress if rank == 0 else None,
+    )
+    if not done.finished:
+        print(f"interrupted; the same command goes on from what is in {out}", file=sys.stderr, flush=True)
+        return _leave(rank, stop)
+    if rank == 0:
+        _print_evaluation(done)
+    return FINISHED
+
+
+class _StopSignals:
+    """Whether somebody asked this process to stop; notes SLURM's signals and Ctrl-C from now on."""
+
+    def __init__(self) -> None:
+        from multitrain.monitor import slurm
+
+        self.received: list[int] = []
+        pid = os.getpid()
+
+        def note(number: int, _frame: FrameType | None) -> None:
+            if os.getpid() == pid:
+                if number == signal.SIGINT and number in self.received:
+                    raise KeyboardInterrupt
+                self.received.append(number)
+
+        for number in (*slurm.STOP_SIGNALS, signal.SIGINT):
+            signal.signal(number, note)
+        slurm.unblock_stop_signals()
+
+    def __call__(self) -> bool:
+        return bool(self.received)
+
+
+def _leave(rank: int, stop: _StopSignals) -> int:
+    """After an interruption: back into the queue when SLURM took the nodes away; then wait for SLURM to end the step."""
+    from multitrain.monitor import slurm
+
+    job = slurm.job_id() if slurm.in_step() else None
+    if job is None or set(stop.received) == {signal.SIGINT}:
+        return INTERRUPTED
+    if rank == 0:
+        try:
+            reason = slurm.taken_away(job, stop.received)
+            if reason is None:
+                return INTERRUPTED
+            print(f"{reason}: back into the queue", flush=True)
+            slurm.requeue(job)
+        except slurm.SlurmError as error:
+            print(f"multitrain: {error}; submit the same command again", file=sys.stderr, flush=True)
+            return INTERRUPTED
+    time.sleep(WAIT_FOR_END)
+    return INTERRUPTED
+
+
+def _require_same_network(stored: RunConfig, config: RunConfig) -> None:
+    if config.model != stored.model:
+        changed = [n for n in type(stored.model).model_fields if getattr(stored.model, n) != getattr(config.model, n)]
+        raise ConfigError(
+            f"model.{changed[0]}: the network is that of the weights and cannot be changed; `multitrain convert` can resize positions"
+        )
+
+
+def _default_out(model: str, split: str) -> Path:
+    """``RUN/evaluation/CHECKPOINT/SPLIT`` for weights of a run, else ``evaluation/FILE/SPLIT`` in the working folder."""
+    path = Path(model)
+    if path.suffix in (".pyth", ".safetensors") and path.parent.name[:7] != "update-":
+        return Path("evaluation") / path.stem / split
+    from multitrain.interop.weights import locate
+
+    checkpoint = locate(path).parent
+    return checkpoint.parent.parent / "evaluation" / checkpoint.name / split
+
+
+_last_line = 0.0
+
+
+def _progress(dataset: str, done: int, of: int) -> None:
+    """A line of rank 0's share every ten seconds, and at the end."""
+    global _last_line
+    now = time.monotonic()
+    if now - _last_line >= 10 or done == of:
+        _last_line = now
+        print(f"{dataset}: {done} of {of} videos of this rank", file=sys.stderr, flush=True)
+
+
+def _print_evaluation(done: Evaluation) -> None:
+    for name, result in done.results.items():
+        lost = result["unreadable"]
+        if lost:
+            print(
+                f"{name}: {len(lost)} of {result['videos']} videos could not be read (first: {lost[0]['path']}: {lost[0]['reason']}); "
+                f"to try them again, delete {done.folder}/{name}/shards/*.unreadable.jsonl and run the same command",
+                file=sys.stderr,
+            )
+    print(done.table)
+    print(f"scores and figures: {done.folder}", file=sys.stderr)

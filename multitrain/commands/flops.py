@@ -1,0 +1,27 @@
+"""``multitrain flops``: parameters and multiply-accumulates of a model."""
+
+from __future__ import annotations
+
+from multitrain.commands.common import MODEL, configured, stored
+from multitrain.config.arguments import Arguments, Parser
+
+
+def main(arguments: Arguments) -> int:
+    """``multitrain flops``; returns the exit status."""
+    parser = Parser("flops", "Parameters and multiply-accumulates of a clip.", "multitrain flops model=mvit_b16_16x4")
+    parser.add_argument("--run", metavar="MODEL", help=f"{MODEL}, instead of the shipped configuration")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="options, e.g. experiment=k400 model.frames=16"
+    )
+    given = parser.parse_with_overrides(arguments)
+    from multitrain.data.catalog import resolve_classes
+    from multitrain.model.cost import flops as count
+
+    config = stored(given.run, given.overrides) if given.run else configured(None, given.overrides)
+    datasets = {name: resolve_classes(d) for name, d in config.data.datasets.items()}
+    parameters, operations = count(config.model, datasets)
+    m = config.model
+    print(
+        f"{parameters:,} parameters, {operations / 1e9:.2f} G multiply-accumulates for a clip of {m.frames} × {m.crop}²"
+    )
+    return 0

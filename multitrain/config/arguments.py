@@ -1,0 +1,78 @@
+"""The command lines of `multitrain VERB`: argparse whose errors are one line, and ``key=value`` anywhere among the words."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from multitrain.config.errors import ConfigError
+
+Arguments = Sequence[str]
+MISTAKE = 2
+"""Exit status of a command that was typed wrongly, or given what it cannot use."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line.
+
+    Args:
+        verb: what follows ``multitrain`` on the command line, e.g. ``evaluate`` or ``data check``.
+        description: what the verb does.
+        examples: whole command lines that work.
+    """
+
+    def __init__(self, verb: str, description: str, *examples: str) -> None:
+        super().__init__(
+            prog=f"multitrain {verb}",
+            description=description,
+            epilog="\n".join(["examples:" if len(examples) > 1 else "example:", *(f"  {e}" for e in examples)]),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        flat = " ".join(message.split())
+        self.exit(MISTAKE, f"{self.prog}: {flat}; see {self.prog} --help\n")
+
+    def add_overrides(self, example: str) -> None:
+        """Take any number of ``key=value`` into ``overrides``; parse with :meth:`parse_with_overrides`."""
+        self.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=f"options, e.g. {example}")
+
+    def parse_with_overrides(self, arguments: Arguments) -> argparse.Namespace:
+        """Like `parse_args`; ``key=value`` may stand anywhere, even after ``--dataset a b``."""
+        with_value = {
+            option
+            for action in self._actions
+            if action.nargs is None and not isinstance(action, argparse._StoreTrueAction)
+            for option in action.option_strings
+        }
+        overrides: list[str] = []
+        rest: list[str] = []
+        takes_value = False
+        for text in arguments:
+            is_override = not takes_value and not text.startswith("-") and "=" in text and not Path(text).exists()
+            (overrides if is_override else rest).append(text)
+            takes_value = text in with_value
+        given = self.parse_args(rest)
+        given.overrides = [*given.overrides, *overrides]
+        return given
+
+
+def whole_number(text: str) -> int:
+    """A whole number from 1 up, for `type=`."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    return int(text)
+
+
+def pair(text: str, option: str) -> tuple[str, str]:
+    """``DATASET=FILE`` as its two halves."""
+    name, equals, value = text.partition("=")
+    if not equals or not name or not value:
+        raise ConfigError(f"{option} {text!r}: write DATASET=FILE")
+    return name, value
+
+
+__all__ = ["MISTAKE", "Arguments", "Parser", "pair", "whole_number"]

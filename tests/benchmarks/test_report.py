@@ -1,0 +1,69 @@
+"""Every figure in the documents is the one that a benchmark measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import report, results
+
+
+def test_the_readme_says_what_the_result_files_say(root: Path) -> None:
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    assert report.with_section(readme, report.load()) == readme, "run python -m benchmarks.report"
+
+
+def test_the_benchmark_page_is_the_generated_one(root: Path) -> None:
+    page = (root / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    assert report.page(report.load()) == page, "run python -m benchmarks.report"
+
+
+def test_every_plot_of_the_page_is_there(root: Path) -> None:
+    for result in report.load():
+        for number in range(len(result["plots"])):
+            assert (root / "benchmarks" / "plots" / f"{result['name']}-{number}.svg").is_file()
+
+
+def test_a_saved_result_says_where_it_comes_from(tmp_path: Path) -> None:
+    row = results.row("decode", ours=2.0, baseline=8.0, unit="ms", target=">= 3×", aim=">= 5×")
+    file = results.save("thing", [row], size="full", folder=tmp_path)
+    found = json.loads(file.read_text())
+    assert set(found) == {"name", "command", "date", "hardware", "versions", "size", "rows", "plots"}
+    assert found["rows"][0]["ratio"] == 4.0
+    assert found["size"] == "full"
+    assert found["versions"]["numpy"]
+
+
+@pytest.mark.parametrize(
+    ("ours", "ratio", "target", "aim", "verdict"),
+    [
+        (1.0, 4.2, ">= 4.1×", ">= 6×", "yes"),
+        (1.0, 6.2, ">= 4.1×", ">= 6×", "aim"),
+        (1.0, 4.0, ">= 4.1×", ">= 6×", "**no**"),
+        (1.4, None, "<= 1.5 ms", "", "yes"),
+        (1.6, 9.0, "<= 1.5 ms", "", "**no**"),
+        (1200.0, None, "<= 1,300 MB", "<= 1,200 MB", "aim"),
+        (1.0, None, "", "", ""),
+        (1.0, None, ">= 4×", "", ""),
+    ],
+)
+def test_verdicts(ours: float, ratio: float | None, target: str, aim: str, verdict: str) -> None:
+    assert report.verdict(results.row("x", ours=ours, ratio=ratio, target=target, aim=aim)) == verdict
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (4.123, "4.12"),
+        (0.1234, "0.123"),
+        (12.34, "12.3"),
+        (123.4, "123"),
+        (64_300_000, "64,300,000"),
+        (0, "0"),
+        (5.0, "5"),
+    ],
+)
+def test_numbers_have_three_digits(value: float, text: str) -> None:
+    assert report._figure(value) == text
