@@ -41,7 +41,7 @@ class RunConfig(Settings):
     """Videos a rank holds at once; solved for when not given."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Arithmetic of training."""
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    activation_checkpointing: Literal["none", "mlp", "selective", "full"] = "none"
     """What is recomputed in the backward pass to save memory; the numbers are the same."""
     seed: int = Field(0, ge=0)
     """Seed of everything random."""

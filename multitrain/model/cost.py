@@ -31,11 +31,13 @@ def flops(config: ModelConfig, datasets: dict[str, int]) -> tuple[int, float]:
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         parameter.data.zero_()
+    for block in model.blocks:
+        block.compact = False  # the published count is of keys and values at every token; ours saves 1.5 %
     clips = torch.zeros(1, 3, config.frames, config.crop, config.crop)
     rounding(clips)  # asks the CPU what it can do, which a trace cannot
     with torch.no_grad():
         analysis = FlopCountAnalysis(_Outputs(model), clips).set_op_handle(
-            "aten::scaled_dot_product_attention", _attention
+            "aten::_scaled_dot_product_flash_attention_for_cpu", _attention, "aten::native_layer_norm", _norm
         )
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         logging.getLogger("fvcore").setLevel(logging.ERROR)
@@ -59,3 +61,7 @@ def _attention(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
     """q·kᵀ and a·v: B·h·N·M·d each."""
     q, k, v = (x.type().sizes() for x in inputs[:3])
     return math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
+
+
+def _norm(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+    return 5 * math.prod(inputs[0].type().sizes())

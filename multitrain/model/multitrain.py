@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from multitrain.config import ConfigError, ModelConfig, nearest
-from multitrain.model.checkpointing import Recompute
+from multitrain.model.block import Recompute
 from multitrain.model.heads import Heads, LinearHead, MlpHead, Projections
 from multitrain.model.initialisation import initialise
 from multitrain.model.mvit import Mlp, MViT
@@ -36,7 +36,7 @@ class MultiTrain(MViT):
     Args:
         config: the network.
         datasets: class count by dataset name, in head order.
-        activation_checkpointing: what the backward pass recomputes: "none", "selective" or "full".
+        activation_checkpointing: what the backward pass recomputes: "none", "mlp", "selective" or "full".
         multi_label: datasets whose clips may have several labels; their probabilities are sigmoids.
 
     The published initialisation with seed 0 is in place; `initialise` gives that of another seed.

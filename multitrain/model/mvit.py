@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from multitrain.config import ConfigError, ModelConfig
-from multitrain.model.attention import attention
-from multitrain.model.checkpointing import Recompute, run_block, run_branch
-from multitrain.model.pooling import Grid, head_pool, pooled, skip_pool
-from multitrain.model.products import Linear, conv3d, linear
-from multitrain.model.random import KeyedDropPath, draw_keys, stream_of
+from multitrain.model.block import Recompute, compute_dtype, run
+from multitrain.model.pooling import Grid, pooled
+from multitrain.model.products import Linear, conv3d
+from multitrain.model.random import KeyedDropPath, Mask, draw_keys, kept_masks, stream_of
 
 PATCH_KERNEL, PATCH_STRIDE, PATCH_PADDING = (3, 7, 7), (2, 4, 4), (1, 3, 3)
 BLOCK_NORM_EPS = 1e-6
@@ -94,17 +93,12 @@ class HeadPool(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(head_size, 1, 3, 3, 3))
 
-    def filters(self, heads: int, dtype: torch.dtype) -> Tensor:
-        """One filter a channel of the merged heads, [heads·head size, 1, 3, 3, 3]."""
-        return self.weight.to(dtype).repeat(heads, 1, 1, 1, 1)
-
 
 class Attention(nn.Module):
-    """Pooled multi-head attention: tokens [B, N, dim_in] on the block's grid -> [B, N', dim_out] on its query grid."""
+    """The parameters of pooled multi-head attention; what is done with them is in model/block.py."""
 
     def __init__(self, shape: BlockShape, residual_q: bool) -> None:
         super().__init__()
-        self.shape = shape
         self.residual_q = residual_q
         head_size = shape.dim_out // shape.heads
         self.qkv = Linear(shape.dim_in, 3 * shape.dim_out)
@@ -115,34 +109,6 @@ class Attention(nn.Module):
         self.norm_k = nn.LayerNorm(head_size, eps=POOL_NORM_EPS)
         self.pool_v = HeadPool(head_size)
         self.norm_v = nn.LayerNorm(head_size, eps=POOL_NORM_EPS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self._query(x), *self._key_value(x)
-        out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
-        if self.residual_q:
-            out = out + q
-        return self.proj(out.flatten(2))
-
-    def _query(self, x: Tensor) -> Tensor:
-        """[B, N', h, d]."""
-        s = self.shape
-        q = linear(x, self.qkv.weight[: s.dim_out], self.qkv.bias[: s.dim_out])
-        if self.pool_q is None or self.norm_q is None:
-            return q.unflatten(-1, (s.heads, -1))
-        q = head_pool(q, self.pool_q.filters(s.heads, q.dtype), s.grid, s.q_stride)
-        return self._norm(self.norm_q, q.unflatten(-1, (s.heads, -1)), q.dtype)
-
-    def _key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Twice [B, M, h, d]; keys and values share a stride, so one convolution pools both."""
-        s = self.shape
-        kv = linear(x, self.qkv.weight[s.dim_out :], self.qkv.bias[s.dim_out :])
-        filters = torch.cat([pool.filters(s.heads, kv.dtype) for pool in (self.pool_k, self.pool_v)])
-        k, v = head_pool(kv, filters, s.grid, s.kv_stride).unflatten(-1, (2, s.heads, -1)).unbind(2)
-        return self._norm(self.norm_k, k, kv.dtype), self._norm(self.norm_v, v, kv.dtype)
-
-    @staticmethod
-    def _norm(norm: nn.LayerNorm, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return norm(x).to(dtype)
 
 
 class Mlp(nn.Module):
@@ -158,7 +124,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each with a shortcut: tokens [B, N, dim_in], keys int64 [B] -> tokens [B, N', dim_out].
+    """Attention and MLP, each with a shortcut: tokens [B, N, dim_in] -> tokens [B, N', dim_out].
 
     At a stage change the shortcut is projected (from the un-normalised tokens, unlike MViTv2) and then max-pooled.
     """
@@ -167,6 +133,8 @@ class Block(nn.Module):
         super().__init__()
         self.shape = shape
         self.recompute = recompute
+        self.compact = True
+        """Project keys and values only where their pooling reads: the same numbers from fewer operations."""
         self.norm1 = nn.LayerNorm(shape.dim_in, eps=BLOCK_NORM_EPS)
         self.attn = Attention(shape, config.residual_q)
         self.norm2 = nn.LayerNorm(shape.dim_out, eps=BLOCK_NORM_EPS)
@@ -175,17 +143,8 @@ class Block(nn.Module):
         self.drop_path_attn = KeyedDropPath(shape.drop_path, stream_of(f"{name}.attn"))
         self.drop_path_mlp = KeyedDropPath(shape.drop_path, stream_of(f"{name}.mlp"))
 
-    def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
-        branch = run_branch(self.recompute, lambda x: self.attn(self.norm1(x)), x)
-        x = self._shortcut(x) + self.drop_path_attn(branch, keys)
-        branch = run_branch(self.recompute, lambda x: self.mlp(self.norm2(x)), x)
-        return x + self.drop_path_mlp(branch, keys)
-
-    def _shortcut(self, x: Tensor) -> Tensor:
-        project = self.proj_max_pool
-        if project is None:
-            return x
-        return run_branch(self.recompute, lambda x: skip_pool(project(x), self.shape.grid), x)
+    def forward(self, x: Tensor, masks: tuple[Mask | None, Mask | None] = (None, None)) -> Tensor:
+        return run(self, self.recompute, x, masks)
 
 
 class MViT(nn.Module):
@@ -193,7 +152,7 @@ class MViT(nn.Module):
 
     Args:
         config: the network.
-        activation_checkpointing: what the backward pass recomputes: "none", "selective" or "full".
+        activation_checkpointing: what the backward pass recomputes: "none", "mlp", "selective" or "full" (model/block.py).
 
     Raises:
         ConfigError: `width` is not a multiple of `heads`; a clip's size is not that of the configuration.
@@ -227,9 +186,15 @@ class MViT(nn.Module):
         if keys is None and self.training:
             keys = draw_keys(clips.shape[0], clips.device)
         x = self.patch_embed(clips) + self._positions()
-        for block in self.blocks:
-            x = run_block(self.activation_checkpointing, block, x, keys)
+        for block, masks in zip(self.blocks, self._masks(keys, x)):
+            x = block(x, masks)
         return self.norm(x.to(self.norm.weight.dtype)).mean(1)
+
+    def _masks(self, keys: Tensor | None, x: Tensor) -> list[tuple[Mask | None, Mask | None]]:
+        """What stochastic depth keeps, of both halves of every block; all masks are drawn at once."""
+        layers = [layer for block in self.blocks for layer in (block.drop_path_attn, block.drop_path_mlp)]
+        masks = kept_masks(layers, keys, compute_dtype(x)) if self.training and keys is not None else [None] * len(layers)
+        return list(zip(masks[::2], masks[1::2]))
 
     def _positions(self) -> Tensor:
         """The table of all tokens, [1, N, C]: token (t, y, x) gets spatial[y·W + x] + temporal[t]."""

@@ -3,22 +3,27 @@
 `head_pool` is the depth-wise 3×3×3 convolution that pools queries, keys and values; heads are merged into the channels,
 so that one call serves all heads. `skip_pool` is the 1×3×3 max pool of the shortcut at stage changes.
 
-On the CPU the gradient of the convolution is written by hand: torch 2.13's own takes 10 to 350 times as long as its forward pass.
+Each has its gradient beside it, and neither makes a graph. On the CPU the gradient of the convolution is written by hand: torch 2.13's own
+takes 10 to 350 times as long as its forward pass.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from multitrain.model.device import is_cuda
 from multitrain.model.products import conv3d, rounding
 
 Grid = tuple[int, int, int]
 """Token grid (T, H, W)."""
 
+Chosen = tuple[Tensor, ...]
+"""Which position of its window a max pool took."""
+
+COMPACT = 3
+"""Windows of 3 with a larger stride than this leave tokens unread."""
 POSITIONS = 4096
 """Positions summed at a time in a weight gradient; short sums keep fp32 rounding near that of a pairwise sum."""
 
@@ -42,34 +47,58 @@ def head_pool(x: Tensor, weight: Tensor, grid: Grid, stride: int) -> Tensor:
         tokens [B, T·H'·W', C], contiguous.
     """
     b, _, c = x.shape
-    volume = x.view(b, *grid, c)
-    by_hand = x.device.type == "cpu" and torch.is_grad_enabled()
-    out = _DepthwiseConv.apply(volume, weight, stride) if by_hand else _convolve(volume, weight, stride)
-    return out.reshape(b, -1, c)
+    return _convolve(x.view(b, *grid, c), weight, stride).reshape(b, -1, c)
+
+
+def head_pool_backward(grad: Tensor, x: Tensor, weight: Tensor, grid: Grid, stride: int) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the filters, from that of `head_pool`'s output."""
+    b, _, c = x.shape
+    volume, grad = x.view(b, *grid, c), grad.reshape(b, *pooled(grid, stride), c)
+    if x.device.type == "cpu" and not is_cuda(x):
+        grad_x = _input_gradient(grad, weight, volume.shape, stride)
+        return grad_x.view(x.shape), _weight_gradient(volume, grad, stride)
+    channels_first = grad.permute(0, 4, 1, 2, 3), volume.permute(0, 4, 1, 2, 3)
+    steps, ones = [1, stride, stride], [1, 1, 1]
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        *channels_first, weight, None, steps, ones, ones, False, [0, 0, 0], c, [True, True, False]
+    )
+    return grad_x.permute(0, 2, 3, 4, 1).reshape(x.shape), grad_weight
+
+
+def read_positions(grid: Grid, stride: int, device: torch.device) -> tuple[Tensor, Grid] | None:
+    """Which tokens of `grid` a pooling of this stride reads, int64 [N'], and the grid that they make; None if (nearly) all.
+
+    From stride 4 on, windows leave gaps. Three positions a window are left, the first of which is padding, so a pooling of
+    stride 3 on the tokens left gives what a pooling of `stride` on all gives.
+    """
+    if stride <= COMPACT:
+        return None
+    t, h, w = grid
+    rows, columns = _read(h, stride), _read(w, stride)
+    key = (grid, stride, device)
+    found = _positions.get(key)
+    if found is None:
+        found = torch.arange(t * h * w, device=device).view(grid)
+        for dim, axis in ((1, rows), (2, columns)):
+            found = found.index_select(dim, torch.tensor(axis, device=device))
+        found = found.flatten()
+        if type(found) is Tensor:  # not a stand-in without data
+            _positions[key] = found
+    return found, (t, len(rows), len(columns))
+
+
+_positions: dict[tuple[Grid, int, torch.device], Tensor] = {}
+
+
+def _read(size: int, stride: int) -> list[int]:
+    """Positions that windows of 3 around 0, stride, 2·stride … read."""
+    return [i for i in range(size) if (i + 1) % stride <= 2]
 
 
 def _convolve(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     """x [B, T, H, W, C] -> [B, T, H', W', C]."""
     out = conv3d(x.permute(0, 4, 1, 2, 3), weight, stride=(1, stride, stride), padding=1, groups=x.shape[-1])
     return out.permute(0, 2, 3, 4, 1)
-
-
-class _DepthwiseConv(torch.autograd.Function):
-    """`_convolve` with the gradient written by hand."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.stride = stride
-        return _convolve(x, weight, stride)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        grad_x = _input_gradient(grad, weight, x.shape, ctx.stride) if ctx.needs_input_grad[0] else None
-        grad_weight = _weight_gradient(x, grad, ctx.stride) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight, None
 
 
 def _input_gradient(grad: Tensor, weight: Tensor, shape: torch.Size, stride: int) -> Tensor:
@@ -133,56 +162,54 @@ def _frame_gradient(x: Tensor, grad: Tensor, stride: int) -> Tensor:
     return gradient
 
 
-def skip_pool(x: Tensor, grid: Grid) -> Tensor:
-    """Max pool with kernel 1×3×3, stride 1×2×2 and padding 0×1×1: tokens [B, T·H·W, C] -> [B, T·H'·W', C]."""
-    b, _, c = x.shape
-    volume = x.view(b, *grid, c)
-    if x.device.type == "cpu":
-        out = F.max_pool3d(volume.permute(0, 4, 1, 2, 3), (1, 3, 3), (1, 2, 2), (0, 1, 1)).permute(0, 2, 3, 4, 1)
-    else:
-        out = _MaxPool.apply(_MaxPool.apply(volume, 3), 2)
-    return out.reshape(b, -1, c)
+def skip_pool(x: Tensor, grid: Grid) -> tuple[Tensor, Chosen]:
+    """Max pool with kernel 1×3×3, stride 1×2×2 and padding 0×1×1: tokens [B, T·H·W, C] -> [B, T·H'·W', C], and the choices.
 
-
-class _MaxPool(torch.autograd.Function):
-    """Max pool with kernel 3, stride 2 and padding 1 along one axis; the first maximum gets the gradient.
-
-    For CUDA, where torch's own 3-D backward pass is not deterministic. It keeps two bytes an output, not eight.
+    Two passes of kernel 3 along one axis. torch's own backward pass is not deterministic on CUDA; this one is, and keeps two bits of choice
+    an output and axis in two bytes, where torch keeps eight.
     """
+    out, columns = _max_pool(x.view(len(x), *grid, -1), 3)
+    out, rows = _max_pool(out, 2)
+    return out.flatten(1, 3), (*rows, *columns)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
-        left, centre, right, inner = _windows(x, dim)
-        out = (
-            centre.contiguous()
-            if centre.stride() == x.stride()
-            else centre.clone(memory_format=torch.contiguous_format)
-        )
-        not_first = out.narrow(dim, 1, left.shape[dim])
-        left_wins = left >= not_first
-        torch.maximum(not_first, left, out=not_first)
-        with_right = out.narrow(dim, 0, inner)
-        right_wins = right > with_right
-        torch.maximum(with_right, right, out=with_right)
-        ctx.save_for_backward(left_wins, right_wins)
-        ctx.shape, ctx.dim = x.shape, dim
-        return out
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (grad,), dim = grads, ctx.dim
-        left_wins, right_wins = ctx.saved_tensors
-        out = grad.new_zeros(ctx.shape)
-        left, centre, right, inner = _windows(out, dim)
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        with_right = grad.narrow(dim, 0, inner)
-        right.copy_(with_right * right_wins)
-        with_right.mul_(~right_wins)
-        not_first = grad.narrow(dim, 1, left.shape[dim])
-        left.add_(not_first * left_wins)
-        not_first.mul_(~left_wins)
-        centre.copy_(grad)
-        return out, None
+def skip_pool_backward(grad: Tensor, chosen: Chosen, grid: Grid) -> Tensor:
+    """The gradient of x, [B, T·H·W, C], from that of the output; where maxima are equal, the first gets it."""
+    _, h, w = pooled(grid, 2)
+    volume = grad.reshape(len(grad), grid[0], h, w, -1)
+    volume = _max_pool_backward(volume, chosen[:2], 2, grid[1])
+    return _max_pool_backward(volume, chosen[2:], 3, grid[2]).flatten(1, 3)
+
+
+def _max_pool(x: Tensor, dim: int) -> tuple[Tensor, Chosen]:
+    """Max pool with kernel 3, stride 2 and padding 1 along `dim`, and where the left and the right neighbour won."""
+    left, centre, right, inner = _windows(x, dim)
+    out = centre.clone(memory_format=torch.contiguous_format)
+    not_first = out.narrow(dim, 1, left.shape[dim])
+    left_wins = left >= not_first
+    torch.maximum(not_first, left, out=not_first)
+    with_right = out.narrow(dim, 0, inner)
+    right_wins = right > with_right
+    torch.maximum(with_right, right, out=with_right)
+    return out, (left_wins, right_wins)
+
+
+def _max_pool_backward(grad: Tensor, chosen: Chosen, dim: int, size: int) -> Tensor:
+    """The gradient of `_max_pool`'s input, whose axis `dim` has `size` positions."""
+    left_wins, right_wins = chosen
+    shape = list(grad.shape)
+    shape[dim] = size
+    out = grad.new_zeros(shape)
+    left, centre, right, inner = _windows(out, dim)
+    grad = grad.clone(memory_format=torch.contiguous_format)
+    with_right = grad.narrow(dim, 0, inner)
+    torch.mul(with_right, right_wins, out=right)
+    with_right.mul_(~right_wins)
+    not_first = grad.narrow(dim, 1, left.shape[dim])
+    left.addcmul_(not_first, left_wins.to(grad.dtype))
+    not_first.mul_(~left_wins)
+    centre.copy_(grad)
+    return out
 
 
 def _windows(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor, int]:

@@ -57,6 +57,11 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
         return torch.bmm(a.to(dtype).float(), b.to(dtype).float()).to(dtype)
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a b of two matrices, [i, j], [j, k] -> [i, k]; no gradient where it is rounded by hand."""
+    return torch.mm(a, b) if rounding(a) is None else bmm(a[None], b[None])[0]
+
+
 def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
     """`F.conv3d`."""
     dtype = rounding(x)

@@ -10,6 +10,7 @@ The hash is the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) on 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ def _signed(value: int) -> int:
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >> 63 else value
 
+
+Mask = tuple[Tensor, float]
+"""Zeros and ones [N, 1, 1], and what to multiply by where they are one."""
 
 _WEYL = _signed(0x9E3779B97F4A7C15)
 _MULTIPLIERS = (_signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB))
@@ -51,7 +55,12 @@ def hashed(keys: Tensor, stream: int, count: int, start: int = 0) -> Tensor:
 
 def uniform(keys: Tensor, stream: int, count: int) -> Tensor:
     """Uniform numbers in [0, 1), multiples of 2**-24: keys int64 [N] -> float32 [N, count]; equal on every device."""
-    return _shift(hashed(keys, stream, count), 40).to(torch.float32) * 2.0**-24
+    return _unit(hashed(keys, stream, count))
+
+
+def _unit(z: Tensor) -> Tensor:
+    """Integers as float32 numbers in [0, 1)."""
+    return _shift(z, 40).to(torch.float32) * 2.0**-24
 
 
 def uniform53(keys: Tensor, stream: int, count: int, start: int = 0) -> Tensor:
@@ -97,3 +106,32 @@ class KeyedDropPath(_Keyed):
 
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
         return self._drop(x, keys, 1, (-1, *[1] * (x.dim() - 1)))
+
+
+def kept_masks(layers: Sequence[KeyedDropPath], keys: Tensor, dtype: torch.dtype) -> list[Mask | None]:
+    """Which clips each layer keeps, drawn for all layers by one series of operations; None for a layer that drops nothing.
+
+    `mask * factor` is what `KeyedDropPath` multiplies by: the same draws.
+    """
+    active = [layer for layer in layers if layer.p]
+    if not active:
+        return [None] * len(layers)
+    device = keys.device
+    streams = _constant(tuple(_signed(layer.stream) for layer in active), torch.int64, device)
+    rates = _constant(tuple(layer.p for layer in active), torch.float32, device)
+    draws = _unit(_mix(_mix(_mix(keys)[None] ^ streams[:, None]) + _WEYL))
+    masks = iter((draws >= rates[:, None]).to(dtype)[..., None, None].unbind())
+    return [(next(masks), 1 / (1 - layer.p)) if layer.p else None for layer in layers]
+
+
+_constants: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
+
+
+def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`values` on the device; copied there once, as each copy to a GPU waits for it."""
+    found = _constants.get((values, device))
+    if found is None:
+        found = torch.tensor(values, dtype=dtype, device=device)
+        if type(found) is Tensor:  # not a stand-in without data
+            _constants[values, device] = found
+    return found

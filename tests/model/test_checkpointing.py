@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from multitrain.config import ModelConfig
 from multitrain.model import MultiTrain, MViT
-from tests.model import naive
+from benchmarks.baseline import model as naive
 
 CONFIG = ModelConfig(
     frames=4, crop=32, depth=5, width=16, stages=(1, 3), kv_stride=4, head_hidden=24, expander_hidden=40, drop_path=0.5

@@ -11,7 +11,7 @@ from torch import nn
 from multitrain.config import ConfigError, ModelConfig
 from multitrain.model import MultiTrain
 from multitrain.model.random import KeyedDropPath
-from tests.model import naive
+from benchmarks.baseline import model as naive
 
 SMALL: dict[str, Any] = {
     "frames": 4, "crop": 32, "depth": 3, "width": 16, "stages": (1,), "kv_stride": 4, "head_hidden": 24, "expander_hidden": 40,

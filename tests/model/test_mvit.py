@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from multitrain.config import ConfigError, ModelConfig
 from multitrain.model import MultiTrain, MViT
 from multitrain.model.mvit import block_shapes
-from tests.model import naive
+from benchmarks.baseline import model as naive
 
 SMALL = {
     "frames": 4,
