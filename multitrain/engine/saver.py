@@ -61,13 +61,23 @@ class Saver:
         self._weights: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._result: Outcome | Exception | None = None
-        self._held_up = 0.0
+        self._held_up = self._copied = 0.0
         self._told = False
 
     @property
     def busy(self) -> bool:
         """Whether a save was started whose outcome nobody has asked for."""
         return self._thread is not None
+
+    @property
+    def written(self) -> bool:
+        """Whether the save that was started is over on this rank; then :meth:`finish` does not wait."""
+        return self._thread is not None and not self._thread.is_alive()
+
+    @property
+    def copied(self) -> float:
+        """Seconds that the copy of the last save took, during which the training stood still."""
+        return self._copied
 
     def news(self) -> Outcome | None:
         """How the last save went, once, as soon as this rank knows; no collective, and it does not wait."""
@@ -76,16 +86,25 @@ class Saver:
         self._told = True
         return replace(self._result, held_up=self._held_up)
 
+    def warm(self) -> None:
+        """Get the memory that copies go to, so that the first save holds up no longer than the others."""
+        self._layouts = self._world.gather(self._engine.pieces())
+        self._copy()
+
+    def _copy(self) -> None:
+        self._moments = self._engine.copy_moments(self._moments)
+        if self._world.is_main:
+            self._weights = self._engine.copy_weights(self._weights)
+
     def start(self, state: dict[str, Any]) -> None:
         """Copy weights and moments, and begin to write them with `state`. The save before must be finished."""
         assert self._thread is None, "the save before is not finished"
         began = time.perf_counter()
         if self._layouts is None:
-            self._layouts = self._world.gather(self._engine.pieces())
-        self._moments = self._engine.copy_moments(self._moments)
-        if self._world.is_main:
-            self._weights = self._engine.copy_weights(self._weights)
-        self._held_up = time.perf_counter() - began
+            self.warm()
+        else:
+            self._copy()
+        self._held_up = self._copied = time.perf_counter() - began
         self._result, self._told = None, False
         self._thread = threading.Thread(target=self._work, args=(state, began), name="checkpoint", daemon=True)
         self._thread.start()

@@ -137,6 +137,7 @@ class Trainer:
         if folder is not None:
             self._load(checkpoints.read(folder))
             self._saved = self.completed
+        self._saver.warm()
         self.recorder = self._open_recorder(self.completed)
         return refused
 

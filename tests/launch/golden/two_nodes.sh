@@ -26,5 +26,9 @@ srun --unbuffered --output /shared/runs/golden/logs/submitit/%j_%t_log.out --kil
 
 # teardown
 status=$?
-if [ "$status" -ne 0 ] && [ "$status" -ne 75 ] && scontrol show job -o "$SLURM_JOB_ID" | grep -q " JobState=RUNNING .* PreemptTime=2"; then scontrol requeue "$SLURM_JOB_ID"; fi
+if [ "$status" -ne 0 ] && [ "$status" -ne 75 ]; then
+    job=$(scontrol show job -o "$SLURM_JOB_ID")
+    case $job in *" PreemptTime=2"*) preempted=preempted ;; *) preempted= ;; esac
+    case $job in *" JobState=RUNNING "*) /venv/bin/python -m launch.again /shared/runs/golden "$status" $preempted && scontrol requeue "$SLURM_JOB_ID" ;; esac
+fi
 exit "$status"
