@@ -221,7 +221,9 @@ def strike(stage: Stage, blow: Blow, chance: random.Random, at: int, following: 
         resumed = [e for e in stage.runs.events(stage.folder)[events:] if e["event"] == "resume"]
         if resumed and info["JobState"] == "RUNNING":
             return "in place"
-        return info["JobState"] if info["JobState"] in ("CANCELLED", "FAILED", "COMPLETED", "NODE_FAIL", "TIMEOUT") else ""
+        return (
+            info["JobState"] if info["JobState"] in ("CANCELLED", "FAILED", "COMPLETED", "NODE_FAIL", "TIMEOUT") else ""
+        )
 
     how = str(stage.cluster.until(over, f"the end of '{blow.name}'", seconds=150))
     gone = time.monotonic()
