@@ -28,6 +28,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks.drills.kinds import KINDS, Kind, deal
@@ -79,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder = given.keep or Path(tempfile.mkdtemp(prefix="drills-"))
     began = time.monotonic()
     try:
-        records, runs = campaign(folder, given.count, given.seed, only=given.only, run=given.run)
+        records, runs = campaign(folder, given, lambda *found: save(given.out, given, *found, time.monotonic() - began))
     finally:
         if given.keep is None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -93,15 +94,17 @@ def main(arguments: list[str] | None = None) -> int:
     for r in runs:
         for difference in r["differences"]:
             print(f"run {r['run']}: {difference}; repeat it with --seed {given.seed} --run {r['run']}")
-    save(given.out, given, records, runs, time.monotonic() - began)
     print(f"{given.out}; {(time.monotonic() - began) / 60:.1f} minutes")
     return 0 if good == len(runs) and all(r["kept"] for r in records) else 1
 
 
 def campaign(
-    folder: Path, count: int, seed: int, *, only: str | None = None, run: int | None = None
+    folder: Path, given: argparse.Namespace, keep: Callable[[list[Record], list[Record]], None]
 ) -> tuple[list[Record], list[Record]]:
-    """Runs until `count` interruptions have struck; one record an interruption, and one a run."""
+    """Runs until as many interruptions as asked for have struck; one record an interruption, and one a run, kept after
+    each run.
+    """
+    count, seed, only, run = given.count, given.seed, given.only, given.run
     data = write_data(folder / "data") if not (folder / "data").is_dir() else folder / "data"
     references: dict[tuple[str, int], TinyRun] = {}
     records: list[Record] = []
@@ -119,6 +122,7 @@ def campaign(
         new, result = one_run(folder, data, number, chance, kinds, precision, world, references[key])
         records += new
         runs.append(result)
+        keep(records, runs)
         number += 1
     return records, runs
 
@@ -228,7 +232,7 @@ def strike(run: TinyRun, kind: Kind, chance: random.Random, world: int | None) -
     lost = max(0, furthest - resumed)
     return {
         **stated,
-        "ended": ended,
+        "again": "submitted" if ended else "in place" if run.count("start", "resume") > starts else "went on",
         "code": code,
         "stop_seconds": round(stopped - hit, 2) if ended else None,
         "back_seconds": round(time.monotonic() - struck, 2),
@@ -252,7 +256,7 @@ def _last_words(run: TinyRun) -> str:
 
 
 def _line(r: Record) -> str:
-    stop = f"stopped in {r['stop_seconds']:.1f} s" if r["stop_seconds"] is not None else "went on"
+    stop = f"stopped in {r['stop_seconds']:.1f} s" if r["stop_seconds"] is not None else r["again"]
     return (
         f"run {r['run']}  update {r['update']:2}  {r['world']} ranks  {r['phase']:10}  {r['kind']:26}  {stop}, "
         f"exit {r['code']}, lost {r['lost']}{'' if r['kept'] else ' (BROKEN PROMISE)'}, back in {r['back_seconds']:.1f} s"
@@ -264,7 +268,7 @@ def _line(r: Record) -> str:
 HEAD = (
     "kind",
     "count",
-    "ended",
+    "submitted again, in place, went on",
     "work lost: mean, most (updates)",
     "promised",
     "to stop: median, most (s)",
@@ -287,7 +291,7 @@ def table(records: list[Record]) -> str:
             (
                 name,
                 str(len(own)),
-                str(sum(r["ended"] for r in own)),
+                ", ".join(str(sum(r["again"] == how for r in own)) for how in ("submitted", "in place", "went on")),
                 f"{statistics.mean(lost):.1f}, {max(lost)}",
                 f"≤ {kind.may_lose}",
                 f"{statistics.median(stops):.1f}, {max(stops):.1f}" if stops else "–",

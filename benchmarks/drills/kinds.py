@@ -242,7 +242,7 @@ KINDS = {
         Kind("hung rank", _hang, EVERY, weight=2),
         Kind("quota (EFBIG)", _file_size_limit, 2 * EVERY, passes=True, weight=3),
         Kind("disk full (ENOSPC)", _fill_the_disk, 2 * EVERY, passes=True, undo=_empty_the_disk, weight=3),
-        Kind("damaged checkpoint", _to_all(KILL), 2 * EVERY, after=damage, weight=6),
+        Kind("damaged checkpoint", _to_the_launcher(KILL), 2 * EVERY, after=damage, weight=6),
     )
 }
 """All kinds by name. `may_lose` of the last three counts one checkpoint that could not be written, or was damaged."""
