@@ -16,7 +16,7 @@ import os
 import subprocess
 import tempfile
 
-from launch import run_folder
+from launch import forecast, run_folder
 from launch.run_folder import ROOT, Run
 from multitrain.config import ConfigError, dump
 from multitrain.order.batch import BatchShapeError
@@ -88,6 +88,7 @@ def _submit(words: list[str], config_dirs: list[str]) -> int:
 def _dry_run(run: Run) -> int:
     print(f"# run    {run.path}{' (resumed)' if run.exists else ''}")
     print(f"# batch  {_batch(run)}")
+    print("\n".join(forecast.lines(run.config, run.shape)))
     if run.config.cluster.kind == "local":
         print(f"# ranks  {run.config.gpus} on this machine, one process each")
     else:

@@ -40,6 +40,10 @@ class ClusterConfig(Settings):
     """How GPUs are asked for: `--gres=gpu:N`, `--gpus-per-node=N`, or not at all (CPU partitions)."""
     gpu_type: str | None = None
     """GPU type in the request, e.g. `a100` in `--gres=gpu:a100:8`."""
+    gpu_memory: float | None = Field(None, gt=0)
+    """Memory of a GPU in GB; `dry_run` warns when the batch shape will not fit. Not checked when not given."""
+    gpu_clips: float | None = Field(None, gt=0)
+    """Clips a second that a GPU trains on, as a run's log says; `dry_run` takes an estimate when not given."""
     setup: list[str] = Field(default_factory=list)
     """Shell lines run on the first node before the ranks start, e.g. `module load cuda`."""
     srun_args: list[str] = Field(default_factory=list)
