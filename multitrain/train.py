@@ -13,14 +13,14 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from multitrain.config import ConfigError, RunConfig, dump, load
+from multitrain.config import ConfigError, RunConfig, dump, flat, load
 from multitrain.engine.interruption import Interruption, Request
 from multitrain.monitor import slurm
 from multitrain.monitor.events import Events, read
 
 if TYPE_CHECKING:
     from multitrain.engine.distributed import World
-    from multitrain.engine.trainer import Trainer, Validate
+    from multitrain.engine.trainer import Pictures, Trainer, Validate
     from multitrain.model.multitrain import MultiTrain
 
 FINISHED, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 75
@@ -107,7 +107,12 @@ def build(config: RunConfig, run: Path, world: World, interruption: Interruption
             rank=world.rank,
             log_every=config.monitor.log_every,
             tensorboard=config.monitor.tensorboard,
+            wandb=config.monitor.wandb,
+            settings=flat(config),
+            measures=[f"val/{name}/top1" for name in catalogs] if config.eval.every else (),
         )
+
+    validate, pictures = _validation(config, world, index, interruption)
 
     return Trainer(
         config,
@@ -121,25 +126,32 @@ def build(config: RunConfig, run: Path, world: World, interruption: Interruption
         open_recorder=open_recorder,
         interruption=interruption,
         skips=skips,
-        validate=_validation(config, world, index, interruption),
+        validate=validate,
+        pictures=pictures,
         config_text=dump(config),
     )
 
 
-def _validation(config: RunConfig, world: World, index: Path, interruption: Interruption) -> Validate | None:
-    """The function that scores the validation videos, or None when no validation is asked for."""
+def _validation(
+    config: RunConfig, world: World, index: Path, interruption: Interruption
+) -> tuple[Validate | None, Pictures | None]:
+    """The function that scores the validation videos, and the one that draws what it saw; None where not asked for."""
     if config.eval.every is None:
-        return None
+        return None, None
     from multitrain.data.catalog import open_catalogs
     from multitrain.engine.deepspeed import autocast
+    from multitrain.evaluation.showing import Showing
     from multitrain.evaluation.validation import validate
 
     catalogs = open_catalogs(config.data, "val", index, config.eval.val_stride)
     precision = config.eval.precision or config.precision
+    draws = config.monitor.tensorboard and config.monitor.pictures
+    showing = Showing(config, catalogs)
 
     def run_validation(model: MultiTrain) -> dict[str, dict[str, float]]:
+        showing.clear()
         with autocast(precision, world.device):
-            return validate(
+            results = validate(
                 model,
                 config,
                 catalogs,
@@ -147,9 +159,13 @@ def _validation(config: RunConfig, world: World, index: Path, interruption: Inte
                 world_size=world.size,
                 reduce=world.sum,
                 stop=lambda: interruption.pending >= Request.STOP,
+                observe=showing.add if draws else None,
             )
+        if results and draws:
+            showing.share(world.sum)
+        return results
 
-    return run_validation
+    return run_validation, showing.draw if draws else None
 
 
 def _initialise_from(config: RunConfig, run: Path, model: MultiTrain, world: World) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from multitrain.monitor.recorder import Recorder
 from multitrain.order import BatchShape, Plan
 
 Validate = Callable[[MultiTrain], dict[str, dict[str, float]]]
+Pictures = Callable[[], Mapping[str, bytes]]
 MOST_NONFINITE = 100
 """Updates in a row whose gradient is not finite, after which the run stops: it has diverged."""
 
@@ -58,6 +59,7 @@ class Trainer:
         skips: count of unreadable videos, with the cap that ends the run.
         validate: results of the model by dataset, nothing when a stop came in between; called by all ranks. None for no
             validation.
+        pictures: draws the last validation, PNG by TensorBoard name; called on rank 0. None for no pictures.
         config_text: the configuration as it is stored in each checkpoint.
     """
 
@@ -76,6 +78,7 @@ class Trainer:
         interruption: Interruption,
         skips: Skips,
         validate: Validate | None,
+        pictures: Pictures | None = None,
         config_text: str,
     ) -> None:
         self.config = config
@@ -94,6 +97,7 @@ class Trainer:
         self._interruption = interruption
         self._skips = skips
         self._validate = validate
+        self._pictures = pictures
         self._config_text = config_text
         self._saved = -1
         self._validated = -1
@@ -176,6 +180,8 @@ class Trainer:
             raise _Stopped
         self._validated = self.completed
         self.recorder.validation(self.completed, results)
+        if self._pictures is not None:
+            self.recorder.pictures(self.completed, self._pictures)
 
     def _save_if_due(self) -> None:
         """Write a checkpoint at its interval, or when somebody asked for one."""
