@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from multitrain.config import ConfigError, RunConfig, dump, load
+from multitrain.config import ConfigError, RunConfig, dump, flat, load
 from multitrain.engine.interruption import Interruption, Request
 from multitrain.engine.watchdog import Watchdog
 from multitrain.monitor import restarts, slurm
@@ -22,7 +22,7 @@ from multitrain.monitor.events import Events, read
 
 if TYPE_CHECKING:
     from multitrain.engine.distributed import World
-    from multitrain.engine.trainer import Trainer, Validate
+    from multitrain.engine.trainer import Pictures, Trainer, Validate
     from multitrain.model.multitrain import MultiTrain
 
 FINISHED, FAILED, MISTAKE, GAVE_UP, INTERRUPTED = 0, 1, 2, 3, 75
@@ -132,7 +132,12 @@ def build(
             rank=world.rank,
             log_every=config.monitor.log_every,
             tensorboard=config.monitor.tensorboard,
+            wandb=config.monitor.wandb,
+            settings=flat(config),
+            measures=[f"val/{name}/top1" for name in catalogs] if config.eval.every else (),
         )
+
+    validate, pictures = _validation(config, world, index, interruption, watchdog)
 
     return Trainer(
         config,
@@ -148,7 +153,8 @@ def build(
         watchdog=watchdog,
         lead_time=LeadTime(_warnings(config) if world.is_main else {}),
         skips=skips,
-        validate=_validation(config, world, index, interruption, watchdog),
+        validate=validate,
+        pictures=pictures,
         config_text=dump(config),
     )
 
@@ -166,24 +172,28 @@ def _warnings(config: RunConfig) -> dict[str, float]:
 
 def _validation(
     config: RunConfig, world: World, index: Path, interruption: Interruption, watchdog: Watchdog
-) -> Validate | None:
-    """The function that scores the validation videos, or None when no validation is asked for."""
+) -> tuple[Validate | None, Pictures | None]:
+    """The function that scores the validation videos, and the one that draws what it saw; None where not asked for."""
     if config.eval.every is None:
-        return None
+        return None, None
     from multitrain.data.catalog import open_catalogs
     from multitrain.engine.deepspeed import autocast
+    from multitrain.evaluation.showing import Showing
     from multitrain.evaluation.validation import validate
 
     catalogs = open_catalogs(config.data, "val", index, config.eval.val_stride)
     precision = config.eval.precision or config.precision
+    draws = config.monitor.tensorboard and config.monitor.pictures
+    showing = Showing(config, catalogs)
 
     def stop() -> bool:
         watchdog.beat()  # asked after every video
         return interruption.pending >= Request.STOP
 
     def run_validation(model: MultiTrain) -> dict[str, dict[str, float]]:
+        showing.clear()
         with autocast(precision, world.device):
-            return validate(
+            results = validate(
                 model,
                 config,
                 catalogs,
@@ -191,9 +201,13 @@ def _validation(
                 world_size=world.size,
                 reduce=world.sum,
                 stop=stop,
+                observe=showing.add if draws else None,
             )
+        if results and draws:
+            showing.share(world.sum)
+        return results
 
-    return run_validation
+    return run_validation, showing.draw if draws else None
 
 
 def _initialise_from(config: RunConfig, run: Path, model: MultiTrain, world: World) -> None:

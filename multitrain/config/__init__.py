@@ -2,7 +2,7 @@
 
 from multitrain.config.augment import AugmentConfig
 from multitrain.config.cluster import ClusterConfig
-from multitrain.config.compose import compose, config_folder, dump, load, validate
+from multitrain.config.compose import compose, config_folder, dump, flat, load, validate
 from multitrain.config.data import DataConfig, DatasetConfig
 from multitrain.config.engine import CheckpointConfig, EngineConfig, MonitorConfig
 from multitrain.config.errors import ConfigError, nearest
@@ -29,6 +29,7 @@ __all__ = [
     "compose",
     "config_folder",
     "dump",
+    "flat",
     "load",
     "nearest",
     "validate",

@@ -106,6 +106,18 @@ def dump(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def flat(config: RunConfig) -> dict[str, Any]:
+    """Every setting by its dotted name, e.g. ``optim.lr``; lists as they are."""
+
+    def walk(mapping: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in mapping.items():
+            found |= walk(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        return found
+
+    return walk(config.model_dump(mode="json"), "")
+
+
 def _forced(override: str, groups: set[str]) -> str:
     """`key=value` → `++key=value`, so that the schema and not Hydra judges the name; groups, ``+``, ``~`` stay."""
     key, equals, _ = override.partition("=")

@@ -44,4 +44,8 @@ class MonitorConfig(Settings):
     log_every: int = Field(1, ge=1)
     """Updates between two lines in the log; `metrics.jsonl` has every update."""
     tensorboard: bool = True
-    """Write TensorBoard scalars to `RUN/tensorboard`."""
+    """Write scalars, settings and pictures for TensorBoard to `RUN/tensorboard`."""
+    pictures: bool = True
+    """Draw confusion matrices and clips with predictions for TensorBoard at every validation."""
+    wandb: str | None = None
+    """Project of Weights & Biases that gets the same numbers; none when not given. Failing costs a line in the log, no run."""

@@ -7,7 +7,7 @@ ahead, and the gradient of an update that was cut short, are thrown away and com
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from multitrain.monitor.recorder import Recorder
 from multitrain.order import BatchShape, Plan
 
 Validate = Callable[[MultiTrain], dict[str, dict[str, float]]]
+Pictures = Callable[[], Mapping[str, bytes]]
 MOST_NONFINITE = 100
 """Updates in a row whose gradient is not finite, after which the run stops: it has diverged."""
 ATTEMPTS = 3
@@ -69,6 +70,7 @@ class Trainer:
         skips: count of unreadable videos, with the cap that ends the run.
         validate: results of the model by dataset, nothing when a stop came in between; called by all ranks. None for no
             validation.
+        pictures: draws the last validation, PNG by TensorBoard name; called on rank 0. None for no pictures.
         config_text: the configuration as it is stored in each checkpoint.
     """
 
@@ -89,6 +91,7 @@ class Trainer:
         lead_time: LeadTime,
         skips: Skips,
         validate: Validate | None,
+        pictures: Pictures | None = None,
         config_text: str,
     ) -> None:
         self.config = config
@@ -109,6 +112,7 @@ class Trainer:
         self._lead_time = lead_time
         self._skips = skips
         self._validate = validate
+        self._pictures = pictures
         self._saver = Saver(self._checkpoints, world, self.engine, config.checkpoint, config_text)
         self._figures = Figures(config, list(model.datasets), shape.accumulation, world)
         self._clock = Clock()
@@ -212,6 +216,8 @@ class Trainer:
             raise _Stopped
         self._validated = self.completed
         self.recorder.validation(self.completed, results)
+        if self._pictures is not None:
+            self.recorder.pictures(self.completed, self._pictures)
 
     def _save_if_due(self) -> None:
         """Begin a checkpoint at its interval, or when somebody asked for one; report one that was begun before."""

@@ -30,6 +30,7 @@ def validate(
     reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
     stop: Stop | None = None,
     autocast: torch.dtype | None = None,
+    observe: Callable[[str, int, Scores | None], None] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Accuracy on validation videos during training: one centred view a video, nothing random, all ranks together.
 
@@ -41,6 +42,7 @@ def validate(
         reduce: float64 CPU tensor [n] → its sum over ranks, on every rank; a collective. None for one rank.
         stop: asked between videos; when it says yes on any rank, all ranks return {}.
         autocast: arithmetic of the forward pass; the surrounding one when not given.
+        observe: told of each video that this rank scores: dataset, index, scores (None when it could not be read).
 
     Returns:
         By dataset: ``top1``, ``top5`` in percent (multi-label: ``map`` too), ``videos`` listed and ``coverage``, the
@@ -61,6 +63,8 @@ def validate(
                     stack.enter_context(torch.autocast(device_of(model).type, autocast))
                 for index, scores, _ in score_videos(model, config, task, share, stop=stop):
                     tally.add(index, scores)
+                    if observe is not None:
+                        observe(name, index, scores)
             interrupted = stop is not None and stop()
         tallies.append(tally.vector)
     vector = torch.from_numpy(np.concatenate([*tallies, [float(interrupted)]]))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,10 +12,14 @@ from multitrain.monitor import lines
 from multitrain.monitor.events import Events
 from multitrain.monitor.metrics import Metrics
 from multitrain.monitor.progress import Progress
-from multitrain.monitor.tensorboard import TensorBoard
+from multitrain.monitor.tensorboard import TensorBoard, scalars
+from multitrain.monitor.wandb import Wandb
 
 MEASURES = ("top1", "top5", "map")
 """What of a validation's results is drawn and printed, in percent."""
+
+LAST_PICTURES = 30.0
+"""Seconds that a finished run waits for its last pictures; one that must leave does not wait."""
 
 
 class Recorder:
@@ -32,6 +37,9 @@ class Recorder:
         restart: times that the run was started before, from the environment or the events when not given.
         log_every: updates between two lines in the log.
         tensorboard: whether to write TensorBoard scalars.
+        wandb: project of Weights & Biases; none when not given.
+        settings: the run's settings by dotted name, for both to compare runs by.
+        measures: names of validation results, e.g. ``val/kinetics/top1``, that runs are compared by.
     """
 
     def __init__(
@@ -45,12 +53,18 @@ class Recorder:
         restart: int | None = None,
         log_every: int = 1,
         tensorboard: bool = True,
+        wandb: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        measures: Sequence[str] = (),
     ) -> None:
         self.run_dir = Path(run_dir)
         self.total_updates = total_updates
         self.start_update = start_update
         self.rank = rank
         self._closed = rank != 0
+        self._draws = True
+        self._drawing: threading.Thread | None = None
+        self._hurries = False
         if self._closed:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -58,7 +72,10 @@ class Recorder:
         self.metrics = Metrics(self.run_dir / "metrics.jsonl", start_update=start_update)
         lines.drop_from(self.run_dir / "skipped.jsonl", start_update)
         self.tensorboard = TensorBoard(self.run_dir / "tensorboard", start_update=start_update) if tensorboard else None
+        if self.tensorboard and settings:
+            self.tensorboard.settings(settings, measures)
         self.progress = Progress(total_updates, start_update, log_every=log_every)
+        self.wandb = Wandb(wandb, self.run_dir, settings or {}, self.progress.write) if wandb else None
 
     def update(self, record: Mapping[str, Any]) -> None:
         """One completed update.
@@ -74,6 +91,8 @@ class Recorder:
         self.metrics.write(record)
         if self.tensorboard:
             self.tensorboard.update(record)
+        if self.wandb:
+            self.wandb.scalars(dict(scalars(record)), int(record["update"]) + 1)
         self.progress.update(record)
 
     def event(self, name: str, **fields: Any) -> None:
@@ -81,6 +100,7 @@ class Recorder:
         if self._closed:
             return
         self.metrics.sync()
+        self._hurries |= name in ("signal", "error")
         if name in ("start", "resume"):
             fields = {"update": self.start_update, "total_updates": self.total_updates, **fields}
             if self.metrics.dropped:
@@ -104,7 +124,29 @@ class Recorder:
             for measure, value in values.items():
                 if self.tensorboard and measure in MEASURES:
                     self.tensorboard.scalar(f"val/{dataset}/{measure}", float(value), update)
+                if self.wandb and measure in MEASURES:
+                    self.wandb.scalars({f"val/{dataset}/{measure}": float(value)}, update)
         self.progress.write(f"validation after update {update}:  " + "   ".join(_validated(results)))
+
+    def pictures(self, update: int, draw: Callable[[], Mapping[str, bytes]]) -> None:
+        """PNG pictures by name after `update` completed updates, drawn beside the training in a thread of its own.
+
+        A failure costs one line and the pictures of this start, never the run. While the last ones are still being drawn
+        there are no new ones.
+        """
+        if self._closed or not self.tensorboard or not self._draws or (self._drawing and self._drawing.is_alive()):
+            return
+        self._drawing = threading.Thread(target=self._draw, args=(update, draw, self.tensorboard), daemon=True)
+        self._drawing.start()
+
+    def _draw(self, update: int, draw: Callable[[], Mapping[str, bytes]], tensorboard: TensorBoard) -> None:
+        try:
+            for tag, png in draw().items():
+                tensorboard.picture(tag, png, update)
+        except Exception as error:  # of a picture: matplotlib missing, a font, a video gone meanwhile
+            self._draws = False
+            if not self._closed:
+                self.progress.write(f"no pictures for TensorBoard from here on: {' '.join(str(error).split())[:200]}")
 
     def skipped(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Bad videos and their stand-ins, one line each in `skipped.jsonl`; any rank may call this."""
@@ -120,10 +162,14 @@ class Recorder:
         """Everything to disk. Closing twice is fine."""
         if self._closed:
             return
+        if self._drawing and not self._hurries:
+            self._drawing.join(LAST_PICTURES)
         self._closed = True
         self.metrics.close()
         if self.tensorboard:
             self.tensorboard.close()
+        if self.wandb:
+            self.wandb.close()
         self.progress.close()
 
     def __enter__(self) -> Recorder:

@@ -1,9 +1,9 @@
-"""TensorBoard scalars. The horizontal axis counts completed updates."""
+"""TensorBoard: scalars, settings, pictures. The horizontal axis counts completed updates."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,24 @@ class TensorBoard:
     def scalar(self, tag: str, value: float, completed: int) -> None:
         """One number after `completed` updates."""
         self._writer.add_scalar(tag, value if math.isfinite(value) else math.nan, completed)
+
+    def picture(self, tag: str, png: bytes, completed: int) -> None:
+        """A PNG picture after `completed` updates."""
+        import io
+
+        import numpy as np
+        from PIL import Image
+
+        pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+        self._writer.add_image(tag, pixels, completed, dataformats="HWC")
+
+    def settings(self, values: Mapping[str, Any], measures: Sequence[str]) -> None:
+        """What the HPARAMS tab compares runs by: settings, and the names of the scalars that are their results."""
+        from torch.utils.tensorboard.summary import hparams
+
+        plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in values.items()}
+        for summary in hparams(plain, dict.fromkeys(measures, 0.0))[:2]:  # the third would end the session
+            self._writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
 
     def flush(self) -> None:
         """Write what is buffered."""

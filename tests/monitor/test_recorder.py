@@ -262,3 +262,93 @@ def test_checkpoint_events_put_metrics_on_disk_first(tmp_path: Path, monkeypatch
         recorder.update(record(0))
         recorder.event("checkpoint", update=1, seconds=0.1)
         assert synced == ["metrics.jsonl", "events.jsonl"]
+
+
+def png(side: int) -> bytes:
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.new("RGB", (side, side), (255, 0, 0)).save(out, "PNG")
+    return out.getvalue()
+
+
+def test_pictures_and_settings_are_in_tensorboard_and_a_failure_costs_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"optim.lr": 1e-3, "name": "x", "data.datasets.a.crop": [0.1, 1.0], "init_from": None}
+    with Recorder(tmp_path, total_updates=2, settings=settings, measures=["val/a/top1"]) as recorder:
+        recorder.pictures(1, lambda: {"val/a/confusion": png(16)})
+        recorder._drawing.join()  # type: ignore[union-attr]
+        recorder.pictures(2, lambda: {"val/a/confusion": png(32)})
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    board = accumulator.EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0})
+    board.Reload()
+    assert [(i.step, i.width) for i in board.Images("val/a/confusion")] == [(1, 16), (2, 32)]
+    session = board.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    assert b"optim.lr" in session
+
+    with Recorder(tmp_path / "b", total_updates=2) as recorder:
+        recorder.pictures(1, lambda: 1 / 0)  # type: ignore[return-value,arg-type]
+        recorder._drawing.join()  # type: ignore[union-attr]
+        recorder.pictures(2, lambda: pytest.fail("drawn again"))
+        recorder.update(record(0))
+    assert capsys.readouterr().err.count("no pictures for TensorBoard from here on: division by zero") == 1
+    assert len(metrics.read(tmp_path / "b/metrics.jsonl")) == 1
+
+
+def test_a_run_that_must_leave_does_not_wait_for_pictures(tmp_path: Path) -> None:
+    import threading
+
+    released = threading.Event()
+    with Recorder(tmp_path, total_updates=2) as recorder:
+        recorder.pictures(1, lambda: {"never": b""} if released.wait(20) else {})
+        recorder.event("signal", request="stop")
+        recorder.close()
+        assert recorder._drawing.is_alive()  # type: ignore[union-attr]
+        released.set()
+
+
+class Service:
+    """A stand-in for Weights & Biases: there is no account to talk to here."""
+
+    def __init__(self, fail_at: str = "") -> None:
+        self.calls: list[tuple[str, object]] = []
+        self._fail_at = fail_at
+
+    def __getattr__(self, name: str) -> object:
+        def call(*args: object, **kwargs: object) -> Service:
+            if name == self._fail_at:
+                raise ConnectionError("no\nnetwork")
+            self.calls.append((name, args or kwargs))
+            return self
+
+        return call
+
+
+@pytest.mark.parametrize("fail_at", ["", "init", "log", "finish"])
+def test_weights_and_biases_gets_the_same_numbers_and_never_disturbs_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fail_at: str
+) -> None:
+    service = Service(fail_at)
+    monkeypatch.setitem(sys.modules, "wandb", service)  # type: ignore[arg-type]
+    with Recorder(tmp_path / "first", total_updates=2, tensorboard=False, wandb="lab", settings={"a": 1}) as recorder:
+        recorder.update(record(0))
+        recorder.validation(1, {"shapes": {"top1": 40.0, "videos": 3}})
+    assert len(metrics.read(tmp_path / "first/metrics.jsonl")) == 1
+    said = capsys.readouterr().err
+    assert said.count("left out from here on (ConnectionError: no network)") == (fail_at != "")
+    if not fail_at:
+        names = [name for name, _ in service.calls]
+        assert names == ["init", "define_metric", "log", "log", "finish"]
+        assert service.calls[0][1]["id"] == "first"  # type: ignore[index]
+        assert service.calls[2][1][0]["train/loss"] == 10.0  # type: ignore[index]
+        assert service.calls[3][1][0] == {"val/shapes/top1": 40.0, "update": 1}  # type: ignore[index]
+
+
+def test_without_the_library_the_remedy_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with Recorder(tmp_path, total_updates=2, tensorboard=False, wandb="lab"):
+        pass
+    assert "pip install 'multitrain[wandb]'" in capsys.readouterr().err

@@ -1,0 +1,55 @@
+"""Weights & Biases, for those who use it: the numbers that TensorBoard gets. It never disturbs a run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class Wandb:
+    """Sends numbers to a project. The first failure, of whatever kind, costs one line and ends it for this start.
+
+    Args:
+        project: the project's name.
+        run_dir: the run's folder; its name is that of the run there, and a resumed run goes on in the same one.
+        settings: shown as the run's configuration.
+        say: takes the line about a failure; standard error when not given.
+    """
+
+    def __init__(
+        self, project: str, run_dir: Path, settings: Mapping[str, Any], say: Callable[[str], None] | None = None
+    ) -> None:
+        self._say = say or (lambda text: print(text, file=sys.stderr, flush=True))
+        self._run: Any = None
+        name = run_dir.resolve().name
+        self._try(lambda: self._open(project, name, run_dir, settings))
+
+    def scalars(self, values: Mapping[str, float], completed: int) -> None:
+        """Numbers by name, after `completed` updates."""
+        if self._run is not None:
+            self._try(lambda: self._run.log({**values, "update": completed}))
+
+    def close(self) -> None:
+        """Send what is left."""
+        if self._run is not None:
+            self._try(lambda: self._run.finish())
+        self._run = None
+
+    def _open(self, project: str, name: str, run_dir: Path, settings: Mapping[str, Any]) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=project, name=name, id=name, resume="allow", dir=str(run_dir), config=dict(settings)
+        )
+        self._run.define_metric("*", step_metric="update")  # a resumed run draws over what it does again
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:  # of a library, a login, a network: none is worth a run
+            self._run = None
+            remedy = "pip install 'multitrain[wandb]'" if isinstance(error, ImportError) else "wandb login"
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            self._say(f"Weights & Biases is left out from here on ({said}); the run goes on. {remedy}?")
