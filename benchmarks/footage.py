@@ -69,7 +69,9 @@ class Scene:
         centre = np.array([self._ground.shape[1], self._ground.shape[0]]) / 2
         turn = cv2.getRotationMatrix2D(tuple(centre), 3 * np.sin(t / 90 * self._pan[2]), 1 + 0.05 * np.sin(t / 60))
         turn[:, 2] += np.array([width, height]) / 2 - centre + sway + shake
-        picture = cv2.warpAffine(self._ground, turn, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
+        picture = cv2.warpAffine(
+            self._ground, turn, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT
+        )
         for thing in self._things:
             thing.paint(picture, t, sway)
         picture *= 1 + 0.04 * np.sin(t / 25)

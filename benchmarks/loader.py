@@ -23,7 +23,6 @@ import torch
 from benchmarks import footage
 from benchmarks.baseline import loader as baseline
 from benchmarks.measure import take_turns
-from benchmarks.results import row, save
 from multitrain.config import RunConfig, validate
 from multitrain.data import mix
 from multitrain.data.augment import draw_augmentation
@@ -52,7 +51,9 @@ class Bench:
             with open_video(path) as video:
                 self._sizes.append(video.frames([0]).shape[1:3])
         decoders = ["pyav", *(["decord"] if importlib.util.find_spec("decord") else [])]
-        self.jobs = {(d, "opencv"): self._job(d, "opencv") for d in decoders} | {("pyav", "pil"): self._job("pyav", "pil")}
+        self.jobs = {(d, "opencv"): self._job(d, "opencv") for d in decoders} | {
+            ("pyav", "pil"): self._job("pyav", "pil")
+        }
 
     def config(self, decoder: str, backend: str = "opencv") -> RunConfig:
         dataset = {"annotations": str(self._folder), "videos": "/", "classes": 1}
@@ -106,10 +107,14 @@ def main(arguments: list[str] | None = None) -> None:
     rounds = given.clips or (48 if given.full else 16)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(videos, Path(folder))
-        variants: dict[str, Callable[[int], Any]] = {"published": bench.published} if ("decord", "opencv") in bench.jobs else {}
+        variants: dict[str, Callable[[int], Any]] = (
+            {"published": bench.published} if ("decord", "opencv") in bench.jobs else {}
+        )
         for decoder, backend in bench.jobs:
             for device in (True, False):
-                variants[f"{decoder} {backend} {'float32' if device else 'uint8'}"] = partial(bench.ours, decoder, backend, device)
+                variants[f"{decoder} {backend} {'float32' if device else 'uint8'}"] = partial(
+                    bench.ours, decoder, backend, device
+                )
         found = {name: statistics.mean(times) * 1e3 for name, times in take_turns(variants, rounds).items()}
     for name, ms in found.items():
         print(f"{name:28} {ms:7.1f} ms  {found['published'] / ms:5.2f}×")
