@@ -176,8 +176,8 @@ class _Autograd(NamedTuple):
 
     def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, state: State) -> Gradients:
         with torch.enable_grad():
-            inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-            return torch.autograd.grad(F.scaled_dot_product_attention(*inputs), inputs, grad)  # type: ignore[return-value]
+            q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+            return torch.autograd.grad(F.scaled_dot_product_attention(q, k, v), (q, k, v), grad)  # type: ignore[return-value]
 
 
 CHUNKED, FUSED_CPU, FLASH, EFFICIENT, AUTOGRAD = _Chunked(), _FusedCpu(), _Flash(), _Efficient(), _Autograd()

@@ -6,7 +6,7 @@ again by the same line, from the same inputs, to the same bits.
 
 | mode | keeps, beside the block's input | computes again |
 |---|---|---|
-| none | raw queries, keys and values, attention, the stream between the halves, the MLP's hidden layer | norms, poolings, GELU: no matrix product |
+| none | raw q, k and v, attention, the stream between the halves, the MLP's hidden layer | norms, poolings, GELU: no matrix product |
 | mlp | the same without the hidden layer | and the MLP's first product |
 | selective | attention | everything but attention and the block's last product |
 | full | nothing | everything but the block's last product |

@@ -91,7 +91,7 @@ class Projections(_ByDataset):
 
     def forward(self, logits: dict[str, Tensor]) -> dict[tuple[str, str], Tensor]:
         """ẑ_ab = W_ab z_a: logits [B, K_a] by dataset -> projected logits [B, K_b] by (source a, target b); one product a source."""
-        joint = {}
+        joint: dict[tuple[str, str], Tensor] = {}
         for a, z in logits.items():
             others = [b for b in logits if b != a]
             weights = [self.of(a).of(b).weight for b in others]
