@@ -18,6 +18,7 @@ help:
 	@echo "make bench       measure every figure at sizes that fit two cores, write benchmarks/README.md; under 25 minutes"
 	@echo "make bench-full  the same at the real sizes"
 	@echo "make lint   ruff, mypy and codespell, as in pre-commit"
+	@echo "make docs   this project's documentation as a site in site/, warnings as errors, without a network"
 	@echo "make setup  virtual environment in $(VENV) with everything in it"
 	@echo "make clean  remove the demo's files and caches, keep $(VENV)"
 
@@ -49,9 +50,13 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/codespell
 
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf demo runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf site demo runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

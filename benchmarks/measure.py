@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 
@@ -25,7 +26,7 @@ def take_turns(variants: Mapping[str, Callable[[int], Any]], rounds: int, warm_u
         names = list(variants)[:: 1 if number % 2 else -1]
         for name in names:
             gc.collect()
-            spent = cpu_seconds(lambda name=name: variants[name](max(number, 0)))  # type: ignore[misc]
+            spent = cpu_seconds(partial(variants[name], max(number, 0)))
             if number >= 0:
                 found[name].append(spent)
     return found

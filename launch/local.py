@@ -15,7 +15,9 @@ from pathlib import Path
 from types import FrameType
 
 from launch.rank import python_path, training
+from launch.supervisor import restartable
 from multitrain.config import ConfigError, RunConfig
+from multitrain.monitor.restarts import IN_PLACE
 from multitrain.monitor.slurm import STOP_SIGNALS, block_stop_signals, free_port
 
 INTERRUPTED = 75
@@ -38,7 +40,7 @@ def run(
     """Run all ranks of the run in `folder` to their end, rank 0's output on the terminal.
 
     SIGINT or SIGTERM is passed on once, as SIGTERM, so that the ranks save and leave; a second one ends them hard. When a
-    rank fails, the others are ended too.
+    rank fails, the others are ended too, and all start again, `cluster.restarts_in_place` times at most.
 
     Args:
         arguments: of the Python that each rank becomes; training when not given.
@@ -56,14 +58,21 @@ def run(
         "WORLD_SIZE": str(config.gpus),
         "LOCAL_WORLD_SIZE": str(config.gpus),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": str(config.cluster.cpus_per_gpu),
         "PYTHONFAULTHANDLER": "1",
         "PYTHONPATH": python_path(folder / "code"),
         **devices,
     }
-    with _Ranks(command, folder, common, config.gpus) as ranks, _stop_requests() as requests:
-        return _watch(ranks, requests, say)
+    restarts = config.cluster.restarts_in_place
+    with _stop_requests() as requests:
+        for attempt in range(restarts + 1):
+            place = {**common, "MASTER_PORT": str(free_port()), IN_PLACE: str(attempt)}
+            with _Ranks(command, folder, place, config.gpus) as ranks:
+                code = _watch(ranks, requests, say)
+            if requests or not restartable(code) or attempt == restarts:
+                return code
+            say(f"restart {attempt + 1} of {restarts}, from the newest checkpoint")
+    raise AssertionError("unreachable")
 
 
 def rank_log(folder: Path, rank: int = 0) -> Path:

@@ -15,6 +15,11 @@ def training(run: Path) -> tuple[str, ...]:
     return ("-m", "multitrain.train", str(run))
 
 
+def supervised(arguments: tuple[str, ...], restarts: int) -> tuple[str, ...]:
+    """The arguments of Python that run `arguments` under :mod:`launch.supervisor`, with so many restarts in place."""
+    return ("-m", "launch.supervisor", str(restarts), *arguments) if restarts else arguments
+
+
 class Rank:
     """Replaces the calling process by ``python -u ARGUMENTS``, run from the snapshot of the code.
 

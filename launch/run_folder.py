@@ -97,6 +97,7 @@ def ask(words: Sequence[str], *, config_dirs: Sequence[str] = (), default_name: 
     if saved:
         config, dirs = _resumed(saved, path, typed, config_dirs)
         _refuse_another_run(path.name, saved, config)
+        _refuse_another_start(path, saved, config)
     else:
         dirs = list(config_dirs)
         config = _placed(_flat(compose(_options(typed), config_dirs=dirs)), path)
@@ -245,6 +246,16 @@ def _refuse_another_run(name: str, saved: RunConfig, config: RunConfig) -> None:
         )
 
 
+def _refuse_another_start(path: Path, saved: RunConfig, config: RunConfig) -> None:
+    """Refuse other initial weights for a run that has a checkpoint: resuming would leave them out in silence."""
+    started = any((path / "checkpoints").glob("update-*"))
+    if started and config.init_from not in (saved.init_from, None):
+        raise ConfigError(
+            f"init_from: run {path.name!r} has checkpoints and goes on from the newest; initial weights are for new runs: "
+            "give it another name (name=…), or leave init_from out to resume"
+        )
+
+
 def _fixed(config: RunConfig) -> dict[str, Any]:
     """The options that a resumed run must keep: seed, effective batch, mix group, model, and the data's plan."""
     kept = {".".join(leaf): value for leaf, value in _flat(config).items() if leaf[0] in ("data", "model")}
@@ -337,6 +348,7 @@ def jobs(path: Path) -> list[str]:
 
 def _replace(path: Path, new: Path) -> None:
     (path / "logs").mkdir(exist_ok=True)
+    (path / "STOP").unlink(missing_ok=True)  # of a start that died before it saw it
     for name in ("env.txt", "overrides.yaml", "config.yaml"):
         os.replace(new / name, path / name)
     if digest(path / "code") != digest(new / "code"):

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.rank import Rank, training
+from launch.rank import Rank, supervised, training
 from multitrain.config import ClusterConfig, ConfigError, RunConfig
 
 if TYPE_CHECKING:
@@ -46,13 +46,14 @@ FIXED = ("output", "error", "open-mode", "requeue", "no-requeue", "array")
 HOLD = "hold='env --block-signal=TERM,USR1,USR2'; $hold true 2>/dev/null || hold="
 """Ranks start with the stop signals held back, so that none can kill one that is still importing (needs coreutils 8.31)."""
 
-SECOND_CHANCE = (
-    'if [ "$status" -ne 0 ] && [ "$status" -ne 75 ] && '
-    'scontrol show job -o "$SLURM_JOB_ID" | grep -q " JobState=RUNNING .* PreemptTime=2"; then '
-    'scontrol requeue "$SLURM_JOB_ID"; fi'
-)
-"""A preempted job whose ranks end before the grace period does counts as done, and would not come back. The run requeues
-itself; this is for ranks that could not: killed while starting, or without `scontrol` in their container."""
+COME_BACK = """\
+if [ "$status" -ne 0 ] && [ "$status" -ne 75 ]; then
+    job=$(scontrol show job -o "$SLURM_JOB_ID")
+    case $job in *" PreemptTime=2"*) preempted=preempted ;; *) preempted= ;; esac
+    case $job in *" JobState=RUNNING "*) {python} -m launch.again {run} "$status" $preempted && scontrol requeue "$SLURM_JOB_ID" ;; esac
+fi"""
+"""The run requeues itself when SLURM takes its nodes; this is for ranks that died, and that could not: killed while they
+were starting, or without `scontrol` in their container. A cancelled job is not RUNNING any more."""
 
 
 def script(run: Path, config: RunConfig, arguments: tuple[str, ...] | None = None) -> str:
@@ -77,9 +78,10 @@ def submit(run: Path, config: RunConfig, arguments: tuple[str, ...] | None = Non
     executor = _executor(run, config, checked=True)
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+    ranks = supervised(training(run), config.cluster.restarts_in_place)
     with _outside_any_job(), contextlib.redirect_stderr(io.StringIO()):  # submitit repeats there what it raises
         try:
-            return str(executor.submit(Rank(run, arguments or training(run))).job_id)
+            return str(executor.submit(Rank(run, arguments or ranks)).job_id)
         except (FailedJobError, FailedSubmissionError) as error:
             said = [
                 line.partition("error: ")[2] for line in str(error).splitlines() if line.startswith("sbatch: error: ")
@@ -167,8 +169,8 @@ def _parameters(run: Path, config: RunConfig) -> dict[str, Any]:
     steps = [f"--cpus-per-task={cluster.cpus_per_gpu}", *cluster.srun_args]  # srun does not inherit it since 22.05
     setup = [HOLD, f"export PYTHONPATH={shlex.quote(str(run / 'code'))}${{PYTHONPATH:+:$PYTHONPATH}}"]
     setup += ["export PYTHONFAULTHANDLER=1", *cluster.setup]
+    python = cluster.python or shlex.quote(sys.executable)
     if config.preflight:
-        python = cluster.python or shlex.quote(sys.executable)
         step = shlex.join(["srun", "--kill-on-bad-exit=1", *steps])
         setup.append(f"{step} {python} -u -m launch.preflight --dir {shlex.quote(str(run))} || exit 1")
     return {
@@ -185,7 +187,7 @@ def _parameters(run: Path, config: RunConfig) -> dict[str, Any]:
         "time": cluster.time_limit,
         "signal_delay_s": cluster.lead_time,
         "setup": setup,
-        "teardown": ["status=$?", SECOND_CHANCE, 'exit "$status"'],
+        "teardown": ["status=$?", COME_BACK.format(python=python, run=shlex.quote(str(run))), 'exit "$status"'],
         "srun_args": ["--kill-on-bad-exit=1", *steps, "--output", str(run / "logs" / "%j-rank%t.log")],
         "stderr_to_stdout": True,
         "wckey": None,

@@ -16,7 +16,7 @@ import os
 import subprocess
 import tempfile
 
-from launch import run_folder
+from launch import forecast, run_folder
 from launch.run_folder import ROOT, Run
 from multitrain.config import ConfigError, dump
 from multitrain.order.batch import BatchShapeError
@@ -88,6 +88,7 @@ def _submit(words: list[str], config_dirs: list[str]) -> int:
 def _dry_run(run: Run) -> int:
     print(f"# run    {run.path}{' (resumed)' if run.exists else ''}")
     print(f"# batch  {_batch(run)}")
+    print("\n".join(forecast.lines(run.config, run.shape)))
     if run.config.cluster.kind == "local":
         print(f"# ranks  {run.config.gpus} on this machine, one process each")
     else:
@@ -198,10 +199,17 @@ def _check_weights(run: Run) -> None:
     """A wrong path to initial weights is found here, not hours later on the nodes.
 
     Raises:
-        ConfigError: there is nothing at `init_from`.
+        ConfigError: there is nothing at `init_from`, or it is of this run.
     """
     path = run.config.init_from
-    if path is not None and not run.exists and run.config.cluster.check_data and not Path(path).exists():
+    if path is None or run.exists:
+        return
+    if run.path in (Path(path).absolute(), *Path(path).absolute().parents):
+        raise ConfigError(
+            f"init_from={path}: lies in this run's own folder; to resume the run leave init_from out, to start another from "
+            "it give that one another name (name=…)"
+        )
+    if run.config.cluster.check_data and not Path(path).exists():
         raise ConfigError(
             f"init_from={path}: no such file or folder; give a .pyth, a .safetensors, or a run's or checkpoint's folder"
         )

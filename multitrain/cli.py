@@ -16,10 +16,15 @@ FINISHED = 0
 VERBS: dict[str, tuple[str, str]] = {
     "predict": ("multitrain.commands.predict", "Which action is in a video file?"),
     "evaluate": ("multitrain.commands.evaluate", "Multi-view test of a model; goes on where it was interrupted."),
-    "convert": ("multitrain.commands.convert", "One kind of weights file into another: .pyth and .safetensors."),
+    "convert": (
+        "multitrain.commands.convert",
+        "One kind of weights into another: .pyth, .safetensors + config.json, or a folder.",
+    ),
+    "export": ("multitrain.interop.export", "A model to give away: weights, class names, card with results."),
+    "completion": ("multitrain.commands.completion", "Completion of commands and options for bash, zsh or fish."),
     "status": ("multitrain.monitor.status", "How runs are doing."),
     "report": ("multitrain.evaluation.report", "Curves, figures and example clips of a run as one page."),
-    "data": ("multitrain.commands.data", "Check and index the annotation files of a run."),
+    "data": ("multitrain.commands.data", "Make datasets ready: import, resize, check, index, stats, show."),
     "preflight": ("multitrain.commands.preflight", "Check nodes and GPUs before a long run."),
     "flops": ("multitrain.commands.flops", "Parameters and multiply-accumulates of a clip."),
 }
@@ -46,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _verb(arguments[0], arguments[1:])
     except ConfigError as error:
+        for line in getattr(error, "details", ()):
+            print(line, file=sys.stderr)
         print(f"multitrain: {error}", file=sys.stderr, flush=True)
         return MISTAKE
     except KeyboardInterrupt:

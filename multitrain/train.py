@@ -1,7 +1,8 @@
 """What each rank runs: ``python -m multitrain.train RUN``. Read the configuration, build, resume, train, leave well.
 
-Exit status: 0 the run is complete; 75 it was interrupted and can be resumed; 1 it failed; 2 a setting or file is wrong.
-Under SLURM an interrupted run puts itself back into the queue as its very last act, unless somebody cancelled it.
+Exit status: 0 the run is complete; 75 it was interrupted and can be resumed; 1 it failed; 2 a setting or file is wrong; 3 it
+gave up, and another start would not help. Under SLURM an interrupted run puts itself back into the queue as its very last
+act, unless somebody cancelled it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from multitrain.config import ConfigError, RunConfig, dump, load
 from multitrain.engine.interruption import Interruption, Request
-from multitrain.monitor import slurm
+from multitrain.engine.watchdog import Watchdog
+from multitrain.monitor import restarts, slurm
 from multitrain.monitor.events import Events, read
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from multitrain.engine.trainer import Trainer, Validate
     from multitrain.model.multitrain import MultiTrain
 
-FINISHED, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 75
+FINISHED, FAILED, MISTAKE, GAVE_UP, INTERRUPTED = 0, 1, 2, 3, 75
 WAIT_FOR_END = 120.0
 """Seconds that a rank waits for SLURM to end it after the job was put back into the queue."""
 
@@ -41,11 +43,14 @@ def main(arguments: list[str] | None = None) -> int:
     interruption.install()  # before torch is imported: a signal may come at any moment
     try:
         config = load(run)
+        if rank == 0:
+            _begin(config, run)
+        watchdog = Watchdog(run, rank, config.engine.hang_limit)
         _make_deterministic(config)
         from multitrain.engine.distributed import join
 
         world = join(config.world_size, config.engine.collective_timeout, config.engine.threads)
-        trainer = build(config, run, world, interruption)
+        trainer = build(config, run, world, interruption, watchdog)
         _start(config, run, trainer)
         request = trainer.train()
         return _leave(run, trainer, request, interruption)
@@ -53,16 +58,36 @@ def main(arguments: list[str] | None = None) -> int:
         _die(run, rank, error)
 
 
-def build(config: RunConfig, run: Path, world: World, interruption: Interruption) -> Trainer:
+def _begin(config: RunConfig, run: Path) -> None:
+    """Say that a start of the run begins, unless it has gone round in circles or died too often; before torch, light.
+
+    Raises:
+        GaveUp: with the reason.
+    """
+    in_place = int(os.environ.get(restarts.IN_PLACE, "0"))
+    if slurm.job_id() or in_place:  # else a person has started it
+        cluster = config.cluster
+        history = restarts.starts(read(run / "events.jsonl"))
+        reason = restarts.refusal(history, cluster.max_restarts, cluster.max_stalled_restarts, in_place)
+        if reason is not None:
+            raise GaveUp(f"{reason}; see {run}/logs, mend the cause, and submit the run again")
+    Events(run / "events.jsonl", restart=slurm.restart_count()).write("begin", in_place=in_place)
+
+
+def build(
+    config: RunConfig, run: Path, world: World, interruption: Interruption, watchdog: Watchdog | None = None
+) -> Trainer:
     """The trainer of a run: catalogs, plan, batch shape, model and engine. All ranks call it."""
     from multitrain.data.catalog import open_catalogs, sources
     from multitrain.data.loader import TrainLoader
+    from multitrain.engine.leadtime import LeadTime
     from multitrain.engine.skips import Skips
     from multitrain.engine.trainer import Trainer
     from multitrain.model.multitrain import MultiTrain
     from multitrain.monitor.recorder import Recorder
     from multitrain.order import Plan, solve
 
+    watchdog = watchdog or Watchdog(run, world.rank, None)
     index = Path(config.data.index or run.parent / ".index")
     if world.is_main:
         open_catalogs(config.data, "train", index)
@@ -120,22 +145,41 @@ def build(config: RunConfig, run: Path, world: World, interruption: Interruption
         open_loader=open_loader,
         open_recorder=open_recorder,
         interruption=interruption,
+        watchdog=watchdog,
+        lead_time=LeadTime(_warnings(config) if world.is_main else {}),
         skips=skips,
-        validate=_validation(config, world, index, interruption),
+        validate=_validation(config, world, index, interruption, watchdog),
         config_text=dump(config),
     )
 
 
-def _validation(config: RunConfig, world: World, index: Path, interruption: Interruption) -> Validate | None:
+def _warnings(config: RunConfig) -> dict[str, float]:
+    """Seconds between the cluster's warnings and the end, by what sets them."""
+    if slurm.job_id() is None:
+        return {}
+    found = {"cluster.lead_time": float(config.cluster.lead_time)}
+    grace = slurm.grace()
+    if grace is not None:
+        found["the partition's GraceTime with KillWait"] = grace
+    return found
+
+
+def _validation(
+    config: RunConfig, world: World, index: Path, interruption: Interruption, watchdog: Watchdog
+) -> Validate | None:
     """The function that scores the validation videos, or None when no validation is asked for."""
     if config.eval.every is None:
         return None
     from multitrain.data.catalog import open_catalogs
     from multitrain.engine.deepspeed import autocast
-    from multitrain.evaluation.evaluator import validate
+    from multitrain.evaluation.validation import validate
 
     catalogs = open_catalogs(config.data, "val", index, config.eval.val_stride)
     precision = config.eval.precision or config.precision
+
+    def stop() -> bool:
+        watchdog.beat()  # asked after every video
+        return interruption.pending >= Request.STOP
 
     def run_validation(model: MultiTrain) -> dict[str, dict[str, float]]:
         with autocast(precision, world.device):
@@ -146,7 +190,7 @@ def _validation(config: RunConfig, world: World, index: Path, interruption: Inte
                 rank=world.rank,
                 world_size=world.size,
                 reduce=world.sum,
-                stop=lambda: interruption.pending >= Request.STOP,
+                stop=stop,
             )
 
     return run_validation
@@ -157,34 +201,37 @@ def _initialise_from(config: RunConfig, run: Path, model: MultiTrain, world: Wor
     from multitrain.engine.checkpoint import listed
 
     fresh = world.broadcast(not listed(run / "checkpoints"))
-    if config.init_from is None or not fresh:
+    if config.init_from is None:
         return
-    from multitrain.interop.weights import initialise_from
+    if not fresh:
+        if world.is_main:
+            print(f"resuming: init_from={config.init_from} was for the run's first start and is not read", flush=True)
+        return
+    from multitrain.interop.start import initialise_from
 
-    report = initialise_from(model, config.init_from)
+    report = initialise_from(model, config.init_from, interpolate_positions=config.interpolate_positions)
     if world.is_main:
         print(f"initial weights from {config.init_from}: {report}", flush=True)
+        for line in report.lines():
+            print(line, flush=True)
         Events(run / "events.jsonl").write(
-            "init_from", path=config.init_from, matched=len(report.matched), fresh=sorted(report.fresh)
+            "init_from",
+            path=config.init_from,
+            matched=len(report.matched),
+            fresh=list(report.fresh),
+            unexpected=list(report.unexpected),
+            notes=list(report.notes),
         )
 
 
 def _start(config: RunConfig, run: Path, trainer: Trainer) -> None:
-    """Resume, say so, and refuse to go round in circles."""
-    from multitrain.engine.trainer import TrainingError
-
+    """Resume, and say so."""
     refused = trainer.resume()
     if not trainer.world.is_main:
         return
-    stalled = _starts_in_place(run, trainer.completed)
     for folder, reason in refused.items():
         trainer.recorder.event("checkpoint_refused", checkpoint=folder.name, reason=reason)
         print(f"checkpoint {folder.name} is not whole ({reason}); falling back to an older one", flush=True)
-    if stalled > config.cluster.max_stalled_restarts:
-        raise TrainingError(
-            f"{stalled} restarts in a row began at update {trainer.completed} and got no further; see {run}/logs, mend the "
-            f"cause, and submit the run again (cluster.max_stalled_restarts={config.cluster.max_stalled_restarts})"
-        )
     trainer.recorder.event(
         "resume" if trainer.completed else "start",
         world_size=trainer.world.size,
@@ -198,22 +245,6 @@ def _start(config: RunConfig, run: Path, trainer: Trainer) -> None:
         f"{trainer.shape.accumulation} accumulation = {config.effective_batch} videos an update",
         flush=True,
     )
-
-
-def _starts_in_place(run: Path, update: int) -> int:
-    """Starts of this SLURM job in a row, before this one, that began at `update` and wrote no later checkpoint."""
-    job = slurm.job_id()
-    if job is None:
-        return 0
-    count = 0
-    for event in reversed(read(run / "events.jsonl")):
-        if event["event"] == "checkpoint" and event.get("update", 0) > update:
-            break
-        if event["event"] in ("start", "resume"):
-            if str(event.get("job")) != job or event.get("update") != update:
-                break
-            count += 1
-    return count
 
 
 def _leave(run: Path, trainer: Trainer, request: Request, interruption: Interruption) -> int:
@@ -279,23 +310,29 @@ def _make_deterministic(config: RunConfig) -> None:
     torch.backends.cudnn.benchmark = False
 
 
+class GaveUp(RuntimeError):
+    """Another start would not help; the message says why."""
+
+
 def _die(run: Path, rank: int, error: BaseException) -> NoReturn:
     """Leave at once after an error: no collective, no destructor that could wait for other ranks."""
-
-    mistake = isinstance(error, ConfigError)
     if isinstance(error, SystemExit):
         os._exit(int(error.code or 0))
-    text = str(error) if mistake or type(error).__name__ == "TrainingError" else f"{type(error).__name__}: {error}"
+    mistake = isinstance(error, ConfigError)
+    gave_up = type(error).__name__ in ("GaveUp", "TrainingError")  # the latter cannot be imported without torch
+    text = str(error) if mistake or gave_up else f"{type(error).__name__}: {error}"
     try:
         if run.is_dir():
-            Events(run / "events.jsonl").write("error", rank=rank, reason=text)
+            Events(run / "events.jsonl").write("error", rank=rank, reason=text, final=mistake or gave_up)
     except OSError as second:
         print(f"the error could not be written to {run}/events.jsonl: {second}", file=sys.stderr)
-    if not mistake and type(error).__name__ != "TrainingError":
+    if not mistake and not gave_up:
         traceback.print_exception(error)
+    for line in getattr(error, "details", ()) if rank == 0 else ():
+        print(line, file=sys.stderr)
     print(f"multitrain: rank {rank}: {text}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(MISTAKE if mistake else FAILED)
+    os._exit(MISTAKE if mistake else GAVE_UP if gave_up else FAILED)
 
 
 if __name__ == "__main__":

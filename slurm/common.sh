@@ -29,7 +29,8 @@ preempted() { scontrol show job -o "$SLURM_JOB_ID" | grep -q ' JobState=RUNNING 
 running() { scontrol show job -o "$SLURM_JOB_ID" | grep -q ' JobState=RUNNING '; }
 
 # evaluate DATASET CHECKPOINT [key=value …]: multi-view scores of one dataset's test split. A restart skips the videos that
-# are scored already, so a job that is preempted or runs out of time simply comes back.
+# are scored already, so a job that is preempted or runs out of time simply comes back. The three scripts write into one
+# folder a checkpoint, whose table.txt has the datasets that are finished, and their average.
 evaluate() {
     local dataset=$1 checkpoint=${2:-} out status
     if [ -z "$checkpoint" ]; then
@@ -38,7 +39,7 @@ evaluate() {
     fi
     shift 2
     out=${checkpoint#./}
-    out=${OUT:-runs/evaluation/$(tr / - <<<"${out#/}")-$dataset}
+    out=${OUT:-runs/evaluation/$(tr / - <<<"${out#/}")}
     PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH} \
         "${step[@]}" "$python" -u -m multitrain.cli evaluate "$checkpoint" --dataset "$dataset" --out "$out" "$@"
     status=$?

@@ -30,12 +30,15 @@ run=$("$python" "$home/launch/submit.py" --prepare "$@") || exit
 echo "run $run"
 scontrol update "jobid=$SLURM_JOB_ID" "name=$(basename "$run")"
 
-PYTHONPATH=$run/code${PYTHONPATH:+:$PYTHONPATH} \
-    "${step[@]}" --chdir="$run/code" --output="$run/logs/%j-rank%t.log" $hold "$python" -u -m multitrain.train "$run"
+export PYTHONPATH=$run/code${PYTHONPATH:+:$PYTHONPATH}
+restarts=$(sed -n 's/^  restarts_in_place: //p' "$run/config.yaml")
+"${step[@]}" --chdir="$run/code" --output="$run/logs/%j-rank%t.log" \
+    $hold "$python" -u -m launch.supervisor "${restarts:-0}" -m multitrain.train "$run"
 status=$?
 
-# The run requeues itself; this is for ranks that could not, e.g. killed while they were starting.
-if [ "$status" -ne 0 ] && [ "$status" -ne 75 ] && preempted; then
-    scontrol requeue "$SLURM_JOB_ID"
+# The run requeues itself when SLURM takes its nodes; this is for ranks that died, or could not.
+if [ "$status" -ne 0 ] && [ "$status" -ne 75 ] && running; then
+    preempted && reason=preempted
+    "$python" -m launch.again "$run" "$status" ${reason:-} && scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

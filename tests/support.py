@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -166,3 +167,23 @@ def excite(model: Any) -> None:
     with torch.no_grad():
         for layer in (model.expander.fc1, model.expander.fc2):
             layer.weight.mul_(30.0)
+
+
+def browse(page: Path, folder: Path) -> str:
+    """What headless Chromium makes of a page, scripts run; the test is skipped where there is none.
+
+    Args:
+        page: an HTML file.
+        folder: for the browser's profile.
+    """
+    import pytest
+
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    program = next((p for p in map(shutil.which, names) if p), None)
+    if program is None:
+        pytest.skip(f"no browser to look at the page with: none of {', '.join(names)} is installed")
+    command = [program, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
+    command += ["--window-size=1280,2000", "--virtual-time-budget=5000", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Sequence
+from types import FrameType
 
 from multitrain.config import ConfigError, RunConfig
 
@@ -43,3 +46,26 @@ def stored(model: str, overrides: Sequence[str]) -> RunConfig:
     from multitrain.interop.weights import run_config
 
     return with_overrides(run_config(model), overrides)
+
+
+class StopSignals:
+    """Whether somebody asked this process to stop; notes SLURM's signals and Ctrl-C from now on."""
+
+    def __init__(self) -> None:
+        from multitrain.monitor import slurm
+
+        self.received: list[int] = []
+        pid = os.getpid()
+
+        def note(number: int, _frame: FrameType | None) -> None:
+            if os.getpid() == pid:
+                if number == signal.SIGINT and number in self.received:
+                    raise KeyboardInterrupt
+                self.received.append(number)
+
+        for number in (*slurm.STOP_SIGNALS, signal.SIGINT):
+            signal.signal(number, note)
+        slurm.unblock_stop_signals()
+
+    def __call__(self) -> bool:
+        return bool(self.received)

@@ -12,11 +12,11 @@ def main(arguments: Arguments) -> int:
     """``multitrain convert``; returns the exit status."""
     parser = Parser(
         "convert",
-        "One kind of weights file into another: .pyth and .safetensors.",
+        "One kind of weights into another: .pyth, .safetensors + config.json, or a folder of ours.",
         "multitrain convert runs/k400_mit_ssv2 model.pyth",
     )
     parser.add_argument("source", help=MODEL)
-    parser.add_argument("target", help="file to write; its ending says how: .pyth or .safetensors")
+    parser.add_argument("target", help="a new file, whose ending says how: .pyth or .safetensors; or a new folder")
     parser.add_argument(
         "--frames", type=whole_number, help="frames of a clip, when another number: position tables are interpolated"
     )
@@ -24,10 +24,25 @@ def main(arguments: Arguments) -> int:
         "--crop", type=whole_number, help="side of a clip in pixels, when another: position tables are interpolated"
     )
     parser.add_argument("--force", action="store_true", help="replace the target when it exists")
+    parser.add_argument("--weights-only", action="store_true", help="leave out the optimizer's state")
+    parser.add_argument(
+        "--optimizer",
+        choices=("ddp", "single"),
+        default="ddp",
+        help="parameter groups in a .pyth file made of a run: as the published code has them on several GPUs, or on one",
+    )
     given = parser.parse_args(arguments)
     from multitrain.interop.convert import convert as write
 
-    done = write(given.source, given.target, frames=given.frames, crop=given.crop, force=given.force)
+    done = write(
+        given.source,
+        given.target,
+        frames=given.frames,
+        crop=given.crop,
+        force=given.force,
+        weights_only=given.weights_only,
+        grouping=given.optimizer,
+    )
     heads = ", ".join(f"{name} ({classes})" for name, classes in done.datasets.items())
     print(f"{done.target}: {done.tensors} tensors, {done.parameters:,} parameters; heads: {heads}")
     for note in done.notes:

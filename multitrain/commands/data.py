@@ -1,37 +1,62 @@
-"""``multitrain data``: the annotation files of a run, read and indexed."""
+"""``multitrain data VERB``: a dataset made ready, looked at, and indexed. Every verb has a file of its own."""
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
-from multitrain.commands.common import configured
-from multitrain.config.arguments import Arguments, Parser
+from multitrain.config import ConfigError, nearest
+from multitrain.config.arguments import MISTAKE, Arguments
+
+VERBS: dict[str, tuple[str, str]] = {
+    "import": ("multitrain.commands.data_import", "Official annotation files as `path label` files and class names."),
+    "resize": (
+        "multitrain.commands.data_resize",
+        "Copies with a short side of 320 pixels; goes on where it was interrupted.",
+    ),
+    "check": (
+        "multitrain.commands.data_check",
+        "Decode every file: what is missing, broken, short, there twice, mislabelled.",
+    ),
+    "index": ("multitrain.commands.data_index", "Read the annotation files of a run and build their index."),
+    "stats": ("multitrain.commands.data_stats", "Sizes, class balance, durations, rates, and what the mixture draws."),
+    "show": ("multitrain.commands.data_show", "A picture of augmented training clips with labels and mixing weights."),
+}
+"""Verb: the module whose `main(arguments)` is called, and what it does."""
 
 
 def main(arguments: Arguments) -> int:
-    """``multitrain data``; returns the exit status."""
-    parser = Parser(
-        "data",
-        "Check and index the annotation files of a run.",
-        "multitrain data experiment=k400_mit_ssv2 data.root=/datasets",
-    )
-    parser.add_argument(
-        "--run", metavar="DIR", help="a run's folder or its config.yaml, instead of the shipped configuration"
-    )
-    parser.add_argument(
-        "--index", type=Path, metavar="DIR", help="folder for the index (default: data.index, else RUNS/.index)"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options, e.g. data=ssv2 data.root=/datasets")
-    given = parser.parse_with_overrides(arguments)
-    import tempfile
+    """``multitrain data``; returns the exit status. Without a verb it is ``data index``, as it always was."""
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if not arguments:
+        print(_overview())
+        return MISTAKE
+    first, rest = arguments[0], list(arguments[1:])
+    if first not in VERBS:
+        if first.startswith("-") or "=" in first:
+            first, rest = "index", list(arguments)
+        else:
+            raise ConfigError(f"data {first!r}: no such verb; {nearest(first, VERBS)}")
+    status: int = importlib.import_module(VERBS[first][0]).main(rest)
+    return status
 
-    from multitrain.config import dump
-    from multitrain.data.catalog import main as check
 
-    config = configured(given.run, given.overrides)
-    index = given.index or config.data.index or Path(config.runs) / ".index"
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "config.yaml"
-        file.write_text(dump(config))
-        return check([str(file), "--index", str(index), *(["--json"] if given.json else [])])
+def default_journal(out: Path | None, name: str) -> Path:
+    """Where a verb keeps what it has done, when nobody says where."""
+    return out or Path("prepared") / name
+
+
+def _overview() -> str:
+    verbs = [f"  {name:<8} {what}" for name, (_, what) in VERBS.items()]
+    return "\n".join(
+        [
+            "multitrain data VERB …",
+            "",
+            *verbs,
+            "",
+            "multitrain data VERB --help says more; `multitrain data KEY=VALUE …` is data index",
+            "example: multitrain data check experiment=ssv2 data.root=/datasets",
+        ]
+    )

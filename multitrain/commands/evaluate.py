@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
-from multitrain.commands.common import MODEL, device
+from multitrain.commands.common import MODEL, StopSignals, device
 from multitrain.config import ConfigError, RunConfig
 from multitrain.config.arguments import Arguments, Parser
 
@@ -56,7 +54,7 @@ def main(arguments: Arguments) -> int:
     from multitrain.evaluation.settings import with_overrides
     from multitrain.monitor import slurm
 
-    stop = _StopSignals()
+    stop = StopSignals()
     place = slurm.rank_environment()
     rank, world_size = int(place["RANK"]), int(place["WORLD_SIZE"])
     model = load(given.model)
@@ -85,30 +83,7 @@ def main(arguments: Arguments) -> int:
     return FINISHED
 
 
-class _StopSignals:
-    """Whether somebody asked this process to stop; notes SLURM's signals and Ctrl-C from now on."""
-
-    def __init__(self) -> None:
-        from multitrain.monitor import slurm
-
-        self.received: list[int] = []
-        pid = os.getpid()
-
-        def note(number: int, _frame: FrameType | None) -> None:
-            if os.getpid() == pid:
-                if number == signal.SIGINT and number in self.received:
-                    raise KeyboardInterrupt
-                self.received.append(number)
-
-        for number in (*slurm.STOP_SIGNALS, signal.SIGINT):
-            signal.signal(number, note)
-        slurm.unblock_stop_signals()
-
-    def __call__(self) -> bool:
-        return bool(self.received)
-
-
-def _leave(rank: int, stop: _StopSignals) -> int:
+def _leave(rank: int, stop: StopSignals) -> int:
     """After an interruption: back into the queue when SLURM took the nodes away; then wait for SLURM to end the step."""
     from multitrain.monitor import slurm
 
@@ -142,7 +117,7 @@ def _default_out(model: str, split: str) -> Path:
     path = Path(model)
     if path.suffix in (".pyth", ".safetensors") and path.parent.name[:7] != "update-":
         return Path("evaluation") / path.stem / split
-    from multitrain.interop.weights import locate
+    from multitrain.interop.places import locate
 
     checkpoint = locate(path).parent
     return checkpoint.parent.parent / "evaluation" / checkpoint.name / split

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 from multitrain.commands.common import MODEL, device
+from multitrain.config import ConfigError
 from multitrain.config.arguments import MISTAKE, Arguments, Parser, pair, whole_number
 
 
@@ -27,16 +30,29 @@ def main(arguments: Arguments) -> int:
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, else the CPU)")
     parser.add_argument("--json", action="store_true", help="one JSON object a video")
-    given = parser.parse_args(arguments)
+    parser.add_argument(
+        "--overlay",
+        type=Path,
+        metavar="OUT.mp4",
+        help="write the video with its classes drawn in; a folder for several",
+    )
+    parser.add_overrides("data.root=/datasets, where class names are looked for")
+    given = parser.parse_with_overrides(arguments)
     from multitrain.data.decode import VideoError
+    from multitrain.evaluation.overlay import write_overlay
     from multitrain.evaluation.predictor import load
+    from multitrain.evaluation.settings import with_overrides
 
     names = dict(pair(text, "--classes") for text in given.classes)
     model = load(given.checkpoint, class_names=names).to(device(given.device))
+    model.reconfigure(with_overrides(model.run, given.overrides))
+    overlays = _overlays(given.overlay, given.videos)
     status = 0
     for video in given.videos:
         try:
             found = model.predict(video, given.top, views=given.views)
+            if video in overlays:
+                write_overlay(video, overlays[video], found, model.run.data.decoder)
         except VideoError as error:
             print(f"multitrain: {error}", file=sys.stderr, flush=True)
             status = MISTAKE
@@ -46,6 +62,31 @@ def main(arguments: Arguments) -> int:
         else:
             print(_predictions(video, found), flush=True)
     return status
+
+
+def _overlays(target: Path | None, videos: Sequence[str]) -> dict[str, Path]:
+    """The file that each video is written to with its classes drawn in; empty when nobody asked.
+
+    Raises:
+        ConfigError: one file for several videos, or the video itself.
+    """
+    if target is None:
+        return {}
+    if target.is_dir() or (len(videos) > 1 and not target.suffix):
+        target.mkdir(parents=True, exist_ok=True)
+        found = {video: target / f"{Path(video).stem}.mp4" for video in videos}
+    elif len(videos) == 1:
+        found = {videos[0]: target}
+    else:
+        raise ConfigError(f"--overlay {target}: one file for {len(videos)} videos; give a folder")
+    if len(set(found.values())) < len(found):
+        raise ConfigError(f"--overlay {target}: several of the videos have one name; give them one by one")
+    for video, file in found.items():
+        if file.exists() and Path(video).exists() and file.samefile(video):
+            raise ConfigError(f"--overlay {file}: is the video itself; choose another name")
+        if not file.absolute().parent.is_dir():
+            raise ConfigError(f"--overlay {file}: there is no folder {file.parent}; create it first")
+    return found
 
 
 def _predictions(video: str, found: dict[str, list[tuple[str, float]]]) -> str:

@@ -40,6 +40,10 @@ class ClusterConfig(Settings):
     """How GPUs are asked for: `--gres=gpu:N`, `--gpus-per-node=N`, or not at all (CPU partitions)."""
     gpu_type: str | None = None
     """GPU type in the request, e.g. `a100` in `--gres=gpu:a100:8`."""
+    gpu_memory: float | None = Field(None, gt=0)
+    """Memory of a GPU in GB; `dry_run` warns when the batch shape will not fit. Not checked when not given."""
+    gpu_clips: float | None = Field(None, gt=0)
+    """Clips a second that a GPU trains on, as a run's log says; `dry_run` takes an estimate when not given."""
     setup: list[str] = Field(default_factory=list)
     """Shell lines run on the first node before the ranks start, e.g. `module load cuda`."""
     srun_args: list[str] = Field(default_factory=list)
@@ -48,7 +52,13 @@ class ClusterConfig(Settings):
     """More `#SBATCH` options by long name, e.g. `{mail-user: me@lab.org}`."""
     python: str | None = None
     """The Python command of the ranks; the one that submits when not given. Containers: `apptainer exec --nv image.sif python`."""
+    max_restarts: int = Field(10, ge=0)
+    """The run comes back by itself at most this often after it died (a killed rank, an error, a lost node), counted from its
+    submission. Preemptions and time limits do not count, and mistakes in the configuration are never tried again."""
     max_stalled_restarts: int = Field(3, ge=1)
-    """The run stops, and says why, after this many restarts in a row without a new checkpoint."""
+    """The run stops, and says why, after this many restarts in a row without a new checkpoint; preemptions do not count."""
+    restarts_in_place: int = Field(3, ge=0)
+    """When a rank dies and its node lives, all ranks start again inside the allocation, this often in one start of the job;
+    after that the job goes back into the queue. 0: always back into the queue."""
     check_data: bool = True
     """Read the annotation files at submission, so that a wrong one is refused at once. Off where the login node cannot see them."""

@@ -19,8 +19,8 @@ class DatasetConfig(Settings):
     classes: int | None = Field(None, ge=1)
     """Number of classes. Not needed when `class_names` is given."""
     class_names: str | None = None
-    """File with one class name a line; line n (from 0) is label n. Without it, `classes.txt` in the annotation folder is used
-    for display when there."""
+    """File with one class name a line; line n (from 0) is label n. `name,label` lines and JSON are read too. Without it, names
+    are looked for in the annotation folder, for display: see `multitrain/config/class_names.py`."""
     sampling: Literal["stride", "segment"] = "stride"
     """`stride`: frames at a fixed rate from a random window (Kinetics); `segment`: one frame from each of equal segments
     (Something-Something)."""

@@ -18,6 +18,9 @@ class EngineConfig(Settings):
     """Elements of one gradient bucket."""
     collective_timeout: int = Field(1800, ge=10)
     """Seconds after which a collective that does not end stops the job."""
+    hang_limit: int | None = Field(900, ge=2)
+    """Seconds that a rank may be without progress (three times that until its first update is done). Then each rank writes
+    its stacks to its log and ends, and the run is started again. `null`: no limit."""
     threads: int = Field(1, ge=1)
     """CPU threads a rank for tensor operations."""
     loss_scale_start: int = Field(16, ge=0, le=32)

@@ -17,8 +17,8 @@ class EvalConfig(Settings):
     val_stride: int = Field(1, ge=1)
     """Validate on every n-th line of `val.csv` (published: 5)."""
     videos_per_batch: int = Field(4, ge=1)
-    """Videos a rank decodes and scores together."""
+    """Videos that a rank scores together; a group is filled to the same shape always, within 16 clips."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
-    """Arithmetic of validation and testing; the run's own when not given."""
+    """Arithmetic of validation and testing; when not given, the run's own in validation and fp32 in testing, as published."""
     workers: int | None = Field(None, ge=0)
     """Loader processes a rank; `data.workers` when not given."""

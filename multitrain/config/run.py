@@ -49,6 +49,8 @@ class RunConfig(Settings):
     """Deterministic kernels only: an interrupted run ends with bit-identical weights on GPUs too."""
     init_from: str | None = None
     """Weights to start from: a `.pyth`, `.safetensors`, run or checkpoint folder. Not resuming: the run starts at update 0."""
+    interpolate_positions: bool = False
+    """Resize the position tables of `init_from` when they are for clips of another size; refused otherwise."""
     dry_run: bool = False
     """Print what would be submitted, submit nothing."""
     preflight: bool = False

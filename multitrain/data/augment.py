@@ -42,10 +42,7 @@ def augment_clip(
     out = np.empty((len(frames), size, size, 3), np.uint8)
     carry_out = _with_pil if config.backend == "pil" else _with_opencv
     for image, target in zip(carry_out(frames, drawn, size), out):
-        if drawn.flip:
-            cv2.flip(image, 1, target)
-        else:
-            target[:] = image
+        place(image, target, drawn.flip)
     return out, np.array(drawn.erase, np.int32)
 
 
@@ -62,11 +59,26 @@ def draw_augmentation(
 def _with_opencv(frames: np.ndarray, drawn: Augmentation, size: int) -> Iterable[np.ndarray]:
     """[size, size, 3] uint8 of each frame, within about one grey level of `_with_pil`."""
     for image in randaugment_opencv.crops(frames, drawn.operations, drawn.crop):
-        yield cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
+        yield resized(image, size, "opencv")
 
 
 def _with_pil(frames: np.ndarray, drawn: Augmentation, size: int) -> Iterable[np.ndarray]:
     """[size, size, 3] uint8 of each frame: Pillow's operations, and the crop resized in float32, then rounded."""
     for image in randaugment_pil.apply(frames, drawn.operations):
-        resized = resize_crop(drawn.crop.cut(image), (size, size), Box(0, 0, size, size))
-        yield np.rint(resized).astype(np.uint8).transpose(1, 2, 0)
+        yield resized(drawn.crop.cut(image), size, "pil")
+
+
+def resized(image: np.ndarray, size: int, backend: str) -> np.ndarray:
+    """A crop [h, w, 3] uint8 as [size, size, 3] uint8; with `pil` computed in float32 and then rounded."""
+    if backend == "opencv":
+        return cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
+    exact = resize_crop(image, (size, size), Box(0, 0, size, size))
+    return np.rint(exact).astype(np.uint8).transpose(1, 2, 0)
+
+
+def place(image: np.ndarray, target: np.ndarray, flip: bool) -> None:
+    """Writes an image [S, S, 3] to its place in the clip, mirrored with `flip`."""
+    if flip:
+        cv2.flip(image, 1, target)
+    else:
+        target[:] = image

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from multitrain.config import ConfigError, DataConfig, DatasetConfig, RunConfig, load, nearest
+from multitrain.config.class_names import find_class_names, read_class_names
 from multitrain.data.annotations import CatalogError, Syntax, lines
 from multitrain.data.index import indexed, read_index
 from multitrain.order import Source
@@ -101,18 +102,18 @@ class Catalog:
             raise CatalogError(
                 f"{self._index}: index of {self.csv} cannot be read ({error}); open the dataset again"
             ) from error
-        self._text, self._starts, self._stops, self._labels, self._label_starts = arrays
+        self._paths, self._starts, self._labels, self._label_starts = arrays
         self.multi_label: bool = header["multi_label"]
         self.duplicates: int = header["duplicates"]
         self._largest: int = header["largest_label"]
         self.digest: str = header["digest"] if self._stride == 1 else f"{header['digest']}/{self._stride}"
 
     def __len__(self) -> int:
-        return -(-len(self._starts) // self._stride)
+        return -(-(len(self._starts) - 1) // self._stride)
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        for array in ("_text", "_starts", "_stops", "_labels", "_label_starts"):
+        for array in ("_paths", "_starts", "_labels", "_label_starts"):
             del state[array]
         return state
 
@@ -127,7 +128,7 @@ class Catalog:
     def relative_path(self, i: int) -> str:
         """The path of video `i` as the csv has it."""
         row = self._row(i)
-        return os.fsdecode(self._text[self._starts[row] : self._stops[row]].tobytes())
+        return os.fsdecode(self._paths[self._starts[row] : self._starts[row + 1]].tobytes())
 
     def labels(self, i: int) -> tuple[int, ...]:
         """The labels of video `i`: one, or with multi-label data any number from one up, each in range(classes)."""
@@ -224,22 +225,19 @@ def _class_file(dataset: DatasetConfig) -> Path:
 
 def _read_names(file: Path) -> list[str]:
     try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CatalogError(f"{file}: cannot be read as UTF-8 text ({error}); it holds one class name a line") from error
-    return [line.strip() for line in text.rstrip().splitlines()]
+        return read_class_names(file)
+    except ConfigError as error:
+        raise CatalogError(str(error)) from None
 
 
 def _class_names(dataset: DatasetConfig, classes: int) -> list[str] | None:
     if dataset.class_names is not None:
         return _read_names(_class_file(dataset))
+    names = find_class_names(Path(dataset.annotations), classes)
     file = Path(dataset.annotations) / "classes.txt"
-    if not file.is_file():
-        return None
-    names = _read_names(file)
-    if len(names) != classes:
-        _log.warning("%s: %d names but classes=%d; classes are shown by number", file, len(names), classes)
-        return None
+    if names is None and file.is_file():
+        count = len(_read_names(file))
+        _log.warning("%s: %d names but classes=%d; classes are shown by number", file, count, classes)
     return names
 
 

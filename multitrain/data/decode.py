@@ -73,6 +73,10 @@ class Video(ABC):
         """Length in seconds at the average rate."""
         return self.frame_count / self.fps
 
+    def times(self) -> list[float]:
+        """When each frame is shown, in seconds from the first; evenly spaced where the file does not say."""
+        return [number / self.fps for number in range(self.frame_count)]
+
     def frames(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """The frames at `indices` (any order, repeats allowed), upright: uint8 [len(indices), H, W, 3], RGB.
 
@@ -181,6 +185,10 @@ class _PyAVVideo(Video):
         except BaseException:
             self.close()
             raise
+
+    def times(self) -> list[float]:
+        pts, base = self._table.pts, self._stream.time_base
+        return super().times() if pts is None or base is None else [float((p - pts[0]) * base) for p in pts]
 
     def close(self) -> None:
         self._packets = []

@@ -19,8 +19,11 @@ import numpy as np
 
 from multitrain.data.annotations import CatalogError, Syntax, count_repeats, parse
 
-FORMAT = 1
+FORMAT = 2
 """Version of the index file; another one is built anew."""
+
+_DIGEST = 1
+"""Version of the digest of a file's content, which runs are compared by when they resume: it outlives index formats."""
 
 _MAGIC = b"MTINDEX\n"
 _SETTLED = 2.0  # seconds after which an unchanged time of change proves an unchanged file (two writes can share a tick)
@@ -98,7 +101,10 @@ def read_header(index: Path) -> dict[str, Any]:
 
 
 def read_index(index: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """Header and arrays of an index file, mapped: text uint8, starts, stops, labels, label_starts as `Annotations`.
+    """Header and arrays of an index file, mapped: paths, starts, labels, label_starts.
+
+    paths: all paths, one behind the other, uint8; starts: where each begins, and the end [N + 1]; labels and
+    label_starts as in `Annotations`. Of all, the narrowest unsigned integers that hold them.
 
     Raises:
         OSError, ValueError: missing or incomplete.
@@ -134,15 +140,14 @@ def _build(content: bytes, csv: Path, syntax: Syntax) -> list[Any]:
     parsed = parse(content, csv, syntax)
     paths = parsed.paths(content)
     duplicates = 0 if len(set(paths)) == len(paths) else count_repeats(content, csv, syntax)
-    digest = hashlib.blake2b(b"%d:%d:" % (FORMAT, len(paths)), digest_size=16)
+    digest = hashlib.blake2b(b"%d:%d:" % (_DIGEST, len(paths)), digest_size=16)
     digest.update(b"\n".join(paths))
     digest.update(parsed.labels.tobytes() + parsed.label_starts.tobytes())
-    offset = np.uint32 if len(content) < 2**32 else np.uint64
-    arrays: list[np.ndarray] = [
-        np.frombuffer(content, np.uint8),
-        parsed.starts.astype(offset),
-        parsed.stops.astype(offset),
-        parsed.labels,
+    starts = np.concatenate([[0], np.cumsum(parsed.stops - parsed.starts)])
+    arrays = [
+        np.frombuffer(b"".join(paths), np.uint8),
+        starts.astype(np.min_scalar_type(int(starts[-1]))),
+        parsed.labels.astype(np.min_scalar_type(int(parsed.labels.max()))),
         parsed.label_starts,
     ]
     header: dict[str, Any] = {

@@ -9,7 +9,7 @@ dies, the newest folder whose manifest fits is the state of the run.
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from multitrain.config import ConfigError
@@ -40,12 +42,13 @@ class CheckpointError(ConfigError):
 class Checkpoint:
     """What a checkpoint holds.
 
-    `weights`: fp32 by parameter name. `moments`: fp32 as ``exp_avg.NAME`` and ``exp_avg_sq.NAME``. `state`: the step,
-    the plan's fingerprint, loss-scale state and what the model is, as JSON.
+    `weights`: fp32 by parameter name. `moments`: fp32 as ``exp_avg.NAME`` and ``exp_avg_sq.NAME``. Both on the CPU;
+    a mapping may put its tensors together only when they are asked for. `state`: the step, the plan's fingerprint,
+    loss-scale state and what the model is, as JSON.
     """
 
-    weights: dict[str, Tensor]
-    moments: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor]
     state: dict[str, Any]
 
     @property
@@ -157,16 +160,12 @@ def write(checkpoints: Path, checkpoint: Checkpoint, config_text: str) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
-        files = {
-            "model.safetensors": safetensors.torch.save(checkpoint.weights),
-            "optimizer.safetensors": safetensors.torch.save(checkpoint.moments),
-            "state.json": _json({"format": FORMAT, **checkpoint.state}),
-            "config.yaml": config_text.encode(),
+        manifest = {
+            "model.safetensors": _write_tensors(temporary / "model.safetensors", checkpoint.weights),
+            "optimizer.safetensors": _write_tensors(temporary / "optimizer.safetensors", checkpoint.moments),
+            "state.json": _write_synced(temporary / "state.json", _json({"format": FORMAT, **checkpoint.state})),
+            "config.yaml": _write_synced(temporary / "config.yaml", config_text.encode()),
         }
-        manifest: dict[str, dict[str, Any]] = {}
-        for name, content in files.items():
-            _write_synced(temporary / name, content)
-            manifest[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         _write_synced(temporary / "manifest.json", _json({"update": checkpoint.update, "files": manifest}))
         _sync_folder(temporary)
         reason = verify(temporary)
@@ -186,20 +185,25 @@ def write(checkpoints: Path, checkpoint: Checkpoint, config_text: str) -> Path:
 def prune(checkpoints: Path, keep: int, keep_every: int | None) -> list[Path]:
     """Delete what retention no longer covers, never one of the newest `keep` whole checkpoints; returns what went.
 
+    Nothing goes before `keep` newer ones have been read and found whole: a folder that only looks whole does not count.
     The manifest goes first, so that a deletion cut short leaves no folder that looks whole.
+
+    Raises:
+        OSError: a checkpoint could not be deleted; none that is to be kept has changed.
     """
     removed = []
+    folders = listed(checkpoints)
     kept = 0
-    for folder in listed(checkpoints):
-        whole = (folder / "manifest.json").is_file()
-        if kept < keep:
-            kept += whole
-            continue
+    while folders and kept < keep and len(folders) > keep - kept:
+        kept += verify(folders.pop(0)) is None
+    if kept < keep:
+        return []
+    for folder in folders:
         update = int(folder.name.split("-")[1])
-        if keep_every is not None and update % keep_every == 0 and whole:
+        if keep_every is not None and update % keep_every == 0 and (folder / "manifest.json").is_file():
             continue
         (folder / "manifest.json").unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder)
         removed.append(folder)
     return removed
 
@@ -209,31 +213,86 @@ def clear_temporary(checkpoints: Path) -> None:
     if checkpoints.is_dir():
         for leftover in checkpoints.glob(".update-*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in checkpoints.glob(".latest.*.tmp"):
+            leftover.unlink(missing_ok=True)
 
 
 def _point_to(checkpoints: Path, name: str) -> None:
     temporary = checkpoints / f".latest.{os.getpid()}.tmp"
-    _write_synced(temporary, (name + "\n").encode())
-    os.replace(temporary, checkpoints / "latest")
+    try:
+        _write_synced(temporary, (name + "\n").encode())
+        os.replace(temporary, checkpoints / "latest")
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     _sync_folder(checkpoints)
 
 
-def _write_synced(path: Path, content: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    try:
-        view = memoryview(content)
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A file in safetensors' format (8 bytes of length, a JSON header, the tensors' bytes), written piece by piece.
+
+    The library's own writer would first put the whole file together in memory, holding up every other thread meanwhile.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * 4
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with _Writer(path) as writer:
+        writer.write(memoryview(len(text).to_bytes(8, "little") + text))
+        for name, tensor in tensors.items():
+            if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+                raise TypeError(f"{name} is {tensor.dtype} on {tensor.device}; checkpoints hold float32 of the CPU")
+            writer.write(tensor.detach().contiguous().view(-1).numpy().view(np.uint8).data)
+    return writer.entry
+
+
+def _write_synced(path: Path, content: bytes) -> dict[str, Any]:
+    """Write a file and wait until it is on disk; its entry in the manifest."""
+    with _Writer(path) as writer:
+        writer.write(memoryview(content))
+    return writer.entry
+
+
+class _Writer:
+    """A new file, hashed while it is written, on disk when the context ends without an error."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._digest = hashlib.sha256()
+        self._bytes = 0
+
+    def write(self, view: memoryview) -> None:
+        self._bytes += len(view)
         while view:
-            view = view[os.write(descriptor, view[:_CHUNK]) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            written = os.write(self._descriptor, view[:_CHUNK])
+            self._digest.update(view[:written])
+            view = view[written:]
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                os.fsync(self._descriptor)
+        finally:
+            os.close(self._descriptor)
 
 
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some network file systems refuse to sync a folder
-            os.fsync(descriptor)
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # file systems that do not sync folders
+            raise
     finally:
         os.close(descriptor)
 

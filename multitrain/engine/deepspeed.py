@@ -11,9 +11,9 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,15 @@ class LossScale:
             self.scale = max(1.0, self.scale / 2)
         elif self.good_updates % self.window == 0:
             self.scale *= 2
+
+
+class Piece(NamedTuple):
+    """`numel` elements of the parameter `name` from its element `start` on, at `offset` among the moments of a rank."""
+
+    name: str
+    start: int
+    numel: int
+    offset: int
 
 
 class Engine:
@@ -141,27 +150,55 @@ class Engine:
         norm = self._engine.get_global_grad_norm()
         return float(norm)
 
-    def weights(self) -> dict[str, Tensor]:
-        """The weights by name: fp32 on the CPU. Complete on every rank; no collective."""
-        return {n: t.detach().to("cpu", torch.float32) for n, t in self.model.state_dict().items()}
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shapes of the trained parameters by name."""
+        return {name: parameter.shape for name, parameter in self.named_parameters.items()}
 
-    def moments(self) -> dict[str, Tensor]:
-        """Both AdamW moments of every parameter as ``exp_avg.NAME`` and ``exp_avg_sq.NAME``, fp32 on the CPU.
+    def copy_weights(self, into: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights by name: fp32 on the CPU, in the tensors of `into` where it has any. Complete on every rank."""
+        state = self.model.state_dict()
+        if not into:
+            into = {n: _host(t.shape, self.device) for n, t in state.items()}
+        for name, tensor in state.items():
+            into[name].copy_(tensor, non_blocking=True)
+        _wait_for(self.device)
+        return into
 
-        A collective: all ranks call it. Before the first step the moments are zeros.
-        """
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        self._link_moments()
-        found = {}
+    def pieces(self) -> list[Piece]:
+        """Which parts of which parameters the moments lie on this rank for, under ZeRO-1, in the order of `named_parameters`."""
+        starts = [0]
+        for flat in self._flat_partitions():
+            starts.append(starts[-1] + flat.numel())
+        found = []
         for name, parameter in self.named_parameters.items():
-            for moment in MOMENTS:
-                value = safe_get_full_optimizer_state(parameter, moment)
-                found[f"{moment}.{name}"] = value.detach().to("cpu", torch.float32).reshape(parameter.shape).clone()
+            link = parameter._hp_mapping  # type: ignore[attr-defined]
+            if link is not None:
+                own, whole = link.hp_fragment_address, link.lp_fragment_address
+                offset = starts[link.param_group_index] + own.start
+                found.append(Piece(name, whole.start, whole.numel, offset))
         return found
 
-    def restore(self, weights: dict[str, Tensor], moments: dict[str, Tensor], steps_applied: int) -> None:
-        """Put back what `weights` and `moments` gave, on any world size. All ranks call it.
+    def copy_moments(self, into: Tensor | None) -> Tensor:
+        """This rank's part of AdamW's moments, fp32 [2 n] on the CPU, in `into` when given: what :meth:`pieces` points into
+        (n of the first moment, then n of the second). The same n on all ranks. No collective; zeros before the first step.
+        """
+        self._link_moments()
+        state = self._engine.optimizer.optimizer.state
+        own = [state[flat][moment] for moment in MOMENTS for flat in self._flat_partitions()]
+        if into is None:
+            into = _host(torch.Size([sum(t.numel() for t in own)]), self.device)
+        for target, tensor in zip(into.split([t.numel() for t in own]), own):
+            target.copy_(tensor, non_blocking=True)
+        _wait_for(self.device)
+        return into
+
+    def _flat_partitions(self) -> list[Tensor]:
+        """The fp32 tensors that AdamW steps on this rank, one a parameter group."""
+        return [flat for group in self._engine.optimizer.optimizer.param_groups for flat in group["params"]]
+
+    def restore(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], steps_applied: int) -> None:
+        """Put back the weights and moments of a checkpoint, on any world size. All ranks call it.
 
         Raises:
             ConfigError: when names or shapes are not those of this model.
@@ -179,10 +216,10 @@ class Engine:
                     safe_set_full_optimizer_state(parameter, moments[f"{moment}.{name}"].to(self.device), moment)
         self.steps_applied = steps_applied
 
-    def _check_fits(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+    def _check_fits(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
         expected = {n: t.shape for n, t in self.model.state_dict().items()}
         expected |= {f"{m}.{n}": p.shape for n, p in self.named_parameters.items() for m in MOMENTS}
-        given = {n: t.shape for n, t in (weights | moments).items()}
+        given = {n: t.shape for n, t in {**weights, **moments}.items()}
         for name in sorted(expected.keys() | given.keys()):
             if expected.get(name) != given.get(name):
                 raise ConfigError(
@@ -209,6 +246,16 @@ class Engine:
                     state["step"] = step.to(flat.device) if group.get("fused") else step
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
+
+
+def _host(shape: torch.Size, device: torch.device) -> Tensor:
+    """Host memory, fp32, page-locked where that speeds up copies from the device."""
+    return torch.empty(shape, dtype=torch.float32, pin_memory=device.type == "cuda")
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _shape(shape: torch.Size | None) -> str:

@@ -18,7 +18,8 @@ from multitrain.monitor import slurm
 class World:
     """This process among the ranks of the run.
 
-    `control` is a gloo group of all ranks for small agreements that must not wait for the device.
+    `control` is a gloo group of all ranks for small agreements that must not wait for the device; `background` another one,
+    for the threads that write checkpoints.
     """
 
     rank: int
@@ -26,6 +27,7 @@ class World:
     local_rank: int
     device: torch.device
     control: dist.ProcessGroup
+    background: dist.ProcessGroup
 
     @property
     def is_main(self) -> bool:
@@ -90,8 +92,8 @@ def join(expected_size: int, timeout: int, threads: int) -> World:
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
-    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-    return World(rank, size, local_rank, device, control)
+    control, background = (dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) for _ in range(2))
+    return World(rank, size, local_rank, device, control, background)
 
 
 def _alone() -> dict[str, str]:

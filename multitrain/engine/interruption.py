@@ -105,6 +105,7 @@ class Interruption:
             (self._run / "SAVE").unlink(missing_ok=True)
 
     def stopped(self) -> None:
-        """The run has stopped; the file STOP is taken away so that it can be submitted again."""
+        """The run has saved and stopped; the files are taken away so that it can be submitted again."""
         if self._watches_files:
-            (self._run / "STOP").unlink(missing_ok=True)
+            for name in ("STOP", "SAVE"):
+                (self._run / name).unlink(missing_ok=True)

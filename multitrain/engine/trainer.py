@@ -6,7 +6,6 @@ ahead, and the gradient of an update that was cut short, are thrown away and com
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,10 +19,14 @@ from multitrain.engine import checkpoint as checkpoints
 from multitrain.engine.checkpoint import Checkpoint
 from multitrain.engine.deepspeed import Engine
 from multitrain.engine.distributed import World
+from multitrain.engine.figures import Clock, Figures
 from multitrain.engine.interruption import Interruption, Request
+from multitrain.engine.leadtime import LeadTime
+from multitrain.engine.saver import Outcome, Saver
 from multitrain.engine.schedule import Schedule
 from multitrain.engine.skips import Skips
-from multitrain.engine.update import Gradient, Losses
+from multitrain.engine.update import Gradient
+from multitrain.engine.watchdog import Watchdog
 from multitrain.model.multitrain import MultiTrain
 from multitrain.monitor.recorder import Recorder
 from multitrain.order import BatchShape, Plan
@@ -31,10 +34,16 @@ from multitrain.order import BatchShape, Plan
 Validate = Callable[[MultiTrain], dict[str, dict[str, float]]]
 MOST_NONFINITE = 100
 """Updates in a row whose gradient is not finite, after which the run stops: it has diverged."""
+ATTEMPTS = 3
+"""How often the last checkpoint of a start is tried; nothing comes after it."""
 
 
 class TrainingError(RuntimeError):
     """The run cannot go on, restarted or not; the message says why and what to do."""
+
+
+class SaveError(RuntimeError):
+    """The run is complete, and its last checkpoint could not be written."""
 
 
 class _Stopped(Exception):
@@ -55,6 +64,8 @@ class Trainer:
         open_loader: ``(start, stop)`` → the batches of this rank for updates ``start`` to ``stop - 1``.
         open_recorder: ``start`` → where the run's numbers are written, from update ``start`` on.
         interruption: requests to stop or save.
+        watchdog: is told of progress.
+        lead_time: is told how long updates and saves take.
         skips: count of unreadable videos, with the cap that ends the run.
         validate: results of the model by dataset, nothing when a stop came in between; called by all ranks. None for no
             validation.
@@ -74,6 +85,8 @@ class Trainer:
         open_loader: Callable[[int, int], TrainLoader],
         open_recorder: Callable[[int], Recorder],
         interruption: Interruption,
+        watchdog: Watchdog,
+        lead_time: LeadTime,
         skips: Skips,
         validate: Validate | None,
         config_text: str,
@@ -92,13 +105,16 @@ class Trainer:
         self._open_loader = open_loader
         self._open_recorder = open_recorder
         self._interruption = interruption
+        self._watchdog = watchdog
+        self._lead_time = lead_time
         self._skips = skips
         self._validate = validate
-        self._config_text = config_text
-        self._saved = -1
+        self._saver = Saver(self._checkpoints, world, self.engine, config.checkpoint, config_text)
+        self._figures = Figures(config, list(model.datasets), shape.accumulation, world)
+        self._clock = Clock()
+        self._saved = -1  # newest update that is on disk, or being written
         self._validated = -1
         self._nonfinite = 0
-        self._waited = 0.0
 
     def resume(self) -> dict[Path, str]:
         """Load the newest whole checkpoint, which rank 0 chooses, and open the recorder where it ends.
@@ -121,6 +137,7 @@ class Trainer:
         if folder is not None:
             self._load(checkpoints.read(folder))
             self._saved = self.completed
+        self._saver.warm()
         self.recorder = self._open_recorder(self.completed)
         return refused
 
@@ -128,10 +145,12 @@ class Trainer:
         """Do the updates that are left after :meth:`resume`.
 
         Returns:
-            ``Request.NONE`` when the run is complete, else what made it stop; a checkpoint is then on disk.
+            ``Request.NONE`` when the run is complete, else what made it stop; a checkpoint is then on disk, unless the
+            disk refuses it, which is then in the events.
 
         Raises:
             TrainingError: the run cannot go on.
+            SaveError: the run is complete and the disk does not take its last checkpoint.
         """
         self._loader = self._open_loader(self.completed, self.updates)
         self.model.train()
@@ -147,21 +166,38 @@ class Trainer:
             self.recorder.event("signal", request=request.name.lower(), signals=self._interruption.signals)
         finally:
             self._loader.close()
-        self.save()
+        if not self._save_for_good() and request == Request.NONE:
+            raise SaveError(
+                f"the last checkpoint could not be written to {self._checkpoints}; make room, and resume the run"
+            )
         return request
 
     def _one_update(self) -> None:
         """Gradient of the whole effective batch, one step of AdamW, one line in the metrics."""
-        started = time.perf_counter()
-        self._waited = 0.0
+        self._clock.restart()
         losses = self.gradient.accumulate(self._micro_batches())
         lr = self.schedule(self.completed)
         scale = self.engine.loss_scale.scale
         grad_norm = self.engine.update(lr)
         self._check_finite(grad_norm)
-        record = self._record(losses, time.perf_counter() - started)
-        record |= {"lr": lr, "grad_norm": grad_norm, "loss_scale": scale}
+        figures, skipped = self._figures.of(losses, self._clock)
+        if skipped:
+            self._count_skipped(losses.skipped)
+        start = self.completed * self.config.effective_batch
+        record = {
+            "update": self.completed,
+            **figures,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "loss_scale": scale,
+            "tickets": self.plan.digest(start, start + self.config.effective_batch),
+            "world_size": self.world.size,
+            "micro_batch": self.shape.micro_batch,
+            "skipped": self._skips.counts,
+        }
         self.completed += 1
+        self._watchdog.warm()
+        self._lead_time.update(record["seconds"])
         self.recorder.update(record)
 
     def _validate_if_due(self) -> None:
@@ -178,41 +214,70 @@ class Trainer:
         self.recorder.validation(self.completed, results)
 
     def _save_if_due(self) -> None:
-        """Write a checkpoint at its interval, or when somebody asked for one."""
+        """Begin a checkpoint at its interval, or when somebody asked for one; report one that was begun before."""
+        self._report(self._saver.news())
         asked = self._interruption.agreed() == Request.SAVE
         if asked or self.completed % self.config.checkpoint.every == 0:
-            self.save()
+            self._begin_save()
         if asked:
+            self._end_save()
             self._interruption.saved()
 
-    def save(self) -> None:
-        """Write a checkpoint of the completed updates, unless it is there. All ranks call this.
+    def _begin_save(self) -> None:
+        """Copy the state of the completed updates and write it beside the training, unless it is there. All ranks call this.
 
         A disk that cannot take it is reported, and the run goes on to the next interval with what was there before.
         """
-        if self._saved == self.completed:
+        self._end_save()
+        if self._saved != self.completed:
+            self._saved = self.completed
+            self._saver.start(self._state())
+
+    def _end_save(self) -> None:
+        """Wait for the checkpoint that is being written, if any."""
+        if not self._saver.busy:
             return
-        started = time.perf_counter()
-        moments = self.engine.moments()
-        failure: str | None = None
-        if self.world.is_main:
-            try:
-                content = Checkpoint(self.engine.weights(), moments, self._state())
-                checkpoints.write(self._checkpoints, content, self._config_text)
-                checkpoints.prune(self._checkpoints, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
-            except OSError as error:
-                failure = f"{self._checkpoints}: {error.strerror or error}"
-        failure = self.world.broadcast(failure)
-        seconds = time.perf_counter() - started
-        if failure is not None:
-            self.recorder.event("checkpoint_failed", update=self.completed, reason=failure)
+        if not self._saver.finish():
+            self._saved = -1
+        self._report(self._saver.news())
+        self._watchdog.beat()
+
+    def _save_for_good(self) -> bool:
+        """Write the last checkpoint of this start, and wait for it; whether it is on disk."""
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(1.0)
+            self._begin_save()
+            self._end_save()
+            if self._saved == self.completed:
+                return True
+        return False
+
+    def _report(self, outcome: Outcome | None) -> None:
+        """Say how a save went; rank 0 only, and once."""
+        if outcome is None or not self.world.is_main:
+            return
+        update = outcome.update
+        if outcome.failure is not None:
+            self.recorder.event("checkpoint_failed", update=update, reason=outcome.failure)
             self.recorder.write(
-                f"checkpoint after update {self.completed} could NOT be written: {failure}; "
-                f"the run goes on and tries again at the next interval"
+                f"checkpoint after update {update} could NOT be written: {outcome.failure}; "
+                f"the newest one is that of before, and the next interval tries again"
             )
             return
-        self._saved = self.completed
-        self.recorder.event("checkpoint", update=self.completed, seconds=round(seconds, 3))
+        seconds, held_up = round(outcome.seconds, 3), round(outcome.held_up, 3)
+        self.recorder.event("checkpoint", update=update, seconds=seconds, held_up=held_up)
+        if outcome.retention is not None:
+            self.recorder.event("retention_failed", update=update, reason=outcome.retention)
+            self.recorder.write(f"an old checkpoint could not be deleted: {outcome.retention}; make room by hand")
+        self._lead_time.save(outcome.seconds)
+        for name, lead in self._lead_time.short().items():
+            needed = self._lead_time.needed or 0.0
+            self.recorder.event("lead_time_short", setting=name, seconds=lead, needed=round(needed, 1))
+            self.recorder.write(
+                f"WARNING: stopping takes {needed:.0f} s (95th percentiles of an update and of a save), and {name} gives "
+                f"{lead:.0f} s: touch {self._checkpoints.parent}/STOP and submit the run again with more, or with a smaller micro_batch"
+            )
 
     def _micro_batches(self) -> Iterator[Batch]:
         """This rank's micro-batches of the current update; raises _Stopped on all ranks at the same one."""
@@ -221,43 +286,14 @@ class Trainer:
             batch = None
             while batch is None and self._interruption.pending < Request.STOP:
                 batch = self._loader.next_batch(timeout=0.5)
-            self._waited += time.perf_counter() - started
+            arrived = time.perf_counter()
+            self._clock.data += arrived - started
             if self._interruption.agreed() >= Request.STOP:
                 raise _Stopped
+            self._clock.others += time.perf_counter() - arrived
+            self._watchdog.beat()
             assert batch is not None  # a rank that gave up waiting has made the others stop
             yield batch
-
-    def _record(self, losses: Losses, seconds: float) -> dict[str, Any]:
-        """The update's numbers over all ranks: one small all-reduce, the only one for the log."""
-        names = list(self.model.datasets)
-        own = torch.cat([losses.terms, losses.per_dataset.flatten()]).double().cpu()
-        clock = torch.tensor([self._waited, seconds, float(len(losses.skipped))], dtype=torch.float64)
-        total = self.world.sum(torch.cat([own, clock]))
-        micro_batches = self.world.size * self.shape.accumulation
-        classification, projection, informative = (total[:3] / micro_batches).tolist()
-        per_dataset = total[3 : 3 + 2 * len(names)].reshape(-1, 2)
-        waited, busy, skipped = total[-3:].tolist()
-        if skipped:
-            self._count_skipped(losses.skipped)
-        weight = self.config.loss.informative_weight
-        start = self.completed * self.config.effective_batch
-        clips = self.config.effective_batch * self.config.augment.copies
-        return {
-            "update": self.completed,
-            "loss": classification + projection + weight * informative,
-            "loss_classification": classification,
-            "loss_projection": projection,
-            "loss_informative": informative,
-            "loss_per_dataset": {n: s / c for n, (s, c) in zip(names, per_dataset.tolist()) if c},
-            "tickets": self.plan.digest(start, start + self.config.effective_batch),
-            "world_size": self.world.size,
-            "micro_batch": self.shape.micro_batch,
-            "seconds": round(seconds, 4),
-            "data_wait_fraction": round(waited / busy, 4) if busy else 0.0,
-            "clips_per_second": round(clips / seconds, 3),
-            "skipped": self._skips.counts,
-            "max_memory_gb": round(_peak_memory(self.world.device) / 1e9, 3),
-        }
 
     def _count_skipped(self, own: list[dict[str, Any]]) -> None:
         records = [r for rank in self.world.gather(own) for r in rank]
@@ -309,10 +345,3 @@ class Trainer:
             self.engine.loss_scale.good_updates = int(content.state["loss_scale"]["good_updates"])
         self.completed = content.update
         self._validated = int(content.state["validated"])
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Most bytes so far: allocated on the GPU, or resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

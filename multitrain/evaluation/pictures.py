@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from multitrain.config import ConfigError
+from multitrain.monitor.figures import COLOURS, FAINT, INK
+from multitrain.monitor.figures import figure as _figure
+from multitrain.monitor.figures import png as _png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C564B")
-"""Okabe and Ito's colours, told apart by colour-blind readers too."""
-INK, FAINT, RIGHT, WRONG = "#24292f", "#8b949e", "#1a7f37", "#cf222e"
+RIGHT, WRONG = "#1a7f37", "#cf222e"
 POINTS = 600
 """Points of a drawn curve at most; longer ones are averaged in equal stretches."""
+MARKED = 25
+"""Interruptions up to which their numbers stand at the lines; more would hide each other."""
+LONGEST = 32
+"""Letters of a class name that fit beside a bar."""
 NAMED = 32
 """Classes up to which a confusion matrix shows their names."""
 
@@ -34,8 +36,8 @@ class History:
     """Records of `metrics.jsonl`."""
     validations: Mapping[int, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
     """By completed updates: results by dataset, in percent."""
-    restarts: Sequence[int] = ()
-    """Completed updates at which the run was resumed."""
+    interruptions: Sequence[Mapping[str, Any]] = ()
+    """See :func:`multitrain.monitor.interruptions.interruptions`; numbered from 1 in the pictures."""
     chance: Mapping[str, float] = field(default_factory=dict)
     """By dataset: percent that guessing reaches."""
 
@@ -53,28 +55,34 @@ class Example:
 
 
 def curves(history: History) -> bytes:
-    """Loss terms, loss by dataset, validation accuracy, learning rate, gradient norm and speed, as PNG."""
-    figure, axes = _figure(3, 2, width=13.0, height=7.2)
+    """Loss terms, loss by dataset, validation, learning rate, gradient norm, speed, waiting, memory, as PNG."""
+    figure, axes = _figure(3, 3, width=13.0, height=9.6)
     panels = axes.ravel()
     terms = {"loss": "total", "loss_classification": "classification", "loss_projection": "projection"}
     _lines(panels[0], "Loss", {label: _curve(history, key) for key, label in terms.items()}, first=INK)
     _lines(panels[1], "Loss of each dataset's own head", _by_dataset(history))
-    _validation(panels[2], history)
-    _lines(panels[3], "Informative loss", {"informative": _curve(history, "loss_informative")})
+    _lines(panels[2], "Informative loss", {"informative": _curve(history, "loss_informative")})
+    _validation(panels[3], history)
+    _rate(panels[4], history)
     norm = {"gradient norm": _curve(history, "grad_norm")}
-    _lines(panels[4], "Gradient norm, before clipping", norm, first=COLOURS[3])
-    _pace(panels[5], history)
+    _lines(panels[5], "Gradient norm, before clipping", norm, first=COLOURS[3])
+    _lines(panels[6], "Clips a second", {"": _curve(history, "clips_per_second")}, first=COLOURS[4])
+    _waiting(panels[7], history)
+    _lines(panels[8], "Memory of rank 0, most so far, GB", {"": _curve(history, "max_memory_gb")}, first=COLOURS[6])
+    for axis in (panels[6], panels[7], panels[8]):
+        axis.set_ylim(bottom=0)
+    last = max((r["update"] + 1 for r in history.metrics), default=1)
     for axis in panels:
         axis.set_xlabel("updates")
-        _mark_restarts(axis, history.restarts)
-        axis.set_xlim(left=0)
+        _mark_interruptions(axis, history.interruptions)
+        axis.set_xlim(0, last * 1.01)
     return _png(figure)
 
 
 def film_strips(examples: Sequence[Example], heads: Sequence[str]) -> bytes:
     """One row a video: frames, true label, and the best classes of every head, as PNG."""
     rows, shown = len(examples), 6
-    figure, axes = _figure(1 + len(heads), rows, width=7.0 + 2.9 * len(heads), height=1.35 * rows + 0.4, ratio=2.6)
+    figure, axes = _figure(1 + len(heads), rows, width=6.0 + 2.5 * len(heads), height=1.2 * rows + 0.4, ratio=2.6)
     for row, example in enumerate(examples):
         strip = axes[row, 0]
         strip.imshow(_strip(example.frames, shown), interpolation="lanczos", aspect="equal")
@@ -138,18 +146,18 @@ def _validation(axis: Axes, history: History) -> None:
         _nothing(axis, "no validation (eval.every is not set)")
 
 
-def _pace(axis: Axes, history: History) -> None:
-    """Clips a second, and the learning rate in the background on a scale of its own."""
-    _lines(axis, "Clips a second; learning rate (grey)", {"": _curve(history, "clips_per_second")}, first=COLOURS[4])
+def _rate(axis: Axes, history: History) -> None:
     updates, rate = _curve(history, "lr")
-    if len(rate):
-        peak = np.nanmax(rate)
-        axis.set_ylim(0)
-        top = axis.get_ylim()[1]
-        axis.fill_between(updates, 0, rate / max(peak, 1e-30) * top, color=FAINT, alpha=0.18, linewidth=0)
-        axis.set_ylim(0, top)
-        note = f"peak learning rate {peak:.1e}"
-        axis.annotate(note, (0.98, 0.04), xycoords="axes fraction", ha="right", size=8, color=FAINT)
+    _title(axis, "Learning rate")
+    axis.plot(updates, rate, color=COLOURS[0])
+    axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    axis.set_ylim(bottom=0)
+
+
+def _waiting(axis: Axes, history: History) -> None:
+    """Share of the time that the ranks waited for data, in percent."""
+    updates, share = _curve(history, "data_wait_fraction")
+    _lines(axis, "Waiting for data, % of the time", {"": (updates, 100 * share)}, first=COLOURS[5])
 
 
 def _lines(axis: Axes, title: str, series: Mapping[str, Curve], first: str | None = None) -> None:
@@ -175,11 +183,23 @@ def _bars(axis: Axes, example: Example, head: str) -> None:
             colour = RIGHT if label in example.truth else WRONG
         axis.barh(place, 1.0, color="#f0f2f5", height=0.78)
         axis.barh(place, probability, color=colour, height=0.78, alpha=0.6)
-        axis.text(0.02, place, label, va="center", size=8, color=INK, weight="bold" if place == 0 and own else "normal")
-        axis.text(0.98, place, f"{100 * probability:.0f} %", va="center", ha="right", size=8, color=INK)
+        axis.text(
+            0.02,
+            place,
+            _cut(label),
+            va="center",
+            size=8.5,
+            color=INK,
+            weight="bold" if place == 0 and own else "normal",
+        )
+        axis.text(0.98, place, f"{100 * probability:.0f} %", va="center", ha="right", size=8.5, color=INK)
     axis.set_ylim(2.6, -0.6)
     axis.set_xlim(0, 1)
     axis.axis("off")
+
+
+def _cut(label: str) -> str:
+    return label if len(label) <= LONGEST else label[: LONGEST - 1] + "…"
 
 
 def _strip(frames: np.ndarray, count: int) -> np.ndarray:
@@ -218,21 +238,21 @@ def _smooth(y: np.ndarray) -> np.ndarray:
     return (total[stop] - total[start]) / (stop - start)
 
 
-def _mark_restarts(axis: Axes, restarts: Sequence[int]) -> None:
-    for update in restarts:
-        axis.axvline(update, color=INK, linestyle=(0, (2, 3)), linewidth=0.9, alpha=0.6)
-    if restarts:
-        axis.annotate(
-            "resumed",
-            (restarts[0], 0.985),
-            (3, 0),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            va="top",
-            size=7,
-            color=INK,
-            alpha=0.7,
-        )
+def _mark_interruptions(axis: Axes, interruptions: Sequence[Mapping[str, Any]]) -> None:
+    for number, told in enumerate(interruptions, 1):
+        axis.axvline(told["update"], color=INK, linestyle=(0, (2, 3)), linewidth=0.9, alpha=0.6)
+        if len(interruptions) <= MARKED:
+            axis.annotate(
+                str(number),
+                (told["update"], 0.985),
+                (2, 0),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                va="top",
+                size=7,
+                color=INK,
+                alpha=0.8,
+            )
 
 
 def _title(axis: Axes, text: str, size: float = 10.5) -> None:
@@ -245,36 +265,3 @@ def _nothing(axis: Axes, text: str) -> None:
 
 def _cycle(count: int) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(count)]
-
-
-def _figure(
-    columns: int, rows: int, *, width: float, height: float, ratio: float = 1.0, widths: Sequence[float] | None = None
-) -> tuple[Figure, Any]:
-    """A figure and its axes [rows, columns]; the first column is `ratio` times as wide as the others, or as `widths` say."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("pictures need matplotlib; pip install 'multitrain[report]'") from None
-    style: dict[Any, Any] = {
-        "font.size": 9,
-        "axes.edgecolor": FAINT,
-        "axes.labelcolor": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
-    }
-    with rc_context(style):
-        figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-        shares = widths or [ratio, *[1.0] * (columns - 1)]
-        axes = figure.subplots(rows, columns, squeeze=False, gridspec_kw={"width_ratios": shares})
-    for axis in axes.ravel():
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(color="#e6e8eb", linewidth=0.7)
-        axis.set_axisbelow(True)
-    return figure, axes
-
-
-def _png(figure: Figure, dpi: int = 110) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    return buffer.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -10,6 +11,8 @@ import torch
 
 from multitrain.config import ConfigError, DatasetConfig, ModelConfig, RunConfig, nearest
 from multitrain.data.views import load_views, short_side
+from multitrain.interop.matching import Report
+from multitrain.interop.positions import resize_positions, resized
 from multitrain.interop.weights import Weights, read_model, read_names
 from multitrain.model import MultiTrain
 
@@ -21,6 +24,7 @@ class Predictor(MultiTrain):
         config, datasets, multi_label: of the model.
         run: how each dataset's clips are read.
         class_names: names by label, for the datasets whose names are known; others are shown by number.
+        report: what became of the tensors of the file that it was loaded from.
     """
 
     def __init__(
@@ -31,9 +35,12 @@ class Predictor(MultiTrain):
         run: RunConfig,
         multi_label: Sequence[str] = (),
         class_names: Mapping[str, Sequence[str]] | None = None,
+        report: Report | None = None,
     ) -> None:
         super().__init__(config, datasets, multi_label=multi_label)
         self.run = run
+        self.report = report or Report((), (), ())
+        """Which tensors of the file are the model's: matched, missing, unexpected, reshaped."""
         self.class_names = {name: list(names) for name, names in (class_names or {}).items()}
 
     def predict(
@@ -80,6 +87,21 @@ class Predictor(MultiTrain):
             self.train(was_training)
         return out
 
+    def reconfigure(self, run: RunConfig) -> None:
+        """Read clips as `run` says, and look for names of classes in its annotation folders where none are known.
+
+        Raises:
+            ConfigError: `run` is of another network.
+        """
+        if run.model != self.run.model:
+            raise ConfigError("model: the network is that of the weights and cannot be changed")
+        self.run = run
+        for name, classes in self.datasets.items():
+            if name not in self.class_names and name in run.data.datasets:
+                names = read_names(run.data.datasets[name].model_dump(), classes)
+                if names:
+                    self.class_names[name] = names
+
     def label(self, dataset: str, index: int) -> str:
         """The name of a class, or its number as text."""
         names = self.class_names.get(dataset)
@@ -98,33 +120,52 @@ class Predictor(MultiTrain):
         return [(self.label(name, int(i)), float(row[i])) for i in order]
 
 
-def load(path: str | Path, *, class_names: Mapping[str, str | Path | Sequence[str]] | None = None) -> Predictor:
-    """The model stored at `path`, on the CPU in eval mode.
+def load(
+    path: str | Path,
+    *,
+    class_names: Mapping[str, str | Path | Sequence[str]] | None = None,
+    strict: bool = True,
+    frames: int | None = None,
+    crop: int | None = None,
+) -> Predictor:
+    """The model stored at `path`, on the CPU in eval mode; its `report` says what became of every tensor of the file.
 
     Args:
         path: a published `.pyth` file, a run's folder, a checkpoint's folder, or a `.safetensors` file.
         class_names: by dataset, a list of names or a file with one name a line; takes precedence over names found with
-            the weights (stored, or ``classes.txt`` in the dataset's annotation folder).
+            the weights (stored, or a file in the dataset's annotation folder).
+        strict: refuse weights that are not exactly those of their model. Otherwise tensors that the file lacks have fresh
+            values, and a warning names them.
+        frames, crop: size of the clips to be given, when another than the file's: position tables are interpolated.
 
     Raises:
         ConfigError: no model there, damaged, or class names that do not fit.
     """
-    weights, run = read_model(path)
+    weights, run = read_model(path, strict=strict)
     absent = [name for name in weights.datasets if name not in run.data.datasets]
     if absent:
         raise ConfigError(
             f"{path}: its configuration has no data.datasets.{absent[0]}, which its weights have a head for; restore its config.yaml"
         )
+    config = resized(weights.config, frames, crop)
+    state = weights.state
+    if config != weights.config:
+        state = resize_positions(state, weights.config, config.frames, config.crop)
+        run = run.model_copy(update={"model": config})
     names = weights.class_names | _given_names(class_names or {}, weights)
     with torch.device("meta"):
         model = Predictor(
-            weights.config,
+            config,
             weights.datasets,
             run=run,
             multi_label=weights.multi_label,
             class_names=names,
+            report=weights.report,
         )
-    model.load_state_dict({name: tensor.float() for name, tensor in weights.state.items()}, assign=True)
+    if weights.report.fresh:
+        model.to_empty(device="cpu").initialise(run.seed)
+        warnings.warn(f"{path}: {weights.report}: {', '.join(weights.report.fresh)}", stacklevel=2)
+    model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True, strict=strict)
     return model.eval()
 
 

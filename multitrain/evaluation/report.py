@@ -6,57 +6,26 @@ PNG files, and ``report.md`` with the tables. What is not there yet, such as an 
 
 from __future__ import annotations
 
-import argparse
-import base64
-import html
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from multitrain.config import ConfigError, RunConfig, dump, load
-from multitrain.evaluation import pictures
+from multitrain.config import RunConfig, dump, load
+from multitrain.config.arguments import Parser
+from multitrain.evaluation import page, pictures
+from multitrain.evaluation.page import Section
 from multitrain.evaluation.pictures import Example, History
-from multitrain.monitor import events, metrics
+from multitrain.evaluation.scored import Scored, confused, hardest, newest_evaluation, read_evaluation
+from multitrain.monitor import events, lines, metrics
+from multitrain.monitor.interruptions import interruptions
 from multitrain.monitor.progress import duration
-
-
-@dataclass(frozen=True)
-class Scored:
-    """One dataset's test: figures and scores."""
-
-    name: str
-    result: Mapping[str, Any]
-    """As in ``metrics.json``."""
-    labels: np.ndarray
-    """int [N], or bool [N, K] for several labels a video."""
-    scores: np.ndarray
-    """float32 [N, K]."""
-    paths: np.ndarray
-    """Below the video root, str [N]."""
-
-    @property
-    def class_names(self) -> list[str]:
-        """Names by label; numbers where names are not known."""
-        return self.result.get("class_names") or [str(i) for i in range(self.scores.shape[1])]
-
-    @property
-    def chance(self) -> float:
-        """Percent that always guessing the most frequent class reaches."""
-        frequency = (
-            self.labels.mean(0) if self.labels.ndim == 2 else np.bincount(self.labels) / max(len(self.labels), 1)
-        )
-        return 100 * float(frequency.max(initial=0.0))
-
-    def truth(self, i: int) -> tuple[str, ...]:
-        """Names of the true labels of the i-th scored video."""
-        own = np.flatnonzero(self.labels[i]) if self.labels.ndim == 2 else [self.labels[i]]
-        return tuple(self.class_names[int(k)] for k in own)
+from multitrain.monitor.status import status
 
 
 @dataclass(frozen=True)
@@ -96,45 +65,28 @@ def write_report(
     shown = {"curves": pictures.curves(history)} if history.metrics else {}
     if examples:
         shown["clips"] = pictures.film_strips(examples, list(examples[0].predictions))
-    matrices = {name: _confusion(t) for name, t in tested.items() if "confusion" in t.result}
+    matrices = {name: t.confusion for name, t in tested.items() if t.confusion is not None}
     if matrices:
         shown["confusion"] = pictures.confusion(matrices, {name: tested[name].class_names for name in matrices})
     for name, png in shown.items():
         _replace(out / f"{name}.png", png)
-    table = accuracy_table(tested)
-    summary = summarise(run_dir, config, history)
-    _replace(out / "report.md", _markdown(run_dir.resolve().name, summary, tested).encode())
-    _replace(out / "report.html", _page(run_dir.resolve().name, summary, tested, shown, notes, dump(config)).encode())
-    return Report(out / "report.html", table, notes)
-
-
-def newest_evaluation(run_dir: Path) -> Path | None:
-    """The finished test of the newest checkpoint in a run's folder; validation files only where there is no test."""
-    found = list((run_dir / "evaluation").glob("update-*/*/metrics.json"))
-    order = {"test": 2, "val": 1}
-    best = max(found, key=lambda p: (p.parts[-3], order.get(p.parts[-2], 0)), default=None)
-    return best.parent if best else None
-
-
-def read_evaluation(folder: str | Path) -> dict[str, Scored]:
-    """The datasets of a finished evaluation that were scored by their own head.
-
-    Raises:
-        ConfigError: there is no finished evaluation.
-    """
-    folder = Path(folder)
-    try:
-        results = json.loads((folder / "metrics.json").read_text())["datasets"]
-    except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(
-            f"{folder}: no metrics.json, so no finished evaluation; multitrain evaluate writes one"
-        ) from None
-    tested = {}
-    for name, result in results.items():
-        if result["head"] == result["dataset"]:
-            with np.load(folder / name / "scores.npz") as file:
-                tested[name] = Scored(name, result, file["labels"], file["scores"], file["paths"])
-    return tested
+    state = status(run_dir)
+    summary = summarise(config, history, state)
+    title = run_dir.resolve().name
+    sections = [
+        Section("", page.facts(summary, str(state["state"]))),
+        Section("Accuracy", _accuracy(tested), _ACCURACY),
+        Section("Training", _picture(shown, "curves"), _CURVES),
+        Section("Interruptions", _interruptions(history), _INTERRUPTIONS),
+        Section("Clips", _picture(shown, "clips"), _CLIPS),
+        Section("Confusion", _picture(shown, "confusion") + _confusions(tested), _CONFUSION),
+        Section("Hardest classes", _hardest(tested), _HARDEST),
+        Section("Not read", _not_read(run_dir, tested, notes), _NOT_READ),
+        Section("Settings", _settings(run_dir, config)),
+    ]
+    _replace(out / "report.md", _markdown(title, summary, tested).encode())
+    _replace(out / "report.html", page.page(title, sections).encode())
+    return Report(out / "report.html", accuracy_table(tested), notes)
 
 
 def read_history(run_dir: Path, chance: Mapping[str, float]) -> History:
@@ -143,7 +95,7 @@ def read_history(run_dir: Path, chance: Mapping[str, float]) -> History:
     return History(
         metrics=metrics.read(run_dir / "metrics.jsonl"),
         validations={e["update"]: e["results"] for e in happened if e.get("event") == "validation"},
-        restarts=[e["update"] for e in happened if e.get("event") == "resume"],
+        interruptions=[i for i in interruptions(happened) if i["update"] is not None],
         chance=chance,
     )
 
@@ -180,21 +132,27 @@ def _row(tested: Scored) -> tuple[str, ...]:
     return (tested.name, videos, str(tested.scores.shape[1]), *figures, f"{tested.chance:.1f}")
 
 
-def summarise(run_dir: Path, config: RunConfig, history: History) -> dict[str, str]:
+def summarise(config: RunConfig, history: History, state: Mapping[str, Any]) -> dict[str, str]:
     """The run in a few facts."""
     records = history.metrics
     facts = {"experiment": config.experiment_name, "datasets": ", ".join(config.data.datasets)}
     if records:
         last = records[-1]
         seconds = sum(r.get("seconds") or 0.0 for r in records)
-        worlds = list(dict.fromkeys(r.get("world_size") for r in records if r.get("world_size")))
+        worlds = [r["world_size"] for r in records if r.get("world_size")]
+        changes = [w for w, before in zip(worlds, [None, *worlds]) if w != before]
+        total = f" of {state['total_updates']}" if state["total_updates"] else ""
         facts |= {
-            "updates": f"{last['update'] + 1} of {config.effective_batch} videos × {config.augment.copies} clips",
-            "ranks": " → ".join(str(w) for w in worlds),
+            "updates": f"{last['update'] + 1}{total}, each of {config.effective_batch} videos × {config.augment.copies} clips",
+            "ranks": " → ".join(str(w) for w in changes),
             "time in updates": duration(seconds),
-            "interruptions": str(len(history.restarts)),
+            "interruptions": str(len(history.interruptions)),
             "last loss": "–" if last.get("loss") is None else f"{last['loss']:.3f}",
         }
+    if state["eta_seconds"] is not None:
+        facts["to go"] = duration(state["eta_seconds"])
+    if state["last_error"]:
+        facts["last error"] = str(state["last_error"])
     model = config.model
     facts["network"] = (
         f"{model.depth} blocks, {model.frames} frames of {model.crop}×{model.crop} px, {config.precision}"
@@ -241,14 +199,6 @@ def _chosen(tested: Scored, count: int) -> list[int]:
     return [*chosen, int(wrong[tested.scores[wrong].max(1).argmax()])] if len(wrong) else chosen
 
 
-def _confusion(tested: Scored) -> np.ndarray:
-    classes = tested.scores.shape[1]
-    matrix = np.zeros((classes, classes), int)
-    for true, predicted, number in tested.result["confusion"]:
-        matrix[true, predicted] = number
-    return matrix
-
-
 def _markdown(name: str, summary: Mapping[str, str], tested: Mapping[str, Scored]) -> str:
     lines = [f"# {name}", "", *(f"* {key}: {value}" for key, value in summary.items()), ""]
     if tested:
@@ -258,80 +208,114 @@ def _markdown(name: str, summary: Mapping[str, str], tested: Mapping[str, Scored
     return "\n".join(lines) + "\n"
 
 
-_SECTIONS = {
-    "curves": (
-        "Training",
-        "Thin lines are single updates, thick ones moving means. Dashed lines mark where the run was resumed.",
-    ),
-    "clips": (
-        "What it says of test videos",
-        "Each row is a video of the test split. The columns are the heads: every head answers for every video, in its own "
-        "label space. Green: right; red: wrong (the surest mistake of a dataset is always shown); grey: the heads of the "
-        "other datasets, which never saw a label for this video.",
-    ),
-    "confusion": ("Confusion on test videos", "Percent of the videos of each true class (row)."),
-}
+# -- sections ---------------------------------------------------------------------------------------------------------
 
-_STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;color:#24292f;background:#f6f8fa;margin:0}
-main{max-width:1120px;margin:0 auto;padding:28px 20px 60px}
-h1{font-size:26px;margin:0 0 2px}h2{font-size:19px;margin:0 0 4px}
-section{background:#fff;border:1px solid #d8dee4;border-radius:10px;padding:18px 22px;margin:18px 0}
-p.note{color:#57606a;margin:0 0 12px}img{max-width:100%;height:auto;display:block}
-table{border-collapse:collapse}th,td{padding:6px 16px 6px 0;border-bottom:1px solid #eaeef2;text-align:right}
-th:first-child,td:first-child{text-align:left}th{font-weight:600;color:#57606a}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 18px;margin:0}dt{color:#57606a}dd{margin:0}
-.bar{display:inline-block;width:160px;height:10px;background:#eaeef2;border-radius:5px;position:relative;overflow:hidden}
-.bar i{position:absolute;left:0;top:0;bottom:0;background:#1a7f37}.bar b{position:absolute;top:0;bottom:0;width:2px;background:#cf222e}
-pre{overflow:auto;font-size:12.5px;line-height:1.4}summary{cursor:pointer;color:#57606a}
-"""
+_ACCURACY = (
+    "Test videos were never trained on, and are not those of the validation curves. "
+    "Chance is always guessing the most frequent class."
+)
+_CURVES = (
+    "Thin lines are single updates, thick ones moving means. Numbered dashed lines mark where the run was interrupted; "
+    "the table below says why."
+)
+_INTERRUPTIONS = (
+    "Times are UTC. Away: from the last word before it to the start that followed, waiting in the queue included. "
+    "Redone: updates that were lost and done again, with the same videos. Ranks: after the start."
+)
+_CLIPS = (
+    "Each row is a video of the test split. The columns are the heads: every head answers for every video, in its own "
+    "label space. Green: right; red: wrong (the surest mistake of a dataset is always shown); grey: the heads of the "
+    "other datasets, which never saw a label for this video."
+)
+_CONFUSION = "Percent of the test videos of each true class (row)."
+_HARDEST = "The classes of each dataset with the smallest share of right answers."
+_NOT_READ = "Videos that could not be read. In training another video of the dataset stood in; in testing nothing did."
+LISTED = 50
+"""Videos that could not be read, of training and of each test, that are listed."""
 
 
-def _page(
-    name: str,
-    summary: Mapping[str, str],
-    tested: Mapping[str, Scored],
-    shown: Mapping[str, bytes],
-    notes: Sequence[str],
-    config: str,
-) -> str:
-    e = html.escape
-    facts = "".join(f"<dt>{e(key)}</dt><dd>{e(value)}</dd>" for key, value in summary.items())
-    parts = [f"<section><dl>{facts}</dl></section>"]
-    if tested:
-        parts.append(f"<section><h2>Accuracy</h2>{_html_table(tested)}</section>")
-    for key, png in shown.items():
-        title, note = _SECTIONS[key]
-        image = base64.b64encode(png).decode()
-        parts.append(
-            f'<section><h2>{e(title)}</h2><p class="note">{e(note)}</p>'
-            f'<img alt="{e(title)}" src="data:image/png;base64,{image}"></section>'
+def _picture(shown: Mapping[str, bytes], name: str) -> str:
+    return page.picture(shown[name], name) if name in shown else ""
+
+
+def _accuracy(tested: Mapping[str, Scored]) -> str:
+    if not tested:
+        return ""
+    header, *rows = _rows(tested)
+    bars = [page.bar(t.result.get("map") or t.result.get("top1") or 0.0, t.chance) for t in tested.values()]
+    texts = [[*row, b] for row, b in zip(rows, bars, strict=True)]
+    return page.table([*header, "top-1, and chance in red"], texts, last_is_html=True)
+
+
+def _interruptions(history: History) -> str:
+    rows = [
+        (
+            str(number),
+            str(i["time"] or "")[:19].replace("T", " "),
+            str(i["update"]),
+            str(i["reason"]),
+            "–" if i["away_seconds"] is None else duration(i["away_seconds"]),
+            str(i["redone"] or 0),
+            str(i["world_size"] or "–"),
         )
-    if notes:
-        parts.append("<section><h2>Not shown</h2><ul>" + "".join(f"<li>{e(n)}</li>" for n in notes) + "</ul></section>")
-    parts.append(f"<section><details><summary>Configuration</summary><pre>{e(config)}</pre></details></section>")
-    made = f"{datetime.now():%Y-%m-%d %H:%M}"
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{e(name)} – MultiTrain</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style>'
-        f'<main><h1>{e(name)}</h1><p class="note">MultiTrain report, {made}</p>{"".join(parts)}</main></html>\n'
-    )
+        for number, i in enumerate(history.interruptions, 1)
+    ]
+    return page.table(("#", "started again", "at update", "why", "away", "redone", "ranks"), rows)
 
 
-def _html_table(tested: Mapping[str, Scored]) -> str:
-    header, *table = _rows(tested)
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in header) + "<th>top-1, and chance in red</th>"
-    rows = []
-    for t, texts in zip(tested.values(), table, strict=True):
-        cells = "".join(f"<td>{html.escape(c)}</td>" for c in texts)
-        top = t.result.get("map") or t.result.get("top1") or 0.0
-        bar = f'<span class="bar"><i style="width:{top:.1f}%"></i><b style="left:{t.chance:.1f}%"></b></span>'
-        rows.append(f"<tr>{cells}<td>{bar}</td></tr>")
-    note = (
-        "Test videos were never trained on, and are not those of the validation curves. "
-        "Chance is always guessing the most frequent class."
-    )
-    return f'<p class="note">{note}</p><table><tr>{head}</tr>{"".join(rows)}</table>'
+def _confusions(tested: Mapping[str, Scored]) -> str:
+    parts = []
+    for name, t in tested.items():
+        rows = [(true, taken, f"{times} of {of}") for true, taken, times, of in confused(t, 8)]
+        parts.append(
+            page.heading(f"{name}: most frequent") + page.table(("class", "taken for", "videos"), rows) if rows else ""
+        )
+    return page.beside(parts)
+
+
+def _hardest(tested: Mapping[str, Scored]) -> str:
+    parts = []
+    for name, t in tested.items():
+        rows = [
+            (
+                h.name,
+                f"{h.right} of {h.videos}",
+                f"{100 * h.right / h.videos:.0f} %",
+                ", ".join(f"{o} ({n})" for o, n in h.taken_for),
+            )
+            for h in hardest(t)
+        ]
+        if rows:
+            parts.append(page.heading(name) + page.table(("class", "right", "", "taken for"), rows))
+    return page.beside(parts)
+
+
+def _not_read(run_dir: Path, tested: Mapping[str, Scored], notes: Sequence[str]) -> str:
+    skipped = list(lines.read(run_dir / "skipped.jsonl"))
+    counts = Counter(str(r.get("dataset")) for r in skipped)
+    rows = [("training", str(r.get("dataset")), str(r.get("path")), _flat(r.get("reason"))) for r in skipped[:LISTED]]
+    for name, t in tested.items():
+        counts[f"{name} (test)"] += len(t.unreadable)
+        rows += [("test", name, str(r.get("path")), _flat(r.get("reason"))) for r in t.unreadable[:LISTED]]
+    rows += [("this report", "", "", _flat(note)) for note in notes]
+    if not rows:
+        return page.facts({"all of them": "every video that was asked for was read"})
+    totals = {name: str(count) for name, count in counts.items() if count}
+    return page.facts(totals) + page.table(("in", "dataset", "video", "why"), rows)
+
+
+def _settings(run_dir: Path, config: RunConfig) -> str:
+    """What the run is, folded: configuration, what was typed, environment, events."""
+    happened = (run_dir / "events.jsonl").read_text(errors="replace") if (run_dir / "events.jsonl").is_file() else ""
+    texts = {"Configuration": dump(config)}
+    for title, name in (("What was typed", "overrides.yaml"), ("Environment", "env.txt")):
+        texts[title] = (run_dir / name).read_text(errors="replace") if (run_dir / name).is_file() else ""
+    texts["Events"] = "\n".join(happened.splitlines()[-200:])
+    return "".join(page.folded(title, text) for title, text in texts.items())
+
+
+def _flat(text: Any) -> str:
+    return " ".join(str(text or "").split())
 
 
 def _replace(path: Path, content: bytes) -> None:
@@ -342,17 +326,25 @@ def _replace(path: Path, content: bytes) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """``multitrain report RUN``."""
-    parser = argparse.ArgumentParser(
-        prog="multitrain report", description="Curves, figures and example clips of a run as one page."
+    parser = Parser(
+        "report",
+        "A run as one self-contained page: curves, interruptions, figures on test videos, example clips, settings.",
+        "multitrain report runs/first                    writes runs/first/report/report.html",
+        "multitrain report runs/first --out /tmp/first   somewhere else",
+        "multitrain report runs/first --json             for scripts: the page and the figures",
     )
-    parser.add_argument("run", help="the run's folder")
+    parser.add_argument("run", metavar="RUN", help="the run's folder")
     parser.add_argument("--evaluation", metavar="DIR", help="folder of a finished test (default: the run's newest)")
     parser.add_argument("--out", metavar="DIR", help="folder to write to (default: RUN/report)")
     parser.add_argument(
         "--clips", type=int, default=4, metavar="N", help="test videos of each dataset shown (default 4)"
     )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args(arguments)
     report = write_report(given.run, evaluation=given.evaluation, out=given.out, clips=given.clips)
+    if given.json:
+        print(json.dumps({"page": str(report.page), "table": report.table, "notes": report.notes}, ensure_ascii=False))
+        return 0
     for note in report.notes:
         print(f"not shown: {note}")
     if report.table:

@@ -1,16 +1,29 @@
-"""One kind of weights file into another: `.pyth` and `.safetensors`, from anything that holds a model."""
+"""One kind of weights into another: `.pyth`, a `.safetensors` file, or a folder of ours, from anything that holds a model.
+
+What a `.pyth` file holds beside the weights (epoch, configuration text, optimizer state) travels with them, so that a file
+that has gone through our formats comes back equal in every bit. A run's AdamW moments become the published optimizer state.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from multitrain.config import ConfigError, ModelConfig, RunConfig
+from multitrain.config import ConfigError, RunConfig, dump
 from multitrain.interop import pyslowfast
-from multitrain.interop.weights import HEADER, Weights, locate, read_model, resize_positions
+from multitrain.interop.optimizer_state import Grouping
+from multitrain.interop.places import MODEL_FILE, locate, sha256
+from multitrain.interop.positions import resize_positions, resized
+from multitrain.interop.training_state import KEY, TrainingState, describe, optimizer_file, read_training_state
+from multitrain.interop.weights import HEADER, Weights, read_model
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -25,61 +38,79 @@ class Converted:
 
 
 def convert(
-    source: str | Path, target: str | Path, *, frames: int | None = None, crop: int | None = None, force: bool = False
+    source: str | Path,
+    target: str | Path,
+    *,
+    frames: int | None = None,
+    crop: int | None = None,
+    force: bool = False,
+    weights_only: bool = False,
+    grouping: Grouping = "ddp",
 ) -> Converted:
-    """Writes the weights at `source` as `target`, whose ending says how: `.pyth` or `.safetensors`.
-
-    From `.pyth` to `.pyth` every tensor, the configuration text and the optimizer state stay as they are.
+    """Writes the weights at `source` as `target`.
 
     Args:
         source: see :func:`multitrain.interop.weights.read_weights`.
-        target: a new file.
-        frames, crop: clip size of the result; position tables are interpolated when it is another one.
+        target: a new `.pyth` or `.safetensors` file, or a new folder, which gets ``model.safetensors`` and ``config.json``.
+        frames, crop: clip size of the result; position tables are interpolated when it is another one, and the
+            optimizer's state, which belongs to the old ones, is left out.
         force: replace `target` when it exists.
+        weights_only: leave out the optimizer's state.
+        grouping: how a `.pyth` file's optimizer state is grouped when it is made of a run's; ``ddp`` for training on
+            several GPUs with the published code, ``single`` for one.
 
     Raises:
         ConfigError: nothing to read, a target that exists, an ending that is not known, a clip size that cannot be.
     """
     source, target = Path(source), Path(target)
-    if target.suffix not in (".pyth", ".safetensors"):
-        raise ConfigError(f"{target}: its ending says no known format; end it in .pyth or .safetensors")
-    if target.exists() and not force:
-        raise ConfigError(f"{target}: exists already; choose another name, or add --force to replace it")
-    if not target.parent.is_dir():
-        raise ConfigError(f"{target}: there is no folder {target.parent}; create it first")
+    _check_target(target, force)
     stored, run = read_model(source)
-    weights, notes = _resized(stored, frames, crop)
+    weights = stored
+    notes: list[str] = []
+    training = read_training_state(source, stored, run, grouping)
+    config = resized(stored.config, frames, crop)
+    if config != stored.config:
+        weights = stored._replace(
+            config=config, state=resize_positions(stored.state, stored.config, config.frames, config.crop)
+        )
+        training = TrainingState(epoch=training.epoch)
+        old = stored.config
+        notes.append(
+            f"position tables interpolated from {old.frames} × {old.crop}² to {config.frames} × {config.crop}²; "
+            "the optimizer's state is left out"
+        )
+    elif weights_only:
+        training = training._replace(optimizer_state=None, extras=TrainingState().extras)
     if target.suffix == ".pyth":
-        notes += _write_pyth(source, target, weights, run, resized=bool(notes))
+        notes += _write_pyth(target, weights, run, training, grouping)
+    elif target.suffix == ".safetensors":
+        _write_safetensors(source, target, weights, run, training)
     else:
-        _write_safetensors(source, target, weights, run)
+        target.mkdir(exist_ok=True)
+        _write_safetensors(source, target / MODEL_FILE, weights, run, training)
+        _complete_folder(target, weights, run)
     count = sum(t.numel() for t in weights.state.values())
     return Converted(target, len(weights.state), count, weights.datasets, tuple(notes))
 
 
-def _resized(weights: Weights, frames: int | None, crop: int | None) -> tuple[Weights, list[str]]:
-    old = weights.config
-    frames, crop = frames or old.frames, crop or old.crop
-    if (frames, crop) == (old.frames, old.crop):
-        return weights, []
-    try:
-        new = ModelConfig.model_validate(old.model_dump() | {"frames": frames, "crop": crop})
-    except ValueError as error:
-        raise ConfigError(f"clips of {frames} × {crop}² cannot be: {' '.join(str(error).split())[:200]}") from None
-    state = resize_positions(weights.state, old, frames, crop)
-    note = f"position tables interpolated from {old.frames} × {old.crop}² to {frames} × {crop}²"
-    return weights._replace(config=new, state=state), [note]
+def _check_target(target: Path, force: bool) -> None:
+    if target.suffix not in (".pyth", ".safetensors", "") and not target.is_dir():
+        raise ConfigError(
+            f"{target}: its ending says no known format; end it in .pyth or .safetensors, or give a folder without one"
+        )
+    if target.exists() and not force and not (target.is_dir() and not any(target.iterdir())):
+        raise ConfigError(f"{target}: exists already; choose another name, or add --force to replace it")
+    if target.is_dir() != (target.suffix not in (".pyth", ".safetensors")) and target.exists():
+        raise ConfigError(f"{target}: is {'a folder' if target.is_dir() else 'a file'} already; choose another name")
+    if target.is_dir() and (target / "checkpoints").is_dir():
+        raise ConfigError(f"{target}: is a run's folder, which is never written into; choose another name")
+    if not target.absolute().parent.is_dir():
+        raise ConfigError(f"{target}: there is no folder {target.parent}; create it first")
 
 
-def _write_pyth(source: Path, target: Path, weights: Weights, run: RunConfig, *, resized: bool) -> list[str]:
-    import warnings
-
-    kept: dict[str, Any] = {}
-    if source.suffix == ".pyth":
-        file = pyslowfast.read_published(source)
-        kept = {"epoch": file.epoch}
-        if not resized:
-            kept |= {"cfg": file.cfg, "optimizer_state": file.optimizer_state}
+def _write_pyth(
+    target: Path, weights: Weights, run: RunConfig, training: TrainingState, grouping: Grouping
+) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         pyslowfast.write_pyth(
@@ -90,14 +121,14 @@ def _write_pyth(source: Path, target: Path, weights: Weights, run: RunConfig, *,
             multi_label=weights.multi_label,
             sampling_rate=run.data.sampling_rate,
             target_fps=run.data.target_fps,
-            **kept,
+            grouping=grouping,
+            **training._asdict(),
         )
     return [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
 
 
-def _write_safetensors(source: Path, target: Path, weights: Weights, run: RunConfig) -> None:
-    from safetensors.torch import save_file
-
+def _write_safetensors(source: Path, target: Path, weights: Weights, run: RunConfig, training: TrainingState) -> None:
+    kept, tensors = describe(training)
     values = run.model_dump(mode="json") | {"model": weights.config.model_dump(mode="json")}
     description = {
         "model": weights.config.model_dump(mode="json"),
@@ -106,16 +137,49 @@ def _write_safetensors(source: Path, target: Path, weights: Weights, run: RunCon
         "class_names": weights.class_names,
         "run": values,
         "source": str(source if source.suffix == ".pyth" else locate(source)),
+        KEY: kept,
     }
-    text = json.dumps(description, ensure_ascii=False)
-    state = {name: tensor.contiguous() for name, tensor in weights.state.items()}
-    _replace(target, lambda temporary: save_file(state, temporary, metadata={HEADER: text}))
+    optimizer_file(target).unlink(missing_ok=True)
+    if tensors:
+        _save(optimizer_file(target), tensors, {})
+    _save(target, weights.state, {HEADER: json.dumps(description, ensure_ascii=False)})
+    text = json.dumps(description, indent=1, ensure_ascii=False) + "\n"
+    _replace(_description_file(target, description), lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _description_file(target: Path, description: Mapping[str, Any]) -> Path:
+    """``config.json`` beside `target`, or ``NAME.json`` where that one describes another model."""
     beside = target.parent / "config.json"
-    if not beside.exists():  # for people and other tools; the file's own header is what is read
-        _replace(beside, lambda path: path.write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n"))
+    try:
+        found = json.loads(beside.read_text(encoding="utf-8"))
+        other = any(found.get(key) != description[key] for key in ("model", "datasets"))
+    except FileNotFoundError:
+        other = False
+    except (OSError, ValueError, AttributeError):
+        other = True
+    return target.with_suffix(".json") if other and target.name != MODEL_FILE else beside
 
 
-def _replace(path: Path, write: Any) -> None:
+def _complete_folder(folder: Path, weights: Weights, run: RunConfig) -> None:
+    """``config.yaml``, and last the manifest with every file's size and SHA-256."""
+    settings = run.model_copy(update={"model": weights.config})
+    _replace(folder / "config.yaml", lambda path: path.write_text(dump(settings), encoding="utf-8"))
+    files = {}
+    for file in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".yaml")):
+        if file.name != "manifest.json":
+            files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    text = json.dumps({"files": files}, indent=1) + "\n"
+    _replace(folder / "manifest.json", lambda path: path.write_text(text))
+
+
+def _save(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    state = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    _replace(path, lambda temporary: save_file(state, temporary, metadata=metadata))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` with a temporary path and renames the result to `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

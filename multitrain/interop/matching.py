@@ -49,6 +49,14 @@ class Report:
 
     __str__ = summary
 
+    def lines(self) -> list[str]:
+        """One line a tensor that was not copied, by name: ``  fresh: heads.mit.fc1.weight``."""
+        return [
+            *(f"  fresh: {name}" for name in self.missing),
+            *(f"  fresh: {shown(*r)}" for r in self.reshaped),
+            *(f"  not used: {name}" for name in self.unexpected),
+        ]
+
 
 def compare(found: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> Report:
     """The report of copying tensors of shapes `found` into places of shapes `wanted`; copies nothing."""

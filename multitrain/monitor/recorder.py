@@ -83,6 +83,8 @@ class Recorder:
         self.metrics.sync()
         if name in ("start", "resume"):
             fields = {"update": self.start_update, "total_updates": self.total_updates, **fields}
+            if self.metrics.dropped:
+                fields = {"redone": self.metrics.dropped, **fields}
         self.events.write(name, **fields)
         if self.tensorboard:
             if name == "checkpoint" and fields.get("seconds") is not None:

@@ -20,6 +20,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 rank that is still importing: the rank installs its handlers, then calls :func:`unblock_stop_signals`, and what arrived
 meanwhile is delivered."""
 
+PREEMPTED, TIME_LIMIT, BATCH_ENDED = "preempted", "time limit", "batch script ended"
+"""Why SLURM took a job away that is to come back."""
+
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """The variables that tell a rank its place in the world and where all meet."""
 
@@ -136,6 +139,11 @@ def job_id(environment: Mapping[str, str] = os.environ) -> str | None:
     return environment.get("SLURM_JOB_ID")
 
 
+def restart_count(environment: Mapping[str, str] = os.environ) -> int:
+    """How often SLURM has started this job before (the variable is not set at the first start)."""
+    return int(environment.get("SLURM_RESTART_COUNT") or 0)
+
+
 def show_job(job_id: str) -> dict[str, str]:
     """What the controller says of a job: ``JobState``, ``PreemptTime``, ``EndTime``, ``Restarts`` …
 
@@ -145,11 +153,22 @@ def show_job(job_id: str) -> dict[str, str]:
     return _fields(_scontrol("show", "job", "-o", job_id))
 
 
+ENDED_BY_ITSELF = {
+    "JobLaunchFailure": BATCH_ENDED,
+    "NonZeroExitCode": BATCH_ENDED,
+    "RaisedSignal": BATCH_ENDED,
+    "TimeLimit": TIME_LIMIT,
+}
+"""Reasons of a job that is COMPLETING although nobody cancelled it; `scontrol requeue` still takes it then."""
+
+
 def taken_away(job_id: str, signals: Collection[int], *, close: float = 120.0) -> str | None:
-    """Why this job must come back after it was told to stop: ``"preempted"``, ``"time limit"``; None: it must not.
+    """Why this job must come back after it was told to stop: ``"preempted"``, ``"time limit"``, ``"batch script ended"``;
+    None: it must not.
 
     Preemption and `scancel` send the same signals. What tells them apart is the controller: a preempted job is still
-    RUNNING and has a PreemptTime; a cancelled one is COMPLETING or CANCELLED. None as well when SLURM has already put
+    RUNNING and has a PreemptTime; a cancelled one is COMPLETING without a Reason, or CANCELLED; one whose batch script was
+    killed is COMPLETING with one (JobLaunchFailure, of all names). None as well when SLURM has already put
     the job back by itself, which it does when the grace period ends.
 
     Args:
@@ -160,12 +179,31 @@ def taken_away(job_id: str, signals: Collection[int], *, close: float = 120.0) -
         SlurmError: the controller does not answer. The job must then neither be requeued nor end with 0.
     """
     job = show_job(job_id)
+    if job.get("JobState") == "COMPLETING":
+        return ENDED_BY_ITSELF.get(job.get("Reason", ""))
     if job.get("JobState") != "RUNNING":
         return None
     if job.get("PreemptTime", "None") not in ("None", "N/A"):
-        return "preempted"
+        return PREEMPTED
     warned = {int(s) for s in signals} & {int(signal.SIGUSR1), int(signal.SIGUSR2)}
-    return "time limit" if warned or _seconds_until(job.get("EndTime")) < close else None
+    return TIME_LIMIT if warned or _seconds_until(job.get("EndTime")) < close else None
+
+
+def grace(partition: str | None = None) -> float | None:
+    """Seconds between the first signal of a preemption and SIGKILL in a partition (this job's own when not given); None
+    where jobs are not preempted, or SLURM does not say.
+    """
+    partition = partition or os.environ.get("SLURM_JOB_PARTITION")
+    if partition is None:
+        return None
+    try:
+        fields = _fields(_scontrol("show", "partition", "-o", partition))
+        config = dict(re.findall(r"^(\w+)\s*= (.*?)\s*$", _scontrol("show", "config"), re.MULTILINE))
+        if fields.get("PreemptMode") == "OFF" or config.get("PreemptType", "preempt/none") == "preempt/none":
+            return None
+        return float(fields.get("GraceTime", "0")) + float(config.get("KillWait", "30 sec").split()[0])
+    except (SlurmError, ValueError):
+        return None
 
 
 def requeue(job_id: str) -> None:

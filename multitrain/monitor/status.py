@@ -1,4 +1,4 @@
-"""How a run is doing, from its folder and, where there is one, the scheduler. No torch."""
+"""How runs are doing, from their folders and, where there is one, the scheduler. No torch."""
 
 from __future__ import annotations
 
@@ -6,24 +6,17 @@ import json
 import os
 import shutil
 import socket
-import subprocess
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from multitrain.monitor import events, lines
-from multitrain.monitor.progress import duration
-
-QUEUE_STATES = {
-    "RUNNING": "running",
-    "COMPLETING": "running",
-    "SUSPENDED": "suspended",
-    "PENDING": "pending",
-    "CONFIGURING": "pending",
-    "REQUEUED": "pending",
-}
-"""SLURM's job states and what they mean for a run; any other is shown in lower case."""
+from multitrain.config import ConfigError, nearest
+from multitrain.monitor import events, lines, scheduler
+from multitrain.monitor.interruptions import interruptions
+from multitrain.monitor.screen import card, table
 
 AFTER = {"submit": "submitted", "requeue": "requeued", "error": "failed"}
 """Events that leave a run in a state; `start`, `resume` and `end` are read more closely."""
@@ -31,19 +24,10 @@ AFTER = {"submit": "submitted", "requeue": "requeued", "error": "failed"}
 LEFT = {"finished": "finished", "stopped on request": "stopped", "cancelled": "cancelled"}
 """The status of an `end` event and the state it leaves; any other is an interruption."""
 
-COLUMNS = {
-    "name": "run",
-    "state": "state",
-    "updates": "updates",
-    "loss": "loss",
-    "accuracy": "validation top-1",
-    "clips_per_second": "clips/s",
-    "eta": "ETA",
-    "restarts": "restarts",
-    "checkpoint": "checkpoint",
-    "job": "job",
-}
-"""Columns of :func:`table`."""
+UNDER_WAY = ("running", "pending", "requeued", "submitted")
+
+QUIET = 600.0
+"""Seconds without an update, at least, after which a running run is said to be silent; twenty updates when those are longer."""
 
 
 def status(run_dir: str | Path) -> dict[str, Any]:
@@ -51,86 +35,99 @@ def status(run_dir: str | Path) -> dict[str, Any]:
 
     Returns:
         ``name``, ``run_dir``, ``state`` (running, pending, submitted, requeued, suspended, interrupted, stopped,
-        finished, failed, cancelled, or empty), ``update`` (completed), ``total_updates``, ``loss``, ``lr``, ``clips_per_second``,
-        ``seconds_per_update``, ``eta_seconds``, ``last_metric`` (ISO time, UTC), ``validation`` {dataset: {measure:
-        value}} and ``validation_update``, ``checkpoint`` (completed updates of the newest one), ``checkpoints``,
-        ``job``, ``job_state``, ``reason`` (the scheduler's), ``restarts``, ``skipped`` {dataset: bad videos},
-        ``last_event``, ``last_error``. Unknown values are None.
+        finished, failed, cancelled, or empty), ``update`` (completed), ``total_updates``, ``world_size``, ``loss``,
+        ``lr``; over the last hundred updates ``clips_per_second``, ``seconds_per_update`` and ``data_wait_fraction``
+        (0–1); ``eta_seconds``, ``last_metric`` (ISO time, UTC), ``silent_seconds`` (when a running run has not finished an
+        update for suspiciously long), ``validation`` {dataset: {measure: value}} and ``validation_update``,
+        ``checkpoint`` (completed updates of the newest one), ``checkpoint_age_seconds``, ``checkpoints``, ``job``,
+        ``job_state``, ``reason`` (the scheduler's), ``job_start``, ``nodes``, ``restarts`` and
+        ``interruptions`` (see :func:`multitrain.monitor.interruptions.interruptions`), ``skipped`` {dataset: bad
+        videos}, ``last_event``, ``last_error``. Unknown values are None.
 
     Raises:
         FileNotFoundError: there is no such folder.
     """
-    run_dir = Path(run_dir)
-    if not run_dir.is_dir():
-        raise FileNotFoundError(f"{run_dir}: no such run folder; runs are under `runs` by name")
-    history = events.read(run_dir / "events.jsonl")
+    return statuses([run_dir])[0]
+
+
+def statuses(run_dirs: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """:func:`status` of several runs, with one question to the scheduler."""
+    folders = [Path(run) for run in run_dirs]
+    for folder in folders:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such run folder; runs are under `runs` by name")
+    histories = [events.read(folder / "events.jsonl") for folder in folders]
+    ids = [_last(history, "job") for history in histories]
+    queue = scheduler.jobs(str(job) for job in ids if job)
+    return [
+        _status(folder, history, queue.get(str(job), {}))
+        for folder, history, job in zip(folders, histories, ids, strict=True)
+    ]
+
+
+def find(runs: str | Path) -> list[Path]:
+    """The runs in a folder of runs: those with a configuration or events, the least recently active first."""
+    folders = [p for p in Path(runs).glob("[!.]*") if any((p / f).is_file() for f in ("config.yaml", "events.jsonl"))]
+    return sorted(folders, key=lambda p: (_activity(p), p.name))
+
+
+def resolve(name: str, runs: str | Path) -> Path:
+    """The folder of a run, given as a path or by its name in `runs`.
+
+    Raises:
+        ConfigError: there is none; names the most similar.
+    """
+    for folder in (Path(name), Path(runs) / name):
+        if folder.is_dir():
+            return folder
+    known = [p.name for p in find(runs)]
+    hint = nearest(name, known) if known else f"there are no runs in {runs}"
+    raise ConfigError(f"{name}: no such run, neither here nor in {runs}; {hint}")
+
+
+def _status(run_dir: Path, history: Sequence[Mapping[str, Any]], queue: Mapping[str, str]) -> dict[str, Any]:
     metrics = _tail(run_dir / "metrics.jsonl")
     saved = _checkpoints(run_dir / "checkpoints")
-    queue = _queue(_last(history, "job"))
     update = metrics[-1]["update"] + 1 if metrics else (saved[-1] if saved else 0)
     total = _last(history, "total_updates") or _configured_updates(run_dir)
-    pace = _seconds_per_update(metrics)
+    recent = metrics[-100:]
+    pace = _mean(recent, "seconds")
     state = queue.get("state") or _state(history)
     validation = [e for e in history if e.get("event") == "validation"]
     latest = metrics[-1] if metrics else {}
+    told = interruptions(history)
     return {
         "name": run_dir.resolve().name,
         "run_dir": str(run_dir),
         "state": state,
         "update": update,
         "total_updates": total,
+        "world_size": latest.get("world_size") or _last(history, "world_size"),
         "loss": latest.get("loss"),
         "lr": latest.get("lr"),
-        "clips_per_second": latest.get("clips_per_second"),
+        "clips_per_second": _speed(recent),
         "seconds_per_update": pace,
-        "eta_seconds": pace * (total - update)
-        if pace and total and state in ("running", "pending", "requeued")
-        else None,
+        "data_wait_fraction": _mean(recent, "data_wait_fraction"),
+        "eta_seconds": pace * (total - update) if pace and total and state in UNDER_WAY else None,
         "last_metric": _modified(run_dir / "metrics.jsonl"),
+        "silent_seconds": _silence(run_dir, history, pace) if state == "running" else None,
         "validation": validation[-1].get("results") if validation else None,
         "validation_update": validation[-1].get("update") if validation else None,
         "checkpoint": saved[-1] if saved else None,
+        "checkpoint_age_seconds": _age(run_dir / f"checkpoints/update-{saved[-1]:08d}/manifest.json")
+        if saved
+        else None,
         "checkpoints": saved,
         "job": _last(history, "job"),
         "job_state": queue.get("job_state"),
         "reason": queue.get("reason"),
-        "restarts": sum(e.get("event") == "resume" for e in history),
+        "job_start": queue.get("start"),
+        "nodes": queue.get("nodes"),
+        "restarts": len(told),
+        "interruptions": told,
         "skipped": _skipped(run_dir / "skipped.jsonl"),
         "last_event": history[-1] if history else None,
         "last_error": _error(history),
-    }
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Statuses of several runs as aligned text, one line a run, with a line below a run that failed or waits."""
-    cells = [_cells(row) for row in rows]
-    shown = [c for c in COLUMNS if c == "name" or any(row[c] for row in cells)]
-    widths = {c: max([len(COLUMNS[c]), *(len(row[c]) for row in cells)]) for c in shown}
-    out = ["  ".join(COLUMNS[c].ljust(widths[c]) for c in shown).rstrip()]
-    for row, texts in zip(rows, cells, strict=True):
-        out.append("  ".join(texts[c].ljust(widths[c]) for c in shown).rstrip())
-        if row.get("state") == "failed" and row.get("last_error"):
-            out.append(f"  error: {row['last_error']}")
-        if row.get("state") == "pending" and row.get("reason"):
-            out.append(f"  waiting: {row['reason']}")
-    return "\n".join(out)
-
-
-def _cells(row: Mapping[str, Any]) -> dict[str, str]:
-    total = row.get("total_updates")
-    validation = row.get("validation") or {}
-    tops = {d: v.get("map", v.get("top1")) for d, v in validation.items()}
-    return {
-        "name": str(row["name"]),
-        "state": str(row.get("state") or ""),
-        "updates": f"{row.get('update')}/{total} ({row['update'] / total:.0%})" if total else str(row.get("update")),
-        "loss": _number(row.get("loss"), ".4f"),
-        "accuracy": ", ".join(f"{d} {v:.1f}" for d, v in tops.items() if v is not None),
-        "clips_per_second": _number(row.get("clips_per_second"), ".1f"),
-        "eta": duration(row["eta_seconds"]) if row.get("eta_seconds") is not None else "",
-        "restarts": str(row.get("restarts") or ""),
-        "checkpoint": "" if row.get("checkpoint") is None else str(row["checkpoint"]),
-        "job": str(row.get("job") or ""),
     }
 
 
@@ -142,10 +139,6 @@ def _error(history: Sequence[Mapping[str, Any]]) -> str | None:
         if event.get("event") == "error":
             return str(event.get("reason"))
     return None
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
 
 
 def _state(history: Sequence[Mapping[str, Any]]) -> str:
@@ -175,26 +168,6 @@ def _alive(event: Mapping[str, Any]) -> bool:
     return True
 
 
-def _queue(job: str | None) -> dict[str, str]:
-    """What `squeue` says of a job; empty when there is no SLURM, no job, or the job has left the queue."""
-    squeue = shutil.which("squeue")
-    if not job or squeue is None:
-        return {}
-    command = [squeue, "--noheader", "--jobs", str(job), "--states=all", "--format=%T|%r"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return {}
-    first = answer.stdout.strip().splitlines()[:1]
-    if answer.returncode or not first:
-        return {}
-    state, _, reason = first[0].partition("|")
-    if state == "COMPLETED":
-        return {"job_state": state}
-    found = {"job_state": state, "state": QUEUE_STATES.get(state, state.lower())}
-    return found if reason in ("", "None") else {**found, "reason": reason}
-
-
 def _tail(path: Path, size: int = 200_000) -> list[dict[str, Any]]:
     """The last records of a metrics file, without reading all of it."""
     try:
@@ -208,12 +181,6 @@ def _tail(path: Path, size: int = 200_000) -> list[dict[str, Any]]:
     return [r for r in records if r is not None and isinstance(r.get("update"), int)]
 
 
-def _seconds_per_update(metrics: Sequence[Mapping[str, Any]]) -> float | None:
-    """Mean seconds of the last hundred updates."""
-    seconds = [r["seconds"] for r in metrics[-100:] if r.get("seconds") is not None]
-    return sum(seconds) / len(seconds) if seconds else None
-
-
 def _checkpoints(folder: Path) -> list[int]:
     """Completed updates of the complete checkpoints, ascending; a complete one has its manifest."""
     names = (p.parent.name.removeprefix("update-") for p in folder.glob("update-*/manifest.json"))
@@ -221,7 +188,7 @@ def _checkpoints(folder: Path) -> list[int]:
 
 
 def _configured_updates(run_dir: Path) -> int | None:
-    from multitrain.config import ConfigError, load
+    from multitrain.config import load
 
     try:
         return load(run_dir).updates
@@ -248,21 +215,106 @@ def _modified(path: Path) -> str | None:
         return None
 
 
+def _mean(metrics: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    values = [r[key] for r in metrics if r.get(key) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _speed(metrics: Sequence[Mapping[str, Any]]) -> float | None:
+    """Clips a second: all clips of the updates by all their seconds."""
+    pairs = [(r["clips_per_second"], r.get("seconds") or 1.0) for r in metrics if r.get("clips_per_second") is not None]
+    return sum(speed * seconds for speed, seconds in pairs) / sum(s for _, s in pairs) if pairs else None
+
+
+def _silence(run_dir: Path, history: Sequence[Mapping[str, Any]], pace: float | None) -> float | None:
+    """Seconds since anything was heard of a running run, when that is suspiciously long; None when it is not."""
+    last = max((t for t in (_activity(run_dir), _moment(history)) if t), default=None)
+    quiet = None if last is None else time.time() - last
+    return quiet if quiet is not None and quiet > max(QUIET, 20 * (pace or 0.0)) else None
+
+
+def _moment(history: Sequence[Mapping[str, Any]]) -> float | None:
+    try:
+        return datetime.fromisoformat(history[-1]["time"]).timestamp()
+    except (IndexError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _activity(run_dir: Path) -> float:
+    """When a run last wrote a number or an event, in seconds since 1970; 0 when it never did."""
+    ages = [_mtime(run_dir / f) for f in ("metrics.jsonl", "events.jsonl", "config.yaml")]
+    return max((a for a in ages if a is not None), default=0.0)
+
+
+def _age(path: Path) -> float | None:
+    written = _mtime(path)
+    return None if written is None else max(0.0, time.time() - written)
+
+
+def _mtime(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None
+
+
+EXAMPLES = """\
+examples:
+  multitrain status                         every run in runs/, a line each
+  multitrain status first                   one run in full: restarts and why, validation, checkpoints
+  multitrain status --watch                 again every 5 seconds, until Ctrl-C
+  multitrain status first --json | jq .eta_seconds
+"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``python -m multitrain.monitor.status RUN… [--json]``: print the table, or one JSON object a run."""
+    """``multitrain status [RUN…]``: how runs are doing."""
     import argparse
 
-    parser = argparse.ArgumentParser(prog="multitrain status", description="How runs are doing.")
-    parser.add_argument("run_dir", nargs="+", help="folder of a run")
-    parser.add_argument("--json", action="store_true", help="one JSON object a run")
-    options = parser.parse_args(arguments)
-    try:
-        rows = [status(path) for path in options.run_dir]
-    except FileNotFoundError as error:
-        parser.error(str(error))
-    print("\n".join(json.dumps(row) for row in rows) if options.json else table(rows))
-    return 0
+    parser = argparse.ArgumentParser(
+        prog="multitrain status",
+        description="How runs are doing: from their folders and, where there is one, SLURM.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", nargs="*", metavar="RUN", help="a run's folder, or its name (default: all runs)")
+    parser.add_argument("--runs", default="runs", metavar="DIR", help="folder of runs (default runs)")
+    parser.add_argument("--json", action="store_true", help="one JSON object a run, on a line")
+    parser.add_argument(
+        "--watch", nargs="?", type=float, const=5.0, metavar="SECONDS", help="show it again every SECONDS (default 5)"
+    )
+    given = parser.parse_args(arguments)
+    if given.watch is not None and not given.watch > 0:
+        raise ConfigError(f"--watch {given.watch:g}: give a number of seconds above 0")
+    while True:
+        text = _shown(given.run, given.runs, given.json)
+        if given.watch is None:
+            print(text)
+            return 0
+        if sys.stdout.isatty() and not given.json:
+            print(
+                f"\033[H\033[2J{text}\n\n{datetime.now():%H:%M:%S}, every {given.watch:g} s; Ctrl-C ends it", flush=True
+            )
+        else:
+            print(text, flush=True)
+        time.sleep(given.watch)
+
+
+def _shown(names: Sequence[str], runs: str, as_json: bool) -> str:
+    folders = [resolve(name, runs) for name in names] or find(runs)
+    if not folders:
+        raise ConfigError(f"{runs}: no runs there; name a run's folder, or the folder of runs with --runs DIR")
+    rows = statuses(folders)
+    if as_json:
+        return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    return card(rows[0], colour=colour) if len(names) == 1 else table(rows, colour=colour)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except ConfigError as error:
+        print(f"multitrain: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

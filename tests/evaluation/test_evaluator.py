@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from multitrain.config import ConfigError, RunConfig, validate
+from multitrain.config import ConfigError, RunConfig
+from multitrain.config import validate as checked
 from multitrain.data.catalog import Catalog, open_catalogs
 from multitrain.data.views import load_views
-from multitrain.evaluation import evaluator, metrics
+from multitrain.evaluation import metrics, tables
 from multitrain.evaluation.evaluator import Evaluation, EvaluationError, evaluate
 from multitrain.evaluation.shards import ShardReader, ShardWriter
+from multitrain.evaluation.validation import validate
 from multitrain.model import MultiTrain
 from tests import support
 
@@ -47,7 +49,7 @@ def configured(data: Path, **changes: Any) -> RunConfig:
         "many": _entry(data, "many", 3, multi_label=True),
     }
     settings["data"]["index"] = str(data / ".index")
-    return validate(settings)
+    return checked(settings)
 
 
 def _entry(data: Path, name: str, classes: int, **more: Any) -> dict[str, Any]:
@@ -302,7 +304,7 @@ def test_unreadable_videos_are_listed_and_never_scored(reference: Evaluation) ->
     assert lost["index"] == BROKEN
     assert lost["path"].endswith(f"v {BROKEN}.mp4")
     assert lost["reason"]
-    assert "(1 of 10 unreadable)" in reference.table
+    assert "(9/10)" in reference.table
 
 
 def test_the_figures_are_those_of_the_scores(reference: Evaluation) -> None:
@@ -335,7 +337,32 @@ def test_the_table_reads_like_the_published_one() -> None:
         "MIT": {"top1": 41.4, "top5": 69.5, "videos": 2, "scored": 2},
         "SSv2": {"top1": 65.2, "top5": 86.6, "videos": 2, "scored": 2},
     }
-    assert evaluator.table(published) == "K400 84.7/96.5 | MIT 41.4/69.5 | SSv2 65.2/86.6 | average 63.8/84.2"
+    assert tables.table(published) == (
+        "K400 84.7/96.5 (2/2) | MIT 41.4/69.5 (2/2) | SSv2 65.2/86.6 (2/2) | average 63.8/84.2"
+    )
+
+
+def test_datasets_tested_one_by_one_into_one_folder_make_one_table(
+    model: MultiTrain, config: RunConfig, reference: Evaluation, tmp_path: Path
+) -> None:
+    for name in ("many", "segment", "stride"):
+        done = evaluate(model, config, [name], out_dir=tmp_path)
+        assert list(done.results) == [name]
+    assert done.table == reference.table
+    assert (tmp_path / "table.txt").read_text() == reference.table + "\n"
+    assert_same(tmp_path, reference)
+    other = evaluate(model, config, ["segment"], out_dir=tmp_path / "bf16", precision="bf16")
+    shutil.copytree(tmp_path / "bf16" / "segment", tmp_path / "segment", dirs_exist_ok=True)
+    assert other.results["segment"]["precision"] == "bf16"
+    again = evaluate(model, config, ["stride"], out_dir=tmp_path)
+    assert list(again.combined) == ["stride", "many"]  # scores in another precision are no part of this table
+
+
+def test_the_confusion_matrix_is_drawn(reference: Evaluation) -> None:
+    assert reference.folder is not None
+    for name in ("stride", "segment"):
+        assert (reference.folder / name / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    assert not (reference.folder / "many" / "confusion.png").exists()
 
 
 def test_another_datasets_head_gives_scores_without_figures(
@@ -345,7 +372,7 @@ def test_another_datasets_head_gives_scores_without_figures(
     result = done.results["segment.by.stride"]
     assert (result["top1"], result["head"], result["scored"]) == (None, "stride", 3)
     assert np.load(tmp_path / "segment.by.stride" / "scores.npz")["scores"].shape == (3, 5)
-    assert done.table == "segment.by.stride –/–"
+    assert done.table == "segment.by.stride –/– (3/3)"
 
 
 def test_a_name_that_is_not_known_is_one_line(model: MultiTrain, config: RunConfig, tmp_path: Path) -> None:
@@ -376,14 +403,14 @@ def summed(
         return torch.stack(vectors).sum(0)
 
     for rank in range(world_size):
-        results = evaluator.validate(model, config, catalogs, rank=rank, world_size=world_size, reduce=keep)
+        results = validate(model, config, catalogs, rank=rank, world_size=world_size, reduce=keep)
     return results
 
 
 def test_validation_is_the_same_on_any_number_of_ranks(model: MultiTrain, config: RunConfig) -> None:
     catalogs = open_catalogs(config.data, "val", config.data.index or "")
-    alone = evaluator.validate(model, config, catalogs)
-    assert alone == evaluator.validate(model, config, catalogs)
+    alone = validate(model, config, catalogs)
+    assert alone == validate(model, config, catalogs)
     for world_size in (2, 3):
         for name, figures in summed(model, config, catalogs, world_size).items():
             assert figures == pytest.approx(alone[name], abs=1e-9)
@@ -403,7 +430,7 @@ def test_validation_uses_one_centred_view(model: MultiTrain, config: RunConfig) 
             hits += int(model(clip)["segment"].argmax() == catalogs["segment"].labels(i)[0])
     shapes = set()
     hook = model.patch_embed.register_forward_hook(lambda _m, inputs, _o: shapes.add(tuple(inputs[0].shape)))
-    found = evaluator.validate(model, config, {"segment": catalogs["segment"]})["segment"]
+    found = validate(model, config, {"segment": catalogs["segment"]})["segment"]
     hook.remove()
     assert found["top1"] == pytest.approx(100 * hits / 3)
     assert shapes == {(4, 3, 4, 64, 64)}  # a group of four videos of one clip
@@ -411,10 +438,10 @@ def test_validation_uses_one_centred_view(model: MultiTrain, config: RunConfig) 
 
 def test_validation_leaves_the_model_in_training_as_it_was(model: MultiTrain, config: RunConfig) -> None:
     catalogs = open_catalogs(config.data, "val", config.data.index or "")
-    expected = evaluator.validate(model, config, catalogs)
+    expected = validate(model, config, catalogs)
     model.train()
     try:
-        assert evaluator.validate(model, config, catalogs) == expected  # drop-out is off meanwhile
+        assert validate(model, config, catalogs) == expected  # drop-out is off meanwhile
         assert model.training
     finally:
         model.eval()
@@ -429,6 +456,6 @@ def test_validation_stops_on_all_ranks_when_one_is_asked_to(model: MultiTrain, c
         vectors.append(vector)
         return torch.stack(vectors).sum(0)
 
-    assert evaluator.validate(model, config, catalogs, rank=0, world_size=2, reduce=keep, stop=after(1)) == {}
-    assert evaluator.validate(model, config, catalogs, rank=1, world_size=2, reduce=keep) == {}
+    assert validate(model, config, catalogs, rank=0, world_size=2, reduce=keep, stop=after(1)) == {}
+    assert validate(model, config, catalogs, rank=1, world_size=2, reduce=keep) == {}
     assert vectors[0].shape == vectors[1].shape

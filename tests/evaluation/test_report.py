@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
+import json
 import re
 import subprocess
 import sys
@@ -18,7 +20,8 @@ from multitrain.engine import checkpoint as checkpoints
 from multitrain.evaluation import pictures, report
 from multitrain.evaluation.evaluator import evaluate
 from multitrain.evaluation.pictures import Example, History
-from multitrain.evaluation.report import Scored, accuracy_table, read_evaluation, write_report
+from multitrain.evaluation.report import accuracy_table, write_report
+from multitrain.evaluation.scored import Scored, confused, hardest, newest_evaluation, read_evaluation
 from multitrain.model import MultiTrain
 from multitrain.monitor import Recorder
 from tests import support
@@ -34,15 +37,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         support.write_dataset(folder / "data" / name, 2 * classes, classes, seed=classes)
     (folder / "data/segment/classes.txt").write_text("walk\nrun <fast>\nstand\n")
     run, config = support.write_run(folder / "runs", support.settings(folder / "data"))
+    (run / "env.txt").write_text("torch==<b>")
     for first, last in ((0, 25), (20, 40)):
         with Recorder(run, total_updates=40, start_update=first, tensorboard=False) as recorder:
-            recorder.event("resume" if first else "start", update=first)
+            recorder.event("resume" if first else "start", update=first, world_size=4 if first else 2)
             for update in range(first, last):
                 recorder.update(a_record(update))
                 if update in (19, 39):
                     recorder.validation(
                         update + 1, {d: {"top1": float(update), "top5": 99.0} for d in config.data.datasets}
                     )
+    (run / "skipped.jsonl").write_text(
+        '{"update": 2, "dataset": "stride", "path": "v <9>.mp4", "reason": "no frames"}\n'
+    )
     model = MultiTrain(config.model, {"stride": 5, "segment": 3, "with.dot": 4})
     state = {"update": 40, "datasets": model.datasets, "multi_label": [], "model": config.model.model_dump(mode="json")}
     weights = checkpoints.Checkpoint({k: v.detach() for k, v in model.state_dict().items()}, {}, state)
@@ -70,7 +77,8 @@ def a_record(update: int) -> dict[str, Any]:
 def test_the_page_needs_no_other_file_and_shows_every_picture_and_figure(run: Path, tmp_path: Path) -> None:
     made = write_report(run, out=tmp_path, clips=2)
     page = made.page.read_text()
-    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
+    assert not [part for part in ("url(", "@import", "<script") if part in page]
     for name in ("curves", "clips", "confusion"):
         png = (tmp_path / f"{name}.png").read_bytes()
         assert base64.b64encode(png).decode() in page
@@ -78,11 +86,57 @@ def test_the_page_needs_no_other_file_and_shows_every_picture_and_figure(run: Pa
     for name, tested in read_evaluation(run / "evaluation/update-00000040/test").items():
         assert name in made.table
         assert f"{tested.result['top1']:.1f}" in page
-    assert "run &lt;fast&gt;" not in page  # class names are in the pictures only
     assert "<fast>" not in page
     assert "2 → 4" in page
     assert made.notes == []
     assert "| segment | 6 | 3 |" in (tmp_path / "report.md").read_text()
+
+
+def test_the_page_tells_interruptions_what_was_not_read_the_hardest_classes_and_the_settings(
+    run: Path, tmp_path: Path
+) -> None:
+    page = write_report(run, out=tmp_path, clips=0).page.read_text()
+    sections = dict(re.findall(r'<section id="([^"]*)">(.*?)</section>', page, re.DOTALL))
+    assert set(sections) == {
+        "accuracy",
+        "training",
+        "interruptions",
+        "confusion",
+        "hardest-classes",
+        "not-read",
+        "settings",
+    }
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", sections["interruptions"])
+    assert cells[2:4] == ["20", "killed without warning"]
+    assert cells[5:] == ["5", "4"]  # updates 20 to 24 were done again, on four ranks
+    assert "v &lt;9&gt;.mp4" in sections["not-read"]
+    assert "no frames" in sections["not-read"]
+    assert "torch==&lt;b&gt;" in sections["settings"]
+    assert "effective_batch: 16" in sections["settings"]
+    tested = read_evaluation(run / "evaluation/update-00000040/test")
+    for name, t in tested.items():
+        for hard in hardest(t):
+            assert f"{hard.right} of {hard.videos}" in sections["hardest-classes"], name
+    for link in re.findall(r'<a href="#([^"]*)"', page):
+        assert link in sections
+
+
+def test_a_browser_shows_every_picture_and_nothing_sticks_out(run: Path, tmp_path: Path) -> None:
+    made = write_report(run, out=tmp_path, clips=1)
+    script = (
+        "<script>addEventListener('load', () => { const d = document; d.title = JSON.stringify({"
+        "pictures: [...d.images].map(i => [i.alt, i.naturalWidth, Math.round(i.getBoundingClientRect().width)]),"
+        "wide: d.documentElement.scrollWidth - d.documentElement.clientWidth,"
+        "sections: [...d.querySelectorAll('section')].map(s => Math.round(s.getBoundingClientRect().height))})})</script>"
+    )
+    copy = tmp_path / "copy.html"
+    copy.write_text(made.page.read_text() + script)
+    dom = support.browse(copy, tmp_path)
+    seen = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", dom).group(1)))  # type: ignore[union-attr]
+    assert [name for name, *_ in seen["pictures"]] == ["curves", "clips", "confusion"]
+    assert all(natural > 600 and shown > 300 for _, natural, shown in seen["pictures"])
+    assert seen["wide"] == 0
+    assert min(seen["sections"]) > 40
 
 
 def test_a_run_that_only_began_has_a_report_too(run: Path, tmp_path: Path) -> None:
@@ -113,7 +167,7 @@ def test_the_newest_checkpoints_test_is_taken_and_a_missing_one_is_refused(run: 
         (tmp_path / "evaluation" / name).mkdir(parents=True)
         (tmp_path / "evaluation" / name / "metrics.json").write_text("{}")
     (tmp_path / "evaluation/update-00002000/test").mkdir(parents=True)  # has not finished
-    assert report.newest_evaluation(tmp_path) == tmp_path / "evaluation/update-00001000/test"
+    assert newest_evaluation(tmp_path) == tmp_path / "evaluation/update-00001000/test"
     with pytest.raises(ConfigError, match="no finished evaluation"):
         write_report(run, evaluation=tmp_path / "nowhere")
 
@@ -128,6 +182,17 @@ def scored(labels: Any, scores: Any, **result: Any) -> Scored:
 def test_chance_is_the_share_of_the_most_frequent_class() -> None:
     assert scored([0, 0, 0, 1], np.eye(4)).chance == 75.0
     assert scored(np.array([[1, 1], [0, 1]], bool), np.eye(2)).chance == 100.0
+
+
+def test_the_hardest_classes_come_first_and_those_always_right_are_left_out() -> None:
+    pairs = [[0, 0, 9], [1, 0, 3], [1, 1, 1], [2, 2, 1], [2, 3, 1], [3, 0, 1], [3, 1, 2], [3, 3, 3]]
+    t = scored([0, 1, 2, 3], np.eye(5)[:4], confusion=pairs)
+    found = hardest(t)
+    assert [(h.name, h.right, h.videos) for h in found] == [("class 1", 1, 4), ("class 3", 3, 6), ("class 2", 1, 2)]
+    assert found[1].taken_for == (("class 1", 2), ("class 0", 1))
+    assert confused(t, 2) == [("class 1", "class 0", 3, 4), ("class 3", "class 1", 2, 6)]
+    several = scored(np.array([[1, 1], [0, 1]], bool), np.eye(2))
+    assert (hardest(several), confused(several)) == ([], [])
 
 
 def test_the_table_says_when_videos_were_not_scored() -> None:
@@ -181,6 +246,13 @@ def test_without_matplotlib_the_error_names_the_extra() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "multitrain[report]" in done.stderr.splitlines()[-1]
+
+
+def test_the_command_prints_json_for_scripts(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main([str(run), "--out", str(tmp_path), "--clips", "0", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert Path(said["page"]).is_file()
+    assert "chance" in said["table"]
 
 
 def test_the_command_prints_the_table_and_the_page(

@@ -15,9 +15,13 @@ from multitrain.config import ConfigError, ModelConfig, RunConfig, dump, validat
 from multitrain.engine import checkpoint as checkpoints
 from multitrain.engine.checkpoint import Checkpoint
 from multitrain.interop.convert import convert
+from multitrain.interop.layout import layout
 from multitrain.interop.matching import compare
-from multitrain.interop.pyslowfast import layout, read_published, write_pyth
-from multitrain.interop.weights import initialise_from, locate, read_weights, resize_positions, run_config
+from multitrain.interop.places import locate
+from multitrain.interop.positions import resize_positions
+from multitrain.interop.pyslowfast import read_published, write_pyth
+from multitrain.interop.start import initialise_from
+from multitrain.interop.weights import read_weights, run_config
 from multitrain.model import MultiTrain
 from tests import support
 

@@ -122,6 +122,20 @@ def test_a_job_comes_back_only_when_slurm_took_it(
     assert slurm.taken_away("7", signals) == reason
 
 
+@pytest.mark.parametrize(
+    ("reason", "why"),
+    [("None", None), ("JobLaunchFailure", "batch script ended"), ("TimeLimit", "time limit"), ("NodeDown", None)],
+)
+def test_a_job_whose_batch_script_was_killed_is_told_from_a_cancelled_one(
+    answer: Path, reason: str, why: str | None
+) -> None:
+    line = JOB.format(state="COMPLETING", preempt="None", end="2026-11-22T10:18:45").replace(
+        "Reason=None", f"Reason={reason}"
+    )
+    answer.write_text(line + "\n")
+    assert slurm.taken_away("7", [signal.SIGTERM]) == why
+
+
 def test_without_an_answer_nothing_is_decided(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(slurm.SlurmError, match="scontrol"):

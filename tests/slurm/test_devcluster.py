@@ -144,7 +144,10 @@ def test_what_cannot_start_says_so_in_one_line(tmp_path: Path) -> None:
 def test_two_nodes_of_eight_ranks(cluster: Cluster, board: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "999")  # as if submitted from inside a job
     monkeypatch.setenv("SLURM_CPU_BIND", "quiet,mask_cpu:0x1")
-    job = submit(board, "report()", "nodes=2", "gpus=8", "preflight=true")
+    (board.parent / "videos").mkdir()
+    (board.parent / "videos" / "a.mp4").write_bytes(b"video")
+    videos = f"data.datasets.kinetics.videos={board.parent}/videos"
+    job = submit(board, "report()", "nodes=2", "gpus=8", "preflight=true", videos)
     monkeypatch.delenv("SLURM_JOB_ID")
     cluster.wait(job, "COMPLETED")
     ranks = reports(board)

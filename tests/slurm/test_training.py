@@ -2,71 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from multitrain.engine import checkpoint as ck
-from tests.slurm.drill import Cluster
+from tests.slurm.drill import Cluster, Runs
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
-ROOT = Path(__file__).resolve().parents[2]
-
-
-class Runs:
-    """Submits tiny runs as a user does, and reads what they leave."""
-
-    def __init__(self, cluster: Cluster, runs: Path, data: Path) -> None:
-        self.cluster, self.runs, self.data = cluster, runs, data
-
-    def submit(self, name: str, *overrides: str) -> tuple[Path, str]:
-        """The run's folder and job id."""
-        command = [sys.executable, "launch/submit.py", "--config-dir", "tests/configs", "experiment=tiny"]
-        command += [f"name={name}", f"runs={self.runs}", "cluster.partition=low", "nodes=2", "gpus=1", *overrides]
-        environment = os.environ | {"TINY_DATA": str(self.data)}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        job = self.cluster.run("squeue", "--noheader", "--format=%i", f"--name={name}").split()[0]
-        return self.runs / name, job
-
-    def metrics(self, run: Path) -> list[dict[str, Any]]:
-        path = run / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def events(self, run: Path) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-
-    def log(self, run: Path) -> str:
-        return "\n".join(f"--- {p.name}\n{p.read_text()[-3000:]}" for p in sorted(run.glob("logs/*.log")))
-
-    def reach(self, run: Path, job: str, update: int) -> None:
-        """Wait until `update` updates are recorded."""
-
-        def reached() -> bool:
-            state = self.cluster.job(job)["JobState"]
-            assert state in ("PENDING", "RUNNING", "CONFIGURING"), f"{state}\n{self.log(run)}"
-            return len(self.metrics(run)) >= update
-
-        self.cluster.until(reached, f"update {update} of {run.name}", seconds=180)
-
-    def finish(self, run: Path, job: str) -> None:
-        info = self.cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", seconds=240)
-        assert info["JobState"] == "COMPLETED", f"{info}\n{self.log(run)}"
-
-    def assert_same(self, run: Path, reference: Path) -> None:
-        ours, theirs = (ck.read(ck.listed(r / "checkpoints")[0]) for r in (run, reference))
-        assert ours.update == theirs.update
-        for name, tensor in {**theirs.weights, **theirs.moments}.items():
-            assert torch.equal({**ours.weights, **ours.moments}[name], tensor), f"{name} differs"
-        for key in ("update", "loss", "grad_norm", "tickets"):
-            assert [m[key] for m in self.metrics(run)] == [m[key] for m in self.metrics(reference)], key
 
 
 @pytest.fixture

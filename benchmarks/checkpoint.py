@@ -1,0 +1,90 @@
+"""How long a checkpoint holds up the training, and how long it takes to be on disk, for the recommended model's state.
+
+python -m benchmarks.checkpoint [--model mvit_b24_32x3] [--saves 5] [--out results.json]
+
+One process over gloo builds the real model and its AdamW moments, saves into a temporary folder, and computes meanwhile as a
+training would. `held_up`: seconds that training stood still for the copy. `seconds`: from the copy to the verified
+checkpoint. The share must stay below a tenth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+from multitrain.config import compose
+from multitrain.engine import checkpoint
+from multitrain.engine.deepspeed import Engine
+from multitrain.engine.distributed import join
+from multitrain.engine.saver import Saver
+from multitrain.model.multitrain import MultiTrain
+
+
+def measure(model_name: str, saves: int, folder: Path, busy: bool) -> dict[str, Any]:
+    """Save so often; medians and all values, in seconds."""
+    config = compose([f"model={model_name}", "cluster=local", "gpus=1", "name=benchmark", "precision=fp32"])
+    world = join(1, 600, 1)
+    model = MultiTrain(config.model, {"kinetics": 400, "mit": 305, "ssv2": 174})
+    model.initialise(0)
+    engine = Engine(model, config.optim, config.engine, config.precision, world.device)
+    saver = Saver(folder, world, engine, config.checkpoint, "")
+    saver.warm()
+    found = []
+    for number in range(saves):
+        saver.start({"update": number + 1})
+        while busy and not saver.written:
+            torch.randn(256, 256) @ torch.randn(256, 256)
+        assert saver.finish()
+        outcome = saver.news()
+        assert outcome is not None
+        found.append({"held_up": saver.copied, "seconds": outcome.seconds})
+    newest, _ = checkpoint.newest_verified(folder)
+    assert newest is not None
+    began = time.perf_counter()
+    content = checkpoint.read(newest)
+    engine.restore(content.weights, content.moments, 0)
+    restored = time.perf_counter() - began
+    held, seconds = (statistics.median(f[k] for f in found[1:] or found) for k in ("held_up", "seconds"))
+    return {
+        "model": model_name,
+        "parameters": sum(t.numel() for t in content.weights.values()),
+        "bytes": sum(f.stat().st_size for f in newest.iterdir()),
+        "computing_meanwhile": busy,
+        "first_held_up": round(found[0]["held_up"], 3),
+        "held_up": round(held, 3),
+        "seconds": round(seconds, 3),
+        "share": round(held / seconds, 4),
+        "verify_read_and_restore_seconds": round(restored, 3),
+        "saves": found,
+    }
+
+
+def main() -> None:
+    """Print and store the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="mvit_b24_32x3")
+    parser.add_argument("--saves", type=int, default=5)
+    parser.add_argument("--dir", type=Path, help="folder of the run directories' disk; a temporary one when not given")
+    parser.add_argument("--idle", action="store_true", help="do not compute while the checkpoint is written")
+    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.dir) as folder:
+        figures = measure(options.model, options.saves, Path(folder), not options.idle)
+    text = json.dumps(figures, indent=1)
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Interruptions at random moments over real processes, and what they cost."""

@@ -1,0 +1,91 @@
+"""``multitrain data check``: every file decoded, everything that is wrong in a table."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from multitrain.commands.common import StopSignals, configured
+from multitrain.commands.data_resize import add_work_options
+from multitrain.config import ConfigError
+from multitrain.config.arguments import Arguments, Parser, whole_number
+
+
+def main(arguments: Arguments) -> int:
+    """``multitrain data check``; returns the exit status: 0, 1 when something is wrong, 75 when interrupted."""
+    parser = Parser(
+        "data check",
+        "Decode every file and compare every line: what is missing, broken (and why), too short, there twice by content,\n"
+        "labelled twice, or in both training and test. The same command goes on where it was interrupted.",
+        "multitrain data check data=k400_mit_ssv2 data.root=/datasets --out checked --write-clean clean",
+        "multitrain data check /data/downloads",
+        "sbatch --array=0-15 slurm/prepare.sh check data=ssv2 data.root=/datasets --out checked",
+    )
+    parser.add_argument(
+        "--run", metavar="DIR", help="a run's folder or its config.yaml, instead of the shipped configuration"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("checked"),
+        metavar="DIR",
+        help="for check.csv and what is done (default: checked)",
+    )
+    parser.add_argument(
+        "--min-frames", type=whole_number, default=8, metavar="N", help="fewer are too short (default 8)"
+    )
+    parser.add_argument(
+        "--write-clean", type=Path, metavar="DIR", help="write DIR/DATASET/*.csv without the lines that are wrong"
+    )
+    add_work_options(parser)
+    parser.add_argument(
+        "folders", nargs="*", metavar="FOLDER | KEY=VALUE", help="folders of videos, or datasets, e.g. data=ssv2"
+    )
+    parser.set_defaults(overrides=[])
+    given = parser.parse_with_overrides(arguments)
+    from multitrain.data.prepare import check as c
+    from multitrain.data.prepare.crew import INTERRUPTED, Bar, Journal, Shard, version, work_through
+    from multitrain.data.prepare.scan import ScanFile
+
+    shard = Shard.parse(given.shard)
+    if given.folders and (given.overrides or given.run or given.write_clean):
+        raise ConfigError("folders hold no annotations; give folders, or datasets as key=value, not both")
+    datasets = {} if given.folders else configured(given.run, given.overrides).data.datasets
+    entries = [e for f in given.folders for e in c.in_folder(Path(f))] if given.folders else c.listed(datasets)
+    files = sorted({str(Path(e.file).absolute()) for e in entries})
+    entries = [e._replace(file=str(Path(e.file).absolute())) for e in entries]
+    journal = Journal(given.out, "check", shard)
+    mine = shard.of(files)
+    todo = [f for f in mine if journal.get(f, version(Path(f))) is None]
+    if len(todo) < len(mine):
+        print(f"{len(mine) - len(todo)} of {len(mine)} are done already", file=sys.stderr)
+    stop = StopSignals()
+    bar: Bar[str] = Bar("check", len(todo))
+    for file, record in work_through(todo, ScanFile(), workers=given.workers, timeout=given.timeout, stop=stop):
+        journal.add(file, version(Path(file)), record)
+        bar.add(bad="error" in record)
+    bar.close()
+    if stop():
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+    journal.refresh()
+    scans = {f: r for f in files if (r := journal.get(f, version(Path(f)))) is not None}
+    if len(scans) < len(files):
+        print(
+            f"{len(scans)} of {len(files)} files are checked; the table comes when all shards are through",
+            file=sys.stderr,
+        )
+        return 0
+    report = c.judge(entries, scans, given.min_frames)
+    c.replace_text(given.out / "check.csv", report.csv())
+    if given.write_clean:
+        for name, count in c.write_clean(report, datasets, given.write_clean).items():
+            print(f"{name}: {count} lines left out", file=sys.stderr)
+    if given.json:
+        counts = [{"dataset": d, "split": s, **n} for (d, s), n in report.counts().items()]
+        print(json.dumps({"counts": counts, "findings": len(report.findings), "csv": str(given.out / "check.csv")}))
+    else:
+        print(report.table())
+        print(f"all findings: {given.out / 'check.csv'}")
+    return 1 if report.findings else 0

@@ -1,0 +1,36 @@
+"""``multitrain data index``: the annotation files of a run, read and indexed."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from multitrain.commands.common import configured
+from multitrain.config.arguments import Arguments, Parser
+
+
+def main(arguments: Arguments) -> int:
+    """``multitrain data index``; returns the exit status."""
+    parser = Parser(
+        "data index",
+        "Check and index the annotation files of a run.",
+        "multitrain data index experiment=k400_mit_ssv2 data.root=/datasets",
+    )
+    parser.add_argument(
+        "--run", metavar="DIR", help="a run's folder or its config.yaml, instead of the shipped configuration"
+    )
+    parser.add_argument(
+        "--index", type=Path, metavar="DIR", help="folder for the index (default: data.index, else RUNS/.index)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_overrides("data=ssv2 data.root=/datasets")
+    given = parser.parse_with_overrides(arguments)
+    from multitrain.config import dump
+    from multitrain.data.catalog import main as check
+
+    config = configured(given.run, given.overrides)
+    index = given.index or config.data.index or Path(config.runs) / ".index"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text(dump(config))
+        return check([str(file), "--index", str(index), *(["--json"] if given.json else [])])

@@ -1,0 +1,64 @@
+"""``multitrain data show``: a picture of training clips as the model gets them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from multitrain.commands.common import configured
+from multitrain.config.arguments import Arguments, Parser, whole_number
+
+
+def main(arguments: Arguments) -> int:
+    """``multitrain data show``; returns the exit status."""
+    parser = Parser(
+        "data show",
+        "A picture of an update's augmented training clips with their labels and mixing weights: a wrong label map, or a\n"
+        "mirrored clip of a class that knows left from right, is caught by eye.",
+        "multitrain data show experiment=k400_mit_ssv2 data.root=/datasets --out clips.png",
+        "multitrain data show --run runs/first --update 1200 --videos 16",
+    )
+    parser.add_argument(
+        "--run", metavar="DIR", help="a run's folder or its config.yaml, instead of the shipped configuration"
+    )
+    parser.add_argument(
+        "--index", type=Path, metavar="DIR", help="folder for the index (default: data.index, else RUNS/.index)"
+    )
+    parser.add_argument("--update", type=int, default=0, metavar="N", help="update to show, counted from 0 (default 0)")
+    parser.add_argument(
+        "--videos",
+        type=whole_number,
+        default=8,
+        metavar="N",
+        help="videos to show, each with all its copies (default 8)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("clips.png"), metavar="FILE", help="the picture (default clips.png)"
+    )
+    parser.add_argument("--json", action="store_true", help="print what is in the picture as one JSON object")
+    parser.add_overrides("data=ssv2 augment.mix_probability=0")
+    given = parser.parse_with_overrides(arguments)
+    if given.update < 0:
+        parser.error("--update is a number from 0 up")
+    from multitrain.data.catalog import open_catalogs
+    from multitrain.data.prepare.stats import plan_of
+    from multitrain.data.show import clips_of, write
+
+    config = configured(given.run, given.overrides)
+    index = given.index or Path(config.data.index or Path(config.runs) / ".index")
+    catalogs = open_catalogs(config.data, "train", index)
+    shown = clips_of(config, catalogs, plan_of(config, catalogs), given.update, given.videos)
+    write(
+        given.out,
+        shown,
+        f"update {given.update}, seed {config.seed}, {config.data.mixture}: clips as the model gets them",
+    )
+    if given.json:
+        clips = [
+            {"dataset": s.dataset, "path": s.path, "labels": s.labels, "weights": s.weights, "note": s.note}
+            for s in shown
+        ]
+        print(json.dumps({"picture": str(given.out), "clips": clips}))
+    else:
+        print(f"{given.out}: {len(shown)} clips")
+    return 0

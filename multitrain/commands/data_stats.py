@@ -1,0 +1,54 @@
+"""``multitrain data stats``: what is in the datasets of a run, and what its mixture draws."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from multitrain.commands.common import configured
+from multitrain.config.arguments import Arguments, Parser, whole_number
+
+
+def main(arguments: Arguments) -> int:
+    """``multitrain data stats``; returns the exit status."""
+    parser = Parser(
+        "data stats",
+        "Sizes, class balance, durations and rates of each dataset, and what the mixture will draw from it.",
+        "multitrain data stats experiment=k400_mit_ssv2 data.root=/datasets --plot stats.png",
+        "multitrain data stats data=demo data.proportions=temperature data.temperature=2",
+    )
+    parser.add_argument(
+        "--run", metavar="DIR", help="a run's folder or its config.yaml, instead of the shipped configuration"
+    )
+    parser.add_argument(
+        "--index", type=Path, metavar="DIR", help="folder for the index (default: data.index, else RUNS/.index)"
+    )
+    parser.add_argument(
+        "--sample",
+        type=whole_number,
+        default=100,
+        metavar="N",
+        help="videos of each dataset to look into (default 100)",
+    )
+    parser.add_argument(
+        "--checked",
+        type=Path,
+        metavar="DIR",
+        help="take lengths from what `data check --out DIR` found, without opening files",
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the distributions as a PNG")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_overrides("data=ssv2 data.root=/datasets")
+    given = parser.parse_with_overrides(arguments)
+    from multitrain.data.prepare import stats
+    from multitrain.data.prepare.crew import Journal, Shard
+
+    config = configured(given.run, given.overrides)
+    index = given.index or Path(config.data.index or Path(config.runs) / ".index")
+    scans = Journal(given.checked, "check", Shard()).done if given.checked else {}
+    found, measured = stats.collect(config, index, given.sample, scans)
+    if given.plot:
+        given.plot.parent.mkdir(parents=True, exist_ok=True)
+        given.plot.write_bytes(stats.picture(found, measured))
+    print(json.dumps(found) if given.json else stats.text(found))
+    return 0

@@ -1,0 +1,208 @@
+"""``multitrain data bench``: what training clips cost on this machine, where the time goes, how many cores a GPU needs.
+
+The job is the one that loader workers do, on videos of the run's own plan. Times are CPU seconds of one worker.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from multitrain.config import ConfigError, RunConfig, compose, load
+from multitrain.config.arguments import Arguments, Parser, whole_number
+from multitrain.data import augment, randaugment_opencv, randaugment_pil
+from multitrain.data.catalog import open_catalogs, sources
+from multitrain.data.clips import Task, TrainJob, UnreadableError
+from multitrain.data.decode import VideoError
+from multitrain.data.random import Draws
+from multitrain.data.spatial import Box
+from multitrain.order import Plan
+
+GPU_CLIPS_PER_SECOND = 30.0
+"""Clips that a GPU is taken to train on in a second when nobody says: about what an A100 is estimated at for 32×3."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """CPU milliseconds a video, all its copies together.
+
+    `total` is the worker's whole job; the four stages are timed one by one on the same videos, and `other` is the rest:
+    drawing, the thread that guards the decoder, and what a stage gains by running frame by frame inside the job.
+    """
+
+    videos: int
+    copies: int
+    total: float
+    decode: float
+    randaugment: float
+    crop: float
+    copy: float
+
+    @property
+    def other(self) -> float:
+        """What the stages do not account for; may be negative by noise."""
+        return self.total - self.decode - self.randaugment - self.crop - self.copy
+
+    @property
+    def clips_per_second(self) -> float:
+        """Clips that one core makes in a second."""
+        return self.copies / self.total * 1e3
+
+    def cores(self, clips_per_second: float) -> float:
+        """Cores that a GPU needs which trains on so many clips a second."""
+        return clips_per_second / self.clips_per_second
+
+
+class _Clock:
+    """CPU seconds of this process, by stage."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+        self._last = 0.0
+
+    def start(self) -> None:
+        self._last = time.process_time()
+
+    def stop(self, stage: str) -> None:
+        now = time.process_time()
+        self.spent[stage] = self.spent.get(stage, 0.0) + now - self._last
+        self._last = now
+
+
+def measure(job: TrainJob, tasks: Sequence[Task]) -> Cost:
+    """What the clips of `tasks` cost; the first is made once more beforehand, to warm up.
+
+    Raises:
+        UnreadableError: no video of the tasks, nor any stand-in for it, can be read.
+    """
+    cv2.setNumThreads(0)
+    out = np.empty(job.shape, job.dtype)
+    job.run(tasks[0], out)
+    clock, videos = _Clock(), 0
+    for task in tasks:
+        clock.start()
+        job.run(task, out)
+        clock.stop("total")
+        videos += _stages(job, task, out, clock)
+    if not videos:
+        raise UnreadableError("none of the videos can be read; multitrain data check says what is wrong with them")
+    each = {stage: spent / videos * 1e3 for stage, spent in clock.spent.items()}
+    each["total"] = clock.spent["total"] / len(tasks) * 1e3
+    return Cost(videos=videos, copies=len(out), **each)
+
+
+def _stages(job: TrainJob, task: Task, out: np.ndarray, clock: _Clock) -> bool:
+    """The stages of one task, each timed for itself; False when its video cannot be read."""
+    config, ticket = job.config, task.ticket
+    name = job.plan.sources[int(ticket["dataset"])].name
+    dataset = config.data.datasets[name]
+    draws = Draws("window", config.seed, name, int(ticket["index"]), int(ticket["pass"]))
+    uniforms = [draws.uniform() for _ in range(config.model.frames)]
+    clock.start()
+    try:
+        frames = job.read(job.catalogs[name].path(int(ticket["index"])), dataset, uniforms)
+    except VideoError:
+        return False
+    clock.stop("decode")
+    for copy, clip in enumerate(out):
+        height, width = frames.shape[1:3]
+        own = Draws("augment", config.seed, name, int(ticket["index"]), int(ticket["pass"]), copy)
+        drawn = augment.draw_augmentation(height, width, config.augment, clip.shape[1], own, dataset.flip)
+        clock.start()
+        changed = list(_changed(frames, drawn, config.augment.backend))
+        clock.stop("randaugment")
+        resized = [augment.resized(image, clip.shape[1], config.augment.backend) for image in changed]
+        clock.stop("crop")
+        for image, target in zip(resized, clip):
+            augment.place(image, target, drawn.flip)
+        clock.stop("copy")
+    return True
+
+
+def _changed(frames: np.ndarray, drawn: augment.Augmentation, backend: str) -> Iterator[np.ndarray]:
+    """The crop of each frame behind RandAugment."""
+    if backend == "opencv":
+        yield from randaugment_opencv.crops(frames, drawn.operations, drawn.crop)
+        return
+    crop: Box = drawn.crop
+    yield from (crop.cut(image) for image in randaugment_pil.apply(frames, drawn.operations))
+
+
+def main(arguments: Arguments) -> int:
+    """The command; returns the exit status."""
+    parser = Parser(
+        "data bench",
+        "What training clips cost on this machine: clips per CPU-second, where the time goes, cores a GPU needs.",
+        "multitrain data bench experiment=ssv2 data.root=/shared/datasets --videos 100",
+        "multitrain data bench --run runs/my_run augment.backend=pil",
+    )
+    parser.add_argument("--run", type=Path, metavar="RUN", help="take the configuration of this run")
+    parser.add_argument("--videos", type=whole_number, default=32, help="how many videos to measure on (32)")
+    parser.add_argument(
+        "--gpu", type=float, default=GPU_CLIPS_PER_SECOND, help="clips that a GPU trains on in a second (%(default)g)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_overrides("data.decoder=decord")
+    given = parser.parse_with_overrides(arguments)
+    if given.gpu <= 0:
+        parser.error(f"--gpu {given.gpu}: a GPU trains on more than 0 clips a second")
+    if given.run is not None and given.overrides:
+        parser.error("a run's configuration is what it is: give --run or KEY=VALUE")
+    config = load(given.run) if given.run is not None else compose(given.overrides)
+    try:
+        cost = measure_run(config, given.videos)
+    except UnreadableError as error:
+        raise ConfigError(str(error)) from error
+    cores = cost.cores(given.gpu)
+    if given.json:
+        print(json.dumps(asdict(cost) | {"clips_per_second": cost.clips_per_second, "cores_per_gpu": cores}))
+    else:
+        print(table(cost, config, given.gpu))
+    return 0
+
+
+def measure_run(config: RunConfig, videos: int) -> Cost:
+    """The cost of the clips of the first `videos` samples of a run. Raises CatalogError, UnreadableError."""
+    with tempfile.TemporaryDirectory() as scratch:
+        catalogs = open_catalogs(config.data, "train", Path(config.data.index or scratch))
+        data = config.data
+        plan = Plan(
+            sources(data, catalogs),
+            seed=config.seed,
+            effective_batch=config.effective_batch,
+            mixture=data.mixture,
+            proportions=data.proportions,
+            temperature=data.temperature,
+            group=config.group,
+        )
+        job = TrainJob(catalogs, plan, config)
+        job.prepare()
+        return measure(job, [Task(0, ticket) for ticket in plan.tickets(0, videos)])
+
+
+def table(cost: Cost, config: RunConfig, gpu: float) -> str:
+    """The cost as text for a person."""
+    shape = f"{config.model.frames}×{config.data.sampling_rate}, {config.model.crop} pixels"
+    lines = [
+        f"{cost.clips_per_second:.1f} clips per CPU-second ({shape}, {cost.copies} copies a video, "
+        f"{config.data.decoder}, {config.augment.backend}; {cost.videos} videos)",
+        "",
+    ]
+    parts = {"decode": cost.decode, "RandAugment": cost.randaugment, "crop": cost.crop, "copy": cost.copy}
+    for name, ms in (parts | {"other": cost.other, "a video": cost.total}).items():
+        lines.append(f"  {name:<12} {ms:8.1f} ms  {ms / cost.total:5.0%}")
+    wanted, asked = cost.cores(gpu), config.cluster.cpus_per_gpu
+    lines += ["", f"a GPU that trains on {gpu:g} clips a second needs {wanted:.1f} cores; cluster.cpus_per_gpu={asked}"]
+    if wanted > asked:
+        lines[-1] += f" is too few: use {int(np.ceil(wanted))}, or videos that decode faster (multitrain data resize)"
+    return "\n".join(lines)
+
+
+__all__ = ["Cost", "main", "measure", "measure_run", "table"]

@@ -1,0 +1,81 @@
+"""Frames become a video file: H.264 in MP4, each frame shown at its own time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from multitrain.data.decode import VideoError
+
+if TYPE_CHECKING:
+    import av
+
+_TICKS = 90_000
+"""Ticks a second that times are rounded to."""
+
+
+class VideoWriter:
+    """Writes upright frames; made by :func:`write_video`."""
+
+    def __init__(self, container: av.container.OutputContainer, fps: float) -> None:
+        self._container, self._fps = container, fps
+        self._stream: av.VideoStream | None = None
+        self._last = -1
+
+    def add(self, frame: np.ndarray, seconds: float) -> None:
+        """One frame, uint8 [H, W, 3], RGB, shown from `seconds` on; an odd side is made even by repeating its last line."""
+        import av
+
+        height, width = frame.shape[:2]
+        if height % 2 or width % 2:
+            frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        if self._stream is None:
+            rate = Fraction(self._fps).limit_denominator(100_000)
+            self._stream = self._container.add_stream("libx264", rate=rate, options={"crf": "18", "preset": "veryfast"})
+            self._stream.width, self._stream.height = frame.shape[1], frame.shape[0]
+            self._stream.pix_fmt = "yuv420p"
+            self._stream.codec_context.time_base = Fraction(1, _TICKS)
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+        self._last = max(round(seconds * _TICKS), self._last + 1)
+        picture.pts, picture.time_base = self._last, Fraction(1, _TICKS)
+        self._container.mux(self._stream.encode(picture))
+
+    def finish(self) -> None:
+        """Empty the encoder."""
+        if self._stream is not None:
+            self._container.mux(self._stream.encode())
+
+
+@contextmanager
+def write_video(path: Path, fps: float) -> Iterator[VideoWriter]:
+    """A writer whose file appears at `path` when all went well, and not at all otherwise.
+
+    Args:
+        path: the file; its format is MP4 whatever its ending says.
+        fps: nominal rate, for the header.
+
+    Raises:
+        VideoError: the file cannot be written.
+    """
+    import av
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with av.open(str(temporary), "w", format="mp4") as container:
+            writer = VideoWriter(container, fps)
+            yield writer
+            writer.finish()
+        os.replace(temporary, path)
+    except (OSError, av.error.FFmpegError) as error:
+        raise VideoError(path, f"cannot be written ({error.strerror or error})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+__all__ = ["VideoWriter", "write_video"]

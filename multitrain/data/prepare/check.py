@@ -1,0 +1,226 @@
+"""What is wrong with a dataset: every listed file decoded, every line compared with every other.
+
+Findings are of six kinds:
+
+missing       there is no such file
+broken        it cannot be decoded to its end; the reason is given
+short         it has fewer frames than asked for
+duplicate     the line, or the same video under another name, stands in the same file already, with the same labels
+labelled twice   the same path or the same video has other labels in another line of the dataset
+leak          a training video is a test or validation video as well, of this or another dataset
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from multitrain.config import DatasetConfig
+from multitrain.data.annotations import CatalogError, Syntax, lines
+from multitrain.data.prepare.resize import found_below
+from multitrain.monitor.figures import table
+
+KINDS = ("missing", "broken", "short", "duplicate", "labelled twice", "leak")
+SPLITS = ("train", "val", "test")
+
+
+class Entry(NamedTuple):
+    """One line of an annotation file, or one file of a folder."""
+
+    dataset: str
+    split: str
+    """train, val or test; empty for a folder without annotations."""
+    csv: str
+    line: int
+    path: str
+    """As it is written."""
+    file: str
+    """Where that is."""
+    labels: tuple[int, ...]
+
+    @property
+    def place(self) -> str:
+        """Where it is written, for people."""
+        return f"{os.path.basename(self.csv)}:{self.line}" if self.line else self.path
+
+
+class Finding(NamedTuple):
+    """Something wrong with an entry."""
+
+    entry: Entry
+    kind: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that was found."""
+
+    entries: Sequence[Entry]
+    findings: Sequence[Finding]
+
+    def counts(self) -> dict[tuple[str, str], Counter[str]]:
+        """By dataset and split: ``videos``, ``good``, and entries of each kind."""
+        out: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+        for e in self.entries:
+            out[e.dataset, e.split]["videos"] += 1
+        for key, number in Counter((f.entry.dataset, f.entry.split, f.kind) for f in self.findings).items():
+            out[key[:2]][key[2]] += number
+        bad = {f.entry for f in self.findings}
+        for key2, number in Counter((e.dataset, e.split) for e in self.entries if e not in bad).items():
+            out[key2]["good"] = number
+        return dict(out)
+
+    def table(self, shown: int = 20) -> str:
+        """Numbers by dataset and split, and the first findings."""
+        header = ["dataset", "split", "videos", "good", *KINDS]
+        rows = [[d, s or "-", *(str(c[k]) for k in header[2:])] for (d, s), c in self.counts().items()]
+        text = [table(header, rows, left=2)]
+        listed = [f"{f.kind}: {f.entry.file} ({f.entry.place}): {f.detail}" for f in self.findings[:shown]]
+        more = len(self.findings) - len(listed)
+        return "\n".join([*text, *([""] if listed else []), *listed, *([f"… and {more} more"] if more > 0 else [])])
+
+    def csv(self) -> str:
+        """All findings: dataset, split, annotations, line, path, labels, kind, detail."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(["dataset", "split", "annotations", "line", "path", "labels", "kind", "detail"])
+        for f in self.findings:
+            e = f.entry
+            writer.writerow(
+                [e.dataset, e.split, e.csv, e.line or "", e.path, " ".join(map(str, e.labels)), f.kind, f.detail]
+            )
+        return out.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------------------- entries
+
+
+def listed(datasets: Mapping[str, DatasetConfig]) -> list[Entry]:
+    """All lines of all annotation files of some datasets. Raises CatalogError: none is there, or one cannot be read."""
+    out = []
+    for name, dataset in datasets.items():
+        folder = Path(dataset.annotations)
+        files = {split: folder / f"{split}.csv" for split in SPLITS}
+        there = {split: file for split, file in files.items() if file.is_file()}
+        if not there:
+            raise CatalogError(f"{folder}: no train.csv, val.csv or test.csv; set data.datasets.{name}.annotations")
+        for split, file in there.items():
+            out += [
+                Entry(name, split, str(file), number, path, os.path.join(dataset.videos, path), labels)
+                for number, path, labels in _read(file, Syntax.of(dataset, file))
+            ]
+    return out
+
+
+def in_folder(folder: Path) -> list[Entry]:
+    """All video files below a folder, without labels. Raises CatalogError."""
+    return [Entry(folder.name, "", "", 0, path, str(folder / path), ()) for path in found_below(folder)]
+
+
+def _read(file: Path, syntax: Syntax) -> Iterator[tuple[int, str, tuple[int, ...]]]:
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise CatalogError(f"{file}: cannot be read ({error.strerror}); check its permissions") from None
+    for line in lines(content, file, syntax):
+        yield line.number, os.fsdecode(line.path), tuple(line.labels)
+
+
+# ---------------------------------------------------------------------------------------------------------- findings
+
+
+def judge(entries: Sequence[Entry], scans: Mapping[str, Mapping[str, Any]], min_frames: int) -> Report:
+    """What is wrong with `entries`.
+
+    scans: by file, the record of `multitrain.data.prepare.scan.ScanFile`.
+    """
+    found = [f for e in entries if (f := _by_itself(e, scans[e.file], min_frames)) is not None]
+    found += _compared(entries, {e.file: str(scans[e.file].get("digest") or e.file) for e in entries})
+    order = {entry: number for number, entry in enumerate(entries)}
+    return Report(entries, sorted(found, key=lambda f: (order[f.entry], KINDS.index(f.kind))))
+
+
+def _by_itself(entry: Entry, scan: Mapping[str, Any], min_frames: int) -> Finding | None:
+    if "error" in scan:
+        return Finding(entry, str(scan.get("kind", "broken")), str(scan["error"]))
+    if scan["frames"] < min_frames:
+        frames = "1 frame" if scan["frames"] == 1 else f"{scan['frames']} frames"
+        return Finding(entry, "short", f"{frames}, not {min_frames} or more")
+    return None
+
+
+def _compared(entries: Iterable[Entry], content: Mapping[str, str]) -> Iterator[Finding]:
+    """Entries that are one video, by path or by content."""
+    same: dict[str, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        same[content[entry.file]].append(entry)
+    for group in (g for g in same.values() if len(g) > 1):
+        firsts: dict[tuple[str, str], Entry] = {}
+        for entry in group:
+            first = firsts.setdefault((entry.dataset, entry.split) if entry.split else ("", ""), entry)
+            if first is not entry and first.labels == entry.labels:
+                yield Finding(entry, "duplicate", _as(entry, first))
+            other = next((e for e in group if e.dataset == entry.dataset and e.labels != entry.labels), None)
+            if other is not None:
+                yield Finding(entry, "labelled twice", f"label {_shown(entry)} here, {_shown(other)} as {other.place}")
+            seen = next((e for e in group if e.split in ("val", "test")), None)
+            if entry.split == "train" and seen is not None:
+                yield Finding(entry, "leak", f"{_as(entry, seen)} of {seen.dataset}'s {seen.split} set")
+
+
+def _as(entry: Entry, other: Entry) -> str:
+    return (
+        f"the same line as {other.place}"
+        if entry.file == other.file
+        else f"the same video as {other.path} ({other.place})"
+    )
+
+
+def _shown(entry: Entry) -> str:
+    return ",".join(map(str, entry.labels))
+
+
+def write_clean(report: Report, datasets: Mapping[str, DatasetConfig], out: Path) -> dict[str, int]:
+    """Write ``OUT/DATASET/{train,val,test}.csv`` without the lines that something is wrong with, and the class names.
+
+    Of duplicates the first stays; of a video that is labelled twice nothing does, for nobody knows which label is right; a
+    leak leaves the training set.
+
+    Returns:
+        Lines left out by file.
+    """
+    bad = {f.entry for f in report.findings}
+    left_out = {}
+    for name, dataset in datasets.items():
+        folder = out / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for split in SPLITS:
+            listed_here = [e for e in report.entries if (e.dataset, e.split) == (name, split)]
+            if not listed_here:
+                continue
+            kept = [e for e in listed_here if e not in bad]
+            text = "".join(f"{e.path}{dataset.separator}{','.join(map(str, e.labels))}\n" for e in kept)
+            replace_text(folder / f"{split}.csv", text)
+            left_out[str(folder / f"{split}.csv")] = len(listed_here) - len(kept)
+        names = Path(dataset.annotations) / "classes.txt"
+        if names.is_file() and names.resolve() != (folder / "classes.txt").resolve():
+            shutil.copyfile(names, folder / "classes.txt")
+    return left_out
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a file under a temporary name, then rename it."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+    os.replace(temporary, file)
+
+
+__all__ = ["KINDS", "Entry", "Finding", "Report", "in_folder", "judge", "listed", "replace_text", "write_clean"]

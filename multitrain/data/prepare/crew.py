@@ -1,0 +1,261 @@
+"""Long work over many files: by several processes, in shards, interrupted at any moment and resumed.
+
+What is done stands in journals, one JSON object a line. A file whose line is not there yet is simply done again, so work must
+leave either nothing or the whole result behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Generic, TextIO, TypeVar
+
+from multitrain.config import ConfigError
+from multitrain.monitor import lines
+from multitrain.monitor.progress import duration
+
+Item = TypeVar("Item")
+Work = Callable[[Any], dict[str, Any]]
+"""What is done with one item, in a process of its own: returns what the journal is to hold of it. Must be picklable."""
+
+INTERRUPTED = 75
+"""Exit status of a command that was asked to stop; the same command goes on."""
+
+_LOOK = 0.2  # seconds between two looks at signals and time limits
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part `index` of `count`: every `count`-th item, beginning with number `index`."""
+
+    index: int = 0
+    count: int = 1
+
+    @staticmethod
+    def parse(text: str) -> Shard:
+        """``i/n`` with i from 0 to n − 1. Raises ConfigError."""
+        index, slash, count = text.partition("/")
+        if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
+            raise ConfigError(f"--shard {text!r}: write I/N with I from 0 to N-1, e.g. 0/16")
+        return Shard(int(index), int(count))
+
+    def of(self, items: Sequence[Item]) -> Sequence[Item]:
+        """This shard's items."""
+        return items[self.index :: self.count]
+
+
+class Journal:
+    """What is done, by item and version of the item.
+
+    Every shard appends to a file of its own, and all files of the folder are read, so shards may be cut in another way when
+    the work is resumed.
+
+    Args:
+        folder: made when missing.
+        kind: what is done; other kinds in the same folder are left alone.
+        shard: whose file is appended to.
+    """
+
+    def __init__(self, folder: Path, kind: str, shard: Shard) -> None:
+        self._folder, self._kind = folder, kind
+        self._file = folder / f"{kind}-{shard.index}-of-{shard.count}.jsonl"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{folder} cannot be made ({error.strerror}); choose another --out") from None
+        self.done = self._read()
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        files = sorted(self._folder.glob(f"{self._kind}-*-of-*.jsonl"), key=lambda f: f.stat().st_mtime)
+        return {str(r["item"]): r for file in files for r in lines.read(file) if "item" in r and "version" in r}
+
+    def refresh(self) -> None:
+        """Read what other shards have written meanwhile."""
+        self.done = self._read()
+
+    def get(self, item: str, version: object) -> dict[str, Any] | None:
+        """The record of an item, if it is of this version."""
+        record = self.done.get(item)
+        return record if record is not None and record["version"] == version else None
+
+    def add(self, item: str, version: object, record: dict[str, Any]) -> None:
+        """Note that an item is done; on disk when this returns."""
+        self.done[item] = {"item": item, "version": version, **record}
+        lines.append(self._file, self.done[item])
+
+
+def version(path: Path) -> list[int]:
+    """Size and time of change of a file in nanoseconds, [-1, -1] when it is not there: a changed file is done again."""
+    try:
+        found = path.stat()
+    except OSError:
+        return [-1, -1]
+    return [found.st_size, found.st_mtime_ns]
+
+
+class Bar(Generic[Item]):
+    """A bar with the time to go on a terminal, a plain line every half minute in logs."""
+
+    EVERY = 30.0
+
+    def __init__(self, title: str, total: int, stream: TextIO | None = None) -> None:
+        self._title, self._total, self._stream = title, total, stream or sys.stderr
+        self._done = self._bad = 0
+        self._began = self._said = time.monotonic()
+        self._bar: Any = None
+        if self._stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, desc=title, unit="file", file=self._stream, dynamic_ncols=True)
+
+    def add(self, *, bad: bool) -> None:
+        """One more is done."""
+        self._done += 1
+        self._bad += bad
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{self._bad} bad" if self._bad else "", refresh=False)
+            self._bar.update()
+        elif time.monotonic() - self._said > self.EVERY or self._done == self._total:
+            self._said = time.monotonic()
+            pace = self._done / max(self._said - self._began, 1e-9)
+            left = f", {duration((self._total - self._done) / pace)} left" if self._done < self._total else ""
+            some = f", {self._bad} bad" if self._bad else ""
+            print(
+                f"{self._title}: {self._done} of {self._total} files{some}, {pace:.1f} a second{left}",
+                file=self._stream,
+                flush=True,
+            )
+
+    def close(self) -> None:
+        """Leave the terminal in order."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+@dataclass
+class _Worker:
+    process: Any
+    pipe: Connection
+    item: Any = None
+    since: float = 0.0
+
+
+def work_through(
+    items: Iterable[Item],
+    work: Work,
+    *,
+    workers: int,
+    timeout: float,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[Item, dict[str, Any]]]:
+    """Each item with what `work` gave for it, in the order in which they are done.
+
+    A worker that dies (a decoder that crashes) or takes longer than `timeout` seconds is replaced, and what it worked on gets
+    ``{"error": reason}``, as does an item for which `work` raised. When `stop` holds, workers are ended at once, and so is
+    the iteration.
+    """
+    waiting = iter(items)
+    crew: list[_Worker] = []
+    try:
+        for item in waiting:
+            crew.append(_start(work))
+            _give(crew[-1], item)
+            if len(crew) == workers:
+                break
+        while crew:
+            if stop():
+                return
+            ready = set(wait([w.pipe for w in crew], timeout=_LOOK))
+            for worker in list(crew):
+                answer = _answer(worker, worker.pipe in ready, timeout)
+                if answer is None:
+                    continue
+                done = worker.item
+                if worker.process.exitcode is not None or "overdue" in answer:
+                    _end(worker)
+                    crew.remove(worker)
+                    worker = _start(work)
+                    crew.append(worker)
+                following = next(waiting, None)
+                if following is None:
+                    _end(worker)
+                    crew.remove(worker)
+                else:
+                    _give(worker, following)
+                yield done, {k: v for k, v in answer.items() if k != "overdue"}
+    finally:
+        for worker in crew:
+            _end(worker)
+
+
+def _start(work: Work) -> _Worker:
+    context = get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, work), daemon=True)
+    process.start()
+    theirs.close()
+    return _Worker(process, ours)
+
+
+def _give(worker: _Worker, item: Any) -> None:
+    worker.item, worker.since = item, time.monotonic()
+    with contextlib.suppress(BrokenPipeError):  # the worker has died; the next look at it finds out
+        worker.pipe.send(item)
+
+
+def _answer(worker: _Worker, ready: bool, timeout: float) -> dict[str, Any] | None:
+    """What the worker says, or what has become of it; None while it works."""
+    if ready:
+        try:
+            answer: dict[str, Any] = worker.pipe.recv()
+            return answer
+        except (EOFError, OSError):
+            worker.process.join()
+            code = worker.process.exitcode
+            how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+            return {"error": f"the reader crashed ({how})"}
+    if time.monotonic() - worker.since > timeout:
+        return {"error": f"took longer than {timeout:g} s", "overdue": True}
+    return None
+
+
+def _end(worker: _Worker) -> None:
+    """End a worker and what it has started."""
+    worker.pipe.close()
+    if worker.process.pid is not None and worker.process.exitcode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(worker.process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # one that has no group of its own yet
+            os.kill(worker.process.pid, signal.SIGKILL)
+    worker.process.join()
+
+
+def _serve(pipe: Connection, work: Work) -> None:
+    """A worker: one answer an item until the pipe is closed. Signals are the parent's business."""
+    os.setpgid(0, 0)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    while True:
+        try:
+            item = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = work(item)
+        except Exception as error:
+            answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())}
+        try:
+            pipe.send(answer)
+        except BrokenPipeError:
+            return
+
+
+__all__ = ["INTERRUPTED", "Bar", "Journal", "Shard", "version", "work_through"]

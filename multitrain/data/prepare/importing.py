@@ -1,0 +1,392 @@
+"""Official annotation files of datasets as ``path label`` lines and a list of class names.
+
+Videos keep the names that the usual downloads give them. Classes are numbered in alphabetical order, unless the dataset's own
+list numbers them.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from multitrain.config import nearest
+from multitrain.data.annotations import CatalogError
+
+SPLITS = ("train", "val", "test")
+_SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "validate": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One line to be."""
+
+    split: str
+    path: str
+    labels: tuple[str, ...]
+    """Names of classes."""
+    folder: str = ""
+    """What the split's folder is called in the usual download; it is tried before `path` when videos are looked for."""
+    segment: tuple[str, float, float] | None = None
+    """The file to cut from, and seconds: start and end."""
+
+
+@dataclass
+class Imported:
+    """A dataset's annotations."""
+
+    classes: list[str]
+    """Name of each label."""
+    samples: list[Sample]
+    notes: list[str] = field(default_factory=list)
+    """What was left out, and why."""
+    multi_label: bool = False
+
+
+Reader = Callable[[list[Path], Path | None], Imported]
+
+
+def read(form: str, files: list[Path], classes: Path | None = None) -> Imported:
+    """The annotations in official `files` of a dataset.
+
+    Args:
+        form: a name in :data:`FORMATS`.
+        classes: the dataset's own list of classes, where it has one.
+
+    Raises:
+        CatalogError: a file that is not what its name says, in one line.
+    """
+    if form not in FORMATS:
+        raise CatalogError(f"no format {form!r}; {nearest(form, FORMATS)}")
+    found = FORMATS[form][0](files, classes)
+    if not found.samples:
+        raise CatalogError(f"{files[0]}: no labelled video in it; is it the annotation file of {form}?")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ formats
+
+
+def kinetics(files: list[Path], classes: Path | None) -> Imported:
+    """``label,youtube_id,time_start,time_end,split`` with a header line (K400, K600, K700).
+
+    Videos are called ``SPLIT/ID_SSSSSS_EEEEEE.mp4`` as in the usual download; see :data:`LAYOUTS` for other trees.
+    """
+    out = Imported([], [])
+    for file in files:
+        unlabelled = 0
+        for number, row in _rows_with_header(file, ("youtube_id", "time_start", "time_end")):
+            split = _split(row.get("split") or file.stem, file, number)
+            if not row.get("label"):
+                unlabelled += 1
+                continue
+            try:
+                start, end = int(float(row["time_start"])), int(float(row["time_end"]))
+            except ValueError:
+                raise CatalogError(
+                    f"{file}:{number}: times {row['time_start']!r}, {row['time_end']!r} are no numbers"
+                ) from None
+            name = f"{row['youtube_id']}_{start:06d}_{end:06d}.mp4"
+            out.samples.append(Sample(split, name, (row["label"],), folder=split))
+        _note_unlabelled(out, file, unlabelled)
+    return _named(out, classes)
+
+
+def moments(files: list[Path], classes: Path | None) -> Imported:
+    """``CLASS/FILE,CLASS,votes,votes`` without a header (trainingSet.csv, validationSet.csv); videos in training/, validation/."""
+    out = Imported([], [])
+    for file in files:
+        split = _split(file.stem, file, 0)
+        for number, row in _rows(file, at_least=2):
+            if number == 1 and not row[0].lower().endswith(VIDEO_ENDINGS):
+                continue  # a header
+            out.samples.append(
+                Sample(split, row[0], (row[1],), folder={"train": "training", "val": "validation"}.get(split, split))
+            )
+    return _named(out, classes)
+
+
+def multi_moments(files: list[Path], classes: Path | None) -> Imported:
+    """``FILE,LABEL,LABEL,…``: names, or numbers of the dataset's list of classes (``name,number`` lines)."""
+    out = Imported([], [], multi_label=True)
+    for file in files:
+        split = _split(file.stem, file, 0)
+        for _, row in _rows(file, at_least=2):
+            labels = tuple(dict.fromkeys(label.strip() for label in row[1:] if label.strip()))
+            out.samples.append(
+                Sample(split, row[0], labels, folder={"train": "training", "val": "validation"}.get(split, split))
+            )
+    if any(label.isdigit() for s in out.samples for label in s.labels):
+        if classes is None:
+            raise CatalogError(
+                f"{files[0]}: labels are numbers; give the dataset's list of classes with --classes FILE"
+            )
+        names = _class_list(classes)
+        out.samples = [_with_names(s, names, classes) for s in out.samples]
+    return _named(out, classes)
+
+
+def something(files: list[Path], classes: Path | None) -> Imported:
+    """``[{"id", "template", …}]`` and the label map ``{"name": "number"}``; videos are called ``ID.webm``.
+
+    A test set without labels takes them from ``test-answers.csv`` (``id;label``) where that is given.
+    """
+    if classes is None:
+        raise CatalogError("something needs its label map; give something-something-v2-labels.json with --classes FILE")
+    numbers = _json(classes)
+    if not isinstance(numbers, dict):
+        raise CatalogError(f"{classes}: not a map from names to numbers; it is something-something-v2-labels.json")
+    names = sorted(numbers, key=lambda name: int(numbers[name]))
+    if [int(numbers[n]) for n in names] != list(range(len(names))):
+        raise CatalogError(f"{classes}: labels are not numbered 0 to {len(names) - 1}; restore the official file")
+    out = Imported(names, [])
+    answers = {row[0]: row[1] for f in files if f.suffix == ".csv" for _, row in _rows(f, 2, delimiter=";")}
+    for file in (f for f in files if f.suffix != ".csv"):
+        unlabelled, split = 0, _split(file.stem, file, 0)
+        for place, video in enumerate(_json(file)):
+            if not isinstance(video, dict) or "id" not in video:
+                raise CatalogError(f"{file}: entry {place} has no 'id'; it is something-something-v2-{split}.json")
+            template = video.get("template") or answers.get(str(video["id"]))
+            if template is None:
+                unlabelled += 1
+                continue
+            label = re.sub(r"[\[\]]", "", template)
+            if label not in numbers:
+                raise CatalogError(
+                    f"{file}: {label!r} of video {video['id']} is not in {classes}; {nearest(label, numbers)}"
+                )
+            out.samples.append(Sample(split, f"{video['id']}.webm", (label,)))
+        _note_unlabelled(out, file, unlabelled)
+    return out
+
+
+def activitynet(files: list[Path], classes: Path | None) -> Imported:
+    """``{"database": {ID: {"subset", "annotations": [{"label", "segment": [s, e]}]}}}``: one line a segment, to be cut.
+
+    Files are called ``v_ID.mp4``, segments ``v_ID/START_END.mp4`` (hundredths of a second).
+    """
+    out = Imported([], [])
+    for file in files:
+        content = _json(file)
+        if not isinstance(content, dict) or "database" not in content:
+            raise CatalogError(f"{file}: no 'database' in it; it is activity_net.v1-3.min.json")
+        unlabelled = useless = 0
+        for name, video in content["database"].items():
+            split = _split(video.get("subset", ""), file, 0)
+            unlabelled += not video.get("annotations")
+            for annotation in video.get("annotations", ()):
+                start, end = (float(t) for t in annotation["segment"])
+                if "duration" in video:
+                    end = min(end, float(video["duration"]))
+                if end - start < 0.1:
+                    useless += 1
+                    continue
+                path = f"v_{name}/{round(start * 100):07d}_{round(end * 100):07d}.mp4"
+                out.samples.append(Sample(split, path, (annotation["label"],), segment=(f"v_{name}.mp4", start, end)))
+        _note_unlabelled(out, file, unlabelled)
+        if useless:
+            out.notes.append(f"{file.name}: {useless} segments shorter than 0.1 s left out")
+    return _named(out, classes)
+
+
+FORMATS: dict[str, tuple[Reader, str]] = {
+    "kinetics": (kinetics, "train.csv validate.csv [test.csv]"),
+    "moments": (moments, "trainingSet.csv validationSet.csv --classes moments_categories.txt"),
+    "multi-moments": (multi_moments, "trainingSet.csv validationSet.csv --classes moments_categories.txt"),
+    "something": (something, "…-train.json …-validation.json [test.json test-answers.csv] --classes …-labels.json"),
+    "activitynet": (activitynet, "activity_net.v1-3.min.json"),
+}
+"""Formats: their readers and the files that they take."""
+
+VIDEO_ENDINGS = (
+    ".mp4",
+    ".avi",
+    ".webm",
+    ".mkv",
+    ".mov",
+    ".m4v",
+    ".mpg",
+    ".mpeg",
+    ".flv",
+    ".wmv",
+    ".3gp",
+    ".ts",
+    ".ogv",
+)
+"""Ends of the names of files that hold video."""
+
+LAYOUTS: tuple[Callable[[Sample], str], ...] = (
+    lambda s: s.path,
+    lambda s: f"{s.folder}/{s.path}",
+    lambda s: f"{s.split}/{s.path}",
+    lambda s: f"{s.labels[0]}/{s.path}",
+    lambda s: f"{s.split}/{s.labels[0]}/{s.path}",
+    lambda s: f"{s.split}/{s.labels[0].replace(' ', '_')}/{s.path}",
+    lambda s: f"{s.labels[0].replace(' ', '_')}/{s.path}",
+    lambda s: os.path.basename(s.path),
+)
+"""Where videos of a dataset lie below its folder, in the trees that people have."""
+
+
+def find(samples: list[Sample], videos: Path) -> tuple[list[Sample], int]:
+    """The samples with the paths that their files have below `videos`, and how many files are not there.
+
+    The tree may have any layout of :data:`LAYOUTS`, and names may end with mp4, webm, mkv or avi.
+    """
+    ways = [(layout, ending) for layout in LAYOUTS for ending in ("", ".mp4", ".webm", ".mkv", ".avi")]
+    out, missing = [], 0
+    for sample in samples:
+        for place, (layout, ending) in enumerate(ways):
+            path = layout(sample)
+            path = os.path.splitext(path)[0] + ending if ending else path
+            if (videos / path).is_file():
+                ways.insert(0, ways.pop(place))  # the next one lies in the same way, most likely
+                out.append(replace(sample, path=path))
+                break
+        else:
+            missing += 1
+            out.append(sample)
+    return out, missing
+
+
+def write(found: Imported, out: Path) -> dict[str, int]:
+    """Write ``{train,val,test}.csv`` and ``classes.txt`` into `out`, and ``segments.csv`` where videos are to be cut.
+
+    A dataset whose test labels are not public is tested on its validation videos, as published work does: without test
+    lines, ``test.csv`` is a copy of ``val.csv``.
+
+    Returns:
+        Lines by split.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    number = {name: i for i, name in enumerate(found.classes)}
+    texts = {
+        split: [
+            f"{s.path} {','.join(str(n) for n in sorted(number[x] for x in s.labels))}\n"
+            for s in found.samples
+            if s.split == split
+        ]
+        for split in SPLITS
+    }
+    if not texts["test"]:
+        texts["test"] = texts["val"]
+    _replace(out / "classes.txt", "".join(f"{name}\n" for name in found.classes))
+    cut = [s for s in found.samples if s.segment]
+    if cut:
+        rows = [f"{s.segment[0]},{s.segment[1]:.3f},{s.segment[2]:.3f},{s.path}\n" for s in cut if s.segment]
+        _replace(out / "segments.csv", "source,start,end,path\n" + "".join(rows))
+    for split, rows in texts.items():
+        if rows:
+            _replace(out / f"{split}.csv", "".join(rows))
+    return {split: len(rows) for split, rows in texts.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------- parts
+
+
+def _replace(file: Path, text: str) -> None:
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)
+
+
+def _with_names(sample: Sample, names: list[str], file: Path) -> Sample:
+    wrong = [x for x in sample.labels if not x.isdigit() or int(x) >= len(names)]
+    if wrong:
+        raise CatalogError(f"{sample.path}: label {wrong[0]!r} is not one of the {len(names)} in {file}")
+    return replace(sample, labels=tuple(names[int(x)] for x in sample.labels))
+
+
+def _named(out: Imported, classes: Path | None) -> Imported:
+    """With classes numbered: as `classes` has them, else in alphabetical order of those that have a video."""
+    used = {label for s in out.samples for label in s.labels}
+    out.classes = _class_list(classes) if classes else sorted(used)
+    unknown = sorted(used - set(out.classes))
+    if unknown:
+        raise CatalogError(
+            f"{classes}: class {unknown[0]!r} is not in it (and {len(unknown) - 1} more); {nearest(unknown[0], out.classes)}"
+        )
+    return out
+
+
+def _class_list(file: Path) -> list[str]:
+    """Names by label from lines ``name``, ``name,number`` or ``number name``, or a JSON map or list."""
+    if file.suffix == ".json":
+        content = _json(file)
+        return list(content) if isinstance(content, list) else sorted(content, key=lambda name: int(content[name]))
+    lines = [line.strip() for line in _text(file).splitlines() if line.strip()]
+    for pattern in (r"(?P<name>.+?)\s*[,\t]\s*(?P<number>\d+)", r"(?P<number>\d+)\s*[ ,\t]\s*(?P<name>.+)"):
+        found = [re.fullmatch(pattern, line) for line in lines]
+        if all(found):
+            numbered = {int(m["number"]): m["name"] for m in found if m}
+            if sorted(numbered) == list(range(len(lines))):
+                return [numbered[i] for i in range(len(lines))]
+    return lines
+
+
+def _split(name: str, file: Path, line: int) -> str:
+    words = re.split(r"[^a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
+    for word in words:
+        if word in _SPLIT_NAMES:
+            return _SPLIT_NAMES[word]
+    where = f"{file}:{line}" if line else str(file)
+    raise CatalogError(f"{where}: {name!r} is no split; its name must say train, validation or test")
+
+
+def _note_unlabelled(out: Imported, file: Path, count: int) -> None:
+    if count:
+        out.notes.append(f"{file.name}: {count} videos without a label left out")
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CatalogError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(_text(file))
+    except ValueError as error:
+        raise CatalogError(f"{file}: not JSON ({error})") from None
+
+
+def _rows(file: Path, at_least: int, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
+    """Rows with their line numbers, blank ones left out."""
+    for number, row in enumerate(csv.reader(_text(file).splitlines(), delimiter=delimiter), start=1):
+        if not any(row):
+            continue
+        if len(row) < at_least:
+            raise CatalogError(
+                f"{file}:{number}: {len(row)} columns, not {at_least} or more; restore the official file"
+            )
+        yield number, [cell.strip() for cell in row]
+
+
+def _rows_with_header(file: Path, needed: Iterable[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    rows = _rows(file, 1)
+    _, header = next(rows, (1, []))
+    absent = [name for name in needed if name not in header]
+    if absent:
+        raise CatalogError(f"{file}:1: no column {absent[0]!r} in {','.join(header)!r}; restore the official file")
+    for number, row in rows:
+        if len(row) != len(header):
+            raise CatalogError(f"{file}:{number}: {len(row)} columns, not {len(header)}; restore the official file")
+        yield number, dict(zip(header, row))
+
+
+__all__ = ["FORMATS", "VIDEO_ENDINGS", "Imported", "Sample", "find", "read", "write"]

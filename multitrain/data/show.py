@@ -1,0 +1,140 @@
+"""What the model sees: augmented training clips of an update, with their labels and mixing weights, as one picture.
+
+The clips are those of the run: same tickets, same augmentation, same partners as in training, since all of it is a function
+of the configuration and the update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from multitrain.config import RunConfig
+from multitrain.data.catalog import Catalog
+from multitrain.data.clips import Task, TrainJob
+from multitrain.data.mix import prepare
+from multitrain.data.spatial import MEAN, STD
+from multitrain.monitor.figures import COLOURS, INK, figure, png
+from multitrain.order import Plan
+
+_FRAMES = 8
+"""Frames of a clip that are shown."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One clip as the model gets it."""
+
+    dataset: str
+    path: str
+    frames: np.ndarray
+    """uint8 [T, S, S, 3], after erasing and mixing."""
+    labels: tuple[str, ...]
+    """Names of the video's own labels."""
+    weights: list[tuple[str, float]]
+    """What the loss is told: (class, weight), heaviest first, without what label smoothing gives to every class."""
+    note: str
+    """Unreadable videos that this one stands in for; else empty."""
+
+
+@dataclass
+class _Batch:
+    """What `multitrain.data.mix.prepare` reads."""
+
+    clips: torch.Tensor
+    dataset: torch.Tensor
+    labels: list[tuple[int, ...]]
+    boxes: torch.Tensor
+    keys: torch.Tensor
+    start: int
+
+
+def clips_of(config: RunConfig, catalogs: Mapping[str, Catalog], plan: Plan, update: int, videos: int) -> list[Shown]:
+    """The clips of the first `videos` videos of an update (counted from 0), rounded up to whole mix groups, in their order."""
+    count = min(-(-videos // config.group) * config.group, config.effective_batch)
+    start = update * config.effective_batch
+    tickets = plan.tickets(start, start + count)
+    job = TrainJob(catalogs, plan, config)
+    job.prepare()
+    copies = job.shape[0]
+    pixels = np.empty((count * copies, *job.shape[1:]), job.dtype)
+    made = [job.run(Task(update, t), pixels[i * copies : (i + 1) * copies]) for i, t in enumerate(tickets)]
+    batch = _Batch(
+        clips=torch.from_numpy(pixels),
+        dataset=torch.tensor([m.dataset for m in made]).repeat_interleave(copies),
+        labels=[m.labels for m in made for _ in range(copies)],
+        boxes=torch.from_numpy(np.concatenate([m.boxes for m in made])),
+        keys=torch.from_numpy(np.concatenate([m.keys for m in made])),
+        start=start,
+    )
+    classes = {name: catalog.classes for name, catalog in catalogs.items()}
+    ready = prepare(batch, config.data, classes, config.augment, "cpu", config.seed)
+    images = (ready.clips * STD + MEAN).clamp_(0, 1).mul_(255).round_().to(torch.uint8).permute(0, 2, 3, 4, 1).numpy()
+    shown = []
+    for number in range(len(images)):
+        own = made[number // copies]
+        name = plan.sources[own.dataset].name
+        catalog = catalogs[name]
+        path = (
+            own.skipped[0]["stand_in"]
+            if own.skipped
+            else catalog.relative_path(int(tickets[number // copies]["index"]))
+        )
+        bad = ", ".join(f"{s['path']} ({s['reason']})" for s in own.skipped)
+        shown.append(
+            Shown(
+                dataset=name,
+                path=path,
+                frames=images[number],
+                labels=tuple(_name(catalog, label) for label in own.labels),
+                weights=_weights(ready.targets[name][number].numpy(), catalog),
+                note=f"stands in for {bad}" if bad else "",
+            )
+        )
+    return shown
+
+
+def _name(catalog: Catalog, label: int) -> str:
+    return catalog.class_names[label] if catalog.class_names else str(label)
+
+
+def _weights(targets: np.ndarray, catalog: Catalog) -> list[tuple[str, float]]:
+    """Classes that weigh more than what smoothing gives to all, at most four."""
+    floor = float(targets.min()) + 1e-6
+    order = np.argsort(-targets, kind="stable")[:4]
+    return [(_name(catalog, int(i)), float(targets[i])) for i in order if targets[i] > floor]
+
+
+def picture(shown: Sequence[Shown], title: str) -> bytes:
+    """One row a clip: frames, dataset and path, the video's labels, and the weights that the loss is told, as PNG."""
+    rows = len(shown)
+    drawn, axes = figure(2, rows, width=15, height=1.35 * rows + 0.5, ratio=2.4)
+    datasets = list(dict.fromkeys(s.dataset for s in shown))
+    for row, clip in zip(axes, shown):
+        colour = COLOURS[datasets.index(clip.dataset) % len(COLOURS)]
+        frames = clip.frames[np.linspace(0, len(clip.frames) - 1, min(_FRAMES, len(clip.frames))).round().astype(int)]
+        row[0].imshow(np.concatenate(list(frames), axis=1), interpolation="lanczos")
+        for axis in row:
+            axis.set_axis_off()
+        weights = "   ".join(f"{weight:.2f} {name}" for name, weight in clip.weights)
+        lines = [f"{clip.path}", ", ".join(clip.labels), f"loss sees:  {weights}", *([clip.note] if clip.note else [])]
+        row[1].text(0, 0.98, clip.dataset, va="top", weight="bold", color=colour, size=10)
+        for place, line in enumerate(lines):
+            short = line if len(line) <= 78 else line[:77] + "…"
+            weight = "bold" if place == 1 else "normal"
+            row[1].text(0, 0.74 - 0.22 * place, short, va="top", size=8.5, color=INK, weight=weight)
+    drawn.suptitle(title, x=0.01, ha="left", size=10)
+    return png(drawn)
+
+
+def write(path: Path, shown: Sequence[Shown], title: str) -> None:
+    """Write the picture to `path`, folders made when missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(picture(shown, title))
+
+
+__all__ = ["Shown", "clips_of", "picture", "write"]

@@ -1,0 +1,87 @@
+"""The numbers of one update over all ranks, for the log: one small all-reduce, the only one."""
+
+from __future__ import annotations
+
+import resource
+import time
+from typing import Any
+
+import torch
+
+from multitrain.config import RunConfig
+from multitrain.engine.distributed import World
+from multitrain.engine.update import Losses
+
+
+class Clock:
+    """Where the time of an update goes on this rank, in seconds of wall time."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """An update begins."""
+        self.began = time.perf_counter()
+        self.data = 0.0
+        """Waiting for this rank's own videos."""
+        self.others = 0.0
+        """Waiting for the slowest rank, where all agree."""
+
+    @property
+    def whole(self) -> float:
+        """Since the update began."""
+        return time.perf_counter() - self.began
+
+
+class Figures:
+    """Sums an update's losses and times over the ranks; nothing in it changes the training."""
+
+    def __init__(self, config: RunConfig, datasets: list[str], accumulation: int, world: World) -> None:
+        self._config = config
+        self._datasets = datasets
+        self._accumulation = accumulation
+        self._world = world
+
+    def of(self, losses: Losses, clock: Clock) -> tuple[dict[str, Any], bool]:
+        """The figures of an update as in `metrics.jsonl`, and whether any rank met unreadable videos. A collective.
+
+        `data_wait_max` and `data_wait_rank`: the share of the update that the rank which waited most for its videos did so,
+        and that rank. `own_seconds_max`, `own_seconds_median` and `slowest_rank`: what ranks spent neither waiting for
+        videos nor for each other; on GPUs that includes collectives of the device.
+        """
+        seconds = clock.whole
+        own = torch.cat([losses.terms, losses.per_dataset.flatten()]).double().cpu()
+        per_rank = torch.zeros(2, self._world.size, dtype=torch.float64)  # each rank fills its column
+        per_rank[:, self._world.rank] = torch.tensor([clock.data, seconds - clock.data - clock.others])
+        counts = torch.tensor([seconds, float(len(losses.skipped))], dtype=torch.float64)
+        total = self._world.sum(torch.cat([own, counts, per_rank.flatten()]))
+        own, counts, flat = total.split([own.numel(), 2, per_rank.numel()])
+        waited, busy = flat.view(2, -1)
+        micro_batches = self._world.size * self._accumulation
+        classification, projection, informative = (own[:3] / micro_batches).tolist()
+        per_dataset = own[3:].view(-1, 2).tolist()
+        clips = self._config.effective_batch * self._config.augment.copies
+        record = {
+            "loss": classification + projection + self._config.loss.informative_weight * informative,
+            "loss_classification": classification,
+            "loss_projection": projection,
+            "loss_informative": informative,
+            "loss_per_dataset": {n: s / c for n, (s, c) in zip(self._datasets, per_dataset) if c},
+            "seconds": round(seconds, 4),
+            "data_wait_fraction": round(float(waited.sum() / counts[0]), 4),
+            "data_wait_max": round(float(waited.max() * self._world.size / counts[0]), 4),
+            "data_wait_rank": int(waited.argmax()),
+            "own_seconds_max": round(float(busy.max()), 4),
+            "own_seconds_median": round(float(busy.median()), 4),
+            "slowest_rank": int(busy.argmax()),
+            "clips_per_second": round(clips / seconds, 3),
+            "max_memory_gb": round(_peak_memory(self._world.device) / 1e9, 3),
+        }
+        return record, bool(counts[1])
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Most bytes so far: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,196 @@
+"""Saving beside the training: an update is held up while the state is copied, not while it is written.
+
+Each rank copies its part of the optimizer's moments to host memory, rank 0 the weights as well. A thread of each rank then
+brings the parts to rank 0 over a process group of its own, and rank 0's writes the checkpoint. How it went is told to all
+ranks by the threads, and the trainer asks for it before the next save: so all ranks learn it at the same point without a
+collective of the training's.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from multitrain.config import CheckpointConfig
+from multitrain.engine import checkpoint as checkpoints
+from multitrain.engine.checkpoint import Checkpoint
+from multitrain.engine.deepspeed import MOMENTS, Engine, Piece
+from multitrain.engine.distributed import World
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a save went; equal on all ranks, but for `held_up`.
+
+    `failure`: why there is no checkpoint, None when it is on disk, verified. `retention`: why an old checkpoint could
+    not be deleted. `seconds`: from the copy to the verified checkpoint. `held_up`: of these, seconds that the training
+    of this rank stood still.
+    """
+
+    update: int
+    failure: str | None
+    retention: str | None
+    seconds: float
+    held_up: float
+
+
+class Saver:
+    """Writes checkpoints of `engine`, one at a time. All ranks make the same calls in the same order.
+
+    Args:
+        folder: the run's folder of checkpoints.
+        config_text: the configuration as it is stored in each checkpoint.
+    """
+
+    def __init__(self, folder: Path, world: World, engine: Engine, config: CheckpointConfig, config_text: str) -> None:
+        self._folder = folder
+        self._world = world
+        self._engine = engine
+        self._config = config
+        self._config_text = config_text
+        self._layouts: list[list[Piece]] | None = None
+        self._moments: Tensor | None = None
+        self._weights: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._result: Outcome | Exception | None = None
+        self._held_up = self._copied = 0.0
+        self._told = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save was started whose outcome nobody has asked for."""
+        return self._thread is not None
+
+    @property
+    def written(self) -> bool:
+        """Whether the save that was started is over on this rank; then :meth:`finish` does not wait."""
+        return self._thread is not None and not self._thread.is_alive()
+
+    @property
+    def copied(self) -> float:
+        """Seconds that the copy of the last save took, during which the training stood still."""
+        return self._copied
+
+    def news(self) -> Outcome | None:
+        """How the last save went, once, as soon as this rank knows; no collective, and it does not wait."""
+        if self._told or not isinstance(self._result, Outcome):
+            return None
+        self._told = True
+        return replace(self._result, held_up=self._held_up)
+
+    def warm(self) -> None:
+        """Get the memory that copies go to, so that the first save holds up no longer than the others."""
+        self._layouts = self._world.gather(self._engine.pieces())
+        self._copy()
+
+    def _copy(self) -> None:
+        self._moments = self._engine.copy_moments(self._moments)
+        if self._world.is_main:
+            self._weights = self._engine.copy_weights(self._weights)
+
+    def start(self, state: dict[str, Any]) -> None:
+        """Copy weights and moments, and begin to write them with `state`. The save before must be finished."""
+        assert self._thread is None, "the save before is not finished"
+        began = time.perf_counter()
+        if self._layouts is None:
+            self.warm()
+        else:
+            self._copy()
+        self._held_up = self._copied = time.perf_counter() - began
+        self._result, self._told = None, False
+        self._thread = threading.Thread(target=self._work, args=(state, began), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def finish(self) -> bool:
+        """Wait until the save is over; whether the checkpoint is on disk. The same answer on all ranks.
+
+        Raises:
+            Exception: another rank is gone.
+        """
+        assert self._thread is not None, "no save was started"
+        began = time.perf_counter()
+        self._thread.join()
+        self._held_up += time.perf_counter() - began
+        self._thread = None
+        if isinstance(self._result, Exception):
+            raise self._result
+        assert self._result is not None
+        return self._result.failure is None
+
+    def _work(self, state: dict[str, Any], began: float) -> None:
+        """In the thread: gather, write, tell."""
+        try:
+            failure, retention = None, None
+            parts = self._gather()
+            if parts is not None:
+                failure, retention = self._write(parts, state)
+            outcome = Outcome(int(state["update"]), failure, retention, time.perf_counter() - began, 0.0)
+            box = [outcome]
+            dist.broadcast_object_list(box, src=0, group=self._world.background)
+            self._result = box[0]
+        except Exception as error:  # handed over to the training
+            self._result = error
+
+    def _gather(self) -> list[Tensor] | None:
+        """Every rank's moments, on rank 0."""
+        assert self._moments is not None
+        if self._world.size == 1:
+            return [self._moments]
+        parts = [torch.empty_like(self._moments) for _ in range(self._world.size)] if self._world.is_main else None
+        dist.gather(self._moments, parts, dst=0, group=self._world.background)
+        return parts
+
+    def _write(self, parts: list[Tensor], state: dict[str, Any]) -> tuple[str | None, str | None]:
+        assert self._layouts is not None
+        moments = Moments(self._engine.shapes, self._layouts, parts)
+        try:
+            checkpoints.write(self._folder, Checkpoint(self._weights, moments, state), self._config_text)
+        except OSError as error:
+            return f"{self._folder}: {error.strerror or error}", None
+        except Exception as error:
+            return f"{self._folder}: {type(error).__name__}: {error}", None
+        try:
+            checkpoints.prune(self._folder, self._config.keep, self._config.keep_every)
+        except OSError as error:
+            return None, f"{error.filename or self._folder}: {error.strerror or error}"
+        return None, None
+
+
+class Moments(Mapping[str, Tensor]):
+    """Both moments of every parameter, as ``exp_avg.NAME`` and ``exp_avg_sq.NAME``, put together when asked for.
+
+    Args:
+        shapes: of the parameters, by name.
+        layouts: for each rank, which pieces of which parameters its part holds.
+        parts: for each rank, its moments, float32 [2 n], the first moments before the second ones.
+    """
+
+    def __init__(self, shapes: Mapping[str, torch.Size], layouts: list[list[Piece]], parts: list[Tensor]) -> None:
+        self._shapes = shapes
+        self._parts = parts
+        self._pieces: dict[str, list[tuple[int, Piece]]] = {name: [] for name in shapes}
+        for rank, pieces in enumerate(layouts):
+            for piece in pieces:
+                self._pieces[piece.name].append((rank, piece))
+
+    def __getitem__(self, key: str) -> Tensor:
+        moment, _, name = key.partition(".")
+        found = []
+        for rank, piece in sorted(self._pieces[name], key=lambda pair: pair[1].start):
+            half = MOMENTS.index(moment) * (self._parts[rank].numel() // 2)
+            found.append(self._parts[rank].narrow(0, half + piece.offset, piece.numel))
+        return (found[0] if len(found) == 1 else torch.cat(found)).view(self._shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"{moment}.{name}" for name in self._shapes for moment in MOMENTS)
+
+    def __len__(self) -> int:
+        return len(MOMENTS) * len(self._shapes)

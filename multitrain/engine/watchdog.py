@@ -1,0 +1,68 @@
+"""A rank that hangs says where, and ends: a collective whose peer is gone, a driver that does not answer, a dead server."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from multitrain.monitor.events import Events
+
+FIRST = 3
+"""Until the first update is done, the limit is this many times longer: files are indexed, libraries warm up."""
+PEERS = 5.0
+"""Seconds between the stacks and the end, for the other ranks, which hang for the same reason, to write theirs."""
+STATUS = 1
+
+
+class Watchdog:
+    """Ends the process when :meth:`beat` has not been called for `limit` seconds.
+
+    All threads' stacks go to standard error, which is the rank's log, and an event `hung` to the run's events; then the
+    process ends with status 1, without a collective. Should not even this thread get to run, because a library holds the
+    interpreter, `faulthandler`'s own timer, which needs no interpreter, does the same half a minute later.
+
+    Args:
+        run: the run's folder.
+        rank: this rank.
+        limit: seconds; None watches nothing.
+        end: ends the process.
+    """
+
+    def __init__(self, run: Path, rank: int, limit: float | None, end: Callable[[int], None] = os._exit) -> None:
+        self._run = run
+        self._rank = rank
+        self._limit = limit
+        self._end = end
+        self._allowed = FIRST * limit if limit else 0.0
+        self._last = time.monotonic()
+        if limit is not None:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def beat(self) -> None:
+        """The rank has got on."""
+        self._last = time.monotonic()
+
+    def warm(self) -> None:
+        """The first update is done: from now on the limit is the plain one."""
+        self.beat()
+        self._allowed = self._limit or 0.0
+
+    def _watch(self) -> None:
+        while (left := self._last + self._allowed - time.monotonic()) > 0:
+            faulthandler.dump_traceback_later(left + PEERS + 30.0, exit=True)
+            time.sleep(min(left, 1.0))
+        faulthandler.cancel_dump_traceback_later()
+        text = f"no progress for {time.monotonic() - self._last:.0f} s (engine.hang_limit={self._limit:g})"
+        print(f"multitrain: rank {self._rank}: {text}; where its threads are:", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(all_threads=True)
+        try:
+            Events(self._run / "events.jsonl").write("hung", rank=self._rank, reason=f"{text}; see the ranks' logs")
+        except OSError as error:
+            print(f"multitrain: {self._run}/events.jsonl cannot be written: {error}", file=sys.stderr, flush=True)
+        time.sleep(PEERS)
+        self._end(STATUS)

@@ -1,0 +1,133 @@
+"""What a finished test says: scores and figures of each dataset, its hardest classes, and which are taken for which."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from multitrain.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One dataset's test: figures and scores."""
+
+    name: str
+    result: Mapping[str, Any]
+    """As in ``metrics.json``."""
+    labels: np.ndarray
+    """int [N], or bool [N, K] for several labels a video."""
+    scores: np.ndarray
+    """float32 [N, K]."""
+    paths: np.ndarray
+    """Below the video root, str [N]."""
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names by label; numbers where names are not known."""
+        return self.result.get("class_names") or [str(i) for i in range(self.scores.shape[1])]
+
+    @property
+    def chance(self) -> float:
+        """Percent that always guessing the most frequent class reaches."""
+        frequency = (
+            self.labels.mean(0) if self.labels.ndim == 2 else np.bincount(self.labels) / max(len(self.labels), 1)
+        )
+        return 100 * float(frequency.max(initial=0.0))
+
+    def truth(self, i: int) -> tuple[str, ...]:
+        """Names of the true labels of the i-th scored video."""
+        own = np.flatnonzero(self.labels[i]) if self.labels.ndim == 2 else [self.labels[i]]
+        return tuple(self.class_names[int(k)] for k in own)
+
+    @property
+    def confusion(self) -> np.ndarray | None:
+        """int [K, K], row = true class; None where videos have several labels."""
+        if "confusion" not in self.result:
+            return None
+        classes = self.scores.shape[1]
+        matrix = np.zeros((classes, classes), int)
+        for true, predicted, number in self.result["confusion"]:
+            matrix[true, predicted] = number
+        return matrix
+
+    @property
+    def unreadable(self) -> list[Mapping[str, Any]]:
+        """Videos that could not be read: ``path`` and ``reason``."""
+        return list(self.result.get("unreadable") or ())
+
+
+class Hard(NamedTuple):
+    """A class that a model finds hard."""
+
+    name: str
+    videos: int
+    right: int
+    taken_for: tuple[tuple[str, int], ...]
+    """Other classes that it was taken for, and how often; the most frequent first."""
+
+
+def hardest(tested: Scored, count: int = 10, others: int = 3) -> list[Hard]:
+    """The classes with the smallest share of right answers, the hardest first; among equals the one with more videos.
+
+    Classes without test videos, and those that are always right, are left out.
+    """
+    matrix = tested.confusion
+    if matrix is None:
+        return []
+    names, totals, right = tested.class_names, matrix.sum(1), matrix.diagonal()
+    order = sorted(np.flatnonzero(right < totals), key=lambda k: (right[k] / totals[k], -totals[k], k))
+    found = []
+    for k in order[:count]:
+        row = matrix[k].copy()
+        row[k] = 0
+        most = [int(o) for o in np.argsort(-row, kind="stable")[:others] if row[o]]
+        found.append(Hard(names[k], int(totals[k]), int(right[k]), tuple((names[o], int(row[o])) for o in most)))
+    return found
+
+
+def confused(tested: Scored, count: int = 10) -> list[tuple[str, str, int, int]]:
+    """The most frequent confusions: (true class, taken for, times, videos of the true class)."""
+    matrix = tested.confusion
+    if matrix is None:
+        return []
+    totals = matrix.sum(1)
+    wrong = matrix - np.diag(matrix.diagonal())
+    order = np.argsort(-wrong, axis=None, kind="stable")[:count]
+    pairs = [divmod(int(i), len(matrix)) for i in order]
+    names = tested.class_names
+    return [(names[t], names[p], int(wrong[t, p]), int(totals[t])) for t, p in pairs if wrong[t, p]]
+
+
+def newest_evaluation(run_dir: Path) -> Path | None:
+    """The finished test of the newest checkpoint in a run's folder; validation files only where there is no test."""
+    found = list((run_dir / "evaluation").glob("update-*/*/metrics.json"))
+    order = {"test": 2, "val": 1}
+    best = max(found, key=lambda p: (p.parts[-3], order.get(p.parts[-2], 0)), default=None)
+    return best.parent if best else None
+
+
+def read_evaluation(folder: str | Path) -> dict[str, Scored]:
+    """The datasets of a finished evaluation that were scored by their own head.
+
+    Raises:
+        ConfigError: there is no finished evaluation.
+    """
+    folder = Path(folder)
+    try:
+        results = json.loads((folder / "metrics.json").read_text())["datasets"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(
+            f"{folder}: no metrics.json, so no finished evaluation; multitrain evaluate writes one"
+        ) from None
+    tested = {}
+    for name, result in results.items():
+        if result["head"] == result["dataset"]:
+            with np.load(folder / name / "scores.npz") as file:
+                tested[name] = Scored(name, result, file["labels"], file["scores"], file["paths"])
+    return tested

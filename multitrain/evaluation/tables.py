@@ -1,0 +1,183 @@
+"""Scores become figures, figures become tables and files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from multitrain.config import ConfigError
+from multitrain.evaluation import metrics
+from multitrain.evaluation.scoring import Task
+from multitrain.evaluation.shards import Scores, ShardReader
+
+_log = logging.getLogger(__name__)
+
+
+def figures(scores: Scores, labels: Sequence[tuple[int, ...]], *, multi_label: bool) -> dict[str, Any]:
+    """The figures of scored videos.
+
+    Args:
+        scores: float32 [n, K].
+        labels: true labels of each of the n videos.
+        multi_label: mean average precision instead of per-class accuracy and confusion.
+
+    Returns:
+        ``top1`` and ``top5`` in percent (a video counts when any true label is among the best); for one label a video
+        ``mean_class_accuracy`` in percent, ``per_class`` (percent by label, null without videos) and ``confusion``
+        (triples true label, predicted label, count); with several, ``map`` in percent.
+    """
+    out: dict[str, Any] = {f"top{k}": _percent(metrics.topk_accuracy(scores, labels, k)) for k in (1, 5)}
+    if multi_label:
+        return out | {"map": _percent(metrics.mean_average_precision(scores, labels))}
+    per_class = metrics.per_class_accuracy(scores, labels)
+    matrix = metrics.confusion_matrix(scores, labels)
+    seen = per_class[~np.isnan(per_class)]
+    return out | {
+        "mean_class_accuracy": _percent(float(seen.mean()) if len(seen) else float("nan")),
+        "per_class": [_percent(float(a)) for a in per_class],
+        "confusion": [[int(t), int(p), int(matrix[t, p])] for t, p in zip(*np.nonzero(matrix))],
+    }
+
+
+def average(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
+    """Unweighted means of top-1 and top-5 over the single-label datasets that have them, in percent."""
+    out: dict[str, float | None] = {}
+    for measure in ("top1", "top5"):
+        values = [r[measure] for r in results.values() if r.get(measure) is not None and "map" not in r]
+        out[measure] = float(np.mean(values)) if values else None
+    return out
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Results in one line, top-1/top-5 in percent (mAP for several labels a video), and videos scored/listed.
+
+    E.g. ``kinetics 84.7/96.5 (19796/19796) | mit 41.4/69.5 (33900/33900) | average 63.0/83.0``.
+    """
+    cells = [f"{name} {_measured(r)} ({r['scored']}/{r['videos']})" for name, r in results.items()]
+    if sum(r.get("top1") is not None and "map" not in r for r in results.values()) > 1:
+        cells.append(f"average {_pair(average(results))}")
+    return " | ".join(cells)
+
+
+def combine(
+    folder: Path, results: Mapping[str, dict[str, Any]], order: Sequence[str], header: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """`results`, and what other evaluations of the same weights, split and precision left in `folder`, in `order`."""
+    found = dict(results)
+    for file in sorted(folder.glob("*/metrics.json")):
+        other = json.loads(file.read_text(encoding="utf-8"))
+        if all(other.get(key) == header[key] for key in ("weights", "split", "precision")):
+            found.setdefault(file.parent.name, other)
+    place = {name: position for position, name in enumerate(order)}
+    return dict(sorted(found.items(), key=lambda item: (place.get(item[1]["dataset"], len(place)), item[0])))
+
+
+def write_combined(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
+    """``metrics.json`` and ``table.txt`` of all datasets of an evaluation."""
+    text = table(results)
+    write_json(folder / "metrics.json", {"datasets": results, "average": average(results), "table": text})
+    _replace(folder / "table.txt", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+
+
+def merge(task: Task, shards: ShardReader, header: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Writes ``scores.npz``, ``metrics.json`` and ``confusion.png`` of one dataset; returns the content of the second."""
+    catalog = task.catalog
+    scored = sorted(shards.scores)
+    scores = np.stack([shards.scores[i] for i in scored]) if scored else np.zeros((0, header["classes"]), np.float32)
+    labels = [catalog.labels(i) for i in scored]
+    unreadable = [shards.unreadable[i] for i in sorted(shards.unreadable)]
+    result: dict[str, Any] = {
+        "dataset": task.name,
+        "head": task.head,
+        "split": header["split"],
+        "videos": len(catalog),
+        "scored": len(scored),
+        "coverage": len(scored) / len(catalog),
+        "views": header["views"],
+        "precision": header["precision"],
+        "weights": header["weights"],
+        "class_names": catalog.class_names,
+        "unreadable": unreadable,
+        "top1": None,
+        "top5": None,
+    }
+    if task.head == task.name:
+        result |= figures(scores, labels, multi_label=catalog.multi_label)
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {
+        "index": np.array(scored, np.int64),
+        "scores": scores,
+        "paths": np.array([catalog.relative_path(i) for i in scored]),
+    }
+    arrays["labels"] = (
+        metrics.multi_hot(labels, catalog.classes)
+        if catalog.multi_label
+        else np.array([v[0] for v in labels], np.int64)
+    )
+    _replace(folder / "scores.npz", lambda path: _save(path, arrays))
+    if result.get("confusion"):
+        _draw_confusion(folder / "confusion.png", task.name, scores, labels, catalog.class_names)
+    write_json(folder / "metrics.json", result)
+    return result
+
+
+def _draw_confusion(
+    path: Path, dataset: str, scores: Scores, labels: Sequence[tuple[int, ...]], names: Sequence[str] | None
+) -> None:
+    """The confusion matrix as a picture; without matplotlib a warning says so, and the figures stand without it."""
+    from multitrain.evaluation import pictures
+
+    matrix = metrics.confusion_matrix(scores, labels)
+    shown = list(names) if names else [str(label) for label in range(len(matrix))]
+    try:
+        picture = pictures.confusion({dataset: matrix}, {dataset: shown})
+    except ConfigError as error:
+        _log.warning("%s not drawn: %s", path, error)
+        return
+    _replace(path, lambda temporary: temporary.write_bytes(picture))
+
+
+def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    with path.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    _replace(
+        path,
+        lambda temporary: temporary.write_text(
+            json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+        ),
+    )
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _percent(fraction: float) -> float | None:
+    return None if np.isnan(fraction) else 100 * float(fraction)
+
+
+def _measured(result: Mapping[str, Any]) -> str:
+    return _pair(result) if result.get("map") is None else f"mAP {result['map']:.1f}"
+
+
+def _pair(result: Mapping[str, Any]) -> str:
+    pair = [result.get(m) for m in ("top1", "top5")]
+    return "/".join("–" if v is None else f"{v:.1f}" for v in pair)
+
+
+__all__ = ["average", "combine", "figures", "merge", "table", "write_combined", "write_json"]

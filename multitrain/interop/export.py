@@ -1,0 +1,244 @@
+"""A trained model as a folder to give away: weights, description, class names, and a card that says how it was made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from multitrain.config import ConfigError, RunConfig
+from multitrain.config.arguments import Parser
+from multitrain.interop.convert import Converted, convert
+from multitrain.interop.weights import locate, read_model
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What :func:`export` wrote."""
+
+    folder: Path
+    files: tuple[str, ...]
+    datasets: Mapping[str, int]
+    results: Mapping[str, Mapping[str, Any]]
+    """Figures of the test by dataset; empty when there was none."""
+
+
+def export(
+    source: str | Path, target: str | Path, *, evaluation: str | Path | None = None, force: bool = False
+) -> Exported:
+    """Write ``model.safetensors``, ``config.json``, ``class_names.json`` and ``README.md`` (the model card) to a new folder.
+
+    Args:
+        source: anything that holds a model: a run, a checkpoint folder, a `.pyth`, a `.safetensors`.
+        target: the folder; ``multitrain.load(target / "model.safetensors")`` reads it back.
+        evaluation: folder with the ``metrics.json`` of a test of these weights; when not given, the run's own test of
+            the checkpoint, where there is one.
+        force: write into a folder that has files of these names.
+
+    Raises:
+        ConfigError: no model there, or the folder is in use.
+    """
+    source, target = Path(source), Path(target)
+    names = ("model.safetensors", "config.json", "class_names.json", "README.md")
+    taken = [n for n in names if (target / n).exists()]
+    if taken and not force:
+        raise ConfigError(
+            f"{target}: has {', '.join(taken)} already; choose another folder, or add --force to replace them"
+        )
+    weights, run = read_model(source)
+    results = _results(source, Path(evaluation) if evaluation else None)
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "config.json").unlink(missing_ok=True)
+    written = convert(source, target / "model.safetensors", force=True)
+    known = {name: weights.class_names[name] for name in weights.datasets if name in weights.class_names}
+    _write(target / "class_names.json", json.dumps(known, indent=1, ensure_ascii=False) + "\n")
+    _write(target / "README.md", _card(source, target, run, written, results, known))
+    return Exported(target, names, weights.datasets, results)
+
+
+def upload(folder: Path, repository: str, *, private: bool = False) -> str:
+    """Put an exported folder on the Hugging Face Hub; returns its address.
+
+    Raises:
+        ConfigError: huggingface_hub is not installed, or the hub refused, in its own words.
+    """
+    try:
+        from huggingface_hub import HfApi
+    except ImportError:
+        raise ConfigError("uploading needs huggingface_hub; pip install 'multitrain[hub]'") from None
+    hub = HfApi()
+    try:
+        hub.create_repo(repository, private=private, exist_ok=True)
+        return str(hub.upload_folder(repo_id=repository, folder_path=str(folder)))
+    except Exception as error:  # of many libraries: network, credentials, quota
+        said = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"{repository}: the hub refused ({type(error).__name__}: {said}); `hf auth login` first? The folder {folder} is complete"
+        ) from None
+
+
+def _results(source: Path, evaluation: Path | None) -> dict[str, dict[str, Any]]:
+    """Figures of a test by dataset, of the datasets that were scored by their own head."""
+    folder = evaluation or _own_test(source)
+    if folder is None:
+        return {}
+    try:
+        found = json.loads((folder / "metrics.json").read_text())["datasets"]
+    except (OSError, ValueError, KeyError):
+        raise ConfigError(
+            f"{folder}: no metrics.json, so no finished evaluation; multitrain evaluate writes one"
+        ) from None
+    return {name: r for name, r in found.items() if r.get("head") == r.get("dataset")}
+
+
+def _own_test(source: Path) -> Path | None:
+    """The test of exactly the checkpoint that is exported; none for a file from elsewhere."""
+    if source.suffix == ".pyth":
+        return None
+    checkpoint = locate(source).parent
+    folder = checkpoint.parent.parent / "evaluation" / checkpoint.name / "test"
+    return folder if (folder / "metrics.json").is_file() else None
+
+
+def _command(source: Path) -> str | None:
+    """What was typed to submit the run that the weights come from; None where that is not known."""
+    if source.suffix == ".pyth":
+        return None
+    run = locate(source).parent.parent.parent
+    try:
+        typed = yaml.safe_load((run / "overrides.yaml").read_text())
+        words = [str(word) for entry in typed for word in entry["overrides"]]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return None
+    last = {word.partition("=")[0]: word for word in words}
+    return shlex.join(["python", "launch/submit.py", f"name={run.name}", *last.values()])
+
+
+def _card(
+    source: Path,
+    folder: Path,
+    run: RunConfig,
+    written: Converted,
+    results: Mapping[str, Mapping[str, Any]],
+    known: Mapping[str, Sequence[str]],
+) -> str:
+    model, classes = run.model, sum(written.datasets.values())
+    heads = ", ".join(f"{name} ({count})" for name, count in written.datasets.items())
+    command = _command(source)
+    unnamed = [name for name in written.datasets if name not in known]
+    lines = [
+        "---",
+        "library_name: multitrain",
+        "pipeline_tag: video-classification",
+        "tags: [video, action-recognition, multi-dataset]",
+        "---",
+        "",
+        f"# {folder.resolve().name}",
+        "",
+        f"One video transformer with {len(written.datasets)} head{'s' if len(written.datasets) != 1 else ''}: {heads}; "
+        f"{classes} classes together. {written.parameters:,} parameters, {model.depth} blocks, clips of {model.frames} frames "
+        f"(every {run.data.sampling_rate} at {run.data.target_fps:g} frames a second) of {model.crop}×{model.crop} pixels.",
+        "",
+        "## Results",
+        "",
+        *_table(results),
+        "",
+        "## Use",
+        "",
+        "```python",
+        "import multitrain",
+        "",
+        'model = multitrain.load("model.safetensors")',
+        'model.predict("clip.mp4", top=5)  # {dataset: [(label, probability), ...]}',
+        "```",
+        "",
+        "## How it was made",
+        "",
+        *(["```bash", command, "```", ""] if command else ["The command is not recorded with these weights.", ""]),
+        f"The whole configuration is in `config.json` under `run`. Seed {run.seed}, {run.effective_batch} videos an update, "
+        f"{run.precision}.",
+        "",
+        "## Files",
+        "",
+        f"* `model.safetensors`: {written.tensors} tensors, SHA-256 `{_sha256(folder / 'model.safetensors')}`",
+        "* `config.json`: network, datasets and the configuration of the run",
+        "* `class_names.json`: names by label"
+        + (f" (not known for {', '.join(unnamed)}: their classes are numbers)" if unnamed else ""),
+        "",
+        "The datasets' own terms say what a model trained on them may be used for; they are not part of this folder.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    if not results:
+        return ["Not tested yet: `multitrain evaluate` first, then export again."]
+    columns = {"top1": "top-1 %", "top5": "top-5 %", "map": "mAP %", "mean_class_accuracy": "mean class accuracy %"}
+    kept = {k: title for k, title in columns.items() if any(r.get(k) is not None for r in results.values())}
+    rows = [["dataset", "split", "views (time × space)", "videos scored", *kept.values()]]
+    for name, r in results.items():
+        views = " × ".join(str(v) for v in r.get("views") or ()) or "–"
+        figures = ["–" if r.get(k) is None else f"{r[k]:.2f}" for k in kept]
+        rows.append(
+            [name, str(r.get("split", "–")), views, f"{r.get('scored', '–')} of {r.get('videos', '–')}", *figures]
+        )
+    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    return [head, "|" + " --- |" * len(rows[0]), *body]
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``multitrain export MODEL FOLDER``; returns the exit status."""
+    parser = Parser(
+        "export",
+        "A trained model as a folder to give away: model.safetensors, config.json, class_names.json and a model card with "
+        "the table of results and the command that made it.",
+        "multitrain export runs/first first-model",
+        "multitrain export runs/first first-model --evaluation runs/evaluation/first-kinetics",
+        "multitrain export runs/first first-model --upload lab/first-model",
+    )
+    parser.add_argument(
+        "source", metavar="MODEL", help="a run's or checkpoint's folder, a .pyth or a .safetensors file"
+    )
+    parser.add_argument("target", metavar="FOLDER", help="new folder")
+    parser.add_argument("--evaluation", metavar="DIR", help="folder of a finished test (default: the checkpoint's own)")
+    parser.add_argument("--force", action="store_true", help="replace files that are there")
+    parser.add_argument("--upload", metavar="OWNER/NAME", help="put it on the Hugging Face Hub as well")
+    parser.add_argument("--private", action="store_true", help="with --upload: a private repository")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    given = parser.parse_args(arguments)
+    done = export(given.source, given.target, evaluation=given.evaluation, force=given.force)
+    address = upload(done.folder, given.upload, private=given.private) if given.upload else None
+    if given.json:
+        said = {"folder": str(done.folder), "files": done.files, "datasets": dict(done.datasets), "address": address}
+        print(json.dumps(said, ensure_ascii=False))
+        return 0
+    print(f"{done.folder}: {', '.join(done.files)}")
+    if not done.results:
+        print("the card has no results: multitrain evaluate first, then export again with --force")
+    if address:
+        print(address)
+    return 0
+
+
+__all__ = ["Exported", "export", "main", "upload"]

@@ -1,0 +1,88 @@
+"""Run configurations for weights that came without one of ours: from the published text, and from shipped entries."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from multitrain.config import DatasetConfig, ModelConfig, RunConfig, compose, validate
+from multitrain.interop.pyslowfast import Published
+
+
+def published_run(file: Published) -> RunConfig:
+    """The run configuration that a `.pyth` file's YAML text amounts to."""
+    cfg = file.settings
+    entries = published_datasets(cfg, file.datasets)
+    for name, entry in entries.items():
+        entry["multi_label"] = name in file.multi_label
+        entry["separator"] = cfg.get("DATA", {}).get("PATH_LABEL_SEPARATOR") or " "
+    data = cfg.get("DATA", {})
+    reading = {"sampling_rate": data.get("SAMPLING_RATE", 3), "target_fps": data.get("TARGET_FPS", 30)}
+    run = _put_together(file.config, entries, reading)
+    return _with_short_side(run, int((data.get("TRAIN_JITTER_SCALES") or [256])[0]))
+
+
+def published_datasets(cfg: Mapping[str, Any], datasets: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """Annotation and video folders as the YAML text of a `.pyth` has them, by dataset."""
+    data, model = cfg.get("DATA", {}), cfg.get("MODEL", {})
+    folders, prefixes = model.get("MULTI_PATH_TO_DATA_DIR") or [], model.get("MULTI_PATH_PREFIX") or []
+    if len(datasets) == 1:
+        folders, prefixes = [data.get("PATH_TO_DATA_DIR")], [data.get("PATH_PREFIX")]
+    out: dict[str, dict[str, Any]] = {}
+    for i, (name, classes) in enumerate(datasets.items()):
+        folder = folders[i] if i < len(folders) else None
+        prefix = prefixes[i] if i < len(prefixes) else None
+        out[name] = {
+            "annotations": folder or f"datasets/{name}",
+            "videos": prefix or f"datasets/{name}/videos",
+            "classes": classes,
+        }
+    return out
+
+
+def _with_short_side(run: RunConfig, short_side: int) -> RunConfig:
+    """The published code's short side of single-crop tests, which does not follow the crop's size, where that matters."""
+    if round(run.model.crop * 256 / 224) == short_side:
+        return run
+    values = run.model_dump(mode="json")
+    for dataset in values["data"]["datasets"].values():
+        if dataset["sampling"] == "stride" and dataset["spatial_views"] == 1 and dataset["test_short_side"] is None:
+            dataset["test_short_side"] = short_side
+    return validate(values)
+
+
+def generic_run(model: ModelConfig, classes_of: Mapping[str, int], multi_label: Collection[str]) -> RunConfig:
+    """The shipped configuration for this network and these datasets."""
+    entries: dict[str, dict[str, Any]] = {
+        name: {
+            "annotations": f"datasets/{name}",
+            "videos": f"datasets/{name}/videos",
+            "classes": classes,
+            "multi_label": name in multi_label,
+        }
+        for name, classes in classes_of.items()
+    }
+    return _put_together(model, entries, {})
+
+
+def _put_together(
+    model: ModelConfig, entries: Mapping[str, Mapping[str, Any]], reading: Mapping[str, Any]
+) -> RunConfig:
+    """The shipped configuration with this network and these datasets; shipped entries where name and class count agree."""
+    shipped = compose()
+    known = shipped.data.datasets
+    datasets = {
+        name: known[name].model_copy(update={"separator": entry.get("separator", known[name].separator)})
+        if name in known and known[name].classes == entry["classes"]
+        else DatasetConfig.model_validate(dict(entry))
+        for name, entry in entries.items()
+    }
+    values = shipped.model_dump(mode="json")
+    values["model"] = model.model_dump(mode="json")
+    values["data"] |= {"datasets": {n: d.model_dump(mode="json") for n, d in datasets.items()}, **reading}
+    values["augment"]["mix_probability"] = 0.0
+    values["loss"] |= {"informative_weight": 0.0, "projection_weight": 0.0}
+    return validate(values)
+
+
+__all__ = ["generic_run", "published_datasets", "published_run"]

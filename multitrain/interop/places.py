@@ -1,0 +1,95 @@
+"""Where a model lies: the `.safetensors` file that a path means, and whether it is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from multitrain.config import ConfigError
+from multitrain.interop.matching import listed
+
+MODEL_FILE = "model.safetensors"
+
+
+def locate(path: Path) -> Path:
+    """The `.safetensors` file that `path` means: itself, a checkpoint folder's, or that of a run's newest whole checkpoint.
+
+    Raises:
+        ConfigError: there is none; the message says what was found and, for a damaged one, which is whole.
+    """
+    if path.name == "latest" and path.is_file() and not path.is_dir():
+        path = path.parent / path.read_text().strip()
+    if path.is_dir():
+        return _in_folder(path)
+    if not path.exists():
+        raise ConfigError(
+            f"{path}: no such file or folder; give a .pyth or .safetensors file, a run's folder or a checkpoint's folder"
+        )
+    if path.suffix != ".safetensors":
+        raise ConfigError(
+            f"{path}: cannot hold a model; give a .pyth or .safetensors file, a run's folder or a checkpoint's folder"
+        )
+    return path
+
+
+def _in_folder(path: Path) -> Path:
+    if path.name.startswith("update-"):
+        reason = _damage(path)
+        if reason:
+            raise ConfigError(
+                f"{path}: {reason}; use an older checkpoint of the run, or the run's folder to have the newest whole one found"
+            )
+        return path / MODEL_FILE
+    if (path / MODEL_FILE).is_file():  # written by `multitrain convert`, or a checkpoint under another name
+        reason = _damage(path) if (path / "manifest.json").is_file() else None
+        if reason:
+            raise ConfigError(f"{path}: {reason}; write or copy it again")
+        return path / MODEL_FILE
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    found = sorted((p for p in folder.glob("update-*") if p.is_dir()), reverse=True)
+    damaged: list[str] = []
+    for checkpoint in found:
+        reason = _damage(checkpoint)
+        if reason is None:
+            return checkpoint / MODEL_FILE
+        damaged.append(f"{checkpoint.name}: {reason}")
+    if damaged:
+        raise ConfigError(f"{path}: no checkpoint is whole ({listed(damaged, 2)}); restore one from a backup")
+    files = sorted(p for p in path.iterdir() if p.suffix in (".pyth", ".safetensors"))
+    hint = (
+        f"it has {listed([p.name for p in files], 3)}: give that file"
+        if files
+        else "give a run's folder, a checkpoint's folder or a file"
+    )
+    raise ConfigError(f"{path}: holds no checkpoint (checkpoints/update-…); {hint}")
+
+
+def _damage(folder: Path) -> str | None:
+    """Why the checkpoint in `folder` is not whole, or None. Every file's size; hashes of what is read here."""
+    try:
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+        for name, expected in files.items():
+            size = (folder / name).stat().st_size
+            if size != expected["bytes"]:
+                return f"{name} has {size} bytes instead of {expected['bytes']}"
+        for name in sorted({MODEL_FILE, "state.json"} & files.keys()):
+            if sha256(folder / name) != files[name]["sha256"]:
+                return f"{name} does not match its SHA-256"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"manifest.json cannot be read ({type(error).__name__}: {error})"
+    return None
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+__all__ = ["MODEL_FILE", "locate", "sha256"]

@@ -1,0 +1,104 @@
+"""What a weights file holds beside the model: epoch, configuration text, and AdamW's state, in the published code's terms."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from multitrain.config import ConfigError, RunConfig
+from multitrain.interop import pyslowfast
+from multitrain.interop.layout import layout
+from multitrain.interop.nested import flatten, unflatten
+from multitrain.interop.optimizer_state import Grouping, published_state
+from multitrain.interop.places import locate
+from multitrain.interop.weights import Weights, description
+
+if TYPE_CHECKING:
+    import torch
+
+KEY = "training"
+"""Where it lies in a description."""
+
+
+class TrainingState(NamedTuple):
+    """What the published code restores beside the weights."""
+
+    epoch: int = 0
+    """0-based number of the last finished epoch."""
+    cfg: str | None = None
+    """YAML text of the file that the weights came from."""
+    optimizer_state: Any = None
+    extras: Mapping[str, Any] = MappingProxyType({})
+    """What else a `.pyth` file held."""
+
+
+def read_training_state(path: Path, weights: Weights, run: RunConfig, grouping: Grouping) -> TrainingState:
+    """What lies beside the weights at `path`.
+
+    Args:
+        path: see :func:`multitrain.interop.weights.read_weights`.
+        weights, run: read from there.
+        grouping: of the state that is made of a checkpoint's moments.
+    """
+    if path.suffix == ".pyth" and path.is_file():
+        file = pyslowfast.read_published(path)
+        return TrainingState(file.epoch, file.cfg, file.optimizer_state, file.extras)
+    place = locate(path)
+    kept = description(place).get(KEY)
+    if kept is not None:
+        tensors = _load(optimizer_file(place)) if kept["tensors"] else {}
+        state, extras = unflatten(kept["structure"], tensors)
+        return TrainingState(int(kept["epoch"]), kept["cfg"], state, extras)
+    return _of_checkpoint(place, weights, run, grouping)
+
+
+def describe(state: TrainingState) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """`state` as JSON for a description, and its tensors for :func:`optimizer_file`."""
+    structure, tensors = flatten((state.optimizer_state, dict(state.extras)))
+    return {"epoch": state.epoch, "cfg": state.cfg, "structure": structure, "tensors": len(tensors)}, tensors
+
+
+def optimizer_file(place: Path) -> Path:
+    """The file beside a `.safetensors` file that holds the tensors of its optimizer."""
+    return place.with_name("optimizer.safetensors" if place.stem == "model" else f"{place.stem}.optimizer.safetensors")
+
+
+def _of_checkpoint(place: Path, weights: Weights, run: RunConfig, grouping: Grouping) -> TrainingState:
+    """A checkpoint folder's moments by the published numbers, and the epochs that its updates amount to."""
+    file = place.parent / "state.json"
+    if not file.is_file():
+        return TrainingState()
+    state = json.loads(file.read_text())
+    plan = state.get("plan") or {}
+    epoch_size = sum(s["size"] * s.get("replicas", 1) for s in plan.get("sources", ()))
+    seen = int(state.get("update", 0)) * int(plan.get("effective_batch", 0))
+    moments = place.parent / "optimizer.safetensors"
+    optimizer = None
+    if moments.is_file():
+        optimizer = published_state(
+            layout(weights.config, weights.datasets),
+            grouping,
+            optim=run.optim,
+            moments=_load(moments),
+            steps=int(state.get("steps_applied", state.get("update", 0))),
+        )
+    return TrainingState(epoch=max(seen // epoch_size - 1, 0) if epoch_size else 0, optimizer_state=optimizer)
+
+
+def _load(file: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(
+            f"{file}: the optimizer's tensors cannot be read ({' '.join(str(error).split())}); copy it again, "
+            "or convert with --weights-only"
+        ) from None
+
+
+__all__ = ["KEY", "TrainingState", "describe", "optimizer_file", "read_training_state"]

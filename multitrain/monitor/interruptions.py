@@ -1,0 +1,80 @@
+"""Why a run was interrupted, when, and what it cost: read from its events. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+STARTS = ("start", "resume")
+
+CAUSES = {"end": "status", "requeue": "status", "error": "reason"}
+"""Events that say why a start of a run ended, and the field that says it. The first of several counts: after one rank's
+error the others lose their peer and say so too."""
+
+LOST_PEER = re.compile(
+    r"closed by (the )?(remote )?peer|reset by peer|Broken pipe|remote process exited|NCCL.*(unhandled system|remote) error",
+    re.I,
+)
+"""What a rank says of an update whose other ranks have gone."""
+
+PEER = "a rank was killed without warning"
+"""What is said of a start that only ranks told the end of that had lost another."""
+
+UNTOLD = "killed without warning"
+"""What is said of a start that ended without a word: SIGKILL, a dead node, no memory."""
+
+
+def interruptions(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One entry for each time that a run was started again, oldest first.
+
+    Args:
+        history: the events of a run in the order written.
+
+    Returns:
+        Of each: ``time`` (ISO, of the start that followed), ``update`` (completed updates it went on from), ``reason``,
+        ``job``, ``away_seconds`` (from the last word before it, None when a time is missing), ``redone`` (updates that
+        had to be done again; None in runs recorded before that was counted), ``world_size``.
+    """
+    found: list[dict[str, Any]] = []
+    reason: str | None = None
+    last: Mapping[str, Any] | None = None
+    started = False
+    for event in history:
+        name = event.get("event")
+        if name in STARTS:
+            if started:
+                found.append(
+                    {
+                        "time": event.get("time"),
+                        "update": event.get("update"),
+                        "reason": reason or UNTOLD,
+                        "job": event.get("job"),
+                        "away_seconds": _seconds(last, event),
+                        "redone": event.get("redone"),
+                        "world_size": event.get("world_size"),
+                    }
+                )
+            started, reason = True, None
+        elif started and reason in (None, PEER) and name in CAUSES:
+            reason = reason_of(event)
+        if name != "submit":
+            last = event
+    return found
+
+
+def reason_of(event: Mapping[str, Any]) -> str:
+    """Why a start ended, by its last word: one line."""
+    text = " ".join(str(event.get(CAUSES[str(event["event"])]) or event["event"]).split())
+    if event["event"] == "error" and LOST_PEER.search(text):
+        return PEER
+    return "was finished, then made longer" if text == "finished" else text
+
+
+def _seconds(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> float | None:
+    try:
+        between = datetime.fromisoformat(after["time"]) - datetime.fromisoformat((before or {})["time"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    return round(between.total_seconds(), 3)

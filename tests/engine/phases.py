@@ -1,0 +1,87 @@
+"""A rank process for test_stopping: trains, and lingers in the phase that its second argument names, so that a signal meets it there.
+
+``stall``: rank 0's videos of update 2 never come. ``collective``: rank 1 sits for three seconds before an agreement in update
+2, in which rank 0 waits. ``save``: writing takes two seconds. ``evaluation``: every video takes half a second. ``hang``: rank
+1 stops dead in update 2. ``start``: joining takes two seconds. ``error``, ``memory``: rank 1 fails in update 2.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from multitrain import train
+
+RANK = int(os.environ["RANK"])
+
+
+def before(owner: Any, name: str, action: Callable[..., None]) -> None:
+    """Run `action` before every call of ``owner.name``."""
+    real = getattr(owner, name)
+
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        action(*arguments)
+        return real(*arguments, **named)
+
+    setattr(owner, name, wrapped)
+
+
+def say(phase: str) -> None:
+    """Tell the test that the phase has come."""
+    Path(sys.argv[1], f"in-{phase}-{RANK}").touch()
+
+
+def pause(phase: str, seconds: float) -> None:
+    say(phase)
+    time.sleep(seconds)
+
+
+def linger(phase: str) -> None:
+    from multitrain.data import loader
+    from multitrain.engine import checkpoint, distributed
+    from multitrain.engine.trainer import Trainer
+
+    now: dict[str, Any] = {"update": -1}
+    before(Trainer, "_one_update", lambda trainer: now.update(update=trainer.completed, loader=trainer._loader))
+
+    def third(action: Callable[[], None]) -> Callable[..., None]:
+        return lambda *_: action() if now["update"] == 2 else None
+
+    if phase == "stall" and RANK == 0:
+
+        def stalled() -> None:
+            say(phase)
+            now["loader"].next_batch = lambda timeout: time.sleep(timeout)
+
+        before(Trainer, "_micro_batches", third(stalled))
+    elif phase == "collective":
+
+        def late() -> None:
+            say(phase)
+            time.sleep(3.0 if RANK == 1 else 0.0)
+
+        before(Trainer, "_micro_batches", third(late))
+    elif phase == "save" and RANK == 0:
+        before(checkpoint, "write", lambda *_: pause(phase, 2.0))
+    elif phase == "evaluation":
+        before(loader.TestLoader, "next_video", lambda *_: pause(phase, 0.5))
+    elif phase == "start":
+        before(distributed.dist, "init_process_group", lambda *_: pause(phase, 2.0))
+    elif phase == "hang" and RANK == 1:
+        before(Trainer, "_micro_batches", third(lambda: pause(phase, 600.0)))
+    elif phase in ("error", "memory") and RANK == 1:
+
+        def fail() -> None:
+            say(phase)
+            raise MemoryError("no memory left") if phase == "memory" else ValueError("a bug")
+
+        before(Trainer, "_micro_batches", third(fail))
+
+
+if __name__ == "__main__":
+    linger(sys.argv[2])
+    os._exit(train.main([sys.argv[1]]))
