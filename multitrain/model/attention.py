@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Protocol
 
 import torch
@@ -20,10 +21,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from multitrain.model.device import is_cuda
-from multitrain.model.products import bmm
+from multitrain.model.products import product
 
 CHUNK = 512
-"""Queries at a time in the chunked route; its score matrix stays in the cache."""
+"""Queries at a time in the chunked route; the scores of one head stay in the cache."""
 HALVES = (torch.bfloat16, torch.float16)
 State = tuple[Tensor | int | None, ...]
 """What a route's gradient needs beside inputs and output."""
@@ -35,14 +36,17 @@ _aten = torch.ops.aten
 class Route(Protocol):
     """One way to compute attention."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]: ...
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, graph: bool) -> tuple[Tensor, State]: ...
 
     def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, state: State) -> Gradients: ...
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
-    """Scaled dot-product attention, q [B, h, N, d], k and v [B, h, M, d], of one dtype -> [B, h, N, d] and a state."""
-    return route(q).forward(q, k, v)
+def attend(q: Tensor, k: Tensor, v: Tensor, graph: bool = True) -> tuple[Tensor, State]:
+    """Scaled dot-product attention, q [B, h, N, d], k and v [B, h, M, d], of one dtype -> [B, h, N, d] and a state.
+
+    The state may be empty when there will be no backward pass (`graph` false).
+    """
+    return route(q).forward(q, k, v, graph)
 
 
 def attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, state: State) -> Gradients:
@@ -67,54 +71,63 @@ def has_flash(device: torch.device) -> bool:
 
 
 class _Chunked(NamedTuple):
-    """`CHUNK` queries at a time; the state is the log-sum-exp, float32 [B·h, N]."""
+    """One head and `CHUNK` queries at a time, in the same few buffers; the state is the log-sum-exp, float32 [B·h, N]."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, graph: bool) -> tuple[Tensor, State]:
         b, h, n, d = q.shape
         out = q.new_empty(b, n, h, d).transpose(1, 2)
-        lse = q.new_empty(b * h, n, dtype=torch.float32)
-        q, k, v = (x.reshape(b * h, -1, d) for x in (q, k, v))
-        keys = k.transpose(1, 2)
-        for i in range(0, n, CHUNK):
-            scores = _scores(q[:, i : i + CHUNK], keys)
-            probabilities = torch.softmax(scores, -1)
-            # The largest probability is exp(largest score - lse): two maxima are cheaper than a log-sum-exp.
-            torch.sub(scores.amax(-1), probabilities.amax(-1).log_(), out=lse[:, i : i + CHUNK])
-            part = bmm(probabilities.to(v.dtype), v)
-            out[:, :, i : i + CHUNK] = part.view(b, h, -1, d)
-        return out, (lse,)
+        lse = q.new_empty(b * h, n, dtype=torch.float32) if graph else None
+        size = min(CHUNK, n), k.shape[2]
+        half, full = q.new_empty(size), q.new_empty(size, dtype=torch.float32)
+        for head in range(b * h):
+            queries, keys, values, into = (x[head // h, head % h] for x in (q, k, v, out))
+            queries = queries * d**-0.5
+            for i in range(0, n, CHUNK):
+                rows = slice(i, min(i + CHUNK, n))
+                low, scores = half[: rows.stop - i], full[: rows.stop - i]
+                scores.copy_(product(queries[rows], keys.T, out=low))
+                largest = scores.amax(-1) if lse is not None else None
+                torch.softmax(scores, -1, out=scores)
+                if lse is not None and largest is not None:
+                    # The largest probability is exp(largest score - lse): two maxima are cheaper than a log-sum-exp.
+                    torch.sub(largest, scores.amax(-1).log_(), out=lse[head, rows])
+                into[rows] = product(low.copy_(scores), values)
+        return out, () if lse is None else (lse,)
 
     def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, state: State) -> Gradients:
-        """The probabilities are computed again from the log-sum-exp (Dao et al., 2022, appendix B.4)."""
+        """The probabilities are computed again from the log-sum-exp (Dao et al., 2022, appendix B.4).
+
+        They are taken times 1/√d, which the gradient of the scores wants; that of the values is divided by it at the end.
+        """
         b, h, n, d = q.shape
-        shape_q, shape_k, (lse,) = (b, h, n, d), k.shape, state
+        lse, scale = state[0], d**-0.5
         assert isinstance(lse, Tensor)
-        grad, q, k, v, out = (x.reshape(b * h, -1, d) for x in (grad, q, k, v, out))
-        keys, values = k.transpose(1, 2), v.transpose(1, 2)
         delta = (grad.float() * out.float()).sum(-1, keepdim=True)
-        grad_q = torch.empty_like(q)
-        grad_k = torch.zeros_like(k, dtype=torch.float32)
-        grad_v = torch.zeros_like(v, dtype=torch.float32)
-        for i in range(0, n, CHUNK):
-            part = slice(i, i + CHUNK)
-            probabilities = _scores(q[:, part], keys).sub_(lse[:, part, None]).exp_()
-            grad_v += bmm(probabilities.to(v.dtype).transpose(1, 2), grad[:, part])
-            grad_scores = bmm(grad[:, part], values).float().sub_(delta[:, part]).mul_(probabilities).mul_(d**-0.5)
-            grad_scores = grad_scores.to(q.dtype)
-            grad_q[:, part] = bmm(grad_scores, k)
-            grad_k += bmm(grad_scores.transpose(1, 2), q[:, part])
-        return grad_q.view(shape_q), grad_k.to(k.dtype).view(shape_k), grad_v.to(v.dtype).view(shape_k)
-
-
-def _scores(q: Tensor, keys: Tensor) -> Tensor:
-    """float32 [·, n, M]: the queries scaled, then multiplied in their own dtype."""
-    return bmm(q * q.shape[-1] ** -0.5, keys).float()
+        grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
+        size = min(CHUNK, n), k.shape[2]
+        half, full, other = q.new_empty(size), *(q.new_empty(size, dtype=torch.float32) for _ in range(2))
+        for head in range(b * h):
+            at = head // h, head % h
+            queries, keys, values, g = (x[at].contiguous() for x in (q, k, v, grad))
+            scaled, floor = queries * scale, (lse[head] - math.log(scale))[:, None]
+            sum_k, sum_v = (torch.zeros(keys.shape, dtype=torch.float32, device=q.device) for _ in range(2))
+            for i in range(0, n, CHUNK):
+                rows = slice(i, min(i + CHUNK, n))
+                low, probabilities, scores = (x[: rows.stop - i] for x in (half, full, other))
+                probabilities.copy_(product(scaled[rows], keys.T, out=low)).sub_(floor[rows]).exp_()
+                sum_v += product(low.copy_(probabilities).T, g[rows])
+                scores.copy_(product(g[rows], values.T, out=low)).sub_(delta[at][rows]).mul_(probabilities)
+                low.copy_(scores)
+                grad_q[at][rows] = product(low, keys)
+                sum_k += product(low.T, queries[rows])
+            grad_k[at], grad_v[at] = sum_k, sum_v.div_(scale)
+        return grad_q, grad_k, grad_v
 
 
 class _FusedCpu(NamedTuple):
     """torch's fused attention on the CPU; the state is the log-sum-exp."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, graph: bool) -> tuple[Tensor, State]:
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
         return out, (lse,)
 
@@ -128,7 +141,7 @@ class _FusedCpu(NamedTuple):
 class _Flash(NamedTuple):
     """Flash attention (Dao, 2023); the state is the log-sum-exp, lengths and an unused random state."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, graph: bool) -> tuple[Tensor, State]:
         out, *state, _ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False)
         return out, tuple(state)
 
@@ -143,8 +156,8 @@ class _Flash(NamedTuple):
 class _Efficient(NamedTuple):
     """Memory-efficient attention (Rabe and Staats, 2021); the state is the log-sum-exp and an unused random state."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
-        out, *state = _aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, graph: bool) -> tuple[Tensor, State]:
+        out, *state = _aten._scaled_dot_product_efficient_attention(q, k, v, None, graph)
         return out, tuple(state)
 
     def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, state: State) -> Gradients:
@@ -158,13 +171,13 @@ class _Efficient(NamedTuple):
 class _Autograd(NamedTuple):
     """`F.scaled_dot_product_attention`; its gradient repeats the forward pass."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, graph: bool) -> tuple[Tensor, State]:
         return F.scaled_dot_product_attention(q, k, v), ()
 
     def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, state: State) -> Gradients:
         with torch.enable_grad():
-            inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-            return torch.autograd.grad(F.scaled_dot_product_attention(*inputs), inputs, grad)  # type: ignore[return-value]
+            q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+            return torch.autograd.grad(F.scaled_dot_product_attention(q, k, v), (q, k, v), grad)  # type: ignore[return-value]
 
 
 CHUNKED, FUSED_CPU, FLASH, EFFICIENT, AUTOGRAD = _Chunked(), _FusedCpu(), _Flash(), _Efficient(), _Autograd()

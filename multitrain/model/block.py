@@ -6,7 +6,7 @@ again by the same line, from the same inputs, to the same bits.
 
 | mode | keeps, beside the block's input | computes again |
 |---|---|---|
-| none | raw queries, keys and values, attention, the stream between the halves, the MLP's hidden layer | norms, poolings, GELU: no matrix product |
+| none | raw q, k and v, attention, the stream between the halves, the MLP's hidden layer | norms, poolings, GELU: no matrix product |
 | mlp | the same without the hidden layer | and the MLP's first product |
 | selective | attention | everything but attention and the block's last product |
 | full | nothing | everything but the block's last product |
@@ -53,7 +53,7 @@ def run(block: Block, mode: Recompute, x: Tensor, masks: tuple[Mask | None, Mask
     dtype = compute_dtype(x)
     if not torch.is_grad_enabled():
         with torch.autocast(x.device.type, enabled=False):
-            return _forward(Pass(block, Weights(block, dtype), x, masks), "full")
+            return _forward(Pass(block, Weights(block, dtype), x, masks, graph=False), "full")
     out: Tensor = _Block.apply(block, mode, dtype, masks, x, *block.parameters())
     return out
 
@@ -68,7 +68,9 @@ class _Block(torch.autograd.Function):
     """`run` with its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, block: Block, mode: Recompute, dtype: torch.dtype, masks: Any, x: Tensor, *_: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, block: Block, mode: Recompute, dtype: torch.dtype, masks: Any, x: Tensor, *_: Tensor
+    ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             weights = Weights(block, dtype)
             computed = Pass(block, weights, x, masks)
@@ -145,9 +147,12 @@ class Weights:
         q, k, v = pools["q"], pools["k"], pools["v"]
         assert k is not None
         assert v is not None
-        self.filters_q = None if q is None else q.repeat(heads, 1, 1, 1, 1)
-        both = torch.stack([k, v])[:, None]
-        self.filters_kv = both.expand(-1, heads, *[-1] * k.dim()).reshape(-1, *k.shape[1:])
+        pools_of_a_head = torch.stack([k, v] if q is None else [k, v, q])[:, None]
+        filters = pools_of_a_head.expand(-1, heads, *[-1] * k.dim()).flatten(0, 2)
+        self.filters_kv, self.filters_q = (
+            filters[: 2 * heads * len(k)],
+            None if q is None else filters[-heads * len(q) :],
+        )
 
     def linear(self, name: str, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Weight and bias of a linear layer, or those of some outputs."""
@@ -181,9 +186,11 @@ class Pass:
         x: Tensor,
         masks: tuple[Mask | None, Mask | None],
         values: dict[str, Any] | None = None,
+        graph: bool = True,
     ) -> None:
         self.block, self.shape, self.weights, self.x, self.masks = block, block.shape, weights, x, masks
         self.values: dict[str, Any] = values or {}
+        self.graph = graph
         self.read = read_positions(self.shape.grid, self.shape.kv_stride, x.device) if block.compact else None
 
     def release(self, *names: str) -> None:
@@ -266,7 +273,7 @@ class Pass:
     @_value
     def attended(self) -> tuple[Tensor, ...]:
         """Output [B, h, N', d], and the state of its route."""
-        out, state = attend(*self.qkv)
+        out, state = attend(*self.qkv, graph=self.graph)
         return out, *state  # type: ignore[arg-type]
 
     @_value
@@ -316,12 +323,12 @@ class Pass:
 
 def _add(shortcut: Tensor, branch: Tensor, mask: Mask | None) -> Tensor:
     """The shortcut plus the branch of the clips that stochastic depth keeps, rounded once."""
-    return shortcut + branch if mask is None else torch.addcmul(shortcut, branch, mask[0], value=mask[1])
+    return shortcut + branch if mask is None else torch.addcmul(shortcut, branch, mask.ones, value=mask.factor)
 
 
 def _branch_gradient(grad: Tensor, mask: Mask | None, dtype: torch.dtype) -> Tensor:
     if mask is not None:
-        grad = torch.addcmul(grad.new_zeros(1), grad, mask[0], value=mask[1])
+        grad = torch.addcmul(mask.zero, grad, mask.ones, value=mask.factor)
     return grad.to(dtype)
 
 
@@ -439,12 +446,11 @@ def _linear_backward(
 ) -> Tensor:
     """The gradient of a linear layer's input x, and into `gradients` those of weight and bias, or of some rows of them."""
     flat = grad.flatten(0, -2)
-    weight, bias = product(flat.T, x.flatten(0, -2)), flat.sum(0)
     if rows is None:
-        gradients[f"{name}.weight"], gradients[f"{name}.bias"] = weight, bias
+        gradients[f"{name}.weight"], gradients[f"{name}.bias"] = product(flat.T, x.flatten(0, -2)), flat.sum(0)
     else:
-        gradients[f"{name}.weight"][rows] = weight
-        gradients[f"{name}.bias"][rows] = bias
+        product(flat.T, x.flatten(0, -2), out=gradients[f"{name}.weight"][rows])
+        torch.sum(flat, 0, out=gradients[f"{name}.bias"][rows])
     return product(flat, c.weights.linear(name, rows or slice(None))[0]).view(x.shape)
 
 

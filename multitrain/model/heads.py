@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 from urllib.parse import unquote
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from multitrain.config import ConfigError
-from multitrain.model.products import Linear
+from multitrain.model.products import Linear, linear
 from multitrain.model.random import KeyedDropout, stream_of
 
 
@@ -45,8 +46,11 @@ class MlpHead(nn.Module):
 
     def forward(self, features: Tensor, keys: Tensor | None = None) -> Tensor:
         """features [B, dim], keys int64 [B] or None -> logits [B, classes]."""
-        hidden = self.dropout(F.gelu(self.fc1(features)), keys)
-        return self.dropout_logits(self.fc2(hidden), keys)
+        return self.logits(F.gelu(self.fc1(features)), keys)
+
+    def logits(self, hidden: Tensor, keys: Tensor | None) -> Tensor:
+        """The second half: activated hidden layer [B, hidden] -> logits [B, classes]."""
+        return self.dropout_logits(self.fc2(self.dropout(hidden, keys)), keys)
 
 
 class LinearHead(Linear):
@@ -86,5 +90,11 @@ class Projections(_ByDataset):
         )
 
     def forward(self, logits: dict[str, Tensor]) -> dict[tuple[str, str], Tensor]:
-        """ẑ_ab = W_ab z_a: logits [B, K_a] by dataset -> projected logits [B, K_b] by (source a, target b)."""
-        return {(a, b): self.of(a).of(b)(logits[a]) for b in logits for a in logits if a != b}
+        """ẑ_ab = W_ab z_a: logits [B, K_a] by dataset -> projected logits [B, K_b] by (source a, target b); one product a source."""
+        joint: dict[tuple[str, str], Tensor] = {}
+        for a, z in logits.items():
+            others = [b for b in logits if b != a]
+            weights = [self.of(a).of(b).weight for b in others]
+            parts = linear(z, torch.cat(weights), None).split([len(w) for w in weights], -1)
+            joint |= {(a, b): part for b, part in zip(others, parts)}
+        return {(a, b): joint[a, b] for b in logits for a in logits if a != b}

@@ -7,13 +7,18 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from multitrain.config import ConfigError, ModelConfig, nearest
 from multitrain.model.block import Recompute
 from multitrain.model.heads import Heads, LinearHead, MlpHead, Projections
 from multitrain.model.initialisation import initialise
 from multitrain.model.mvit import Mlp, MViT
+from multitrain.model.products import linear
 from multitrain.model.random import draw_keys
+
+EXPANDER = "/"
+"""The expander among hidden layers; no dataset can have this name."""
 
 
 @dataclass
@@ -74,7 +79,8 @@ class MultiTrain(MViT):
     def forward(self, clips: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         """Probabilities by dataset, float [B, K], of normalised clips [B, 3, T, S, S]."""
         keys = self._keys(clips, None)
-        logits = self._logits(self.features(clips, keys), keys)
+        features = self.features(clips, keys)
+        logits = self._logits(features, self._hidden(features), keys)
         return {name: self.probabilities(name, z) for name, z in logits.items()}
 
     def probabilities(self, name: str, logits: Tensor) -> Tensor:
@@ -86,9 +92,12 @@ class MultiTrain(MViT):
         """Everything the loss needs, from normalised clips [B, 3, T, S, S] and, in training, the clips' keys int64 [B]."""
         keys = self._keys(clips, keys)
         features = self.features(clips, keys)
-        logits = self._logits(features, keys)
+        hidden = self._hidden(features)
+        logits = self._logits(features, hidden, keys)
         projected = {} if self.projections is None else self.projections(logits)
-        return Outputs(features, logits, projected, None if self.expander is None else self.expander(features))
+        return Outputs(
+            features, logits, projected, None if self.expander is None else self.expander.fc2(hidden[EXPANDER])
+        )
 
     def embeddings(self, clips: Tensor, keys: Tensor | None = None) -> Tensor:
         """The expander's output [B, C] alone, equal to that of `outputs`; for the informative loss's first pass.
@@ -98,11 +107,27 @@ class MultiTrain(MViT):
         """
         if self.expander is None:
             raise ConfigError("this model has no expander (model.expander=false), so there are no embeddings")
-        expanded: Tensor = self.expander(self.features(clips, keys))
+        expanded: Tensor = self.expander.fc2(self._hidden(self.features(clips, keys))[EXPANDER])
         return expanded
 
-    def _logits(self, features: Tensor, keys: Tensor | None) -> dict[str, Tensor]:
-        return {name: self.heads.of(name)(features, keys) for name in self.datasets}
+    def _hidden(self, features: Tensor) -> dict[str, Tensor]:
+        """Activated hidden layers [B, ·] of all MLP heads, by dataset, and of the expander: one product for all."""
+        layers = {name: head.fc1 for name in self.datasets if isinstance(head := self.heads.of(name), MlpHead)}
+        if self.expander is not None:
+            layers[EXPANDER] = self.expander.fc1
+        if not layers:
+            return {}
+        weight = torch.cat([layer.weight for layer in layers.values()])
+        bias = torch.cat([layer.bias for layer in layers.values()])
+        parts = F.gelu(linear(features, weight, bias)).split([layer.out_features for layer in layers.values()], -1)
+        return dict(zip(layers, parts))
+
+    def _logits(self, features: Tensor, hidden: dict[str, Tensor], keys: Tensor | None) -> dict[str, Tensor]:
+        heads = {name: self.heads.of(name) for name in self.datasets}
+        return {
+            name: head.logits(hidden[name], keys) if isinstance(head, MlpHead) else head(features, keys)
+            for name, head in heads.items()
+        }
 
     def _keys(self, clips: Tensor, keys: Tensor | None) -> Tensor | None:
         return draw_keys(clips.shape[0], clips.device) if keys is None and self.training else keys

@@ -186,14 +186,20 @@ class MViT(nn.Module):
         if keys is None and self.training:
             keys = draw_keys(clips.shape[0], clips.device)
         x = self.patch_embed(clips) + self._positions()
-        for block, masks in zip(self.blocks, self._masks(keys, x)):
+        for block, masks in zip(self.each_block(), self._masks(keys, x)):
             x = block(x, masks)
         return self.norm(x.to(self.norm.weight.dtype)).mean(1)
 
+    def each_block(self) -> list[Block]:
+        """The blocks, typed."""
+        return list(self.blocks)  # type: ignore[arg-type]
+
     def _masks(self, keys: Tensor | None, x: Tensor) -> list[tuple[Mask | None, Mask | None]]:
         """What stochastic depth keeps, of both halves of every block; all masks are drawn at once."""
-        layers = [layer for block in self.blocks for layer in (block.drop_path_attn, block.drop_path_mlp)]
-        masks = kept_masks(layers, keys, compute_dtype(x)) if self.training and keys is not None else [None] * len(layers)
+        layers = [layer for block in self.each_block() for layer in (block.drop_path_attn, block.drop_path_mlp)]
+        masks = (
+            kept_masks(layers, keys, compute_dtype(x)) if self.training and keys is not None else [None] * len(layers)
+        )
         return list(zip(masks[::2], masks[1::2]))
 
     def _positions(self) -> Tensor:

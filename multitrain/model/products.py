@@ -48,18 +48,14 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def bmm(a: Tensor, b: Tensor) -> Tensor:
-    """Batched a b: [n, i, j], [n, j, k] -> [n, i, k]; no gradient where it is rounded by hand."""
+def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a b of two matrices, [i, j], [j, k] -> [i, k]; no gradient where it is rounded by hand."""
     dtype = rounding(a)
     if dtype is None:
-        return torch.bmm(a, b)
+        return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
     with torch.autocast("cpu", enabled=False):
-        return torch.bmm(a.to(dtype).float(), b.to(dtype).float()).to(dtype)
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a b of two matrices, [i, j], [j, k] -> [i, k]; no gradient where it is rounded by hand."""
-    return torch.mm(a, b) if rounding(a) is None else bmm(a[None], b[None])[0]
+        result = torch.mm(a.to(dtype).float(), b.to(dtype).float())
+    return result.to(dtype) if out is None else out.copy_(result)
 
 
 def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,16 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-Mask = tuple[Tensor, float]
-"""Zeros and ones [N, 1, 1], and what to multiply by where they are one."""
+class Mask(NamedTuple):
+    """Which clips a branch is kept for."""
+
+    ones: Tensor
+    """One for a clip that keeps it, zero for another: [N, 1, 1]."""
+    factor: float
+    """What to multiply by where it is one."""
+    zero: Tensor
+    """A zero of the same type, [1]."""
+
 
 _WEYL = _signed(0x9E3779B97F4A7C15)
 _MULTIPLIERS = (_signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB))
@@ -121,7 +130,8 @@ def kept_masks(layers: Sequence[KeyedDropPath], keys: Tensor, dtype: torch.dtype
     rates = _constant(tuple(layer.p for layer in active), torch.float32, device)
     draws = _unit(_mix(_mix(_mix(keys)[None] ^ streams[:, None]) + _WEYL))
     masks = iter((draws >= rates[:, None]).to(dtype)[..., None, None].unbind())
-    return [(next(masks), 1 / (1 - layer.p)) if layer.p else None for layer in layers]
+    zero = torch.zeros(1, dtype=dtype, device=device)
+    return [Mask(next(masks), 1 / (1 - layer.p), zero) if layer.p else None for layer in layers]
 
 
 _constants: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}

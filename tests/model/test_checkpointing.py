@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.baseline import model as naive
 from multitrain.config import ModelConfig
 from multitrain.model import MultiTrain, MViT
-from benchmarks.baseline import model as naive
 
 CONFIG = ModelConfig(
     frames=4, crop=32, depth=5, width=16, stages=(1, 3), kv_stride=4, head_hidden=24, expander_hidden=40, drop_path=0.5
@@ -31,7 +31,7 @@ def gradients(recompute: str, keys: Tensor | None = KEYS, autocast: bool = False
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("recompute", ["mlp", "selective", "full"])
 @pytest.mark.parametrize("keys", [KEYS, None], ids=["keyed", "drawn"])
 def test_gradients_are_bit_identical_to_those_without(recompute: str, keys: Tensor | None, autocast: bool) -> None:
     expected, actual = gradients("none", keys, autocast), gradients(recompute, keys, autocast)
@@ -78,16 +78,13 @@ def backward_counts(recompute: str) -> dict[str, int]:
     return seen.counts
 
 
-def test_selective_recomputes_neither_attention_nor_the_last_product_of_each_half() -> None:
-    none, selective, full = (backward_counts(r) for r in ("none", "selective", "full"))
+def test_each_mode_computes_again_what_it_says_and_no_more() -> None:
+    counts = {mode: backward_counts(mode) for mode in ("none", "mlp", "selective", "full")}
     attention = "aten::_scaled_dot_product_flash_attention_for_cpu"
-    assert attention not in none
-    assert attention not in selective
-    assert full[attention] == CONFIG.depth
-    assert "aten::addmm" not in none
-    query_kv_fc1 = 3
-    assert selective["aten::addmm"] == query_kv_fc1 * CONFIG.depth + len(CONFIG.stages)
-    assert selective["aten::native_layer_norm"] == full["aten::native_layer_norm"] == 5 * CONFIG.depth
+    assert [c.get(attention, 0) for c in counts.values()] == [0, 0, 0, CONFIG.depth]
+    query_kv_proj_fc1 = 4
+    everything = query_kv_proj_fc1 * CONFIG.depth + len(CONFIG.stages)
+    assert [c.get("aten::addmm", 0) for c in counts.values()] == [0, CONFIG.depth, everything, everything]
 
 
 def kept_bytes(recompute: str) -> int:
@@ -109,5 +106,6 @@ def kept_bytes(recompute: str) -> int:
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputing_keeps_a_fifth_of_the_activations_or_less(recompute: str) -> None:
-    assert kept_bytes(recompute) * 5 <= kept_bytes("none")
+def test_recomputing_keeps_a_fraction_of_the_activations(recompute: str) -> None:
+    assert kept_bytes(recompute) * 3.5 <= kept_bytes("none")
+    assert kept_bytes("mlp") * 4 <= kept_bytes("none") * 3

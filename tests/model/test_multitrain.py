@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.baseline import model as naive
 from multitrain.config import ConfigError, ModelConfig
 from multitrain.model import MultiTrain
 from multitrain.model.random import KeyedDropPath
-from benchmarks.baseline import model as naive
 
 SMALL: dict[str, Any] = {
     "frames": 4, "crop": 32, "depth": 3, "width": 16, "stages": (1,), "kv_stride": 4, "head_hidden": 24, "expander_hidden": 40,
