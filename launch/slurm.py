@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,13 @@ fi"""
 """The run requeues itself when SLURM takes its nodes; this is for ranks that died, and that could not: killed while they
 were starting, or without `scontrol` in their container. A cancelled job is not RUNNING any more."""
 
+IF_PREEMPTED = (
+    'if [ "$status" -ne 0 ] && [ "$status" -ne 75 ] && '
+    'scontrol show job -o "$SLURM_JOB_ID" | grep -q " JobState=RUNNING .* PreemptTime=2"; then '
+    'scontrol requeue "$SLURM_JOB_ID"; fi'
+)
+"""The same for a test, which goes on where it was: a preempted one whose ranks could not requeue it."""
+
 
 def script(run: Path, config: RunConfig, arguments: tuple[str, ...] | None = None) -> str:
     """The sbatch script of a job; needs no SLURM on this machine. submitit adds nothing to it when it submits.
@@ -66,22 +73,77 @@ def script(run: Path, config: RunConfig, arguments: tuple[str, ...] | None = Non
     return executor._make_submission_file_text(executor._submitit_command_str, uid="")
 
 
-def submit(run: Path, config: RunConfig, arguments: tuple[str, ...] | None = None) -> str:
+def submit(run: Path, config: RunConfig, arguments: tuple[str, ...] | None = None, *, after: str | None = None) -> str:
     """Submit the job of the run in folder `run`; returns its id.
 
     Args:
         arguments: of the Python that each rank becomes; training when not given.
+        after: id of a job that must have ended with exit status 0 before this one starts; if it fails, SLURM removes this one.
 
     Raises:
         ConfigError: SLURM refused the job, in its own words.
     """
     executor = _executor(run, config, checked=True)
+    changes: dict[str, Any] = {}
+    if arguments is not None:
+        changes["teardown"] = ["status=$?", IF_PREEMPTED, 'exit "$status"']
+    if after is not None:
+        more = {"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"}
+        changes["additional_parameters"] = executor.parameters["additional_parameters"] | more
+    if changes:
+        executor.update_parameters(**changes)
+    ranks = arguments or supervised(training(run), config.cluster.restarts_in_place)
+    with _sbatch():
+        return str(executor.submit(Rank(run, ranks)).job_id)
+
+
+def submit_array(folder: Path, name: str, runs: Sequence[tuple[Path, RunConfig]], parallel: int = 0) -> list[str]:
+    """Submit the jobs of several runs of one shape as one array called `name`; returns their ids, ``123_0`` and so on.
+
+    Args:
+        folder: for logs and pickles; ``runs.txt`` in it has the runs' folders, one a line.
+        parallel: runs at once; 0 for as many as SLURM lets.
+
+    Raises:
+        ConfigError: SLURM refused the array, in its own words.
+    """
+    config = runs[0][1].model_copy(update={"name": name})
+    executor = _executor(folder, config, checked=True)
+    task = f'run=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(str(folder / "runs.txt"))})'
+    python = f"$hold {config.cluster.python or shlex.quote(sys.executable)}"
+    inherited = "${PYTHONPATH:+:$PYTHONPATH}"
+    executor.update_parameters(
+        setup=[
+            task,
+            HOLD,
+            f'export PYTHONPATH="$run/code"{inherited}',
+            "export PYTHONFAULTHANDLER=1",
+            *config.cluster.setup,
+        ],
+        teardown=["status=$?", COME_BACK.format(python=python, run='"$run"'), 'exit "$status"'],
+        array_parallelism=parallel or len(runs),
+    )
+    logs = str(folder / "logs")
+    arguments = [a for a in executor.parameters["srun_args"] if not a.endswith("-rank%t.log")]
+    executor.update_parameters(
+        srun_args=[*arguments, f"{logs}/%A_%a-rank%t.log"],
+        additional_parameters=executor.parameters["additional_parameters"] | {"output": f"{logs}/%A_%a.log"},
+    )
+    ranks = [Rank(run, supervised(training(run), c.cluster.restarts_in_place)) for run, c in runs]
+    with _sbatch():
+        with executor.batch():
+            jobs = [executor.submit(rank) for rank in ranks]
+        return [str(job.job_id) for job in jobs]
+
+
+@contextlib.contextmanager
+def _sbatch() -> Iterator[None]:
+    """Around what submitit submits. Raises ConfigError: SLURM refused the job, in its own words."""
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    ranks = supervised(training(run), config.cluster.restarts_in_place)
     with _outside_any_job(), contextlib.redirect_stderr(io.StringIO()):  # submitit repeats there what it raises
         try:
-            return str(executor.submit(Rank(run, arguments or ranks)).job_id)
+            yield
         except (FailedJobError, FailedSubmissionError) as error:
             said = [
                 line.partition("error: ")[2] for line in str(error).splitlines() if line.startswith("sbatch: error: ")
@@ -106,7 +168,7 @@ def active(name: str, jobs: list[str]) -> dict[str, str]:
         raise ConfigError(f"SLURM does not answer ({' '.join(done.stderr.split())}); try again later")
     listed = [line.split(maxsplit=2) for line in done.stdout.splitlines() if line.strip()]
     return {
-        job: state for job, state, owner in listed if owner == name
+        job: state for job, state, owner in listed if owner == name or name.startswith(f"{owner}-")
     }  # ids are used again when a cluster is set up anew
 
 

@@ -16,7 +16,7 @@ import os
 import subprocess
 import tempfile
 
-from launch import forecast, run_folder
+from launch import chain, forecast, run_folder
 from launch.run_folder import ROOT, Run
 from multitrain.config import ConfigError, dump
 from multitrain.order.batch import BatchShapeError
@@ -27,6 +27,7 @@ examples:
   python launch/submit.py nodes=4 name=first dry_run=true       print the sbatch script, submit nothing
   python launch/submit.py name=first cluster.partition=gpu cluster.account=lab cluster.time_limit=720
   python launch/submit.py experiment=ssv2 cluster=local gpus=2  on this machine, in the foreground
+  python launch/submit.py name=first then=eval                  and test it on every dataset when it is done
   python launch/submit.py first                                 resume it, as it was submitted
   python launch/submit.py first nodes=8                         resume it on more nodes
 
@@ -95,6 +96,10 @@ def _dry_run(run: Run) -> int:
         from launch import slurm
 
         print(slurm.script(run.path, run.config))
+        if run.config.then == "eval":
+            print(
+                f"# then   tests of {', '.join(run.config.data.datasets)}, one job each, after training has ended well"
+            )
     return 0
 
 
@@ -119,6 +124,9 @@ def _to_slurm(run: Run) -> int:
     print(f"status  squeue -j {job};  multitrain status {run.path}")
     print(f"cancel  scancel {job}")
     print(f"resume  python launch/submit.py {_again(run)}")
+    if run.config.then == "eval":
+        for dataset, test in chain.submit(run.path, run.config, job).items():
+            print(f"then    {test}  tests {dataset}", flush=True)
     return 0
 
 
@@ -138,6 +146,8 @@ def _run_here(run: Run) -> int:
     code = local.run(run.path, run.config, training(run.path))
     if code == local.INTERRUPTED:
         print(f"resume  python launch/submit.py {_again(run)}")
+    if code == 0 and run.config.then == "eval":
+        return chain.run_here(run.path, run.config)
     return code
 
 

@@ -24,6 +24,15 @@ VERBS: dict[str, tuple[str, str]] = {
     "completion": ("multitrain.commands.completion", "Completion of commands and options for bash, zsh or fish."),
     "status": ("multitrain.monitor.status", "How runs are doing."),
     "report": ("multitrain.evaluation.report", "Curves, figures and example clips of a run as one page."),
+    "compare": (
+        "multitrain.monitor.compare",
+        "Runs side by side: what differs in their options, and how they came out.",
+    ),
+    "embed": ("multitrain.commands.embed", "Features of videos, and a map of them by dataset and class."),
+    "nearest": (
+        "multitrain.commands.nearest",
+        "Which classes go together across datasets, by the learned projections.",
+    ),
     "data": ("multitrain.commands.data", "Make datasets ready: import, resize, check, index, stats, show."),
     "preflight": ("multitrain.commands.preflight", "Check nodes and GPUs before a long run."),
     "flops": ("multitrain.commands.flops", "Parameters and multiply-accumulates of a clip."),

@@ -53,6 +53,8 @@ class RunConfig(Settings):
     """Resize the position tables of `init_from` when they are for clips of another size; refused otherwise."""
     dry_run: bool = False
     """Print what would be submitted, submit nothing."""
+    then: Literal["eval"] | None = None
+    """What follows training that has ended well: `eval` submits the multi-view test of each dataset, to start after it."""
     preflight: bool = False
     """Check the nodes before the run starts."""
 

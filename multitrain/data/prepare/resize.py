@@ -125,7 +125,7 @@ class Resize:
             frames = self._expected(source, copy)
             target.parent.mkdir(parents=True, exist_ok=True)
             said = self._encode(source, part, copy)
-            record = self._verified(part, frames, said)
+            record = self._verified(source, part, frames, said)
             _make_durable(part)
             os.replace(part, target)
             return record
@@ -184,7 +184,7 @@ class Resize:
             *("-crf", str(e.crf), "-preset", e.preset, *fast, "-movflags", "+faststart", str(part)),
         ]
 
-    def _verified(self, part: Path, frames: int | None, said: str) -> dict[str, Any]:
+    def _verified(self, source: Path, part: Path, frames: int | None, said: str) -> dict[str, Any]:
         """What the finished copy holds. Raises VideoError unless all frames are in it."""
         try:
             with open_video(part) as video:
@@ -192,8 +192,10 @@ class Resize:
                 height, width = video.frames([0, made - 1]).shape[1:3]
         except VideoError as error:
             raise VideoError(part, said or f"nothing of it can be decoded ({error.reason})") from None
-        if frames is not None and (made < frames or said):
-            raise VideoError(part, f"only {made} of {frames} frames can be decoded" if made < frames else said)
+        if frames is not None and said:
+            raise VideoError(part, said)
+        if frames is not None and made < frames and made < scan(source).decoded:
+            raise VideoError(part, f"only {made} of {frames} frames were copied")
         record = {"frames": made, "width": width, "height": height, "bytes": part.stat().st_size}
         return {**record, "damage": said} if said else record
 

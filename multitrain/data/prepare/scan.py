@@ -9,12 +9,18 @@ from typing import Any
 
 from multitrain.data.decode import VideoError, open_video
 
+_PICTURE = 8
+"""Bytes of the smallest packet with a picture; XviD's packed AVIs hold smaller ones, which stand for no picture."""
+
 
 @dataclass(frozen=True)
 class Scan:
     """What a whole file holds."""
 
     frames: int
+    """Shown; what `multitrain.data.decode` counts."""
+    decoded: int
+    """Pictures that the decoder gives; fewer where packets of an AVI only say that a picture stays."""
     fps: float
     width: int
     """Of the upright picture, in pixels."""
@@ -41,7 +47,7 @@ def scan(path: Path | str) -> Scan:
     import av
 
     digest = hashlib.blake2b(digest_size=16)
-    packets = decoded = 0
+    packets = decoded = repeats = 0
     with av.open(str(path), metadata_errors="replace") as container:
         stream = container.streams.best("video")
         assert isinstance(stream, av.VideoStream)  # open_video has seen to it
@@ -50,6 +56,7 @@ def scan(path: Path | str) -> Scan:
             for packet in container.demux(stream):
                 if packet.size:
                     packets += 1
+                    repeats += packet.size < _PICTURE
                     digest.update(memoryview(packet))
                 for frame in packet.decode():
                     if frame.is_corrupt:
@@ -61,9 +68,9 @@ def scan(path: Path | str) -> Scan:
             ) from error
         if packets < stream.frames:
             raise VideoError(path, f"cut off: {packets} of {stream.frames} frames are there")
-        if decoded < frames:
+        if decoded < frames - repeats:
             raise VideoError(path, f"only {decoded} of {frames} frames can be decoded")
-        return Scan(frames, fps, width, height, stream.codec_context.name, digest.hexdigest())
+        return Scan(frames, decoded, fps, width, height, stream.codec_context.name, digest.hexdigest())
 
 
 def _share(decoded: int, of: int) -> str:

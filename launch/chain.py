@@ -1,0 +1,43 @@
+"""What follows a run: with ``then=eval`` the multi-view test of each of its datasets, once training has ended well."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from multitrain.config import RunConfig
+from multitrain.monitor.events import Events
+
+
+def testing(run: Path, dataset: str) -> tuple[str, ...]:
+    """The arguments of Python that test the run in folder `run` on one of its datasets."""
+    return ("-m", "multitrain.cli", "evaluate", str(run), "--dataset", dataset)
+
+
+def submit(run: Path, config: RunConfig, job: str) -> dict[str, str]:
+    """Submit one test job a dataset, to start when `job` has ended with exit status 0; returns their ids by dataset.
+
+    SLURM looks at the last end of `job`: one that goes back into the queue has not ended. Tests of a run that fails or is
+    cancelled are taken out of the queue by SLURM.
+
+    Raises:
+        ConfigError: SLURM refused a job.
+    """
+    from launch import slurm
+
+    jobs = {}
+    for dataset in config.data.datasets:
+        test = config.model_copy(update={"name": f"{config.name}-test-{dataset}", "nodes": 1, "preflight": False})
+        jobs[dataset] = slurm.submit(run, test, testing(run, dataset), after=job)
+        Events(run / "events.jsonl", job=job, restart=0).write("then", dataset=dataset, test_job=jobs[dataset])
+    return jobs
+
+
+def run_here(run: Path, config: RunConfig) -> int:
+    """Test on this machine, dataset after dataset; the first exit status that is not 0, else 0."""
+    from launch import local
+
+    for dataset in config.data.datasets:
+        code = local.run(run, config, testing(run, dataset))
+        if code:
+            return code
+    return 0

@@ -1,0 +1,210 @@
+"""Many runs that differ in a few options, as one SLURM array; and how they came out, as a table.
+
+python launch/sweep.py name=lr experiment=k400 optim.lr=1e-4,2e-4 seed=0,1
+python launch/sweep.py lr                        how the runs lr-0 … lr-3 are doing; exit status 1 when one has failed
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import itertools
+import json
+import os
+import time
+from typing import Any
+
+import yaml
+
+from launch import run_folder
+from launch.run_folder import Run
+from multitrain.config import ConfigError, load
+from multitrain.monitor.figures import table
+from multitrain.monitor.status import status
+from multitrain.order.batch import BatchShapeError
+
+FAILED = ("failed", "cancelled", "interrupted", "timeout", "out_of_memory", "node_fail", "boot_fail", "deadline")
+"""States that a run of a sweep does not leave by itself."""
+ONE_SHAPE = ("nodes", "gpus", "cluster", "name", "runs")
+"""Options that all runs of an array share."""
+
+
+class _Shown(Exception):
+    """A dry run has printed all there is to say."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code: 0 submitted, or all is well; 1 a run has failed; 2 refused."""
+    parser = argparse.ArgumentParser(
+        prog="sweep.py", usage="python launch/sweep.py NAME | name=NAME key=a,b …", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument(
+        "--config-dir", action="append", default=[], metavar="DIR", help="folder with config groups of your own"
+    )
+    parser.add_argument(
+        "--wait", action="store_true", help="stay until all runs have ended; exit status 1 when one has failed"
+    )
+    parser.add_argument(
+        "--parallel", type=int, default=0, metavar="N", help="runs at once (default: as many as SLURM lets)"
+    )
+    parser.add_argument("--json", action="store_true", help="the table as one JSON object")
+    options, words = parser.parse_known_args(arguments)
+    try:
+        unknown = [w for w in words if w.startswith("-")]
+        if unknown:
+            raise ConfigError(f"unknown flag {unknown[0]!r}; options are key=value, see --help")
+        if len(words) == 1 and "=" not in words[0]:
+            folder = _known(words[0])
+        else:
+            folder = _submit(words, options.config_dir, options.parallel)
+            if not options.wait and not _is_local(folder):
+                return 0
+        while options.wait and not _ended(folder):
+            time.sleep(2)
+        return _show(folder, as_json=options.json)
+    except _Shown:
+        return 0
+    except (ConfigError, BatchShapeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def points(words: list[str]) -> list[list[str]]:
+    """The overrides of each run: every combination of the values of options that have several (``key=a,b``, ``range(…)``).
+
+    Raises:
+        ConfigError: nothing to sweep over, or an option that all runs must share.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    axes: list[list[str]] = []
+    for word in words:
+        try:
+            override = parser.parse_override(word)
+        except HydraException as error:
+            raise ConfigError(f"{word!r} is no option: {' '.join(str(error).split())[:160]}") from None
+        if not override.is_sweep_override():
+            axes.append([word])
+            continue
+        key = word.partition("=")[0]
+        if key.lstrip("+").split(".")[0] in ONE_SHAPE:
+            raise ConfigError(f"{word}: all runs of a sweep share {key}; submit one sweep for each value")
+        axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+    if all(len(axis) == 1 for axis in axes):
+        raise ConfigError("nothing to sweep over; give an option several values, e.g. optim.lr=1e-4,2e-4")
+    return [list(point) for point in itertools.product(*axes)]
+
+
+def _submit(words: list[str], config_dirs: list[str], parallel: int) -> Path:
+    given = {w.partition("=")[0]: w.partition("=")[2] for w in words}
+    name = given.get("name") or f"sweep-{time.strftime('%Y%m%d-%H%M%S')}"
+    rest = [w for w in words if w.partition("=")[0] != "name"]
+    listed = points(rest)
+    runs = [run_folder.ask([*p, f"name={name}-{i}"], config_dirs=config_dirs) for i, p in enumerate(listed)]
+    folder = runs[0].path.parent / ".sweeps" / name
+    known = [r.name for r in runs if r.exists]
+    if known or folder.exists():
+        raise ConfigError(f"sweep {name!r} is there already ({folder}); give this one another name: name=…")
+    swept = [[o for o in p if o not in set.intersection(*map(set, listed))] for p in listed]
+    listing = [{"run": str(r.path), "overrides": o} for r, o in zip(runs, swept)]
+    if runs[0].config.dry_run:
+        for row in listing:
+            print(f"# {row['run']}: {' '.join(row['overrides'])}")
+        raise _Shown
+    for run in runs:
+        run_folder.write(run)
+    _written(folder, listing)
+    if runs[0].config.cluster.kind == "local":
+        _run_here(runs)
+    else:
+        _to_slurm(folder, name, runs, parallel)
+    return folder
+
+
+def _written(folder: Path, listing: list[dict[str, Any]]) -> None:
+    (folder / "logs").mkdir(parents=True)
+    (folder / "runs.txt").write_text("".join(f"{row['run']}\n" for row in listing))
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(listing, sort_keys=False))
+
+
+def _to_slurm(folder: Path, name: str, runs: list[Run], parallel: int) -> None:
+    from launch import slurm
+
+    slurm.check(runs[0].config)
+    jobs = slurm.submit_array(folder, name, [(r.path, r.config) for r in runs], parallel)
+    for run, job in zip(runs, jobs):
+        run_folder.record(run, cluster="slurm", job=job)
+    print(f"array   {jobs[0].partition('_')[0]}, {len(jobs)} runs")
+    print(f"runs    {runs[0].path} … {runs[-1].path.name}")
+    print(f"logs    {folder}/logs")
+    print(f"table   python launch/sweep.py {name}")
+    print(f"cancel  scancel {jobs[0].partition('_')[0]}", flush=True)
+
+
+def _run_here(runs: list[Run]) -> None:
+    from launch import local
+    from launch.rank import training
+
+    for run in runs:
+        run_folder.record(run, cluster="local")
+        code = local.run(run.path, run.config, training(run.path))
+        if code == local.INTERRUPTED:
+            return
+
+
+def _is_local(folder: Path) -> bool:
+    return load(Path(_rows(folder)[0]["run"])).cluster.kind == "local"
+
+
+def _known(word: str) -> Path:
+    for folder in (Path(word), Path("runs") / ".sweeps" / word):
+        if (folder / "sweep.yaml").is_file():
+            return folder
+    raise ConfigError(f"{word!r} is no sweep of runs/.sweeps; name={word} key=a,b starts one")
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    return [{**row, **status(row["run"])} for row in yaml.safe_load((folder / "sweep.yaml").read_text())]
+
+
+def _ended(folder: Path) -> bool:
+    return all(row["state"] in ("finished", "stopped", *FAILED) for row in _rows(folder))
+
+
+def _show(folder: Path, *, as_json: bool) -> int:
+    """The table on standard output; 1 when a run has failed, else 0."""
+    rows = _rows(folder)
+    failed = [row for row in rows if row["state"] in FAILED]
+    if as_json:
+        kept = ("run", "overrides", "state", "update", "total_updates", "loss", "validation", "last_error")
+        print(json.dumps({"runs": [{k: row.get(k) for k in kept} for row in rows], "failed": len(failed)}))
+    else:
+        header = ["run", "options", "state", "updates", "loss", "validation"]
+        cells = [
+            [
+                os.path.basename(row["run"]),
+                " ".join(row["overrides"]),
+                row["state"] or "submitted",
+                f"{row['update']} / {row['total_updates'] or '?'}",
+                "-" if row["loss"] is None else f"{row['loss']:.4f}",
+                ", ".join(f"{d} {m.get('top1', m.get('map', 0)):.1f}" for d, m in (row["validation"] or {}).items())
+                or "-",
+            ]
+            for row in rows
+        ]
+        print(table(header, cells, left=3))
+        for row in failed:
+            print(f"{os.path.basename(row['run'])}: {row.get('last_error') or row['state']}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""``multitrain embed``: features of videos."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from multitrain.commands.common import MODEL, device
+from multitrain.config import ConfigError, RunConfig, nearest
+from multitrain.config.arguments import Arguments, Parser, whole_number
+
+
+def main(arguments: Arguments) -> int:
+    """``multitrain embed``; returns the exit status: 0, or 1 when a video could not be read."""
+    parser = Parser(
+        "embed",
+        "Features of videos, [N, channels], as .npz or .parquet, and a map of them coloured by dataset and class.",
+        "multitrain embed clip.mp4 other.mp4 --checkpoint runs/first --out features.npz",
+        "multitrain embed --list videos.txt --checkpoint runs/first --out features.parquet --plot map.png",
+        "multitrain embed --dataset kinetics ssv2 --per-dataset 500 --checkpoint runs/first --out features.npz --plot map.png",
+    )
+    parser.add_argument("videos", nargs="*", metavar="VIDEO", help="video files")
+    parser.add_argument("--checkpoint", required=True, metavar="MODEL", help=MODEL)
+    parser.add_argument(
+        "--list", type=Path, action="append", default=[], metavar="FILE", help="more video files, one a line"
+    )
+    parser.add_argument(
+        "--dataset",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="videos that a dataset of the model lists",
+    )
+    parser.add_argument(
+        "--split", default="test", choices=("train", "val", "test"), help="which of them (default test)"
+    )
+    parser.add_argument(
+        "--per-dataset", type=whole_number, metavar="N", help="at most so many of a dataset, spread evenly"
+    )
+    parser.add_argument(
+        "--views", default="centre", choices=("centre", "test"), help="one clip, or the mean over the multi-view test"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("features.npz"), metavar="FILE", help=".npz or .parquet (default features.npz)"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="a map of two principal components, as PNG")
+    parser.add_argument(
+        "--index", type=Path, default=Path(".index"), metavar="DIR", help="folder for the index of annotation files"
+    )
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, else the CPU)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(overrides=[])
+    given = parser.parse_with_overrides(arguments)
+    if given.out.suffix not in (".npz", ".parquet"):
+        raise ConfigError(f"--out {given.out}: features are written as .npz or .parquet")
+    from multitrain.evaluation import embed as e
+    from multitrain.evaluation.predictor import load
+    from multitrain.evaluation.settings import with_overrides
+
+    model = load(given.checkpoint)
+    config = with_overrides(model.run, given.overrides)
+    model.run = config
+    items = [e.Item(v) for v in given.videos]
+    for file in given.list:
+        items += [e.Item(line.strip()) for line in _lines(file)]
+    for name in given.dataset:
+        if name not in model.datasets:
+            raise ConfigError(f"--dataset {name!r} is no dataset of this model; {nearest(name, model.datasets)}")
+        items += _listed(config, name, given.split, given.index, given.per_dataset, model.class_names.get(name))
+    if not items:
+        parser.error("no videos; give files, --list or --dataset")
+    model.to(device(given.device))
+    found = e.embed(model, items, views=given.views, progress=_progress)
+    e.write(found, given.out)
+    if given.plot:
+        given.plot.parent.mkdir(parents=True, exist_ok=True)
+        given.plot.write_bytes(e.map_of(found))
+    for path, reason in found.unreadable.items():
+        print(f"multitrain: {path}: {reason}", file=sys.stderr)
+    if given.json:
+        print(json.dumps({"out": str(given.out), "videos": len(found.items), "unreadable": found.unreadable}))
+    else:
+        print(f"{given.out}: {len(found.items)} videos × {found.features.shape[1]}")
+    return 1 if found.unreadable else 0
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return [line for line in file.read_text().splitlines() if line.strip()]
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror}); it holds one video file a line") from None
+
+
+def _listed(config: RunConfig, name: str, split: str, index: Path, most: int | None, names: list[str] | None) -> list:  # type: ignore[type-arg]
+    import numpy as np
+
+    from multitrain.data.catalog import Catalog
+    from multitrain.evaluation.embed import Item
+
+    catalog = Catalog.open(config.data.datasets[name], name, split, index)  # type: ignore[arg-type]
+    names = names or catalog.class_names
+    count = min(most or len(catalog), len(catalog))
+    chosen = np.unique(np.linspace(0, len(catalog) - 1, count).round().astype(int)).tolist()
+    return [
+        Item(str(catalog.path(i)), name, ", ".join(names[x] if names else str(x) for x in catalog.labels(i)))
+        for i in chosen
+    ]
+
+
+def _progress(done: int, of: int) -> None:
+    if done % 100 == 0:
+        print(f"{done} of {of} videos", file=sys.stderr, flush=True)

@@ -1,0 +1,66 @@
+"""``multitrain nearest``: classes of other datasets that a class is near to."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from multitrain.commands.common import MODEL
+from multitrain.config import ConfigError
+from multitrain.config.arguments import Arguments, Parser, pair, whole_number
+
+
+def main(arguments: Arguments) -> int:
+    """``multitrain nearest``; returns the exit status."""
+    parser = Parser(
+        "nearest",
+        "Which classes go together across datasets, as the learned projections have it: the strongest pairs first.",
+        "multitrain nearest runs/k400_mit_ssv2 --pair ssv2=kinetics --top 3 --plot heat.png",
+    )
+    parser.add_argument("model", help=MODEL)
+    parser.add_argument(
+        "--pair", action="append", default=[], metavar="SOURCE=TARGET", help="datasets to compare (default: all pairs)"
+    )
+    parser.add_argument(
+        "--top", type=whole_number, default=1, metavar="N", help="target classes for a source class (default 1)"
+    )
+    parser.add_argument(
+        "--rows", type=whole_number, default=20, metavar="N", help="lines of the table for a pair (default 20)"
+    )
+    parser.add_argument(
+        "--classes", action="append", default=[], metavar="DATASET=FILE", help="class names, one a line"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="heat maps of the strongest classes, as PNG")
+    parser.add_argument("--json", action="store_true", help="print one JSON object with all matches")
+    given = parser.parse_args(list(arguments))
+    from multitrain.evaluation import nearest as n
+    from multitrain.evaluation.predictor import load
+    from multitrain.monitor.figures import table
+
+    model = load(given.model, class_names=dict(pair(text, "--classes") for text in given.classes))
+    pairs = [pair(text, "--pair") for text in given.pair] or [
+        (a, b) for a in model.datasets for b in model.datasets if a != b
+    ]
+    if not pairs:
+        raise ConfigError("this model has one dataset; classes are compared across datasets")
+    found = {(a, b): n.matches(model, a, b, given.top) for a, b in pairs}
+    if given.plot:
+        names = {d: [model.label(d, i) for i in range(k)] for d, k in model.datasets.items()}
+        given.plot.parent.mkdir(parents=True, exist_ok=True)
+        given.plot.write_bytes(n.heat_map(model, pairs, names))
+    if given.json:
+        listed = [
+            {**asdict(m), "source_name": model.label(a, m.source_class), "target_name": model.label(b, m.target_class)}
+            for (a, b), ms in found.items()
+            for m in ms
+        ]
+        print(json.dumps({"matches": listed}, ensure_ascii=False))
+        return 0
+    for (a, b), ms in found.items():
+        rows = [
+            [model.label(a, m.source_class), model.label(b, m.target_class), f"{m.score:.2f}", f"{m.weight:.3f}"]
+            for m in ms[: given.rows]
+        ]
+        print(table([a, b, "std. deviations", "weight"], rows, left=2) + "\n")
+    return 0

@@ -1,0 +1,137 @@
+"""Features of videos: what a model makes of them before any head looks, for search, maps and other people's classifiers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from multitrain.config import ConfigError
+from multitrain.data.decode import VideoError
+from multitrain.data.views import load_views
+from multitrain.monitor.figures import COLOURS, figure, png
+
+if TYPE_CHECKING:
+    from multitrain.evaluation.predictor import Predictor
+
+_NAMED = 24
+"""Classes up to which a map shows their names."""
+
+
+class Item(NamedTuple):
+    """A video to embed."""
+
+    path: str
+    dataset: str = ""
+    """Whose clips it is read as; of the model's first dataset when empty."""
+    label: str = ""
+
+
+@dataclass
+class Embeddings:
+    """Features of N videos."""
+
+    items: list[Item]
+    features: np.ndarray
+    """float32 [N, C], the mean over a video's clips."""
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """Reasons by path."""
+
+
+def embed(
+    model: Predictor,
+    items: Sequence[Item],
+    *,
+    views: str = "centre",
+    progress: Callable[[int, int], None] | None = None,
+) -> Embeddings:
+    """Features of each video that can be read, in order.
+
+    Args:
+        views: ``centre``, one clip from the middle, or ``test``, the mean over all views of the multi-view test.
+    """
+    kept: list[Item] = []
+    rows: list[np.ndarray] = []
+    unreadable: dict[str, str] = {}
+    model.eval()
+    first = next(iter(model.datasets))
+    with torch.inference_mode():
+        for number, item in enumerate(items, 1):
+            settings = model._reading(item.dataset or first, views)
+            try:
+                clips = torch.from_numpy(load_views(item.path, settings, model.run.data, model.config))
+            except VideoError as error:
+                unreadable[item.path] = error.reason
+            else:
+                rows.append(model.features(clips.to(model.pos_embed_spatial.device)).float().mean(0).cpu().numpy())
+                kept.append(item)
+            if progress:
+                progress(number, len(items))
+    features = np.stack(rows) if rows else np.zeros((0, model.dim), np.float32)
+    return Embeddings(kept, features, unreadable)
+
+
+def write(found: Embeddings, out: Path) -> None:
+    """Write path, dataset, label and features of each video to a ``.npz`` or ``.parquet`` file, whole or not at all.
+
+    Raises:
+        ConfigError: another kind of file, or pyarrow is not installed.
+    """
+    columns = {name: [getattr(i, name) for i in found.items] for name in ("path", "dataset", "label")}
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".npz":
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, features=found.features, **{n: np.array(c, str) for n, c in columns.items()})
+    elif out.suffix == ".parquet":
+        try:
+            import pyarrow
+            from pyarrow import parquet
+        except ImportError:
+            raise ConfigError(
+                f"{out}: .parquet needs pyarrow; pip install 'multitrain[parquet]', or write .npz"
+            ) from None
+        table = pyarrow.table({**columns, "features": list(found.features)})
+        parquet.write_table(table, temporary)
+    else:
+        raise ConfigError(f"{out}: features are written as .npz or .parquet")
+    os.replace(temporary, out)
+
+
+def flattened(features: np.ndarray) -> np.ndarray:
+    """The two principal components of features [N, C]: float64 [N, 2]; the largest entry of each axis points upwards."""
+    centred = features.astype(np.float64) - features.mean(0, keepdims=True)
+    left, values, right = np.linalg.svd(centred, full_matrices=False)
+    axes = np.zeros((len(features), 2))
+    for axis in range(min(2, len(values))):
+        sign = np.sign(right[axis][np.argmax(np.abs(right[axis]))]) or 1.0
+        axes[:, axis] = sign * left[:, axis] * values[axis]
+    return axes
+
+
+def map_of(found: Embeddings) -> bytes:
+    """Two maps of the features' principal components, coloured by dataset and by class, as PNG. Raises ConfigError: no video."""
+    if not found.items:
+        raise ConfigError("no video could be read, so there is nothing to draw")
+    places = flattened(found.features)
+    drawn, axes = figure(2, 1, width=14, height=6)
+    for axis, title, of in zip(axes[0], ("By dataset", "By class"), ("dataset", "label")):
+        names = np.array([getattr(i, of) or "?" for i in found.items])
+        groups = list(dict.fromkeys(names))
+        for number, group in enumerate(groups):
+            here = places[names == group]
+            colour = COLOURS[number % len(COLOURS)]
+            mark = "osv^DPX*"[number // len(COLOURS) % 8]
+            axis.scatter(here[:, 0], here[:, 1], s=18, color=colour, marker=mark, alpha=0.75, label=group)
+        axis.set_title(f"{title}: principal components of {len(found.items)} videos' features", loc="left", size=10)
+        if len(groups) <= _NAMED:
+            axis.legend(fontsize=7, ncols=1 + len(groups) // 13)
+    return png(drawn)
+
+
+__all__ = ["Embeddings", "Item", "embed", "flattened", "map_of", "write"]

@@ -1,0 +1,99 @@
+"""Which classes of other datasets a class is near to: what the projections have learned.
+
+A projection maps the logits of one dataset to those of another, ẑ_b = W_ab z_a. Its entry (j, i) says how much class j of b
+speaks for a clip when class i of a does. Rows are compared as z-scores, for classes of b differ in how much they follow at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from multitrain.config import ConfigError, nearest
+from multitrain.model import MultiTrain
+from multitrain.monitor.figures import figure, png
+
+SHOWN = 40
+"""Classes of a side at most that a heat map shows."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """A class of the source and one of the target that go together."""
+
+    source: str
+    target: str
+    source_class: int
+    target_class: int
+    weight: float
+    """The projection's entry."""
+    score: float
+    """The entry in standard deviations from the mean of its row."""
+
+
+def affinity(model: MultiTrain, source: str, target: str) -> tuple[np.ndarray, np.ndarray]:
+    """The projection from `source` to `target` and its z-scores by row, both float64 [K_target, K_source].
+
+    Raises:
+        ConfigError: no such dataset, or a model without projections.
+    """
+    for name in (source, target):
+        if name not in model.datasets:
+            raise ConfigError(f"{name!r} is no dataset of this model; {nearest(name, model.datasets)}")
+    if model.projections is None:
+        raise ConfigError(
+            "this model has no projections (one dataset, or model.projections=false); train several jointly"
+        )
+    if source == target:
+        raise ConfigError(f"{source!r} twice; classes are compared across datasets")
+    weight = model.projections.of(source).of(target).weight.detach().double().cpu().numpy()
+    spread = weight.std(1, keepdims=True)
+    return weight, (weight - weight.mean(1, keepdims=True)) / np.where(spread > 0, spread, 1.0)
+
+
+def matches(model: MultiTrain, source: str, target: str, top: int) -> list[Match]:
+    """The `top` nearest classes of `target` for every class of `source`, by z-score, the strongest pairs first.
+
+    Raises:
+        ConfigError: as :func:`affinity`.
+    """
+    weight, score = affinity(model, source, target)
+    best = np.argsort(-score, axis=0, kind="stable")[:top]
+    found = [
+        Match(source, target, i, int(j), float(weight[j, i]), float(score[j, i]))
+        for i in range(score.shape[1])
+        for j in best[:, i]
+    ]
+    return sorted(found, key=lambda m: -m.score)
+
+
+def heat_map(
+    model: MultiTrain, pairs: Sequence[tuple[str, str]], names: dict[str, list[str]], shown: int = SHOWN
+) -> bytes:
+    """One heat map of z-scores a pair (source, target), as PNG: the classes that have the strongest matches, matches in line."""
+    sides = [(affinity(model, a, b)[1], a, b) for a, b in pairs]
+    sizes = [(min(s.shape[0], shown), min(s.shape[1], shown)) for s, _, _ in sides]
+    widths = [3.2 + 0.22 * columns for _, columns in sizes]
+    height = 2.8 + 0.2 * max(rows for rows, _ in sizes)
+    drawn, axes = figure(len(sides), 1, width=sum(widths), height=height, widths=widths)
+    for axis, (score, a, b), (rows, columns) in zip(axes[0], sides, sizes):
+        sources = np.argsort(-score.max(0), kind="stable")[:columns]
+        targets = list(dict.fromkeys(int(score[:, i].argmax()) for i in sources))
+        targets += [int(j) for j in np.argsort(-score[:, sources].max(1), kind="stable") if int(j) not in targets]
+        targets = targets[:rows]
+        limit = max(float(np.abs(score).max()), 1e-9)
+        axis.imshow(score[np.ix_(targets, sources)], cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+        axis.set_xticks(range(columns), [_short(names[a][i]) for i in sources], rotation=60, ha="right", size=7)
+        axis.set_yticks(range(len(targets)), [_short(names[b][j]) for j in targets], size=7)
+        axis.grid(visible=False)
+        axis.set_title(f"{a} → {b}, standard deviations", loc="left", size=10)
+    return png(drawn)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 32 else name[:31] + "…"
+
+
+__all__ = ["Match", "affinity", "heat_map", "matches"]

@@ -1,0 +1,110 @@
+"""``multitrain compare RUN…``: runs side by side, by the options in which they differ and how they came out. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from multitrain.config import ConfigError, RunConfig, load
+from multitrain.config.arguments import Arguments, Parser
+from multitrain.monitor.figures import table
+from multitrain.monitor.status import status
+
+SAME = ("name", "runs", "experiment_name", "dry_run", "then", "preflight")
+"""Options that do not make a difference."""
+
+
+def options(config: RunConfig) -> dict[str, Any]:
+    """All options of a run by dotted name."""
+    flat: dict[str, Any] = {}
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                add(f"{name}.{key}" if name else str(key), inner)
+        else:
+            flat[name] = value
+
+    add("", config.model_dump(mode="json"))
+    return flat
+
+
+def compare(runs: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """For each run: ``run``, ``differs`` (options with a value that not all runs have), ``state``, ``update``,
+    ``total_updates``, ``loss``, and by dataset ``validation`` and ``test`` in percent.
+
+    Raises:
+        ConfigError: a folder is no run.
+    """
+    flats = [options(load(run)) for run in runs]
+    names = list(dict.fromkeys(n for flat in flats for n in flat))
+    differing = [n for n in names if n not in SAME and any(f.get(n) != flats[0].get(n) for f in flats)]
+    rows = []
+    for run, flat in zip(runs, flats):
+        found = status(run)
+        rows.append(
+            {
+                "run": Path(run).resolve().name,
+                "differs": {n: flat.get(n) for n in differing},
+                **{k: found[k] for k in ("state", "update", "total_updates", "loss")},
+                "validation": {d: _accuracy(m) for d, m in (found["validation"] or {}).items()},
+                "test": _tests(Path(run)),
+            }
+        )
+    return rows
+
+
+def _accuracy(measures: dict[str, Any]) -> float | None:
+    value = measures.get("top1", measures.get("map"))
+    return None if value is None else float(value)
+
+
+def _tests(run: Path) -> dict[str, float | None]:
+    """Results of the newest checkpoint's multi-view test, by dataset."""
+    for file in sorted(run.glob("evaluation/update-*/test/metrics.json"), reverse=True):
+        try:
+            content = json.loads(file.read_text())
+        except (OSError, ValueError):
+            continue
+        results = content.get("datasets", content.get("results", content))
+        return {d: _accuracy(m) for d, m in results.items() if isinstance(m, dict) and ("top1" in m or "map" in m)}
+    return {}
+
+
+def text(rows: Sequence[dict[str, Any]]) -> str:
+    """The comparison as a table."""
+    differs = list(rows[0]["differs"])
+    columns = [(kind, d) for kind in ("validation", "test") for d in dict.fromkeys(d for r in rows for d in r[kind])]
+    header = ["run", *differs, "state", "updates", "loss", *(f"{kind} {d}" for kind, d in columns)]
+    cells = []
+    for row in rows:
+        done = f"{row['update']}/{row['total_updates'] or '?'}"
+        loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
+        scores = [row[kind].get(d) for kind, d in columns]
+        shown = ["-" if s is None else f"{s:.2f}" for s in scores]
+        cells.append([row["run"], *(str(v) for v in row["differs"].values()), row["state"] or "-", done, loss, *shown])
+    return table(header, cells)
+
+
+def main(arguments: Arguments) -> int:
+    """``multitrain compare``; returns the exit status."""
+    parser = Parser(
+        "compare",
+        "Runs side by side: the options in which they differ, state, loss, validation and test accuracy in percent.",
+        "multitrain compare runs/first runs/second",
+        "multitrain compare runs/lr-*",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    given = parser.parse_args(list(arguments))
+    for run in given.runs:
+        if not Path(run).is_dir():
+            raise ConfigError(f"{run}: no such run folder; runs are under `runs` by name")
+    rows = compare(given.runs)
+    print(json.dumps({"runs": rows}) if given.json else text(rows))
+    return 0
+
+
+__all__ = ["compare", "main", "text"]
