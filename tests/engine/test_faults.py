@@ -117,6 +117,9 @@ def assert_good(folder: Path) -> None:
     """What the next start relies on."""
     found, _ = ck.newest_verified(folder)
     assert found is not None
+    assert all(ck.verify(f) is None for f in ck.listed(folder) if (f / "manifest.json").exists()), (
+        "looks whole and is not"
+    )
     update = ck.read(found).update
     assert update in (OLD[-1], NEW)
     for name, tensor in content(update).weights.items():
