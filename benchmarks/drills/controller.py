@@ -234,7 +234,7 @@ def strike(stage: Stage, blow: Blow, chance: random.Random, at: int) -> dict[str
         time.sleep(3)
         how = how if stage.cluster.job(stage.job)["JobState"] == how else "back from the dead"
         stage.submit()
-    stage.runs.reach(stage.folder, stage.job, min(before + 1, furthest + 1))
+    stage.runs.reach(stage.folder, stage.job, furthest + 1)
     came_back = how in ("requeued", "in place")
     lost = furthest - newest
     return {
