@@ -2,7 +2,7 @@
 
 python benchmarks/drills/controller.py [--seed S] [--only WORDS]
 
-One run over two virtual nodes is taken away again and again: evicted by a job of a higher priority, warned of a real time
+One run over two virtual nodes is taken away again and again: evicted by a job of a higher priority, warned of its time
 limit, cancelled, its node lost (slurmd, its steps and its tasks killed), its batch script killed, a rank killed. It must come back by
 itself where the table says so, stay away where it was cancelled, and end with the undisturbed run's weights, every bit.
 """
@@ -47,7 +47,6 @@ class Blow:
     strike: Callable[[Stage], None]
     may_lose: int
     returns: bool
-    options: tuple[str, ...] = ()
 
 
 class Stage:
@@ -59,9 +58,9 @@ class Stage:
         self.folder = runs.runs / name
         self.job = ""
 
-    def submit(self, *options: str) -> None:
+    def submit(self) -> None:
         """Submit the run (again)."""
-        self.folder, self.job = self.runs.submit(self.name, *self.options, *options)
+        self.folder, self.job = self.runs.submit(self.name, *self.options)
 
     def newest(self) -> int:
         """Updates of the newest whole checkpoint; 0 without one."""
@@ -102,9 +101,14 @@ def _cancel(stage: Stage) -> None:
     stage.cluster.run("scancel", stage.job)
 
 
-def _wait_for_the_limit(stage: Stage) -> None:
+def _limit(stage: Stage) -> None:
+    """The controller is given another limit for the job that runs; the warning and the rest are SLURM's own."""
+    elapsed = stage.cluster.run("squeue", "--noheader", "--format=%M", f"--jobs={stage.job}").strip().split(":")
+    minutes = int(elapsed[-2]) + 60 * (int(elapsed[-3]) if len(elapsed) > 2 else 0)
+    stage.cluster.run("scontrol", "update", f"jobid={stage.job}", f"TimeLimit={minutes + 1}")
+    seen = len(stage.runs.events(stage.folder))
     stage.cluster.until(
-        lambda: any(e["event"] == "signal" for e in stage.runs.events(stage.folder)[-6:]), "the warning", 150
+        lambda: any(e["event"] == "signal" for e in stage.runs.events(stage.folder)[seen:]), "the warning", 150
     )
 
 
@@ -115,10 +119,6 @@ def _lose_a_node(stage: Stage) -> None:
     stage.kill("slurmd", configuration, node=node)
     for title in ("multitrain.train", "launch.supervisor", "multitrain.data.pool"):
         stage.kill(title, node=node)
-    for pid in stage.processes(f"slurmstepd: [{stage.job}."):
-        with contextlib.suppress(OSError):
-            if f"spool.{node}" in os.readlink(f"/proc/{pid}/cwd") or not stage.processes("multitrain.train", node=node):
-                pass
     stage.cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=drill")
     environment = {**os.environ, "SLURM_CONF": configuration, "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"}
     subprocess.run(["slurmd", "-f", configuration, "-N", node], env=environment, check=False, capture_output=True)
@@ -140,7 +140,7 @@ BLOWS = {
     for blow in (
         Blow("evicted by a higher priority", _evict, 0, returns=True),
         Blow("warned (SIGUSR2)", _warn, 0, returns=True),
-        Blow("time limit (real)", _wait_for_the_limit, 0, True, ("cluster.time_limit=1", "cluster.lead_time=40")),
+        Blow("time limit", _limit, 0, returns=True),
         Blow("cancelled", _cancel, 0, returns=False),
         Blow("node lost", _lose_a_node, EVERY, returns=True),
         Blow("batch script killed", _kill_the_batch_script, EVERY, returns=True),
@@ -174,11 +174,10 @@ def main(arguments: list[str] | None = None) -> int:
         undisturbed.submit()
         runs.finish(undisturbed.folder, undisturbed.job)
         stage = Stage(cluster, runs, "drilled", updates)
-        stage.submit(*blows[0].options)
+        stage.submit()
         records = []
         for i, blow in enumerate(blows):
-            following = blows[i + 1].options if i + 1 < len(blows) else ()
-            records.append(strike(stage, blow, chance, 2 + 6 * i + chance.randrange(4), following))
+            records.append(strike(stage, blow, chance, 2 + 6 * i + chance.randrange(4)))
             print(_line(records[-1]), flush=True)
         runs.finish(stage.folder, stage.job)
         equal = _same(runs, stage.folder, undisturbed.folder)
@@ -201,7 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if equal and kept else 1
 
 
-def strike(stage: Stage, blow: Blow, chance: random.Random, at: int, following: tuple[str, ...]) -> dict[str, Any]:
+def strike(stage: Stage, blow: Blow, chance: random.Random, at: int) -> dict[str, Any]:
     """One blow at update `at` or later, and the way back; the job is submitted again where it does not come by itself."""
     stage.runs.reach(stage.folder, stage.job, at)
     time.sleep(chance.uniform(0, 0.5))
@@ -228,19 +227,14 @@ def strike(stage: Stage, blow: Blow, chance: random.Random, at: int, following: 
     how = str(stage.cluster.until(over, f"the end of '{blow.name}'", seconds=150))
     gone = time.monotonic()
     newest = stage.newest()
-    if how == "requeued" and not following and not blow.options:
+    if how == "requeued":
+        stage.cluster.run("scontrol", "update", f"jobid={stage.job}", "TimeLimit=10")
         stage.cluster.start_now(stage.job)
-    elif how == "requeued":  # the next blow needs other options: take it out of the queue, and submit it with them
-        stage.cluster.run("scancel", stage.job)
-        stage.cluster.wait(stage.job, "CANCELLED")
-        time.sleep(1)
-        stage.submit(*(following or ("cluster.time_limit=10", "cluster.lead_time=30")))
     elif how != "in place":
-        time.sleep(3 if how == "CANCELLED" else 0.5)
-        stayed = stage.cluster.job(stage.job)["JobState"] == how
-        how = how if stayed else "back from the dead"
-        stage.submit(*following)
-    stage.runs.reach(stage.folder, stage.job, min(before + 1, furthest + 1))
+        time.sleep(3)
+        how = how if stage.cluster.job(stage.job)["JobState"] == how else "back from the dead"
+        stage.submit()
+    stage.runs.reach(stage.folder, stage.job, furthest + 1)
     came_back = how in ("requeued", "in place")
     lost = furthest - newest
     return {

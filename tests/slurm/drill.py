@@ -121,7 +121,7 @@ class Runs:
 
         def reached() -> bool:
             state = self.cluster.job(job)["JobState"]
-            assert state in ("PENDING", "RUNNING", "CONFIGURING"), f"{state}\n{self.log(run)}"
+            assert state in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING"), f"{state}\n{self.log(run)}"
             return len(self.metrics(run)) >= update
 
         self.cluster.until(reached, f"update {update} of {run.name}", seconds=180)
