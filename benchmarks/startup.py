@@ -71,7 +71,11 @@ def first_update() -> tuple[float, float]:
         run = write_run(Path(folder))
         before, began = os.times(), time.monotonic()
         done = subprocess.run(
-            [sys.executable, "-m", "multitrain.train", str(run)], env=environment(), capture_output=True, text=True, check=False
+            [sys.executable, "-m", "multitrain.train", str(run)],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=False,
         )
         wall, after = time.monotonic() - began, os.times()
         metrics = run / "metrics.jsonl"
