@@ -106,7 +106,9 @@ def line(values: list[int], cost: Callable[[int], float]) -> Points:
 def main(arguments: list[str] | None = None) -> None:
     """Measure and save."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__)
-    parser.add_argument("--full", action="store_true", help="more clips and updates, and ten million videos in the index")
+    parser.add_argument(
+        "--full", action="store_true", help="more clips and updates, and ten million videos in the index"
+    )
     given = parser.parse_args(arguments)
     clips, updates = (24, 200) if given.full else (6, 40)
     frames, crops = [8, 16, 32, 64], [160, 224, 312]

@@ -106,13 +106,22 @@ def short_side(clip: Tensor, side: int) -> Tensor:
     return torch.nn.functional.interpolate(clip, size, mode="bilinear", align_corners=False)
 
 
-def view(path: Path, frames: int, rate: int, size: int, place: tuple[int, int], crop: tuple[int, int]) -> Tensor:
+def view(
+    path: Path,
+    frames: int,
+    rate: int,
+    size: int,
+    place: tuple[int, int],
+    crop: tuple[int, int],
+    side: int | None = None,
+) -> Tensor:
     """One test view, decoded for itself: float32 [3, T, size, size].
 
-    place: (temporal view, number of them); crop: (position 0, 1 or 2, number of spatial views).
+    place: (temporal view, number of them); crop: (position 0, 1 or 2, number of spatial views); side: the short side before
+    the crop, as published for a crop of 224 when not given.
     """
     position, crops = crop
-    side = size if crops > 1 else round(size * 256 / 224)
+    side = side or (size if crops > 1 else round(size * 256 / 224))
     clip = short_side(normalised(window(path, frames, rate, place)), side)
     height, width = clip.shape[-2:]
     top, left = int(np.ceil((height - size) / 2)), int(np.ceil((width - size) / 2))
@@ -124,10 +133,12 @@ def view(path: Path, frames: int, rate: int, size: int, place: tuple[int, int], 
     return clip[:, :, top : top + size, left : left + size].contiguous()
 
 
-def views(path: Path, frames: int, rate: int, size: int, temporal: int, spatial: int) -> Tensor:
+def views(
+    path: Path, frames: int, rate: int, size: int, temporal: int, spatial: int, side: int | None = None
+) -> Tensor:
     """All test views of a video, one after another: float32 [V, 3, T, size, size]."""
     found = []
     for t in range(temporal):
         for s in range(spatial):
-            found.append(view(path, frames, rate, size, (t, temporal), (s if spatial > 1 else 1, spatial)))
+            found.append(view(path, frames, rate, size, (t, temporal), (s if spatial > 1 else 1, spatial), side))
     return torch.stack(found)

@@ -1,0 +1,45 @@
+"""The loader that ours is measured against computes what the published code computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.baseline import loader as baseline
+from multitrain.data.augment import Augmentation
+from multitrain.data.randaugment import Operation
+from multitrain.data.spatial import MEAN, STD, Box
+
+
+@pytest.fixture(scope="module")
+def golden(shared: Path) -> dict[str, Any]:
+    return torch.load(shared / "golden" / "data.golden.pt", weights_only=False)
+
+
+def test_views_are_the_golden_ones(shared: Path, golden: dict[str, Any]) -> None:
+    pytest.importorskip("decord")
+    expected = golden["test"]["kinetics_1x5"]
+    path = shared / "golden" / "videos" / expected[0]["path"]
+    found = baseline.views(path, 8, 3, 64, 5, 1, side=256)
+    for view, case in zip(found, expected):
+        torch.testing.assert_close(view, case["frames"], atol=1e-5, rtol=0)
+
+
+def test_short_sides_are_the_golden_ones(golden: dict[str, Any]) -> None:
+    spatial = golden["spatial"]
+    for side in (32, 50, 77):
+        torch.testing.assert_close(baseline.short_side(spatial["x"], side), spatial[f"short{side}"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "argument"), [("Rotate_b", 21.0), ("ShearX_b", 0.21)])
+def test_a_whole_frame_is_changed_by_pillow_then_normalised(golden: dict[str, Any], name: str, argument: float) -> None:
+    image = golden["randaug_image"]
+    height, width = image.shape[:2]
+    drawn = Augmentation([Operation(name[:-2], argument)], Box(0, 0, height, height), False, Box(0, 0, 0, 0))
+    clip = baseline.augmented(image[None], drawn, height)
+    levels = ((clip * STD + MEAN) * 255)[:, 0].permute(1, 2, 0).round().numpy().astype(np.uint8)
+    np.testing.assert_array_equal(levels, golden["randaug"][name]["out"].numpy()[:, :height])
