@@ -193,9 +193,7 @@ class MViT(nn.Module):
     def _masks(self, keys: Tensor | None, x: Tensor) -> list[tuple[Mask | None, Mask | None]]:
         """What stochastic depth keeps, of both halves of every block; all masks are drawn at once."""
         layers = [layer for block in self.blocks for layer in (block.drop_path_attn, block.drop_path_mlp)]
-        masks = (
-            kept_masks(layers, keys, compute_dtype(x)) if self.training and keys is not None else [None] * len(layers)
-        )
+        masks = kept_masks(layers, keys, compute_dtype(x)) if self.training and keys is not None else [None] * len(layers)
         return list(zip(masks[::2], masks[1::2]))
 
     def _positions(self) -> Tensor:
