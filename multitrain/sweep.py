@@ -6,11 +6,13 @@ does the same without Hydra's launcher, does not hold the terminal, and keeps a 
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +25,7 @@ WAIT = 60.0
 
 
 class TrainingFailed(RuntimeError):
-    """The ranks of a run have ended with an exit status that is not 0.
-
-    Hydra's launcher hands what a job raises back as a value, and SLURM sees exit status 0 (facebookresearch/hydra#1928),
-    so that chains with ``afterok`` go on. This one cannot be handed back: it raises itself again when submitit stores it, and
-    the job fails, with these words, here and in SLURM.
-    """
-
-    def __reduce__(self) -> Any:
-        raise self
+    """The ranks of a run have ended with an exit status that is not 0."""
 
 
 def main(arguments: list[str]) -> None:
@@ -48,6 +42,9 @@ def main(arguments: list[str]) -> None:
     words += [f"++name={name}", f"++runs={runs}"]
     if "hydra.sweep.dir" not in keys:
         words.append(f"hydra.sweep.dir={runs}/.sweeps/{name}")
+    warnings.filterwarnings(
+        "ignore", message="(?s).*ConfigStore schema"
+    )  # the plugin's own, whose defaults ours replace
     sys.argv = [sys.argv[0], *words]
     hydra.main(config_path=str(folder), config_name="config", version_base="1.3")(train_point)()
 
@@ -79,7 +76,16 @@ def train_point(composed: Any) -> None:
         time.sleep(0.1)
     status = _train(run, place)
     if status:
+        # Hydra's launcher hands what a job raises back as a value, and SLURM would see exit status 0 (facebookresearch/hydra#1928),
+        # so that chains with afterok went on.
+        atexit.register(_fail)
         raise TrainingFailed(f"{run}: rank {place['RANK']} ended with exit status {status}; see {run}/events.jsonl")
+
+
+def _fail() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _train(run: Path, place: dict[str, str]) -> int:

@@ -27,7 +27,9 @@ def predictor(config: RunConfig) -> Predictor:
     return Predictor(config.model, {"stride": 5, "segment": 3, "with.dot": 4}, run=config).eval()
 
 
-def test_features_are_the_models_and_unreadable_videos_are_named(model: Predictor, tiny_data: Path, tmp_path: Path) -> None:
+def test_features_are_the_models_and_unreadable_videos_are_named(
+    model: Predictor, tiny_data: Path, tmp_path: Path
+) -> None:
     good = tiny_data / "stride" / "v 0.mp4"
     found = embed(model, [Item(str(good), "stride", "a"), Item(str(tmp_path / "gone.mp4"))])
     settings_ = model.run.data.datasets["stride"]
@@ -80,7 +82,9 @@ def test_both_commands_on_a_stored_model(
     train(run, 1)
     out, plot = tmp_path / "f.npz", tmp_path / "map.png"
     command = ["embed", "--checkpoint", str(run), "--dataset", "stride", "segment", "--per-dataset", "3"]
-    assert main([*command, "--out", str(out), "--plot", str(plot), "--index", str(tmp_path / "i"), "--device", "cpu"]) == 0
+    assert (
+        main([*command, "--out", str(out), "--plot", str(plot), "--index", str(tmp_path / "i"), "--device", "cpu"]) == 0
+    )
     with np.load(out) as file:
         assert file["dataset"].tolist() == ["stride"] * 3 + ["segment"] * 3
     assert plot.read_bytes().startswith(b"\x89PNG")

@@ -12,17 +12,21 @@ from multitrain.config import ConfigError
 
 
 def test_points_are_all_combinations_in_order() -> None:
-    assert points(["optim.lr=1e-4,2e-4", "seed=range(2)", "updates=3"]) == [
-        ["optim.lr=1e-4", "seed=0", "updates=3"],
-        ["optim.lr=1e-4", "seed=1", "updates=3"],
-        ["optim.lr=2e-4", "seed=0", "updates=3"],
-        ["optim.lr=2e-4", "seed=1", "updates=3"],
+    assert points(["optim.lr=0.0001,0.0002", "seed=range(2)", "updates=3"]) == [
+        ["optim.lr=0.0001", "seed=0", "updates=3"],
+        ["optim.lr=0.0001", "seed=1", "updates=3"],
+        ["optim.lr=0.0002", "seed=0", "updates=3"],
+        ["optim.lr=0.0002", "seed=1", "updates=3"],
     ]
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(["seed=1"], "nothing to sweep over"), (["gpus=1,2"], "all runs of a sweep share gpus"), (["seed=1,"], "is no option")],
+    [
+        (["seed=1"], "nothing to sweep over"),
+        (["gpus=1,2"], "all runs of a sweep share gpus"),
+        (["seed=1,"], "is no option"),
+    ],
 )
 def test_what_cannot_be_swept_is_refused(words: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
@@ -33,7 +37,14 @@ def test_a_local_sweep_ends_with_the_table_and_a_failure_counts(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], root: Path
 ) -> None:
     monkeypatch.setenv("TINY_DATA", str(tiny_data))
-    common = ["--config-dir", str(root / "tests" / "configs"), "experiment=tiny", "cluster=local", "gpus=1", f"runs={tmp_path}"]
+    common = [
+        "--config-dir",
+        str(root / "tests" / "configs"),
+        "experiment=tiny",
+        "cluster=local",
+        "gpus=1",
+        f"runs={tmp_path}",
+    ]
     common += ["model=tinier", "updates=1", "cluster.restarts_in_place=0"]
     missing = tmp_path / "weights.pyth"
     missing.write_text("no weights")

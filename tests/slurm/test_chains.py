@@ -31,7 +31,14 @@ def queue(cluster: Cluster, form: str = "%i %j %E") -> list[str]:
 def test_tests_wait_for_the_last_end_of_training_and_go_when_it_is_cancelled(
     cluster: Cluster, tiny_data: Path, tmp_path: Path
 ) -> None:
-    submit = [sys.executable, "launch/submit.py", "--config-dir", "tests/configs", "experiment=tiny", f"runs={tmp_path}"]
+    submit = [
+        sys.executable,
+        "launch/submit.py",
+        "--config-dir",
+        "tests/configs",
+        "experiment=tiny",
+        f"runs={tmp_path}",
+    ]
     said = call(tiny_data, *submit, "name=chain", "cluster.partition=low", "gpus=1", "updates=5000", "then=eval")
     job = next(line.split()[1] for line in said.splitlines() if line.startswith("job "))
     assert said.count("tests ") == 3

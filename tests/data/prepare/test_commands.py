@@ -41,7 +41,16 @@ def dataset(folder: Path) -> None:
     shutil.copy(folder / "good.mp4", folder / "twin.mp4")
     damage(folder / "cut.mp4")
     (folder / "text.mp4").write_text("no video")
-    train = ["good.mp4 0", "twin.mp4 0", "short.mp4 1", "cut.mp4 1", "gone.mp4 0", "text.mp4 1", "both.mp4 0", "both.mp4 1"]
+    train = [
+        "good.mp4 0",
+        "twin.mp4 0",
+        "short.mp4 1",
+        "cut.mp4 1",
+        "gone.mp4 0",
+        "text.mp4 1",
+        "both.mp4 0",
+        "both.mp4 1",
+    ]
     (folder / "train.csv").write_text("\n".join(train) + "\n")
     (folder / "val.csv").write_text("twin.mp4 0\n")
 
@@ -60,10 +69,21 @@ def run_file(folder: Path, tiny: Path) -> Path:
     return run
 
 
-def test_check_names_every_fault_and_writes_clean_annotations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_names_every_fault_and_writes_clean_annotations(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     dataset(tmp_path / "d")
     run = run_file(tmp_path, tmp_path / "d")
-    arguments = ["data", "check", "--run", str(run), "--out", str(tmp_path / "c"), "--write-clean", str(tmp_path / "clean")]
+    arguments = [
+        "data",
+        "check",
+        "--run",
+        str(run),
+        "--out",
+        str(tmp_path / "c"),
+        "--write-clean",
+        str(tmp_path / "clean"),
+    ]
     assert main([*arguments, "--min-frames", "4", "--workers", "2"]) == 1
     found = {(r["path"], r["split"], r["kind"]) for r in rows(tmp_path / "c" / "check.csv")}
     assert found == {
@@ -128,7 +148,9 @@ def test_copies_have_every_frame_and_the_asked_short_side(tmp_path: Path) -> Non
     write_video(tmp_path / "tall.mp4", 1, frames=7, size=(96, 160))
     write_video(tmp_path / "small.mp4", 2, size=(48, 32))
     out = tmp_path / "out"
-    assert main(["data", "resize", str(tmp_path), str(out), "--short-side", "64", "--fast-decode", "--workers", "2"]) == 0
+    assert (
+        main(["data", "resize", str(tmp_path), str(out), "--short-side", "64", "--fast-decode", "--workers", "2"]) == 0
+    )
     sizes = {n: (s.frames, s.width, s.height) for n in ("wide", "tall", "small") if (s := scan(out / f"{n}.mp4"))}
     assert sizes == {"wide": (20, 106, 64), "tall": (7, 64, 106), "small": (12, 48, 32)}
 
@@ -147,7 +169,9 @@ def test_a_broken_source_leaves_no_copy_and_is_named(tmp_path: Path, capsys: pyt
     assert lines == ["good.mp4 0", "twin.mp4 0", "short.mp4 1", "both.mp4 0", "both.mp4 1"]
     capsys.readouterr()
     assert main([*command, "--salvage", "--json"]) == 1
-    assert set(json.loads(capsys.readouterr().out)["failures"]) == {"text.mp4", "gone.mp4"}, "what is there of cut.mp4 is kept"
+    assert set(json.loads(capsys.readouterr().out)["failures"]) == {"text.mp4", "gone.mp4"}, (
+        "what is there of cut.mp4 is kept"
+    )
 
 
 @needs_ffmpeg
@@ -167,7 +191,19 @@ def test_an_interrupted_resize_goes_on_and_leaves_nothing_half_written(tmp_path:
     source.mkdir()
     for i in range(6):
         write_video(source / f"v{i}.mp4", i, frames=40, size=(256, 192))
-    command = [sys.executable, "-m", "multitrain.cli", "data", "resize", str(source), str(out), "--short-side", "96", "--workers", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "multitrain.cli",
+        "data",
+        "resize",
+        str(source),
+        str(out),
+        "--short-side",
+        "96",
+        "--workers",
+        "2",
+    ]
     command += ["--preset", "slower"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
@@ -180,7 +216,10 @@ def test_an_interrupted_resize_goes_on_and_leaves_nothing_half_written(tmp_path:
     assert 0 < len(before) < 6
     for name in before:
         assert scan(out / name).frames == 40
-    assert main(["data", "resize", str(source), str(out), "--short-side", "96", "--workers", "2", "--preset", "slower"]) == 0
+    assert (
+        main(["data", "resize", str(source), str(out), "--short-side", "96", "--workers", "2", "--preset", "slower"])
+        == 0
+    )
     assert len(list(out.glob("v*.mp4"))) == 6
     noted = {name for name, time_ns in before.items() if (out / name).stat().st_mtime_ns == time_ns}
     assert len(before) - len(noted) <= 2, "only what was in the works is made again"

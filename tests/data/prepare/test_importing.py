@@ -33,7 +33,9 @@ def test_kinetics(tmp_path: Path) -> None:
 
 
 def test_moments_in_time_numbers_classes_by_its_own_list(tmp_path: Path) -> None:
-    train = put(tmp_path / "trainingSet.csv", "flipping/a.mp4,flipping,3,0\nadult+male+singing/b.mp4,adult+male+singing,2,1\n")
+    train = put(
+        tmp_path / "trainingSet.csv", "flipping/a.mp4,flipping,3,0\nadult+male+singing/b.mp4,adult+male+singing,2,1\n"
+    )
     val = put(tmp_path / "validationSet.csv", "flipping/c.mp4,flipping,5,0\n")
     names = put(tmp_path / "moments_categories.txt", "flipping,1\nadult+male+singing,0\n")
     got = imported("moments", [train, val], tmp_path / "out", names)
@@ -82,10 +84,15 @@ def test_activitynet_lists_segments_to_cut(tmp_path: Path) -> None:
     )
     got = imported("activitynet", [file], tmp_path / "out")
     assert got["train"] == ["v_X1/0000150_0002000.mp4 1"]
-    assert got["segments"][1:] == ["v_X1.mp4,1.500,20.000,v_X1/0000150_0002000.mp4", "v_X2.mp4,0.000,3.250,v_X2/0000000_0000325.mp4"]
+    assert got["segments"][1:] == [
+        "v_X1.mp4,1.500,20.000,v_X1/0000150_0002000.mp4",
+        "v_X2.mp4,0.000,3.250,v_X2/0000000_0000325.mp4",
+    ]
 
 
-@pytest.mark.parametrize("tree", ["abc_000003_000013.mp4", "train/abc_000003_000013.mkv", "train/riding_bike/abc_000003_000013.mp4"])
+@pytest.mark.parametrize(
+    "tree", ["abc_000003_000013.mp4", "train/abc_000003_000013.mkv", "train/riding_bike/abc_000003_000013.mp4"]
+)
 def test_videos_are_found_whatever_the_layout(tmp_path: Path, tree: str) -> None:
     file = put(tmp_path / "train.csv", "label,youtube_id,time_start,time_end,split\nriding bike,abc,3,13,train\n")
     (tmp_path / "v" / tree).parent.mkdir(parents=True)
