@@ -172,7 +172,16 @@ def _known(word: str) -> Path:
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
-    return [{**row, **status(row["run"])} for row in yaml.safe_load((folder / "sweep.yaml").read_text())]
+    """What is known of each run. One that never began and has no job any more was cancelled, or refused by SLURM."""
+    from launch import slurm
+
+    rows = [{**row, **status(row["run"])} for row in yaml.safe_load((folder / "sweep.yaml").read_text())]
+    jobs = {row["run"]: run_folder.jobs(Path(row["run"])) for row in rows}
+    alive = slurm.active(Path(rows[0]["run"]).name, [j for row in rows for j in jobs[row["run"]]])
+    for row in rows:
+        if row["state"] in ("submitted", None, "") and jobs[row["run"]] and not set(jobs[row["run"]]) & set(alive):
+            row["state"] = "cancelled"
+    return rows
 
 
 def _ended(folder: Path) -> bool:

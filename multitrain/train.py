@@ -1,5 +1,7 @@
 """What each rank runs: ``python -m multitrain.train RUN``. Read the configuration, build, resume, train, leave well.
 
+With ``-m`` it is Hydra's multirun: see `multitrain.sweep`.
+
 Exit status: 0 the run is complete; 75 it was interrupted and can be resumed; 1 it failed; 2 a setting or file is wrong; 3 it
 gave up, and another start would not help. Under SLURM an interrupted run puts itself back into the queue as its very last
 act, unless somebody cancelled it.
@@ -8,6 +10,7 @@ act, unless somebody cancelled it.
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 import traceback
@@ -33,6 +36,8 @@ WAIT_FOR_END = 120.0
 def main(arguments: list[str] | None = None) -> int:
     """Train the run whose folder is the one argument; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if any(a in ("-m", "--multirun") for a in arguments):
+        return subprocess.run([sys.executable, "-m", "multitrain.sweep", *arguments], check=False).returncode
     if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return FINISHED if arguments[:1] in (["-h"], ["--help"]) else MISTAKE

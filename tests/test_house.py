@@ -15,7 +15,7 @@ FLOORS = [
     {"loss", "model", "monitor"},
     {"data", "interop"},
     {"engine", "evaluation"},
-    {"train", "cli", "commands", "launch", "__main__"},
+    {"train", "sweep", "cli", "commands", "launch", "__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 ONLY_IN = {

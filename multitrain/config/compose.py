@@ -55,7 +55,7 @@ def compose_mapping(overrides: Sequence[str] = (), *, config_dirs: Sequence[str 
     folder = config_folder()
     folders = [folder, *(Path(d).resolve() for d in config_dirs)]
     groups = {p.name for f in folders if f.is_dir() for p in f.iterdir() if p.is_dir()}
-    arguments = [_forced(o, groups) for o in overrides]
+    arguments = [forced(o, groups) for o in overrides]
     if config_dirs:
         arguments.append("hydra.searchpath=[" + ",".join(f"'file://{f}'" for f in folders[1:]) + "]")
     GlobalHydra.instance().clear()
@@ -118,7 +118,7 @@ def flat(config: RunConfig) -> dict[str, Any]:
     return walk(config.model_dump(mode="json"), "")
 
 
-def _forced(override: str, groups: set[str]) -> str:
+def forced(override: str, groups: set[str]) -> str:
     """`key=value` → `++key=value`, so that the schema and not Hydra judges the name; groups, ``+``, ``~`` stay."""
     key, equals, _ = override.partition("=")
     if not equals and not key.startswith("~"):
@@ -214,4 +214,4 @@ def _flat(value: object) -> str:
     return " ".join(str(value).split())
 
 
-__all__ = ["compose", "compose_mapping", "config_folder", "dump", "load", "validate"]
+__all__ = ["compose", "compose_mapping", "config_folder", "dump", "forced", "load", "validate"]

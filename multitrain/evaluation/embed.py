@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -87,7 +87,8 @@ def write(found: Embeddings, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".npz":
         with open(temporary, "wb") as file:
-            np.savez_compressed(file, features=found.features, **{n: np.array(c, str) for n, c in columns.items()})
+            arrays: dict[str, Any] = {n: np.array(c, str) for n, c in columns.items()}
+            np.savez_compressed(file, features=found.features, **arrays)
     elif out.suffix == ".parquet":
         try:
             import pyarrow

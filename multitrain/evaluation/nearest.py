@@ -84,7 +84,7 @@ def heat_map(
         targets += [int(j) for j in np.argsort(-score[:, sources].max(1), kind="stable") if int(j) not in targets]
         targets = targets[:rows]
         limit = max(float(np.abs(score).max()), 1e-9)
-        axis.imshow(score[np.ix_(targets, sources)], cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+        axis.imshow(score[targets][:, sources], cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
         axis.set_xticks(range(columns), [_short(names[a][i]) for i in sources], rotation=60, ha="right", size=7)
         axis.set_yticks(range(len(targets)), [_short(names[b][j]) for j in targets], size=7)
         axis.grid(visible=False)

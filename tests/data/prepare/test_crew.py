@@ -1,0 +1,56 @@
+"""Work over many files: every item once, whatever happens to the workers; what is done stays done."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from multitrain.config import ConfigError
+from multitrain.data.prepare.crew import Journal, Shard, work_through
+
+
+def unruly(item: str) -> dict[str, Any]:
+    if item == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if item == "hang":
+        time.sleep(60)
+    if item == "raise":
+        raise ValueError("no\nway")
+    return {"value": item.upper()}
+
+
+def test_a_worker_that_crashes_hangs_or_raises_costs_its_item_only() -> None:
+    items = ["a", "crash", "b", "hang", "c", "raise", "d"]
+    got = dict(work_through(items, unruly, workers=2, timeout=3.0))
+    assert got == {
+        **{i: {"value": i.upper()} for i in "abcd"},
+        "crash": {"error": "the reader crashed (SIGSEGV)"},
+        "hang": {"error": "took longer than 3 s"},
+        "raise": {"error": "ValueError: no way"},
+    }
+
+
+def test_shards_are_a_partition() -> None:
+    items = list(range(11))
+    parts = [list(Shard.parse(f"{i}/3").of(items)) for i in range(3)]
+    assert sorted(x for p in parts for x in p) == items
+    for wrong in ("3/3", "1", "a/2", "-1/2"):
+        with pytest.raises(ConfigError, match="--shard"):
+            Shard.parse(wrong)
+
+
+def test_a_journal_forgets_a_torn_line_and_a_changed_file_only(tmp_path: Path) -> None:
+    first = Journal(tmp_path, "check", Shard(0, 2))
+    first.add("a", [1, 2], {"x": 1})
+    first.add("b", [1, 2], {"x": 2})
+    file = tmp_path / "check-0-of-2.jsonl"
+    file.write_bytes(file.read_bytes()[:-5])
+    other = Journal(tmp_path, "check", Shard(0, 1))  # cut in another way
+    assert other.get("a", [1, 2]) is not None
+    assert other.get("b", [1, 2]) is None
+    assert other.get("a", [9, 2]) is None
