@@ -23,6 +23,7 @@ import torch
 from benchmarks import footage
 from benchmarks.baseline import loader as baseline
 from benchmarks.measure import take_turns
+from benchmarks.results import row, save
 from multitrain.config import RunConfig, validate
 from multitrain.data import mix
 from multitrain.data.augment import draw_augmentation

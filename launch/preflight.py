@@ -5,7 +5,7 @@ srun multitrain preflight --dir DIR              every rank of an allocation
 python launch/submit.py … preflight=true         before the run starts, in the same job
 
 Each rank looks at its own GPU, cores, shared memory, disks and libraries, and tells rank 0 through a plain socket, which
-compares their clocks as well. With --collective they then import torch and all-reduce through NCCL (gloo without GPUs).
+compares their clocks as well. With --collective, processes beside them then all-reduce through NCCL (gloo without GPUs).
 Exit status: 0 all is well (or only slower than it could be), 1 a rank is missing or cannot work, 2 a wrong option.
 """
 
@@ -282,10 +282,6 @@ def _planned(world: int) -> dict[int, str]:
 
 # ---------------------------------------------------------------------------------------------------------- all-reduce
 
-ELEMENTS = 16 << 20
-"""fp32 numbers that are all-reduced: 64 MiB."""
-TIMES = 5
-
 
 def _collective(links: dict[int, Link], place: dict[str, str], rows: dict[int, Row], patience: float) -> list[Finding]:
     """All ranks all-reduce; their speeds go into their rows."""
@@ -304,55 +300,19 @@ def _collective(links: dict[int, Link], place: dict[str, str], rows: dict[int, R
 
 
 def _all_reduce(place: dict[str, str], port: int, patience: float) -> dict[str, Any]:
-    """Bus bandwidth of an all-reduce over all ranks, and of the link to the next rank, in GB/s."""
+    """What `multitrain.engine.bandwidth` says, in a process of its own: this one does without torch, and outlives a hang."""
+    arguments = [place[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")]
+    command = [sys.executable, "-m", "multitrain.engine.bandwidth", *arguments, str(port), str(patience)]
     try:
-        from datetime import timedelta
-
-        import torch
-        import torch.distributed as dist
-
-        rank, world, local = (int(place[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        cuda = torch.cuda.is_available()
-        device = torch.device("cuda", local) if cuda else torch.device("cpu")
-        if cuda:
-            torch.cuda.set_device(device)
-        dist.init_process_group(
-            "nccl" if cuda else "gloo",
-            init_method=f"tcp://{place['MASTER_ADDR']}:{port}",
-            rank=rank,
-            world_size=world,
-            timeout=timedelta(seconds=patience),
-        )
-        values = torch.full((ELEMENTS if cuda else ELEMENTS // 16,), float(rank), device=device)
-        size = values.numel() * values.element_size()
-        dist.all_reduce(values)
-        if values[-1].item() != world * (world - 1) / 2:
-            return {"error": f"the sum of all ranks came out as {values[-1].item():g}, not {world * (world - 1) / 2:g}"}
-
-        def seconds(action: Any) -> float:
-            action()
-            begin = time.perf_counter()
-            for _ in range(TIMES):
-                action()
-            if cuda:
-                torch.cuda.synchronize()
-            return (time.perf_counter() - begin) / TIMES
-
-        def ring() -> None:
-            sends = [
-                dist.P2POp(dist.isend, values, (rank + 1) % world),
-                dist.P2POp(dist.irecv, other, (rank - 1) % world),
-            ]
-            for work in dist.batch_isend_irecv(sends):
-                work.wait()
-
-        other = torch.empty_like(values)
-        reduce = 2 * (world - 1) / world * size / seconds(lambda: dist.all_reduce(values))
-        link = size / seconds(ring) if world > 1 else None
-        dist.destroy_process_group()
-        return {"allreduce_GB_s": round(reduce / 1e9, 3), "link_GB_s": round(link / 1e9, 3) if link else None}
-    except Exception as error:  # whatever it is, it is what the table has to say of this rank
-        return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=patience + 30.0, check=False)
+    except subprocess.TimeoutExpired:
+        return {"error": f"no end within {patience + 30.0:g} s"}
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        said = done.stderr.strip().splitlines() or [f"it ended with exit code {done.returncode}"]
+        return {"error": said[-1][:300]}
+    answer: dict[str, Any] = json.loads(lines[-1])
+    return answer
 
 
 # --------------------------------------------------------------------------------------------------------- this machine

@@ -98,7 +98,11 @@ def _default(field: FieldInfo) -> str:
         value = field.default_factory()  # type: ignore[call-arg]
     elif field.is_required():
         return "must be given"
-    shown = {None: "null", True: "true", False: "false"}.get(value, value) if isinstance(value, (bool, type(None))) else value
+    shown = (
+        {None: "null", True: "true", False: "false"}.get(value, value)
+        if isinstance(value, (bool, type(None)))
+        else value
+    )
     return f"`{list(shown) if isinstance(shown, tuple) else shown}`" if shown != "" else "empty"
 
 

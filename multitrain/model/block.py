@@ -68,7 +68,9 @@ class _Block(torch.autograd.Function):
     """`run` with its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, block: Block, mode: Recompute, dtype: torch.dtype, masks: Any, x: Tensor, *_: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, block: Block, mode: Recompute, dtype: torch.dtype, masks: Any, x: Tensor, *_: Tensor
+    ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             weights = Weights(block, dtype)
             computed = Pass(block, weights, x, masks)

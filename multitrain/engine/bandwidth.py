@@ -1,0 +1,83 @@
+"""How fast ranks add up a tensor: what `launch/preflight.py` starts beside itself, since it does without torch.
+
+python -m multitrain.engine.bandwidth RANK WORLD_SIZE LOCAL_RANK ADDRESS PORT SECONDS      prints one JSON object
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+ELEMENTS = 16 << 20
+"""fp32 elements that are added up on a GPU, 64 MiB; a sixteenth of them on a CPU."""
+TIMES = 5
+"""Repetitions, after one that is not counted."""
+
+
+def bandwidth(rank: int, world: int, local: int, address: str, port: int, patience: float) -> dict[str, Any]:
+    """Bus bandwidth of an all-reduce over all ranks, and of the link to the next rank, in GB/s; or what went wrong.
+
+    NCCL where there are GPUs, else gloo. The bus bandwidth counts 2 (W - 1) / W times the bytes, as NCCL's tests do.
+    """
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        init_method=f"tcp://{address}:{port}",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=patience),
+    )
+    values = torch.full((ELEMENTS if cuda else ELEMENTS // 16,), float(rank), device=device)
+    size = values.numel() * values.element_size()
+    dist.all_reduce(values)
+    if values[-1].item() != world * (world - 1) / 2:
+        return {"error": f"the sum of all ranks came out as {values[-1].item():g}, not {world * (world - 1) / 2:g}"}
+    other = torch.empty_like(values)
+
+    def ring() -> None:
+        following, before = (rank + 1) % world, (rank - 1) % world
+        both = [dist.P2POp(dist.isend, values, following), dist.P2POp(dist.irecv, other, before)]
+        for work in dist.batch_isend_irecv(both):
+            work.wait()
+
+    reduced = 2 * (world - 1) / world * size / _seconds(lambda: dist.all_reduce(values), cuda)
+    link = round(size / _seconds(ring, cuda) / 1e9, 3) if world > 1 else None
+    dist.destroy_process_group()
+    return {"allreduce_GB_s": round(reduced / 1e9, 3), "link_GB_s": link}
+
+
+def _seconds(action: Callable[[], object], cuda: bool) -> float:
+    action()
+    if cuda:
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(TIMES):
+        action()
+    if cuda:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - begin) / TIMES
+
+
+def main(arguments: list[str]) -> int:
+    """Print what :func:`bandwidth` finds; an error is found, too."""
+    rank, world, local, address, port, patience = arguments
+    try:
+        found = bandwidth(int(rank), int(world), int(local), address, int(port), float(patience))
+    except (RuntimeError, ValueError, OSError) as error:  # torch's errors of rendezvous, NCCL and CUDA
+        found = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+    print(json.dumps(found), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
