@@ -38,7 +38,7 @@ def test_short_sides_are_the_golden_ones(golden: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("name", "argument"), [("Rotate_b", 21.0), ("ShearX_b", 0.21)])
 def test_a_whole_frame_is_changed_by_pillow_then_normalised(golden: dict[str, Any], name: str, argument: float) -> None:
     image = golden["randaug_image"]
-    height, width = image.shape[:2]
+    height = image.shape[0]
     drawn = Augmentation([Operation(name[:-2], argument)], Box(0, 0, height, height), False, Box(0, 0, 0, 0))
     clip = baseline.augmented(image[None], drawn, height)
     levels = ((clip * STD + MEAN) * 255)[:, 0].permute(1, 2, 0).round().numpy().astype(np.uint8)
