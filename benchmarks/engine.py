@@ -138,7 +138,9 @@ def main(arguments: list[str] | None = None) -> None:
     held = {n: max(f["bytes"][n] for f in found) / 2**20 for n in ("ours", "plain")}
     millions = sum(p.numel() for p in network().parameters()) / 1e6
     apart = max(f["apart"] for f in found)
-    note = f"{RANKS} gloo ranks, {millions:.1f} M parameters, fp32, {BATCH} rows; after all updates the weights of both sides differ by {apart:.0e}"
+    note = (
+        f"{RANKS} gloo ranks, {millions:.1f} M parameters, fp32, {BATCH} rows; the weights then differ by {apart:.0e}"
+    )
     rows = [
         row("update, CPU time a rank", ours=cpu["ours"], baseline=cpu["plain"], unit="CPU ms", note=note),
         row(

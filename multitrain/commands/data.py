@@ -20,6 +20,7 @@ VERBS: dict[str, tuple[str, str]] = {
     ),
     "index": ("multitrain.commands.data_index", "Read the annotation files of a run and build their index."),
     "stats": ("multitrain.commands.data_stats", "Sizes, class balance, durations, rates, and what the mixture draws."),
+    "bench": ("multitrain.data.bench", "What training clips cost on this machine, and how many cores a GPU needs."),
     "show": ("multitrain.commands.data_show", "A picture of augmented training clips with labels and mixing weights."),
 }
 """Verb: the module whose `main(arguments)` is called, and what it does."""
