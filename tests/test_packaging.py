@@ -35,3 +35,24 @@ def test_the_version_is_one(root: Path) -> None:
     citation = yaml.safe_load((root / "CITATION.cff").read_text())
     assert citation["version"] == multitrain.__version__
     assert f"## [{multitrain.__version__}]" in (root / "CHANGELOG.md").read_text()
+
+
+def test_containers_install_what_make_installs_and_bring_the_whole_package(root: Path) -> None:
+    dockerfile, definition = (root / f"containers/{n}" for n in ("Dockerfile", "multitrain.def"))
+    for file in (dockerfile, definition):
+        text = file.read_text()
+        assert makefile_torch(root) in text, file.name
+        assert "python:3.11-" in text
+        assert "--editable '.[all]'" in text
+        for part in ("pyproject.toml", "README.md", "multitrain", "launch", "configs"):
+            assert re.search(rf"^(COPY .*|\s+){re.escape(part)} ", text, re.MULTILINE), f"{file.name}: {part}"
+    packages = [
+        set(re.search(r"--no-install-recommends ([\w -]+)", f.read_text())[1].split()) for f in (dockerfile, definition)
+    ]  # type: ignore[index]
+    assert packages[0] == packages[1]
+
+
+def test_conda_uses_a_python_that_the_package_takes(root: Path) -> None:
+    environment = yaml.safe_load((root / "environment.yml").read_text())
+    (python,) = (d for d in environment["dependencies"] if isinstance(d, str) and d.startswith("python="))
+    assert f"Programming Language :: Python :: {python.partition('=')[2]}" in (root / "pyproject.toml").read_text()

@@ -214,7 +214,7 @@ def test_all_runs_of_a_folder_are_shown_and_a_name_is_enough(
     assert main(["second", *runs]) == 0
     assert capsys.readouterr().out.startswith("second\n")
     with pytest.raises(ConfigError, match="did you mean 'second'"):
-        main(["secnd", *runs])
+        main(["secondd", *runs])
     with pytest.raises(ConfigError, match="no runs there"):
         main(["--runs", str(tmp_path / "nowhere")])
 
