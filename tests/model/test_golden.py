@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.baseline import model as baseline
 from multitrain.config import LossConfig, ModelConfig
 from multitrain.loss import MultiDatasetLoss, informative_loss
 from multitrain.loss.total import Terms
@@ -178,3 +179,12 @@ def test_three_adamw_steps_end_at_the_published_parameters(golden: Golden) -> No
         # Adam divides by the gradient's size: where the true gradient is zero, rounding decides the sign.
         room = 4 * sum(s["lr"] for s in values["steps"]) if key.endswith(WITHOUT_GRADIENT) else 1e-7
         torch.testing.assert_close(state[ours(key)].flatten()[: len(first)], first, rtol=1e-5, atol=room)
+
+
+def test_the_baseline_of_the_benchmarks_gives_the_published_numbers_too(golden: Golden) -> None:
+    model, values = golden.model(), golden.values
+    state = {name: p.detach() for name, p in model.named_parameters()}
+    out = baseline.outputs(state, golden.config, golden.datasets, values["input"])
+    close(out["features"], values["eval_feature"])
+    for name in golden.datasets:
+        close(out[name], values["eval_logits"][name])
