@@ -16,7 +16,7 @@ from multitrain.data.decode import VideoError
 from multitrain.evaluation.evaluator import evaluate
 from multitrain.evaluation.predictor import load
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 PLAYABLE = {"one_frame.mp4", "wrong_ext_mp4_as.avi"}
 """Files of the folder that a player shows whole."""
 
