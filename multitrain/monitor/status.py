@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from multitrain.config import ConfigError, nearest
+from multitrain.config.arguments import Parser
 from multitrain.monitor import events, lines, scheduler
 from multitrain.monitor.interruptions import interruptions
 from multitrain.monitor.screen import card, table
@@ -258,26 +259,17 @@ def _mtime(path: Path) -> float | None:
         return None
 
 
-EXAMPLES = """\
-examples:
-  multitrain status                         every run in runs/, a line each
-  multitrain status first                   one run in full: restarts and why, validation, checkpoints
-  multitrain status --watch                 again every 5 seconds, until Ctrl-C
-  multitrain status first --json | jq .eta_seconds
-"""
+EXAMPLES = (
+    "multitrain status                         every run in runs/, a line each",
+    "multitrain status first                   one run in full: restarts and why, validation, checkpoints",
+    "multitrain status --watch                 again every 5 seconds, until Ctrl-C",
+    "multitrain status first --json | jq .eta_seconds",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """``multitrain status [RUN…]``: how runs are doing."""
-    import argparse
-
-    parser = argparse.ArgumentParser(
-        prog="multitrain status",
-        description="How runs are doing: from their folders and, where there is one, SLURM.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("status", "How runs are doing: from their folders and, where there is one, SLURM.", *EXAMPLES)
     parser.add_argument("run", nargs="*", metavar="RUN", help="a run's folder, or its name (default: all runs)")
     parser.add_argument("--runs", default="runs", metavar="DIR", help="folder of runs (default runs)")
     parser.add_argument("--json", action="store_true", help="one JSON object a run, on a line")

@@ -27,6 +27,8 @@ SHAPES = {
         "cluster.lead_time=300",
         "preflight=true",
     ],
+    "apptainer": ["nodes=2", "gpus=8", "cluster=apptainer", "cluster.partition=gpu"],
+    "pyxis": ["nodes=2", "gpus=8", "cluster=pyxis", "cluster.partition=gpu"],
     "cpu_partition": [
         "nodes=1",
         "gpus=2",

@@ -1,0 +1,37 @@
+# run    /shared/runs/golden
+# batch  512 videos an update = 2 × 8 ranks × 4 videos × 8 accumulated
+# memory 9.4 GB a GPU at the peak, predicted: 8 clips × 0.93 GB + 1.9 GB (activation_checkpointing=none)
+# loader 3.8 clips a second from each of 8 cores a GPU, which trains on 30 a second, estimated; cluster.gpu_clips=N says better; a core makes about 14 (multitrain data bench measures yours)
+#!/bin/bash
+
+# Parameters
+#SBATCH --cpus-per-task=8
+#SBATCH --gres=gpu:8
+#SBATCH --job-name=golden
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --open-mode=append
+#SBATCH --output=/shared/runs/golden/logs/%j.log
+#SBATCH --partition=gpu
+#SBATCH --requeue
+#SBATCH --signal=USR2@120
+#SBATCH --time=1440
+
+# setup
+hold='env --block-signal=TERM,USR1,USR2'; $hold true 2>/dev/null || hold=
+export PYTHONPATH=/shared/runs/golden/code${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONFAULTHANDLER=1
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output /shared/runs/golden/logs/submitit/%j_%t_log.out --kill-on-bad-exit=1 --cpus-per-task=8 --output /shared/runs/golden/logs/%j-rank%t.log $hold apptainer exec --nv --bind /shared,/usr/bin/scontrol,/etc/slurm,/run/munge multitrain.sif python -u -m submitit.core._submit /shared/runs/golden/logs/submitit
+
+
+# teardown
+status=$?
+if [ "$status" -ne 0 ] && [ "$status" -ne 75 ]; then
+    job=$(scontrol show job -o "$SLURM_JOB_ID")
+    case $job in *" PreemptTime=2"*) preempted=preempted ;; *) preempted= ;; esac
+    case $job in *" JobState=RUNNING "*) apptainer exec --nv --bind /shared,/usr/bin/scontrol,/etc/slurm,/run/munge multitrain.sif python -m launch.again /shared/runs/golden "$status" $preempted && scontrol requeue "$SLURM_JOB_ID" ;; esac
+fi
+exit "$status"
