@@ -197,7 +197,7 @@ def strike(run: TinyRun, kind: Kind, chance: random.Random, world: int | None) -
     """One interruption: strike, wait until the run has ended or gone on, submit it again, wait until it is further."""
     time.sleep(chance.uniform(0, 0.6))
     before, starts, phase = run.position(), run.count("start", "resume"), run.phase()
-    struck = time.monotonic()
+    struck, seen = time.monotonic(), len(run.records("events.jsonl"))
     stated: Record = {"kind": kind.name, "world": run.world, "phase": phase, "update": before}
     kind.hit(run, chance)
     hit = time.monotonic()
@@ -230,14 +230,24 @@ def strike(run: TinyRun, kind: Kind, chance: random.Random, world: int | None) -
     resumed = run.resumed_at() if run.count("start", "resume") > starts and code != 0 else furthest
     run.until(lambda: run.position() > before or not run.running, f"an update after {before}")
     lost = max(0, furthest - resumed)
+    kept = lost <= bound and (resumed == newest or not ended or code == 0)
+    told = (
+        []
+        if kept
+        else [
+            {k: e[k] for k in ("event", "update", "reason", "status") if k in e}
+            for e in run.records("events.jsonl")[seen:]
+        ]
+    )
     return {
         **stated,
+        "told": told,
         "again": "submitted" if ended else "in place" if run.count("start", "resume") > starts else "went on",
         "code": code,
         "stop_seconds": round(stopped - hit, 2) if ended else None,
         "back_seconds": round(time.monotonic() - struck, 2),
         "lost": lost,
-        "kept": lost <= bound and (resumed == newest or not ended or code == 0),
+        "kept": kept,
     }
 
 

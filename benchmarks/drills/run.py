@@ -68,7 +68,7 @@ class TinyRun:
         else:
             command += ["--config-dir", "tests/configs", "experiment=tiny", f"name={self.name}", "cluster=local"]
             words |= {"updates": UPDATES, "checkpoint.every": EVERY, "eval.every": VALIDATED}
-            words |= {"monitor.tensorboard": "false", "cluster.check_data": "false", "engine.hang_limit": 12}
+            words |= {"monitor.tensorboard": "false", "cluster.check_data": "false", "engine.hang_limit": 30}
             words |= {"augment.copies": 1, "model.crop": 32, "effective_batch": 8, "cluster.max_stalled_restarts": 50}
             words |= self.overrides
         command += [f"{key}={value}" for key, value in words.items()]
