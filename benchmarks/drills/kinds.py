@@ -245,7 +245,8 @@ KINDS = {
         Kind("damaged checkpoint", _to_the_launcher(KILL), 2 * EVERY, after=damage, weight=6),
     )
 }
-"""All kinds by name. A save goes on beside the training: killed in it, the checkpoint before counts. `may_lose` of the last three counts one checkpoint that could not be written, or was damaged."""
+"""All kinds by name. A save goes on beside the training: killed in it, the checkpoint before counts. `may_lose` of the
+last three counts one checkpoint that could not be written, or was damaged."""
 
 
 def deal(chance: random.Random, count: int, *, only: str | None = None, can_fill: bool = True) -> list[Kind]:
