@@ -214,7 +214,7 @@ def strike(run: TinyRun, kind: Kind, chance: random.Random, world: int | None) -
     ended = not run.running
     stopped = time.monotonic()
     code = run.code()
-    bound = kind.may_lose + (EVERY * run.failed_saves() if kind.may_lose else 0)
+    bound = kind.may_lose + (EVERY * (run.failed_saves() + (phase == "saving")) if kind.may_lose else 0)
     newest = furthest
     if kind.undo:
         kind.undo(run, chance)

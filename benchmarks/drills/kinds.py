@@ -234,7 +234,7 @@ KINDS = {
         Kind("SIGKILL of a rank", _to_one(KILL), EVERY, weight=6),
         Kind("SIGKILL of all ranks", _to_all(KILL), EVERY),
         Kind("SIGKILL of the launcher", _to_the_launcher(KILL), EVERY),
-        Kind("SIGKILL in a save", _in_a_save(_to_all(KILL)), EVERY, weight=6),
+        Kind("SIGKILL in a save", _in_a_save(_to_all(KILL)), 2 * EVERY, weight=6),
         Kind("SIGKILL of a worker", _kill_a_worker, EVERY, passes=True),
         Kind("SIGSEGV in a rank", _to_one(signal.SIGSEGV), EVERY, weight=2),
         Kind("exception in a rank", _to_one(EXCEPTION), EVERY, passes=True),
@@ -245,7 +245,8 @@ KINDS = {
         Kind("damaged checkpoint", _to_the_launcher(KILL), 2 * EVERY, after=damage, weight=6),
     )
 }
-"""All kinds by name. `may_lose` of the last three counts one checkpoint that could not be written, or was damaged."""
+"""All kinds by name. A save goes on beside the training: killed in it, the checkpoint before counts. `may_lose` of the
+last three counts one checkpoint that could not be written, or was damaged."""
 
 
 def deal(chance: random.Random, count: int, *, only: str | None = None, can_fill: bool = True) -> list[Kind]:
