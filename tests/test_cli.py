@@ -215,7 +215,7 @@ def test_evaluate_with_another_head_gives_scores_only(
     run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     status, out, _ = said(capsys, "evaluate", run, "--dataset", "segment", "--head", "stride", "--out", tmp_path)
-    assert (status, out) == (0, "segment.by.stride –/–\n")
+    assert (status, out) == (0, "segment.by.stride –/– (9/9)\n")
 
 
 def test_ranks_share_the_videos_and_agree_with_one(
