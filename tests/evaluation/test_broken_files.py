@@ -16,9 +16,11 @@ from multitrain.data.decode import VideoError
 from multitrain.evaluation.evaluator import evaluate
 from multitrain.evaluation.predictor import load
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
+pytestmark = pytest.mark.timeout(600)
 PLAYABLE = {"one_frame.mp4", "wrong_ext_mp4_as.avi"}
 """Files of the folder that a player shows whole."""
+PARTLY = {f"truncated_faststart_{n}.mp4" for n in (50, 95)} | {"decord_corrupted.mp4", "zeroed_middle.mp4"}
+"""Files of which a part is whole: they are answered where all frames that are asked for lie in it."""
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,9 @@ def test_testing_lists_what_cannot_be_read_and_scores_the_rest(data: Path, train
     assert scored | lost == listed
     assert not scored & lost
     assert scored >= PLAYABLE
-    assert lost >= {"zero_byte.mp4", "text.mp4", "audio_only.mp4", "bitflips_mdat.mp4", "zeroed_middle.mp4"}
+    good = {f"v {i}.mp4" for i in range(8)}
+    assert scored <= good | PLAYABLE | PARTLY
+    assert lost >= {"zero_byte.mp4", "text.mp4", "audio_only.mp4", "bitflips_mdat.mp4"}
     assert all(u["reason"] for u in result["unreadable"])
     assert result["coverage"] == len(scored) / len(listed)
     assert f"({len(scored)}/{len(listed)})" in done.table
@@ -107,4 +111,4 @@ def test_prediction_gives_an_answer_or_one_clear_error(data: Path, trained: Path
             assert "\n" not in error
         else:
             assert sum(p for _, p in answer["odd"]) == pytest.approx(1, abs=1e-5)
-            assert file.name in PLAYABLE | {"truncated_faststart_95.mp4", "truncated_faststart_50.mp4"}, file.name
+            assert file.name in PLAYABLE | PARTLY, file.name
