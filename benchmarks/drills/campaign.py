@@ -21,8 +21,6 @@ if not __package__:
 import argparse
 import datetime
 import json
-import os
-import platform
 import random
 import shutil
 import statistics
@@ -31,6 +29,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks import results
 from benchmarks.drills.kinds import KINDS, Kind, deal
 from benchmarks.drills.run import (
     EVERY,
@@ -313,6 +312,26 @@ def table(records: list[Record]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
 
 
+def summary(records: list[Record], runs: list[Record]) -> list[Record]:
+    """The rows of `benchmarks/README.md`: how much of each promise held."""
+    good, kept = (sum(not r["differences"] for r in runs), sum(r["kept"] for r in records))
+    rows = [
+        results.row("runs that ended like the uninterrupted one", ours=good, unit="runs", note=f"of {len(runs)}"),
+        results.row("interruptions that cost no more than promised", ours=kept, unit="", note=f"of {len(records)}"),
+    ]
+    for name in KINDS:
+        own = [r for r in records if r["kind"] == name]
+        back = (
+            f"{len(own)} times; back after {statistics.median(r['back_seconds'] for r in own):.1f} s (median)"
+            if own
+            else ""
+        )
+        if own:
+            lost = max(r["lost"] for r in own)
+            rows.append(results.row(f"updates lost by {name}, at most", ours=lost, unit="updates", note=back))
+    return rows
+
+
 def save(out: Path, given: argparse.Namespace, records: list[Record], runs: list[Record], seconds: float) -> None:
     """Everything as JSON."""
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -322,10 +341,10 @@ def save(out: Path, given: argparse.Namespace, records: list[Record], runs: list
         + (f" --only '{given.only}'" if given.only else "")
         + (f" --run {given.run}" if given.run is not None else ""),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "hardware": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
-        "versions": {"python": platform.python_version()},
+        "hardware": results.hardware(),
+        "versions": results.versions(),
         "size": "small",
-        "rows": [],
+        "rows": summary(records, runs),
         "plots": [],
         "seconds": round(seconds),
         "updates": UPDATES,

@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -30,6 +29,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks import results
 from benchmarks.drills.run import write_data
 from multitrain.engine import checkpoint as ck
 from tests.slurm.drill import DEVCLUSTER, Cluster, Runs, reason_to_skip
@@ -188,8 +188,8 @@ def main(arguments: list[str] | None = None) -> int:
         "name": "drills_controller",
         "command": f"python benchmarks/drills/controller.py --count {given.count} --seed {given.seed}",
         "date": time.strftime("%Y-%m-%d"),
-        "hardware": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
-        "versions": {"python": platform.python_version()},
+        "hardware": results.hardware(),
+        "versions": results.versions(),
         "size": "small",
         "rows": [],
         "plots": [],
