@@ -100,7 +100,7 @@ class Engine:
             "zero_optimization": {
                 "stage": config.zero_stage,
                 "overlap_comm": False,
-                "contiguous_gradients": False,  # fewer copies: 1.25 instead of 1.36 of plain DDP, the same bits (benchmarks/engine.py)
+                "contiguous_gradients": False,  # one copy less; tests/engine/test_update.py holds the gradient to plain PyTorch
                 "reduce_bucket_size": config.bucket_elements,
                 "allgather_bucket_size": config.bucket_elements,
             },
