@@ -25,6 +25,7 @@ from multitrain.config import ModelConfig
 from multitrain.model import MultiTrain
 from multitrain.model import attention as attention_room
 from multitrain.model import block as block_room
+from multitrain.model import block_values as values_room
 from multitrain.model import pooling as pooling_room
 from multitrain.model import products as products_room
 
@@ -139,7 +140,7 @@ def _no(_: Any) -> None:
 def as_on_cuda() -> Iterator[None]:
     """Our code takes CUDA's routes, whatever the device."""
     with contextlib.ExitStack() as stack:
-        for room in (attention_room, block_room, pooling_room):
+        for room in (attention_room, block_room, values_room, pooling_room):
             stack.enter_context(mock.patch.object(room, "is_cuda", _yes))
         stack.enter_context(mock.patch.object(attention_room, "has_flash", _yes))
         stack.enter_context(mock.patch.object(products_room, "rounding", _no))

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from multitrain.config import ConfigError, ModelConfig, nearest
-from multitrain.model.block import Recompute
 from multitrain.model.heads import Heads, LinearHead, MlpHead, Projections
 from multitrain.model.initialisation import initialise
-from multitrain.model.mvit import Mlp, MViT
+from multitrain.model.layers import Mlp, Recompute
+from multitrain.model.mvit import MViT
 from multitrain.model.products import linear
 from multitrain.model.random import draw_keys
 

@@ -7,49 +7,17 @@ absolute tables; there is no class token and no relative position.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from multitrain.config import ConfigError, ModelConfig
-from multitrain.model.block import Recompute, compute_dtype, run
-from multitrain.model.pooling import Grid, pooled
-from multitrain.model.products import Linear, conv3d
-from multitrain.model.random import KeyedDropPath, Mask, draw_keys, kept_masks, stream_of
+from multitrain.model.block import compute_dtype, run
+from multitrain.model.layers import BLOCK_NORM_EPS, BlockLayers, BlockShape, Recompute
+from multitrain.model.pooling import Grid
+from multitrain.model.products import conv3d
+from multitrain.model.random import Mask, draw_keys, kept_masks
 
 PATCH_KERNEL, PATCH_STRIDE, PATCH_PADDING = (3, 7, 7), (2, 4, 4), (1, 3, 3)
-BLOCK_NORM_EPS = 1e-6
-POOL_NORM_EPS = 1e-5
-"""The published blocks hand plain layer norms, with torch's default, to their poolings."""
-
-
-@dataclass(frozen=True)
-class BlockShape:
-    """The geometry of one block, which follows from the configuration alone."""
-
-    dim_in: int
-    dim_out: int
-    heads: int
-    grid: Grid
-    """Token grid of the input."""
-    q_stride: int
-    """Spatial stride of the queries: 2 at a stage change, else 1."""
-    kv_stride: int
-    """Spatial stride of keys and values relative to the input grid."""
-    pool_q: bool
-    drop_path: float
-
-    @property
-    def q_grid(self) -> Grid:
-        """Token grid of the output."""
-        return pooled(self.grid, self.q_stride)
-
-    @property
-    def kv_grid(self) -> Grid:
-        """Token grid of keys and values."""
-        return pooled(self.grid, self.kv_stride)
 
 
 def patch_grid(config: ModelConfig) -> Grid:
@@ -86,62 +54,11 @@ class PatchEmbed(nn.Module):
         return out.flatten(2).transpose(1, 2).contiguous()
 
 
-class HeadPool(nn.Module):
-    """The filters of one depth-wise pooling, shared by all heads: weight [head size, 1, 3, 3, 3]."""
-
-    def __init__(self, head_size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(head_size, 1, 3, 3, 3))
-
-
-class Attention(nn.Module):
-    """The parameters of pooled multi-head attention; what is done with them is in model/block.py."""
-
-    def __init__(self, shape: BlockShape, residual_q: bool) -> None:
-        super().__init__()
-        self.residual_q = residual_q
-        head_size = shape.dim_out // shape.heads
-        self.qkv = Linear(shape.dim_in, 3 * shape.dim_out)
-        self.proj = Linear(shape.dim_out, shape.dim_out)
-        self.pool_q = HeadPool(head_size) if shape.pool_q else None
-        self.norm_q = nn.LayerNorm(head_size, eps=POOL_NORM_EPS) if shape.pool_q else None
-        self.pool_k = HeadPool(head_size)
-        self.norm_k = nn.LayerNorm(head_size, eps=POOL_NORM_EPS)
-        self.pool_v = HeadPool(head_size)
-        self.norm_v = nn.LayerNorm(head_size, eps=POOL_NORM_EPS)
-
-
-class Mlp(nn.Module):
-    """lin → GELU (erf) → lin on the last axis."""
-
-    def __init__(self, dim: int, hidden: int, dim_out: int) -> None:
-        super().__init__()
-        self.fc1 = Linear(dim, hidden)
-        self.fc2 = Linear(hidden, dim_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class Block(nn.Module):
+class Block(BlockLayers):
     """Attention and MLP, each with a shortcut: tokens [B, N, dim_in] -> tokens [B, N', dim_out].
 
     At a stage change the shortcut is projected (from the un-normalised tokens, unlike MViTv2) and then max-pooled.
     """
-
-    def __init__(self, shape: BlockShape, config: ModelConfig, name: str, recompute: Recompute) -> None:
-        super().__init__()
-        self.shape = shape
-        self.recompute = recompute
-        self.compact = True
-        """Project keys and values only where their pooling reads: the same numbers from fewer operations."""
-        self.norm1 = nn.LayerNorm(shape.dim_in, eps=BLOCK_NORM_EPS)
-        self.attn = Attention(shape, config.residual_q)
-        self.norm2 = nn.LayerNorm(shape.dim_out, eps=BLOCK_NORM_EPS)
-        self.mlp = Mlp(shape.dim_out, int(shape.dim_out * config.mlp_ratio), shape.dim_out)
-        self.proj_max_pool = Linear(shape.dim_in, shape.dim_out) if shape.dim_in != shape.dim_out else None
-        self.drop_path_attn = KeyedDropPath(shape.drop_path, stream_of(f"{name}.attn"))
-        self.drop_path_mlp = KeyedDropPath(shape.drop_path, stream_of(f"{name}.mlp"))
 
     def forward(self, x: Tensor, masks: tuple[Mask | None, Mask | None] = (None, None)) -> Tensor:
         return run(self, self.recompute, x, masks)
