@@ -47,7 +47,7 @@ def test_bash_completes_verbs_flags_options_and_values(tmp_path: Path) -> None:
 
 def test_every_value_that_is_offered_is_accepted() -> None:
     offered = [v for v in values() if v.partition("=")[0] in ("precision", "activation_checkpointing", "deterministic")]
-    assert len(offered) == 8
+    assert len(offered) == 9
     for value in offered:
         compose([value])
     assert {"nodes", "cluster.time_limit", "experiment", "model"} <= set(options())

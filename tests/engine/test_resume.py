@@ -43,11 +43,20 @@ def assert_same_bits(run: Path, reference: Path) -> None:
         assert [r[key] for r in a] == [r[key] for r in b], key
 
 
-def interrupt(run: Path, ranks: int, number: int, after: int, *, only: int | None = None) -> list[int]:
-    """Start `ranks` processes, send signal `number` to them (or to rank `only`) once update `after` is recorded."""
+def interrupt(
+    run: Path, ranks: int, number: int, after: int, *, only: int | None = None, checkpoint: bool = False
+) -> list[int]:
+    """Start `ranks` processes, send signal `number` to them (or to rank `only`) once update `after` is recorded.
+
+    With `checkpoint`, not before there is one: it is written beside the training, and may come a few updates later.
+    """
     processes = start_ranks(["-m", "multitrain.train", str(run)], ranks, log=run / "ranks.log")
     deadline = time.monotonic() + 90
-    while not (run / "metrics.jsonl").exists() or len(metrics(run)) < after:
+    while (
+        not (run / "metrics.jsonl").exists()
+        or len(metrics(run)) < after
+        or (checkpoint and not ck.listed(run / "checkpoints"))
+    ):
         assert time.monotonic() < deadline, (run / "ranks.log").read_text()[-4000:]
         assert all(p.poll() is None for p in processes), (run / "ranks.log").read_text()[-4000:]
         time.sleep(0.005)
@@ -107,7 +116,7 @@ def test_a_killed_run_ends_with_the_uninterrupted_runs_bits(reference: Path, tmp
     """SIGKILL loses the updates since the last periodic checkpoint, and they are done again exactly."""
     mapping = load(reference).model_dump(mode="json")
     run = again(reference, tmp_path, checkpoint=mapping["checkpoint"] | {"every": 2})
-    assert interrupt(run, 2, signal.SIGKILL, after=3) == [-9, -9]
+    assert interrupt(run, 2, signal.SIGKILL, after=3, checkpoint=True) == [-9, -9]
     assert ck.read(ck.newest_verified(run / "checkpoints")[0] or run).update in (2, 4)
     train(run, 2)
     assert_same_bits(run, reference)
