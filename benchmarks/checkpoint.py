@@ -1,6 +1,6 @@
 """How long a checkpoint holds up the training, and how long it takes to be on disk, for the recommended model's state.
 
-python -m benchmarks.checkpoint [--model mvit_b24_32x3] [--saves 5] [--out results.json]
+python -m benchmarks.checkpoint [--full] [--model mvit_b24_32x3] [--saves 5] [--dir DIR]
 
 One process over gloo builds the real model and its AdamW moments, saves into a temporary folder, and computes meanwhile as a
 training would. `held_up`: seconds that training stood still for the copy. `seconds`: from the copy to the verified
@@ -10,7 +10,6 @@ checkpoint. The share must stay below a tenth.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -22,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
+from benchmarks.results import row, save
 from multitrain.config import compose
 from multitrain.engine import checkpoint
 from multitrain.engine.deepspeed import Engine
@@ -70,20 +70,26 @@ def measure(model_name: str, saves: int, folder: Path, busy: bool) -> dict[str, 
 
 
 def main() -> None:
-    """Print and store the figures."""
+    """Measure and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="more saves; the model is the real one in both sizes")
     parser.add_argument("--model", default="mvit_b24_32x3")
-    parser.add_argument("--saves", type=int, default=5)
+    parser.add_argument("--saves", type=int, help="how many (default 3, with --full 10)")
     parser.add_argument("--dir", type=Path, help="folder of the run directories' disk; a temporary one when not given")
     parser.add_argument("--idle", action="store_true", help="do not compute while the checkpoint is written")
-    parser.add_argument("--out", type=Path, help="JSON file for the figures")
     options = parser.parse_args()
+    saves = options.saves or (10 if options.full else 3)
     with tempfile.TemporaryDirectory(dir=options.dir) as folder:
-        figures = measure(options.model, options.saves, Path(folder), not options.idle)
-    text = json.dumps(figures, indent=1)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+        found = measure(options.model, saves, Path(folder), not options.idle)
+    what = f"{found['parameters'] / 1e6:.1f} M parameters with moments, {found['bytes'] / 1e6:.0f} MB; median of {saves} saves"
+    rows = [
+        row("from the copy to the verified checkpoint", ours=found["seconds"], unit="s", note=what),
+        row("an update held up", ours=found["held_up"], unit="s"),
+        row("an update held up by the first save", ours=found["first_held_up"], unit="s"),
+        row("share of the time of writing it", ours=100 * found["share"], unit="%", target="<= 10 %"),
+        row("verify, read and restore", ours=found["verify_read_and_restore_seconds"], unit="s"),
+    ]
+    save("checkpoint", rows, size="full" if options.full else "small")
 
 
 if __name__ == "__main__":
