@@ -83,14 +83,14 @@ def build(
     config: RunConfig, run: Path, world: World, interruption: Interruption, watchdog: Watchdog | None = None
 ) -> Trainer:
     """The trainer of a run: catalogs, plan, batch shape, model and engine. All ranks call it."""
-    from multitrain.data.catalog import open_catalogs, sources
+    from multitrain.data.catalog import open_catalogs, plan_of
     from multitrain.data.loader import TrainLoader
     from multitrain.engine.leadtime import LeadTime
     from multitrain.engine.skips import Skips
     from multitrain.engine.trainer import Trainer
     from multitrain.model.multitrain import MultiTrain
     from multitrain.monitor.recorder import Recorder
-    from multitrain.order import Plan, solve
+    from multitrain.order import solve
 
     watchdog = watchdog or Watchdog(run, world.rank, None)
     index = Path(config.data.index or run.parent / ".index")
@@ -98,15 +98,7 @@ def build(
         open_catalogs(config.data, "train", index)
     world.agree(0)  # the others map the index that rank 0 has made
     catalogs = open_catalogs(config.data, "train", index)
-    plan = Plan(
-        sources(config.data, catalogs),
-        seed=config.seed,
-        effective_batch=config.effective_batch,
-        mixture=config.data.mixture,
-        proportions=config.data.proportions,
-        temperature=config.data.temperature,
-        group=config.group,
-    )
+    plan = plan_of(config, catalogs)
     shape = solve(
         config.effective_batch,
         nodes=config.nodes,

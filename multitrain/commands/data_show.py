@@ -40,8 +40,7 @@ def main(arguments: Arguments) -> int:
     given = parser.parse_with_overrides(arguments)
     if given.update < 0:
         parser.error("--update is a number from 0 up")
-    from multitrain.data.catalog import open_catalogs
-    from multitrain.data.prepare.stats import plan_of
+    from multitrain.data.catalog import open_catalogs, plan_of
     from multitrain.data.show import clips_of, write
 
     config = configured(given.run, given.overrides)

@@ -18,12 +18,11 @@ import numpy as np
 from multitrain.config import ConfigError, RunConfig, compose, load
 from multitrain.config.arguments import Arguments, Parser, whole_number
 from multitrain.data import augment, randaugment_opencv, randaugment_pil
-from multitrain.data.catalog import open_catalogs, sources
+from multitrain.data.catalog import open_catalogs, plan_of
 from multitrain.data.clips import Task, TrainJob, UnreadableError
 from multitrain.data.decode import VideoError
 from multitrain.data.random import Draws
 from multitrain.data.spatial import Box
-from multitrain.order import Plan
 
 GPU_CLIPS_PER_SECOND = 30.0
 """Clips that a GPU is taken to train on in a second when nobody says: about what an A100 is estimated at for 32×3."""
@@ -172,16 +171,7 @@ def measure_run(config: RunConfig, videos: int) -> Cost:
     """The cost of the clips of the first `videos` samples of a run. Raises CatalogError, UnreadableError."""
     with tempfile.TemporaryDirectory() as scratch:
         catalogs = open_catalogs(config.data, "train", Path(config.data.index or scratch))
-        data = config.data
-        plan = Plan(
-            sources(data, catalogs),
-            seed=config.seed,
-            effective_batch=config.effective_batch,
-            mixture=data.mixture,
-            proportions=data.proportions,
-            temperature=data.temperature,
-            group=config.group,
-        )
+        plan = plan_of(config, catalogs)
         job = TrainJob(catalogs, plan, config)
         job.prepare()
         return measure(job, [Task(0, ticket) for ticket in plan.tickets(0, videos)])

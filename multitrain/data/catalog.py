@@ -23,7 +23,7 @@ from multitrain.config import ConfigError, DataConfig, DatasetConfig, RunConfig,
 from multitrain.config.class_names import find_class_names, read_class_names
 from multitrain.data.annotations import CatalogError, Syntax, lines
 from multitrain.data.index import indexed, read_index
-from multitrain.order import Source
+from multitrain.order import Plan, Source
 
 Split = Literal["train", "val", "test"]
 
@@ -188,6 +188,19 @@ def sources(data: DataConfig, catalogs: Mapping[str, Catalog]) -> list[Source]:
         Source(name=name, size=len(catalogs[name]), replicas=d.replicas, weight=d.weight, digest=catalogs[name].digest)
         for name, d in data.datasets.items()
     ]
+
+
+def plan_of(config: RunConfig, catalogs: Mapping[str, Catalog]) -> Plan:
+    """The order of videos of a run with these training videos."""
+    return Plan(
+        sources(config.data, catalogs),
+        seed=config.seed,
+        effective_batch=config.effective_batch,
+        mixture=config.data.mixture,
+        proportions=config.data.proportions,
+        temperature=config.data.temperature,
+        group=config.group,
+    )
 
 
 def resolve_classes(dataset: DatasetConfig) -> int:

@@ -9,10 +9,10 @@ import pytest
 from support import settings
 
 from multitrain.config import validate
-from multitrain.data.catalog import open_catalogs
+from multitrain.data.catalog import open_catalogs, plan_of
 from multitrain.data.loader import TrainLoader
 from multitrain.data.mix import prepare
-from multitrain.data.prepare.stats import balance, collect, draws, plan_of, text
+from multitrain.data.prepare.stats import balance, collect, draws, text
 from multitrain.data.show import clips_of, picture
 from multitrain.data.spatial import MEAN, STD
 from multitrain.order import solve

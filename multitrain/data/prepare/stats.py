@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from multitrain.config import DatasetConfig, RunConfig
-from multitrain.data.catalog import Catalog, open_catalogs, sources
+from multitrain.data.catalog import Catalog, open_catalogs, plan_of
 from multitrain.data.decode import VideoError, open_video
 from multitrain.data.prepare.check import SPLITS
 from multitrain.monitor.figures import COLOURS, figure, png, table
@@ -76,19 +76,6 @@ def _looked_up(scan: Mapping[str, Any]) -> tuple[float, float, int]:
 def _read(path: Path) -> tuple[float, float, int]:
     with open_video(path, timeout=60) as video:
         return video.duration, video.fps, min(video.frames([0]).shape[1:3])
-
-
-def plan_of(config: RunConfig, catalogs: Mapping[str, Catalog]) -> Plan:
-    """The order of videos of a run with these training videos."""
-    return Plan(
-        sources(config.data, catalogs),
-        seed=config.seed,
-        effective_batch=config.effective_batch,
-        mixture=config.data.mixture,
-        proportions=config.data.proportions,
-        temperature=config.data.temperature,
-        group=config.group,
-    )
 
 
 def draws(config: RunConfig, plan: Plan) -> dict[str, Any]:
@@ -233,4 +220,4 @@ def _colours(count: int) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(count)]
 
 
-__all__ = ["Lengths", "balance", "collect", "draws", "lengths", "picture", "plan_of", "text"]
+__all__ = ["Lengths", "balance", "collect", "draws", "lengths", "picture", "text"]
