@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple, Protocol
 
 import torch
@@ -71,57 +70,53 @@ def has_flash(device: torch.device) -> bool:
 
 
 class _Chunked(NamedTuple):
-    """One head and `CHUNK` queries at a time, in the same few buffers; the state is the log-sum-exp, float32 [B·h, N]."""
+    """One head and at most `CHUNK` queries at a time, in the same two buffers; nothing is kept for the gradient.
+
+    torch's softmax of bf16 and fp16, and its gradient, compute in fp32 and round once, so that the scores need no copy in fp32.
+    """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, graph: bool) -> tuple[Tensor, State]:
         b, h, n, d = q.shape
         out = q.new_empty(b, n, h, d).transpose(1, 2)
-        lse = q.new_empty(b * h, n, dtype=torch.float32) if graph else None
-        size = min(CHUNK, n), k.shape[2]
-        half, full = q.new_empty(size), q.new_empty(size, dtype=torch.float32)
+        chunks, buffer = _chunks(n), q.new_empty(min(CHUNK, n), k.shape[2])
         for head in range(b * h):
             queries, keys, values, into = (x[head // h, head % h] for x in (q, k, v, out))
             queries = queries * d**-0.5
-            for i in range(0, n, CHUNK):
-                rows = slice(i, min(i + CHUNK, n))
-                low, scores = half[: rows.stop - i], full[: rows.stop - i]
-                scores.copy_(product(queries[rows], keys.T, out=low))
-                largest = scores.amax(-1) if lse is not None else None
-                torch.softmax(scores, -1, out=scores)
-                if lse is not None and largest is not None:
-                    # The largest probability is exp(largest score - lse): two maxima are cheaper than a log-sum-exp.
-                    torch.sub(largest, scores.amax(-1).log_(), out=lse[head, rows])
-                into[rows] = product(low.copy_(scores), values)
-        return out, () if lse is None else (lse,)
+            for rows in chunks:
+                into[rows] = product(_probabilities(queries[rows], keys, buffer), values)
+        return out, ()
 
     def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, state: State) -> Gradients:
-        """The probabilities are computed again from the log-sum-exp (Dao et al., 2022, appendix B.4).
-
-        They are taken times 1/√d, which the gradient of the scores wants; that of the values is divided by it at the end.
-        """
+        """The probabilities are computed again, to the forward pass's bits."""
         b, h, n, d = q.shape
-        lse, scale = state[0], d**-0.5
-        assert isinstance(lse, Tensor)
-        delta = (grad.float() * out.float()).sum(-1, keepdim=True)
         grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
-        size = min(CHUNK, n), k.shape[2]
-        half, full, other = q.new_empty(size), *(q.new_empty(size, dtype=torch.float32) for _ in range(2))
+        chunks, *buffers = _chunks(n), *(q.new_empty(min(CHUNK, n), k.shape[2]) for _ in range(2))
         for head in range(b * h):
             at = head // h, head % h
             queries, keys, values, g = (x[at].contiguous() for x in (q, k, v, grad))
-            scaled, floor = queries * scale, (lse[head] - math.log(scale))[:, None]
+            queries, scaled_keys = queries * d**-0.5, keys * d**-0.5
             sum_k, sum_v = (torch.zeros(keys.shape, dtype=torch.float32, device=q.device) for _ in range(2))
-            for i in range(0, n, CHUNK):
-                rows = slice(i, min(i + CHUNK, n))
-                low, probabilities, scores = (x[: rows.stop - i] for x in (half, full, other))
-                probabilities.copy_(product(scaled[rows], keys.T, out=low)).sub_(floor[rows]).exp_()
-                sum_v += product(low.copy_(probabilities).T, g[rows])
-                scores.copy_(product(g[rows], values.T, out=low)).sub_(delta[at][rows]).mul_(probabilities)
-                low.copy_(scores)
-                grad_q[at][rows] = product(low, keys)
-                sum_k += product(low.T, queries[rows])
-            grad_k[at], grad_v[at] = sum_k, sum_v.div_(scale)
+            for rows in chunks:
+                probabilities = _probabilities(queries[rows], keys, buffers[0])
+                sum_v += product(probabilities.T, g[rows])
+                scores = product(g[rows], values.T, out=buffers[1][: len(probabilities)])
+                _aten._softmax_backward_data(scores, probabilities, -1, scores.dtype, grad_input=scores)
+                grad_q[at][rows] = product(scores, scaled_keys)
+                sum_k += product(scores.T, queries[rows])
+            grad_k[at], grad_v[at] = sum_k, sum_v
         return grad_q, grad_k, grad_v
+
+
+def _chunks(n: int) -> list[slice]:
+    """n rows in as few parts of at most `CHUNK` as can be, of nearly one size."""
+    size = -(-n // -(-n // CHUNK))
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+def _probabilities(queries: Tensor, keys: Tensor, buffer: Tensor) -> Tensor:
+    """softmax(q kᵀ) of scaled queries [n, d] and keys [M, d], in the first rows of the buffer."""
+    scores = product(queries, keys.T, out=buffer[: len(queries)])
+    return torch.softmax(scores, -1, out=scores)
 
 
 class _FusedCpu(NamedTuple):

@@ -38,6 +38,8 @@ KEPT: dict[str, tuple[str, ...]] = {
     "selective": ("attended",),
     "full": (),
 }
+ROWS = 2048
+"""Tokens of a clip at a time in the MLP of a CPU when there is no graph."""
 _aten = torch.ops.aten
 
 
@@ -46,7 +48,7 @@ def run(block: BlockLayers, mode: Recompute, x: Tensor, masks: tuple[Mask | None
     dtype = compute_dtype(x)
     if not torch.is_grad_enabled():
         with torch.autocast(x.device.type, enabled=False):
-            return _forward(Pass(block, Weights(block, dtype), x, masks, graph=False), "full")
+            return _forward(Pass(block, Weights(block, dtype), x, masks, graph=False), "full", x.device.type == "cpu")
     out: Tensor = _Block.apply(block, mode, dtype, masks, x, *block.parameters())
     return out
 
@@ -129,7 +131,7 @@ def _branch_gradient(grad: Tensor, mask: Mask | None, dtype: torch.dtype) -> Ten
     return grad.to(dtype)
 
 
-def _forward(c: Pass, mode: Recompute) -> Tensor:
+def _forward(c: Pass, mode: Recompute, by_rows: bool = False) -> Tensor:
     """The block's output; of its intermediates, those that `mode` keeps stay."""
 
     def done(*names: str) -> None:
@@ -145,10 +147,22 @@ def _forward(c: Pass, mode: Recompute) -> Tensor:
     done("q_normed", "k_normed", "v_normed", "attended")
     _ = c.middle
     done("mixed", "projected")
+    if by_rows:
+        return _mlp_by_rows(c)
     _ = c.activated
     done("middle_normed", "hidden")
     out = c.out
     done("activated", "middle")
+    return out
+
+
+def _mlp_by_rows(c: Pass) -> Tensor:
+    """The block's output from `middle`, some tokens at a time, so that the hidden layer stays in a CPU's cache."""
+    middle: Tensor = c.middle
+    out = torch.empty_like(middle)
+    for parts in zip(middle.split(ROWS, 1), out.split(ROWS, 1)):
+        part = Pass(c.block, c.weights, c.x, c.masks, {"middle": parts[0]}, graph=False)
+        parts[1].copy_(part.out)
     return out
 
 

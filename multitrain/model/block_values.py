@@ -179,9 +179,12 @@ class Pass:
 
     @_value
     def projected(self) -> tuple[Tensor, ...]:
-        """The shortcut of a stage change, and the choices of its max pool."""
+        """The shortcut of a stage change, and the choices of its max pool.
+
+        As under autocast, whose max pools stay in half precision on CUDA only: on the CPU the stream keeps its type.
+        """
         out, chosen = skip_pool(linear(self.x_cast, *self.weights.linear("proj_max_pool")), self.shape.grid)
-        return out, *chosen
+        return out if is_cuda(self.x) else out.to(self.x.dtype), *chosen
 
     @property
     def x_cast(self) -> Tensor:

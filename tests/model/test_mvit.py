@@ -175,13 +175,13 @@ def test_half_precisions_stay_near_fp32(dtype: torch.dtype, weights: str) -> Non
 
 def test_bf16_is_no_farther_from_fp32_than_the_naive_model_is() -> None:
     config = ModelConfig(**{**SMALL, "frames": 8, "crop": 64, "width": 32})
-    model, clips = MultiTrain(config, DATASETS).eval(), clips_of(config, 4, torch.float32)
+    model, clips = model_of(config, torch.float32), clips_of(config, 4, torch.float32)
     state = {name: p.detach() for name, p in model.named_parameters()}
     with torch.no_grad():
         exact = naive.features(state, config, clips)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             ours, theirs = model.features(clips), naive.features(state, config, clips).float()
-    assert (ours - exact).abs().mean() <= 1.1 * (theirs - exact).abs().mean()
+    assert (ours - exact).abs().mean() <= 1.02 * (theirs - exact).abs().mean()
 
 
 @pytest.mark.parametrize(
