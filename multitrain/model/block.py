@@ -183,7 +183,7 @@ def _mlp_backward(c: Pass, grad: Tensor, gradients: dict[str, Tensor]) -> Tensor
     branch = _branch_gradient(grad, c.masks[1], c.weights.dtype)
     branch = _linear_backward(c, "mlp.fc2", branch, c.activated, gradients)
     c.release("activated")
-    branch = _aten.gelu_backward(branch, c.hidden)
+    _aten.gelu_backward(branch, c.hidden, grad_input=branch)
     c.release("hidden")
     branch = _linear_backward(c, "mlp.fc1", branch, c.middle_normed[0], gradients)
     return grad + _norm_backward(c, "norm2", branch, c.middle, c.values.pop("middle_normed"), gradients)
