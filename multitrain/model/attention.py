@@ -81,9 +81,9 @@ class _Chunked(NamedTuple):
         chunks, buffer = _chunks(n), q.new_empty(min(CHUNK, n), k.shape[2])
         for head in range(b * h):
             queries, keys, values, into = (x[head // h, head % h] for x in (q, k, v, out))
-            queries = queries * d**-0.5
+            scaled = keys * d**-0.5
             for rows in chunks:
-                into[rows] = product(_probabilities(queries[rows], keys, buffer), values)
+                product(_probabilities(queries[rows], scaled, buffer), values, out=into[rows])
         return out, ()
 
     def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, state: State) -> Gradients:
@@ -94,16 +94,16 @@ class _Chunked(NamedTuple):
         for head in range(b * h):
             at = head // h, head % h
             queries, keys, values, g = (x[at].contiguous() for x in (q, k, v, grad))
-            queries, scaled_keys = queries * d**-0.5, keys * d**-0.5
+            scaled = keys * d**-0.5
             sum_k, sum_v = (torch.zeros(keys.shape, dtype=torch.float32, device=q.device) for _ in range(2))
             for rows in chunks:
-                probabilities = _probabilities(queries[rows], keys, buffers[0])
+                probabilities = _probabilities(queries[rows], scaled, buffers[0])
                 sum_v += product(probabilities.T, g[rows])
                 scores = product(g[rows], values.T, out=buffers[1][: len(probabilities)])
                 _aten._softmax_backward_data(scores, probabilities, -1, scores.dtype, grad_input=scores)
-                grad_q[at][rows] = product(scores, scaled_keys)
+                product(scores, scaled, out=grad_q[at][rows])
                 sum_k += product(scores.T, queries[rows])
-            grad_k[at], grad_v[at] = sum_k, sum_v
+            grad_k[at], grad_v[at] = sum_k.mul_(d**-0.5), sum_v
         return grad_q, grad_k, grad_v
 
 
@@ -114,7 +114,7 @@ def _chunks(n: int) -> list[slice]:
 
 
 def _probabilities(queries: Tensor, keys: Tensor, buffer: Tensor) -> Tensor:
-    """softmax(q kᵀ) of scaled queries [n, d] and keys [M, d], in the first rows of the buffer."""
+    """softmax(q kᵀ) of queries [n, d] and scaled keys [M, d], in the first rows of the buffer."""
     scores = product(queries, keys.T, out=buffer[: len(queries)])
     return torch.softmax(scores, -1, out=scores)
 

@@ -151,7 +151,7 @@ def _forward(c: Pass, mode: Recompute, by_rows: bool = False) -> Tensor:
         return _mlp_by_rows(c)
     _ = c.activated
     done("middle_normed", "hidden")
-    out = c.out
+    out = c.out()
     done("activated", "middle")
     return out
 
@@ -160,9 +160,8 @@ def _mlp_by_rows(c: Pass) -> Tensor:
     """The block's output from `middle`, some tokens at a time, so that the hidden layer stays in a CPU's cache."""
     middle: Tensor = c.middle
     out = torch.empty_like(middle)
-    for parts in zip(middle.split(ROWS, 1), out.split(ROWS, 1)):
-        part = Pass(c.block, c.weights, c.x, c.masks, {"middle": parts[0]}, graph=False)
-        parts[1].copy_(part.out)
+    for rows, into in zip(middle.split(ROWS, 1), out.split(ROWS, 1)):
+        Pass(c.block, c.weights, c.x, c.masks, {"middle": rows}, graph=False).out(into)
     return out
 
 

@@ -214,11 +214,13 @@ class Pass:
     def activated(self) -> Tensor:
         return F.gelu(self.hidden)
 
-    @property
-    def out(self) -> Tensor:
-        return _add(self.middle, linear(self.activated, *self.weights.linear("mlp.fc2")), self.masks[1])
+    def out(self, into: Tensor | None = None) -> Tensor:
+        """The block's output, [B, N', C']."""
+        return _add(self.middle, linear(self.activated, *self.weights.linear("mlp.fc2")), self.masks[1], into)
 
 
-def _add(shortcut: Tensor, branch: Tensor, mask: Mask | None) -> Tensor:
+def _add(shortcut: Tensor, branch: Tensor, mask: Mask | None, into: Tensor | None = None) -> Tensor:
     """The shortcut plus the branch of the clips that stochastic depth keeps, rounded once."""
-    return shortcut + branch if mask is None else torch.addcmul(shortcut, branch, mask.ones, value=mask.factor)
+    if mask is None:
+        return torch.add(shortcut, branch, out=into)
+    return torch.addcmul(shortcut, branch, mask.ones, value=mask.factor, out=into)

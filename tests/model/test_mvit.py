@@ -181,7 +181,7 @@ def test_bf16_is_no_farther_from_fp32_than_the_naive_model_is() -> None:
         exact = naive.features(state, config, clips)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             ours, theirs = model.features(clips), naive.features(state, config, clips).float()
-    assert (ours - exact).abs().mean() <= 1.02 * (theirs - exact).abs().mean()
+    assert (ours - exact).abs().mean() <= 1.05 * (theirs - exact).abs().mean()
 
 
 @pytest.mark.parametrize(
