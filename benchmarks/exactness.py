@@ -52,7 +52,9 @@ def measured(config: ModelConfig) -> list[dict[str, Any]]:
     worst = max(_largest(ours[name] - theirs[name]) for name in theirs)
     largest = max(_largest(value) for value in theirs.values())
     rows = [
-        row("outputs in fp64, largest difference", ours=worst, target="<= 1e-12", note=f"{note}; of up to {largest:.3g}")
+        row(
+            "outputs in fp64, largest difference", ours=worst, target="<= 1e-12", note=f"{note}; of up to {largest:.3g}"
+        )
     ]
     model.float()
     state = dict(model.named_parameters())

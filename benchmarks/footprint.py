@@ -1,32 +1,50 @@
 """Counts the bytes that `dry_run=true` predicts memory from, and writes them to launch/footprint.json.
 
 python -m benchmarks.footprint
+
+The published networks are counted, 32×3 and 16×4; of each mode, two numbers make the formula of launch/forecast.py give what
+was counted.
 """
 
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.counting import counts_of_ours, per_clip
+from launch.forecast import sizes
 from multitrain.config import ModelConfig
 
 FILE = Path(__file__).resolve().parents[1] / "launch" / "footprint.json"
 DATASETS = {"kinetics": 400, "mit": 305, "ssv2": 174}
+NETWORKS = ModelConfig(), ModelConfig(frames=16, depth=16, stages=(1, 3, 14))
 
 
 def main() -> None:
     """Count and write; what the loader and a GPU can do is kept."""
     facts = json.loads(FILE.read_text(encoding="utf-8"))
-    geometry = ModelConfig(**facts["geometry"])
-    for mode in facts["bytes_per_clip"]:
-        _, second = per_clip(lambda clips, mode=mode: counts_of_ours(geometry, DATASETS, mode, clips))
-        facts["bytes_per_clip"][mode] = round(second.peak, -5)
+    facts["bytes"] = {mode: coefficients(mode) for mode in ("none", "mlp", "selective", "full")}
     loader = json.loads((Path(__file__).parent / "results" / "loader.json").read_text(encoding="utf-8"))
     (made,) = [r["ours"] for r in loader["rows"] if r["figure"].startswith("clips per CPU-second")]
     facts["loader_clips_per_core"] = round(made, 1)
     FILE.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     print(FILE.read_text(encoding="utf-8"))
+
+
+def coefficients(mode: str) -> list[float]:
+    """Bytes an element of the blocks' outputs, and of the largest block, with which the formula gives both counts."""
+    known = [sizes(network) for network in NETWORKS]
+    counted = [peak(network, mode) - size.inputs for network, size in zip(NETWORKS, known)]
+    found = np.linalg.solve([[size.outputs, size.largest] for size in known], counted)
+    return [round(float(x), 2) for x in found]
+
+
+def peak(network: ModelConfig, mode: str) -> int:
+    """Bytes alive at the peak of a training step, what a second clip adds, counted without data."""
+    return per_clip(partial(counts_of_ours, network, DATASETS, mode))[1].peak
 
 
 if __name__ == "__main__":

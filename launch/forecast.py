@@ -1,8 +1,8 @@
 """What a run will need, said before it is submitted: memory of a GPU, and clips that a CPU core has to deliver.
 
-Nothing is measured here. Bytes of a clip were counted once for the published network (`footprint.json`, written by
-``python -m benchmarks.footprint``) and are scaled by tokens × channels, block by block; so are the loader's clips per core,
-measured by ``python -m benchmarks.loader``, by frames.
+Nothing is measured here. Bytes of a clip were counted for the published networks (`footprint.json`, written by
+``python -m benchmarks.footprint``), and follow from tokens × channels, block by block; the loader's clips per core,
+measured by ``python -m benchmarks.loader``, are scaled by frames.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class Forecast:
 def forecast(config: RunConfig, shape: BatchShape) -> Forecast:
     """The forecast of a run whose updates are cut as `shape` says."""
     model, clips = config.model, shape.micro_batch * config.augment.copies
-    size = work(model) / work(ModelConfig(**_FACTS["geometry"]))
-    clip = size * _FACTS["bytes_per_clip"][config.activation_checkpointing]
+    size = work(model) / work(ModelConfig())
+    clip = clip_bytes(model, config.activation_checkpointing)
     if config.precision == "fp32":
         clip *= FULL_PRECISION
     clip += 3 * model.frames * model.crop**2 * (4 + 4 + 1)  # as float32, its mixing partner, and as uint8
@@ -105,8 +105,39 @@ def _smaller(config: RunConfig, f: Forecast) -> str:
     return "use " + " or ".join(remedies) if remedies else "use GPUs with more memory"
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """What the activations of one clip follow from."""
+
+    inputs: int
+    """Bytes of the clip and of every block's input, which all modes keep: fp32 up to the first stage change, then bf16."""
+    outputs: int
+    """Tokens × channels of the blocks' outputs, summed: so much is kept of what is inside the blocks."""
+    largest: int
+    """Tokens × channels of the largest block: so much is alive while its gradient is computed."""
+
+
+def clip_bytes(model: ModelConfig, activation_checkpointing: str) -> float:
+    """Activations of one clip in bf16 at the peak of a training step."""
+    per_output, at_peak = _FACTS["bytes"][activation_checkpointing]
+    size = sizes(model)
+    return float(size.inputs + per_output * size.outputs + at_peak * size.largest)
+
+
+def sizes(model: ModelConfig) -> Sizes:
+    """The sizes of one clip in bf16."""
+    first = min(model.stages, default=model.depth)
+    blocks = _blocks(model)
+    return Sizes(
+        inputs=2 * 3 * model.frames * model.crop**2
+        + sum(tokens * d_in * (4 if i <= first else 2) for i, (tokens, d_in, _) in enumerate(blocks)),
+        outputs=sum(tokens // (4 if i in model.stages else 1) * d_out for i, (tokens, _, d_out) in enumerate(blocks)),
+        largest=max(tokens * max(d_in, d_out) for tokens, d_in, d_out in blocks),
+    )
+
+
 def work(model: ModelConfig) -> float:
-    """Tokens × channels summed over the blocks, which activations and time grow with."""
+    """Tokens × channels summed over the blocks, which time grows with."""
     return sum(tokens * max(d_in, d_out) for tokens, d_in, d_out in _blocks(model))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from launch.forecast import Forecast, forecast, lines, parameters
+from launch.forecast import Forecast, clip_bytes, forecast, lines, parameters
 from multitrain.config import ModelConfig, RunConfig, compose
 from multitrain.order import BatchShape, solve
 
@@ -44,6 +44,25 @@ def test_memory_grows_with_the_micro_batch_and_shrinks_with_checkpointing() -> N
     kept = predicted("micro_batch=8", "activation_checkpointing=selective")
     assert kept.bytes < eight.bytes / 2
     assert kept.fixed_bytes == eight.fixed_bytes
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("mode", ["none", "mlp", "selective", "full"])
+@pytest.mark.parametrize(
+    ("changes", "percent"),
+    [
+        pytest.param({}, 1, marks=SLOW, id="32x3"),
+        pytest.param(SIXTEEN, 1, marks=SLOW, id="16x4"),
+        pytest.param({"frames": 16, "crop": 160, "depth": 6, "stages": (1, 4)}, 10, id="another"),
+    ],
+)
+def test_a_clips_activations_are_those_that_are_counted(changes: dict[str, Any], percent: int, mode: str) -> None:
+    from benchmarks.footprint import peak
+
+    config = ModelConfig(**changes)
+    assert clip_bytes(config, mode) == pytest.approx(peak(config, mode), rel=percent / 100)
 
 
 def test_more_gpus_hold_less_of_the_optimizer_each() -> None:
