@@ -122,9 +122,10 @@ def outputs(
     return out
 
 
-def perturbed(model: torch.nn.Module, scale: float = 0.1) -> None:
-    """Moves every parameter off its initial value, so that no bias is zero and no norm is trivial."""
+def perturbed(model: torch.nn.Module, scale: float = 0.1, matrices: bool = True) -> None:
+    """Moves parameters off their initial values, so that no bias is zero and no norm is trivial; matrices only if told to."""
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.data.add_(scale * noise.to(parameter.dtype))
+        if matrices or parameter.dim() != 2:
+            parameter.data.add_(scale * noise.to(parameter.dtype))
