@@ -1,29 +1,53 @@
-"""What a training step keeps, moves and launches does not grow: counts at the published size, without data or time."""
+"""What a training step keeps, moves and launches does not grow: counts of 32 frames of 224², without data or time."""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import pytest
 
-from benchmarks.counting import Counts, counts_of_ours, per_clip
+from benchmarks.counting import counts_of_ours, per_clip
 from multitrain.config import ModelConfig
 
 DATASETS = {"kinetics": 400, "mit": 305, "ssv2": 174}
-SAVED_MB = {"none": 880, "mlp": 575, "selective": 210}
-"""Megabytes of activations that a clip adds, measured 871, 567 and 203."""
 
 
-def of_a_clip(mode: str) -> tuple[Counts, Counts]:
-    return per_clip(partial(counts_of_ours, ModelConfig(), DATASETS, mode))
+class Most(NamedTuple):
+    """What a mode may need: megabytes kept for a clip, at its peak and moved for it, and kernels launched. 1 % above the count."""
+
+    saved: float
+    peak: float
+    moved: float
+    kernels: int
 
 
-@pytest.mark.parametrize("mode", ["none", *(pytest.param(m, marks=pytest.mark.slow) for m in ("mlp", "selective"))])
-def test_saved_activations_of_a_clip_do_not_grow(mode: str) -> None:
-    one, clip = of_a_clip(mode)
-    assert 0 < clip.saved <= SAVED_MB[mode] * 1e6
-    if mode == "none":
-        assert one.kernels <= 2100
-        assert one.moved <= 17.0e9
-    if mode == "selective":
-        assert clip.peak <= 0.30e9
+SIX_BLOCKS = {
+    "none": Most(444, 466, 8390, 876),
+    "mlp": Most(308, 340, 8560, 882),
+    "selective": Most(120, 254, 9780, 974),
+}
+PUBLISHED = {
+    "none": Most(880, 901, 16_910, 2100),
+    "mlp": Most(573, 604, 17_330, 2125),
+    "selective": Most(205, 254, 19_720, 2427),
+}
+"""871, 568 and 203 MB are kept; the plain formulation keeps 4,739."""
+
+
+def needs(config: ModelConfig, mode: str, most: Most) -> None:
+    one, clip = per_clip(partial(counts_of_ours, config, DATASETS, mode))
+    found = Most(clip.saved / 1e6, clip.peak / 1e6, one.moved / 1e6, one.kernels)
+    assert 0.95 < found.saved / most.saved
+    assert all(a <= b for a, b in zip(found, most)), found
+
+
+@pytest.mark.parametrize("mode", SIX_BLOCKS)
+def test_a_step_of_six_blocks_needs_no_more_than_it_did(mode: str) -> None:
+    needs(ModelConfig(depth=6, stages=(2, 4)), mode, SIX_BLOCKS[mode])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", PUBLISHED)
+def test_a_step_of_the_published_network_needs_no_more_than_it_did(mode: str) -> None:
+    needs(ModelConfig(), mode, PUBLISHED[mode])
