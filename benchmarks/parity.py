@@ -263,7 +263,8 @@ def primitives(spatial: dict[str, Any]) -> Iterator[Row]:
 
 def _resized(x: Tensor, size: tuple[int, ...]) -> np.ndarray:
     frames = x.permute(1, 2, 3, 0).contiguous().numpy()
-    return np.stack([resize_crop(f, (size[0], size[1]), Box(0, 0, size[0], size[1])) for f in frames], axis=1)
+    whole = Box(0, 0, size[0], size[1])
+    return np.stack([resize_crop(f, whole[2:], whole) for f in frames]).transpose(3, 0, 1, 2)
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------

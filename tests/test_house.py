@@ -20,7 +20,7 @@ FLOORS = [
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 ONLY_IN = {
     "deepspeed": {"multitrain/engine/deepspeed.py"},
-    "decord": {"multitrain/data/decode.py"},
+    "decord": {"multitrain/data/decode/decord.py"},
     "submitit": {"launch/slurm.py"},
 }
 

@@ -30,16 +30,21 @@ class Augmentation(NamedTuple):
 
 
 def augment_clip(
-    frames: np.ndarray, config: AugmentConfig, size: int, draws: Draws, flip_allowed: bool
+    frames: np.ndarray,
+    config: AugmentConfig,
+    size: int,
+    draws: Draws,
+    flip_allowed: bool,
+    out: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Augments one clip; the frames are not changed.
 
-    frames: uint8 [T, H, W, 3]. Returns the clip, uint8 [T, size, size, 3] (C-contiguous), and the box to erase on the
-    device, int32 [4] = (top, left, height, width) in pixels of the clip, zeros for none.
+    frames: uint8 [T, H, W, 3]. Returns the clip, uint8 [T, size, size, 3] (C-contiguous; `out` where given), and the box to
+    erase on the device, int32 [4] = (top, left, height, width) in pixels of the clip, zeros for none.
     """
     height, width = frames.shape[1:3]
     drawn = draw_augmentation(height, width, config, size, draws, flip_allowed)
-    out = np.empty((len(frames), size, size, 3), np.uint8)
+    out = np.empty((len(frames), size, size, 3), np.uint8) if out is None else out
     carry_out = _with_pil if config.backend == "pil" else _with_opencv
     for image, target in zip(carry_out(frames, drawn, size), out):
         place(image, target, drawn.flip)
@@ -73,7 +78,7 @@ def resized(image: np.ndarray, size: int, backend: str) -> np.ndarray:
     if backend == "opencv":
         return cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
     exact = resize_crop(image, (size, size), Box(0, 0, size, size))
-    return np.rint(exact).astype(np.uint8).transpose(1, 2, 0)
+    return np.rint(exact).astype(np.uint8)
 
 
 def place(image: np.ndarray, target: np.ndarray, flip: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from multitrain.data.augment import augment_clip
 from multitrain.data.catalog import Catalog
 from multitrain.data.decode import VideoError, open_video, prepare
 from multitrain.data.frames import training_indices
-from multitrain.data.guard import Guard, Overdue
+from multitrain.data.guard import Guard, Lease, Overdue
 from multitrain.data.random import Draws
-from multitrain.data.views import load_views
+from multitrain.data.views import load_views, views_shape
 from multitrain.order import Plan, key
 
 STAND_INS = 8
@@ -102,7 +103,7 @@ class TrainJob:
         boxes = np.zeros((len(out), 4), np.int32)
         for copy, clip in enumerate(out):
             draws = Draws("augment", *identity, copy)
-            clip[...], boxes[copy] = augment_clip(frames, config.augment, config.model.crop, draws, dataset.flip)
+            _, boxes[copy] = augment_clip(frames, config.augment, config.model.crop, draws, dataset.flip, clip)
         keys = np.array([key("clip", *identity, copy) for copy in range(len(out))], np.uint64).view(np.int64)
         labels = self.catalogs[name].labels(index)
         return Clips(number, labels, boxes, keys, skipped, time.perf_counter() - began)
@@ -159,14 +160,7 @@ class TestJob:
 
     def __init__(self, catalog: Catalog, dataset: DatasetConfig, config: RunConfig) -> None:
         self.catalog, self.dataset, self.config = catalog, dataset, config
-        model = config.model
-        self.shape: tuple[int, ...] = (
-            dataset.temporal_views * dataset.spatial_views,
-            3,
-            model.frames,
-            model.crop,
-            model.crop,
-        )
+        self.shape: tuple[int, ...] = views_shape(dataset, config.model)
         self.dtype: np.dtype[Any] = np.dtype(np.float32)
         self.patience = 2 * (config.data.decode_timeout + _GRACE) + 60.0
         self._guard = Guard()
@@ -185,18 +179,18 @@ class TestJob:
     def run(self, task: int, out: np.ndarray) -> str:
         """Fill `out`; returns the reason when the video cannot be read, else ''."""
         path, data = self.catalog.path(task), self.config.data
-
-        def load() -> np.ndarray:
-            return load_views(path, self.dataset, data, self.config.model)
-
         for last in (False, True):
+            lease = Lease()  # a call left behind must not write to what by then is another video's place
+            load = partial(load_views, path, self.dataset, data, self.config.model, out, lease)
             try:
-                out[...] = _within(self._guard, path, data.decode_timeout, load)
+                _within(self._guard, path, data.decode_timeout, load)
                 return ""
             except VideoError as error:
                 if last or not error.transient:
                     return error.reason
                 time.sleep(_RETRY_AFTER)
+            finally:
+                lease.end()
         raise AssertionError  # the second turn returns
 
 

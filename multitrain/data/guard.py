@@ -10,6 +10,30 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
+class Lease:
+    """The right of a call to write to memory that is not its own, until its caller wants the memory back.
+
+    A context manager around each write, brief ones: `end` waits for the one in progress.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._ended = threading.Lock(), False
+
+    def end(self) -> None:
+        """Nothing is written from now on."""
+        with self._lock:
+            self._ended = True
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        if self._ended:
+            self._lock.release()
+            raise Overdue("the memory is somebody else's by now")
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 class Overdue(Exception):
     """The call has not returned in time; its thread has been left behind."""
 
@@ -53,4 +77,4 @@ def _serve(calls: queue.SimpleQueue[Callable[[], Any]]) -> None:
         calls.get()()
 
 
-__all__ = ["Guard", "Overdue"]
+__all__ = ["Guard", "Lease", "Overdue"]

@@ -102,44 +102,39 @@ def uniform_crop(height: int, width: int, size: int, position: int) -> Box:
 
 
 def resize_crop(image: np.ndarray, size: tuple[int, int], crop: Box) -> np.ndarray:
-    """A box of an image resized to `size` (height, width), without computing the rest.
+    """A box of an image resized to `size` (height, width).
 
-    image: uint8 or float32 [H, W, C]; returns float32 [C, crop.height, crop.width], equal to
-    ``interpolate(image, size, mode="bilinear", align_corners=False)`` cut to the box, up to 1e-6 of the range.
+    image: uint8 or float32 [H, W, C], C up to 4; returns float32 [crop.height, crop.width, C], equal to
+    ``interpolate(image, size, mode="bilinear", align_corners=False)`` cut to the box: up to 2e-7 of the range as a rule, and
+    4e-6 where a position lies halfway between two float32 numbers.
     """
-    rows = _taps(image.shape[0], size[0], crop.top, crop.height)
-    columns = _taps(image.shape[1], size[1], crop.left, crop.width)
-    first, last = int(rows[0][0]), int(rows[1][-1]) + 1
-    out = np.empty((image.shape[2], crop.height, crop.width), np.float32)
-    for channel, plane in enumerate(cv2.split(image[first:last])):
-        across = cv2.transpose(_blend(cv2.transpose(plane), columns))
-        _blend(across, (rows[0] - first, rows[1] - first, rows[2]), out[channel])
-    return out
+    height, width = (
+        _Axis(image.shape[0], size[0], crop.top + crop.height),
+        _Axis(image.shape[1], size[1], crop.left + crop.width),
+    )
+    used = image[: height.read, : width.read].astype(np.float32, copy=False)
+    # Intel's own routine, which OpenCV prefers, rounds positions differently. The switch is the thread's.
+    faster = cv2.ipp.useIPP()
+    cv2.ipp.setUseIPP(False)
+    try:
+        out = cv2.resize(used, None, fx=1 / width.scale, fy=1 / height.scale, interpolation=cv2.INTER_LINEAR)
+    finally:
+        cv2.ipp.setUseIPP(faster)
+    return crop.cut(out.reshape(*out.shape[:2], -1))
 
 
-_Taps = tuple[np.ndarray, np.ndarray, np.ndarray]
+class _Axis:
+    """One axis of a resize, of which the output from 0 to `stop` is wanted.
 
-
-def _taps(size_in: int, size_out: int, start: int, count: int) -> _Taps:
-    """Indices of the two neighbours and the weight of the second, for `count` output pixels from `start`.
-
-    Positions are rounded as torch rounds them on a CPU with fused multiply-add: the scale to float32, then the position,
-    once. Without that they are off by up to 3e-5 of a pixel.
+    scale: input pixels an output pixel. It is torch's, rounded to float32; OpenCV then finds the same positions, for it
+    computes scale × (x + 1/2) − 1/2 in float64 and rounds once, as torch does by a fused multiply-add. The positions that
+    the sizes themselves give would be off by up to 3e-5 of a pixel.
+    read: input pixels that the wanted output depends on.
     """
-    scale = float(np.float32(size_in) / np.float32(size_out))
-    position = (scale * (np.arange(start, start + count) + 0.5) - 0.5).clip(min=0.0).astype(np.float32)
-    lower = np.minimum(position.astype(np.int64), size_in - 1)
-    upper = np.minimum(lower + 1, size_in - 1)
-    return lower, upper, (position - lower.astype(np.float32))[:, None]
 
-
-def _blend(rows: np.ndarray, taps: _Taps, out: np.ndarray | None = None) -> np.ndarray:
-    lower, upper, weight = taps
-    base = rows[lower].astype(np.float32, copy=False)
-    slope = rows[upper].astype(np.float32, copy=False)
-    slope -= base
-    slope *= weight
-    return np.add(base, slope, out=out)
+    def __init__(self, size_in: int, size_out: int, stop: int) -> None:
+        self.scale = float(np.float32(size_in) / np.float32(size_out))
+        self.read = min(size_in, math.floor(self.scale * (stop - 0.5) - 0.5) + 2)
 
 
 def union(boxes: Sequence[Box]) -> Box:

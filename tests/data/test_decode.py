@@ -16,7 +16,8 @@ import pytest
 
 import multitrain.data.decode as decode
 from multitrain.config import ConfigError
-from multitrain.data.decode import VideoError, open_video
+from multitrain.data.decode import VideoError, open_video, pyav
+from multitrain.data.decode.pyav import PyAVVideo
 from tests.data.numbered import number_of, numbered_frame, write_numbered
 
 ORDERS = {"one": [17], "window": list(range(5, 40, 3)), "backwards": [39, 20, 3, 0], "repeats": [2, 2, 39, 39, 2]}
@@ -85,14 +86,14 @@ def test_unwanted_pictures_that_nothing_refers_to_are_not_decoded(
         tmp_path / "a.mp4", 60, options={"x264-params": "keyint=60:bframes=3:b-adapt=0:b-pyramid=none"}
     )
     given = []
-    original = decode._PyAVVideo._decode
+    original = PyAVVideo._decode
 
-    def counted(self: decode._PyAVVideo, packet: object) -> list[object]:
+    def counted(self: PyAVVideo, packet: object) -> list[object]:
         frames = original(self, packet)  # type: ignore[arg-type]
         given.extend(frames)
         return frames  # type: ignore[return-value]
 
-    monkeypatch.setattr(decode._PyAVVideo, "_decode", counted)
+    monkeypatch.setattr(PyAVVideo, "_decode", counted)
     with open_video(path) as video:
         assert numbers(video.frames([0, 59])) == [0, 59]
     assert len(given) < 30
@@ -101,13 +102,13 @@ def test_unwanted_pictures_that_nothing_refers_to_are_not_decoded(
 def test_a_window_late_in_the_file_starts_at_its_key_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_numbered(tmp_path / "a.mp4", 60, options={"x264-params": "keyint=10:scenecut=0"})
     fed = []
-    original = decode._PyAVVideo._decode
+    original = PyAVVideo._decode
 
-    def counted(self: decode._PyAVVideo, packet: object) -> list[object]:
+    def counted(self: PyAVVideo, packet: object) -> list[object]:
         fed.append(packet)
         return original(self, packet)  # type: ignore[arg-type,return-value]
 
-    monkeypatch.setattr(decode._PyAVVideo, "_decode", counted)
+    monkeypatch.setattr(PyAVVideo, "_decode", counted)
     with open_video(path) as video:
         assert numbers(video.frames([55])) == [55]
     assert len(fed) <= 11
@@ -115,7 +116,7 @@ def test_a_window_late_in_the_file_starts_at_its_key_picture(tmp_path: Path, mon
 
 def test_files_too_large_to_hold_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_numbered(tmp_path / "a.mp4", 40, options={"g": "10"})
-    monkeypatch.setattr(decode, "_HELD_BYTES", 2000)
+    monkeypatch.setattr(pyav, "HELD_BYTES", 2000)
     with open_video(path) as video:
         for order in ORDERS.values():
             assert numbers(video.frames(order)) == order
@@ -146,6 +147,31 @@ def test_frames_outside_the_video_are_refused(tmp_path: Path) -> None:
         for indices in ([5], [-1], []):
             with pytest.raises(IndexError):
                 video.frames(indices)
+            with pytest.raises(IndexError):
+                next(video.each(indices))
+
+
+@pytest.mark.parametrize("backend", ["pyav", "decord"])
+@pytest.mark.parametrize("encoding", ["open groups of pictures", "avi without presentation times"])
+def test_frames_one_by_one_are_the_frames_at_once(tmp_path: Path, encoding: str, backend: decode.Backend) -> None:
+    if backend == "decord":
+        pytest.importorskip("decord")
+    name, codec, options = ENCODINGS[encoding]
+    path = write_numbered(tmp_path / name, 40, codec=codec, options=options)
+    wanted = [39, 2, 2, *range(20, 38), 0]
+    with open_video(path, backend) as video:
+        at_once = video.frames(wanted)
+        one_by_one = dict(video.each(wanted))
+        assert list(one_by_one) == sorted(set(wanted))
+        for number, frame in zip(wanted, at_once):
+            np.testing.assert_array_equal(one_by_one[number], frame)
+
+
+def test_frames_can_be_left_half_way_and_asked_for_again(tmp_path: Path) -> None:
+    path = write_numbered(tmp_path / "a.mp4", 40, options={"bf": "3"})
+    with open_video(path) as video:
+        assert next(video.each(range(20)))[0] == 0
+        assert numbers(video.frames([5, 39])) == [5, 39]
 
 
 def with_matrix(source: Path, target: Path, matrix: tuple[int, int, int, int]) -> Path:

@@ -1,0 +1,48 @@
+"""Frames of a video file by index, exactly: the n-th picture that a player would show.
+
+Two backends on the same footing. `pyav` builds a table of the file's packets first (presentation times, key pictures, what
+an edit list hides), so that a frame's number is its place in presentation order, and decodes only what the wanted frames
+need. `decord` is what the published code used: a file with an edit list gives wrong frames, AV1 gives none.
+
+Whatever a library raises about a file comes out as one `VideoError`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Literal
+
+from multitrain.data.decode.decord import DecordVideo
+from multitrain.data.decode.pyav import PyAVVideo
+from multitrain.data.decode.video import Video, VideoError, check_file
+
+Backend = Literal["pyav", "decord"]
+
+
+def open_video(path: Path | str, backend: Backend = "pyav", timeout: float | None = None) -> Video:
+    """Open a video file.
+
+    Args:
+        backend: "pyav" or "decord".
+        timeout: seconds that opening and all calls of `frames` and `each` may take together; looked at between packets
+            (pyav) or calls (decord). A library call that never returns is beyond it: see `multitrain.data.guard`.
+
+    Raises:
+        VideoError: no video in the file, or none that can be read.
+        ConfigError: the backend's library is not installed.
+    """
+    path = Path(path)
+    check_file(path)
+    deadline = math.inf if timeout is None else time.monotonic() + timeout
+    return DecordVideo(path, deadline) if backend == "decord" else PyAVVideo(path, deadline)
+
+
+def prepare(backend: Backend) -> None:
+    """Import a backend's library now rather than with the first video; not decord, which may be missing."""
+    if backend == "pyav":
+        import av  # noqa: F401
+
+
+__all__ = ["Backend", "Video", "VideoError", "open_video", "prepare"]

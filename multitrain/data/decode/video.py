@@ -1,0 +1,134 @@
+"""What every backend gives: an open video, or one `VideoError`."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+
+class VideoError(Exception):
+    """A video that cannot be read.
+
+    Attributes:
+        path: the file.
+        reason: one line without the path.
+        transient: whether the operating system failed rather than the file, so that another try may help.
+    """
+
+    def __init__(self, path: Path | str, reason: str, *, transient: bool = False) -> None:
+        self.path, self.reason, self.transient = Path(path), " ".join(reason.split()), transient
+        super().__init__(f"{path}: {self.reason}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _video_error, (str(self.path), self.reason, self.transient)
+
+
+def _video_error(path: str, reason: str, transient: bool) -> VideoError:
+    return VideoError(path, reason, transient=transient)
+
+
+class Video(ABC):
+    """An open video file; a context manager.
+
+    Attributes:
+        path: the file.
+        frame_count: number of frames shown, at least 1.
+        fps: average frames a second, positive.
+    """
+
+    path: Path
+    frame_count: int
+    fps: float
+
+    @property
+    def duration(self) -> float:
+        """Length in seconds at the average rate."""
+        return self.frame_count / self.fps
+
+    def times(self) -> list[float]:
+        """When each frame is shown, in seconds from the first; evenly spaced where the file does not say."""
+        return [number / self.fps for number in range(self.frame_count)]
+
+    def frames(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The frames at `indices` (any order, repeats allowed), upright: uint8 [len(indices), H, W, 3], RGB.
+
+        Raises:
+            VideoError: a wanted frame is damaged or missing, or the time limit is over.
+            IndexError: an index outside range(frame_count).
+        """
+        wanted = self._known(indices)
+        places: dict[int, list[int]] = {}
+        for place, number in enumerate(wanted):
+            places.setdefault(number, []).append(place)
+        out = np.empty(0, np.uint8)
+        for number, image in self._each(sorted(places)):
+            if not out.size:
+                out = np.empty((len(wanted), *image.shape), np.uint8)
+            for place in places[number]:
+                out[place] = image
+        return out
+
+    def each(self, indices: Sequence[int] | np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Each of the frames at `indices` once, as it is decoded: (its number, uint8 [H, W, 3], not to be written to).
+
+        Frames come one by one, so that their number costs no memory, and by rising number, but for frames that had to be
+        tried twice: these come last. Raises as `frames` does, in the course of the iteration.
+        """
+        yield from self._each(sorted(set(self._known(indices))))
+
+    def _known(self, indices: Sequence[int] | np.ndarray) -> list[int]:
+        wanted = [int(i) for i in indices]
+        if not wanted or min(wanted) < 0 or max(wanted) >= self.frame_count:
+            raise IndexError(f"{self.path} has frames 0 to {self.frame_count - 1}, not {wanted}")
+        return wanted
+
+    @abstractmethod
+    def _each(self, numbers: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """Every one of the frames `numbers`, which rise, all of one size; a number given again replaces the frame."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the file."""
+
+    def __enter__(self) -> Video:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def check_file(path: Path) -> None:
+    """Raises VideoError for what is no file with something in it: libraries say less about that, or wait."""
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise VideoError(path, error.strerror or str(error), transient=may_pass(error)) from error
+    if not stat.S_ISREG(found.st_mode):
+        raise VideoError(path, "not a file of bytes but a folder, pipe or device")
+    if found.st_size == 0:
+        raise VideoError(path, "empty file")
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the operating system failed in a way that another try may not meet (EIO, ESTALE, ETIMEDOUT …)."""
+    lasting = (FileNotFoundError, NotADirectoryError, PermissionError, IsADirectoryError)
+    return isinstance(error, OSError) and not isinstance(error, lasting)
+
+
+def check_time(path: Path, deadline: float) -> None:
+    """Raises VideoError when the monotonic clock is past `deadline`."""
+    if time.monotonic() > deadline:
+        raise VideoError(path, "decoding took longer than data.decode_timeout")
+
+
+__all__ = ["Video", "VideoError", "check_file", "check_time", "may_pass"]
