@@ -7,42 +7,96 @@ people: the page of results says how near, where real clips were given.
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
+
+from multitrain.data.decode import Backend, VideoError, open_video
 
 CACHE = Path(__file__).resolve().parent / ".footage"
 VERSION = 1
 SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 
 
-def real(folder: Path | str) -> list[Path]:
-    """The video files below a folder."""
-    found = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SUFFIXES)
+def real(folder: Path | str, count: int) -> list[Path]:
+    """At most `count` video files below a folder, spread evenly over it; those that a decoder cannot read are left out.
+
+    Raises SystemExit, in one line, when there is none.
+    """
+    if not Path(folder).is_dir():
+        raise SystemExit(f"--videos {folder}: no such folder")
+    found = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not found:
         raise SystemExit(f"--videos {folder}: no video file in it ({', '.join(SUFFIXES)})")
-    return found
+    chosen = [found[n * len(found) // min(count, len(found))] for n in range(min(count, len(found)))]
+    readable = [path for path in chosen if _is_readable(path)]
+    if not readable:
+        raise SystemExit(f"--videos {folder}: none of {len(chosen)} files in it can be read")
+    return readable
 
 
-def made(count: int, size: tuple[int, int] = (568, 320), frames: int = 300, folder: Path = CACHE) -> list[Path]:
-    """`count` files of `size` (width, height), made when they are not there yet."""
+def _is_readable(path: Path) -> bool:
+    """Whether every decoder that is here can read the file; says so when not."""
+    for decoder in decoders():
+        try:
+            with open_video(path, decoder) as video:
+                video.frames([0, video.frame_count - 1])
+        except VideoError as error:
+            print(f"left out, {decoder} cannot read it: {error}", file=sys.stderr, flush=True)
+            return False
+    return True
+
+
+def decoders() -> list[Backend]:
+    """Those that are installed."""
+    return ["pyav", "decord"] if importlib.util.find_spec("decord") else ["pyav"]
+
+
+def described(videos: Sequence[Path]) -> str:
+    """What kind of files they are, without their names: ``12 videos (avi, mp4), 320×240 to 1280×720, 25 to 30 fps, 2 to 10 s``."""
+    heights, widths, rates, seconds = [], [], [], []
+    for path in videos:
+        with open_video(path) as video:
+            height, width = video.frames([0]).shape[1:3]
+            heights.append(height)
+            widths.append(width)
+            rates.append(video.fps)
+            seconds.append(video.duration)
+    kinds = ", ".join(sorted({p.suffix.lower()[1:] for p in videos}))
+    smallest, largest = f"{min(widths)}×{min(heights)}", f"{max(widths)}×{max(heights)}"
+    size = smallest if smallest == largest else f"{smallest} to {largest}"
+    return f"{len(videos)} videos ({kinds}), {size}, {_range(rates)} fps, {_range(seconds)} s"
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.3g}", f"{max(values):.3g}"
+    return low if low == high else f"{low} to {high}"
+
+
+def made(
+    count: int, size: tuple[int, int] = (568, 320), frames: int = 300, rate: int = 30, folder: Path = CACHE
+) -> list[Path]:
+    """`count` files of `size` (width, height) and `rate` frames a second, made when they are not there yet."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = [folder / f"v{VERSION}-{size[0]}x{size[1]}-{frames}-{n}.mp4" for n in range(count)]
+    names = [folder / f"v{VERSION}-{size[0]}x{size[1]}-{frames}at{rate}-{n}.mp4" for n in range(count)]
     for number, file in enumerate(names):
         if not file.exists():
-            _write(file, number, size, frames)
+            _write(file, number, size, frames, rate)
     return names
 
 
-def _write(file: Path, seed: int, size: tuple[int, int], frames: int) -> None:
+def _write(file: Path, seed: int, size: tuple[int, int], frames: int, rate: int) -> None:
     import av
 
     partial = file.with_suffix(f".{os.getpid()}.mp4")
     scene = Scene(seed, size)
     with av.open(str(partial), "w") as container:
-        stream = container.add_stream("libx264", rate=30, options={"crf": "23", "preset": "medium"})
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "23", "preset": "medium"})
         stream.width, stream.height, stream.pix_fmt = size[0], size[1], "yuv420p"
         stream.thread_count = 1
         for t in range(frames):

@@ -2,13 +2,13 @@
 
 python -m benchmarks.loader [--full] [--videos DIR]
 
-Ours is the job that loader workers do, whole. Both sides get the same draws: window, operations, crop, flip, erased box.
+Ours is the job that loader workers do, whole; each side works in a process of its own, as its workers do. Both get the same
+draws: window, operations, crop, flip, erased box.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -22,7 +22,7 @@ import torch
 
 from benchmarks import footage
 from benchmarks.baseline import loader as baseline
-from benchmarks.measure import take_turns
+from benchmarks.measure import take_turns_apart
 from benchmarks.results import row, save
 from multitrain.config import RunConfig, validate
 from multitrain.data import mix
@@ -31,6 +31,7 @@ from multitrain.data.bench import measure
 from multitrain.data.catalog import open_catalogs, sources
 from multitrain.data.clips import Task, TrainJob
 from multitrain.data.decode import open_video
+from multitrain.data.pool import settle
 from multitrain.data.random import Draws
 from multitrain.order import Plan
 
@@ -53,10 +54,9 @@ class Bench:
         for path in videos:
             with open_video(path) as video:
                 self._sizes.append(video.frames([0]).shape[1:3])
-        decoders = ["pyav", *(["decord"] if importlib.util.find_spec("decord") else [])]
-        self.jobs = {(d, "opencv"): self._job(d, "opencv") for d in decoders} | {
-            ("pyav", "pil"): self._job("pyav", "pil")
-        }
+        self.jobs = {(d, "opencv"): self._job(d, "opencv") for d in footage.decoders()}
+        self.jobs["pyav", "pil"] = self._job("pyav", "pil")
+        self._slot = np.zeros(self.jobs["pyav", "pil"].shape, np.uint8)  # as in the pool, where slots are used again
 
     def config(self, decoder: str, backend: str = "opencv") -> RunConfig:
         dataset = {"annotations": str(self._folder), "videos": "/", "classes": 1}
@@ -76,11 +76,10 @@ class Bench:
         """The copies of one video; with `device`, what the device does as well: float32, normalised, erased."""
         job = self.jobs[decoder, backend]
         ticket = self._plan.tickets(number, number + 1)[0]
-        out = np.empty(job.shape, job.dtype)
-        made = job.run(Task(0, ticket), out)
+        made = job.run(Task(0, ticket), self._slot)
         if not device:
-            return out
-        clips = mix.normalise(torch.from_numpy(out))
+            return self._slot
+        clips = mix.normalise(torch.from_numpy(self._slot))
         mix.erase(clips, torch.from_numpy(made.boxes), torch.from_numpy(made.keys))
         return clips
 
@@ -110,22 +109,22 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    videos = footage.real(given.videos) if given.videos else footage.made(8 if given.full else 4)
     rounds = given.clips or (48 if given.full else 16)
+    videos = footage.real(given.videos, rounds) if given.videos else footage.made(8 if given.full else 4)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(videos, Path(folder))
-        variants: dict[str, Callable[[int], Any]] = (
-            {"published": bench.published} if ("decord", "opencv") in bench.jobs else {}
-        )
+        variants: dict[str, tuple[Callable[[int], Any], Callable[[], None] | None]] = {}
+        if ("decord", "opencv") in bench.jobs:
+            variants["published"] = bench.published, None
         for decoder, backend in bench.jobs:
             for device in (True, False):
-                variants[f"{decoder} {backend} {'float32' if device else 'uint8'}"] = partial(
-                    bench.ours, decoder, backend, device
-                )
-        found = {name: statistics.mean(times) * 1e3 for name, times in take_turns(variants, rounds).items()}
+                name = f"{decoder} {backend} {'float32' if device else 'uint8'}"
+                variants[name] = partial(bench.ours, decoder, backend, device), settle
+        found = {name: statistics.mean(times) * 1e3 for name, times in take_turns_apart(variants, rounds).items()}
         cost = measure(bench.jobs["pyav", "opencv"], [Task(0, t) for t in bench.tickets(0, rounds)])
     plain = found.get("published")
-    where = f"{rounds} videos of {given.videos or 'made 320p footage'}, 32×3, 224 pixels, 2 copies; both sides with the same draws"
+    shown = footage.described(videos) if given.videos else "made 320p footage"
+    where = f"{rounds} clips of {shown}; 32×3, 224 pixels, 2 copies; both sides with the same draws"
     rows = [
         row(
             "two copies of a video, float32 out, decord",
@@ -191,7 +190,11 @@ def main(arguments: list[str] | None = None) -> None:
         "other": cost.other,
     }
     rows += [row(f"of the default's time: {n}", ours=ms, unit="CPU ms") for n, ms in parts.items()]
-    save("loader", [r for r in rows if r["ours"] is not None], size="full" if given.full else "small")
+    rows = [r for r in rows if r["ours"] is not None]
+    if given.videos:
+        save("loader-videos", rows, typed="python -m benchmarks.loader --videos DIR")
+    else:
+        save("loader", rows, size="full" if given.full else "small")
 
 
 if __name__ == "__main__":

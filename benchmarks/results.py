@@ -79,11 +79,15 @@ def save(
     size: Size = "small",
     plots: Sequence[Mapping[str, Any]] = (),
     folder: Path = FOLDER,
+    typed: str | None = None,
 ) -> Path:
-    """Write `folder`/NAME.json, print the rows, return the file."""
+    """Write `folder`/NAME.json, print the rows, return the file.
+
+    typed: the command to show instead of this process's own, which may name a folder of this machine.
+    """
     content = {
         "name": name,
-        "command": command(),
+        "command": typed or command(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "hardware": hardware(),
         "versions": versions(),

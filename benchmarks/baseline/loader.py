@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from multitrain.data.augment import Augmentation
-from multitrain.data.frames import window_length
+from multitrain.data.frames import view_segments, window_length
 from multitrain.data.randaugment import Operation
 from multitrain.data.randaugment_pil import apply_one
 from multitrain.data.spatial import MEAN, STD, Box
@@ -48,6 +48,14 @@ def window(path: Path, frames: int, rate: int, start: float | tuple[int, int]) -
     offset = max(len(decoded) - length, 0.0) // 2
     kept = torch.linspace(offset, offset + length - 1, frames).clamp(0, len(decoded) - 1).long()
     return decoded[kept]
+
+
+def segments(path: Path, frames: int) -> Tensor:
+    """The test clip by segments, as published for SSv2: only its frames are fetched, uint8 [T, H, W, 3]."""
+    import decord
+
+    reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=0)
+    return torch.from_numpy(reader.get_batch(view_segments(len(reader), frames)).asnumpy())
 
 
 def normalised(clip: Tensor) -> Tensor:
@@ -114,15 +122,17 @@ def view(
     place: tuple[int, int],
     crop: tuple[int, int],
     side: int | None = None,
+    sampling: str = "stride",
 ) -> Tensor:
     """One test view, decoded for itself: float32 [3, T, size, size].
 
     place: (temporal view, number of them); crop: (position 0, 1 or 2, number of spatial views); side: the short side before
-    the crop, as published for a crop of 224 when not given.
+    the crop, as published for a crop of 224 when not given; sampling: "stride" or "segment".
     """
     position, crops = crop
-    side = side or (size if crops > 1 else round(size * 256 / 224))
-    clip = short_side(normalised(window(path, frames, rate, place)), side)
+    by_segments = sampling == "segment"
+    side = side or (size if crops > 1 or by_segments else round(size * 256 / 224))
+    clip = short_side(normalised(segments(path, frames) if by_segments else window(path, frames, rate, place)), side)
     height, width = clip.shape[-2:]
     top, left = int(np.ceil((height - size) / 2)), int(np.ceil((width - size) / 2))
     if crops > 1 and position != 1:
@@ -134,11 +144,19 @@ def view(
 
 
 def views(
-    path: Path, frames: int, rate: int, size: int, temporal: int, spatial: int, side: int | None = None
+    path: Path,
+    frames: int,
+    rate: int,
+    size: int,
+    temporal: int,
+    spatial: int,
+    side: int | None = None,
+    sampling: str = "stride",
 ) -> Tensor:
     """All test views of a video, one after another: float32 [V, 3, T, size, size]."""
     found = []
     for t in range(temporal):
         for s in range(spatial):
-            found.append(view(path, frames, rate, size, (t, temporal), (s if spatial > 1 else 1, spatial), side))
+            crop = s if spatial > 1 else 1, spatial
+            found.append(view(path, frames, rate, size, (t, temporal), crop, side, sampling))
     return torch.stack(found)

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from multitrain.config import ConfigError, RunConfig, compose, load
@@ -21,6 +20,7 @@ from multitrain.data import augment, randaugment_opencv, randaugment_pil
 from multitrain.data.catalog import open_catalogs, plan_of
 from multitrain.data.clips import Task, TrainJob, UnreadableError
 from multitrain.data.decode import VideoError
+from multitrain.data.pool import settle
 from multitrain.data.random import Draws
 from multitrain.data.spatial import Box
 
@@ -81,7 +81,7 @@ def measure(job: TrainJob, tasks: Sequence[Task]) -> Cost:
     Raises:
         UnreadableError: no video of the tasks, nor any stand-in for it, can be read.
     """
-    cv2.setNumThreads(0)
+    settle()
     out = np.empty(job.shape, job.dtype)
     job.run(tasks[0], out)
     clock, videos = _Clock(), 0

@@ -22,11 +22,13 @@ def golden(shared: Path) -> dict[str, Any]:
 
 def test_views_are_the_golden_ones(shared: Path, golden: dict[str, Any]) -> None:
     pytest.importorskip("decord")
-    expected = golden["test"]["kinetics_1x5"]
-    path = shared / "golden" / "videos" / expected[0]["path"]
-    found = baseline.views(path, 8, 3, 64, 5, 1, side=256)
-    for view, case in zip(found, expected):
-        torch.testing.assert_close(view, case["frames"], atol=1e-5, rtol=0)
+    cases = {"kinetics_1x5": (5, 1, 256, "stride"), "ssv2_3x1": (1, 3, None, "segment")}
+    for name, (temporal, spatial, side, sampling) in cases.items():
+        expected = golden["test"][name]
+        path = shared / "golden" / "videos" / expected[0]["path"]
+        found = baseline.views(path, 8, 3, 64, temporal, spatial, side=side, sampling=sampling)
+        for view, case in zip(found, expected, strict=True):
+            torch.testing.assert_close(view, case["frames"], atol=1e-5, rtol=0)
 
 
 def test_short_sides_are_the_golden_ones(golden: dict[str, Any]) -> None:

@@ -204,24 +204,27 @@ class PyAVVideo(Video):
 
 
 class Converter:
-    """Decoded frames of one video as upright RGB, all in the size of the first."""
+    """Decoded frames of one video as upright RGB, all in the size and turned the way of the first."""
 
     def __init__(self, path: Path, frame_count: int) -> None:
         from av.video.reformatter import VideoReformatter
 
         self._path, self._count = path, frame_count
-        self._size: tuple[int, int] | None = None
         self._reformatter = VideoReformatter()  # one for all frames: setting it up costs as much as a frame
+        self._size: tuple[int, int] | None = None
+        self._matrix: tuple[int, int, int, int] | None = None
 
     def __call__(self, frame: av.VideoFrame, number: int) -> np.ndarray:
         """uint8 [H, W, 3]; the memory is the frame's own."""
         if frame.is_corrupt:
             raise VideoError(self._path, f"frame {number} of {self._count} is damaged")
-        self._size = width, height = self._size or (frame.width, frame.height)
+        if self._size is None:  # side data and its frame hold each other: asked of every frame, frames would pile up
+            self._size, self._matrix = (frame.width, frame.height), _display_matrix(frame)
+        width, height = self._size
         rgb = self._reformatter.reformat(frame, width, height, "rgb24", interpolation="BICUBIC", threads=1)
         plane = rgb.planes[0]
         pixels = np.ndarray((height, width, 3), np.uint8, memoryview(plane), strides=(plane.line_size, 3, 1))
-        return _upright(pixels, _display_matrix(frame))
+        return _upright(pixels, self._matrix)
 
 
 def _listed(types: Iterable[str]) -> str:
