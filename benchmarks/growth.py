@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import footage
-from benchmarks.measure import cpu_seconds
+from benchmarks.counting import counts_of_ours
+from benchmarks.measure import cpu_seconds, take_turns_apart
 from benchmarks.results import plot, save
 from launch.forecast import parameters
 from multitrain.config import AugmentConfig, DatasetConfig, ModelConfig
@@ -28,9 +29,14 @@ from multitrain.data.catalog import Catalog
 from multitrain.data.decode import open_video
 from multitrain.data.frames import training_window
 from multitrain.data.random import Draws
+from multitrain.model import MultiTrain
 from multitrain.order import Plan, Source, solve
 
 Points = list[tuple[float, float]]
+
+FRAMES, CROP = 32, 224
+"""Of a clip, where the other is varied."""
+DATASETS = {"kinetics": 400, "mit": 305, "ssv2": 174}
 
 
 def clip_cost(frames: int, crop: int, clips: int) -> float:
@@ -49,6 +55,69 @@ def clip_cost(frames: int, crop: int, clips: int) -> float:
 
     make(0)
     return statistics.mean(cpu_seconds(lambda n=n: make(n)) for n in range(clips)) / 2 * 1e3  # type: ignore[misc]
+
+
+class ModelTime:
+    """CPU seconds of the network at a size, cut down to one block a stage: at its own width, but four blocks instead of 24."""
+
+    def __init__(self, frames: int, crop: int) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        config = ModelConfig(frames=frames, crop=crop, depth=4, stages=(1, 2, 3))
+        self._model = MultiTrain(config, DATASETS)
+        self._clip = torch.randn(1, 3, frames, crop, crop, generator=torch.Generator().manual_seed(0))
+        self._key = torch.tensor([0])
+
+    def inference(self, _: int) -> None:
+        """Scores of a clip."""
+        import torch
+
+        with torch.no_grad():
+            self._model.eval().outputs(self._clip)
+
+    def training(self, _: int) -> None:
+        """Forward and backward pass of a clip."""
+        out = self._model.train().outputs(self._clip, self._key)
+        values = [*out.logits.values(), *out.projected.values(), out.expanded]
+        sum(v.square().mean() for v in values if v is not None).backward()  # type: ignore[union-attr]
+        self._model.zero_grad()
+
+
+def model_times(frames: list[int], crops: list[int], rounds: int) -> tuple[dict[str, Points], dict[str, Points]]:
+    """Training step and inference by frames and by crop, in CPU seconds: the least of `rounds`, in processes of their own.
+
+    Not in this one: networks share tables by shape, and those of a measured network are not those of a counted one.
+    """
+
+    def both(size: tuple[int, int]) -> tuple[float, float]:
+        made = ModelTime(*size)
+        steps = {"training": (made.training, None), "inference": (made.inference, None)}
+        took = take_turns_apart(steps, rounds, warm_up=0)
+        return min(took["training"]), min(took["inference"])
+
+    sizes = [(t, CROP) for t in frames] + [(FRAMES, s) for s in crops]
+    found = {size: both(size) for size in dict.fromkeys(sizes)}
+    names = ("training step", "inference")
+    by_frames = {n: [(float(t), found[t, CROP][i]) for t in frames] for i, n in enumerate(names)}
+    by_crop = {n: [(float(s), found[FRAMES, s][i]) for s in crops] for i, n in enumerate(names)}
+    return by_frames, by_crop
+
+
+def saved_memory(frames: list[int], crops: list[int], mode: str) -> tuple[Points, Points]:
+    """Gigabytes of activations that a clip adds to a training step of the whole network, by frames and by crop, counted.
+
+    What a step keeps whatever its clips, the weights in bf16, is counted once and taken off.
+    """
+
+    def saved(size: tuple[int, int], clips: int) -> int:
+        return counts_of_ours(ModelConfig(frames=size[0], crop=size[1]), DATASETS, mode, clips).saved
+
+    sizes = dict.fromkeys([(t, CROP) for t in frames] + [(FRAMES, s) for s in crops])
+    one = {size: saved(size, 1) for size in sizes}
+    fixed = 2 * one[frames[0], CROP] - saved((frames[0], CROP), 2)
+    clip = {size: (value - fixed) / 1e9 for size, value in one.items()}
+    return [(float(t), clip[t, CROP]) for t in frames], [(float(s), clip[FRAMES, s]) for s in crops]
 
 
 def order_cost(plan: Plan, updates: int) -> float:
@@ -111,7 +180,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     given = parser.parse_args(arguments)
     clips, updates = (24, 200) if given.full else (6, 40)
-    frames, crops = [8, 16, 32, 64], [160, 224, 312]
+    frames, crops, model_crops = [8, 16, 32, 64], [160, 224, 312], [160, 224, 320]
+    time_by_frames, time_by_crop = model_times(frames, model_crops, 3 if given.full else 1)
+    memory = {mode: saved_memory(frames, model_crops, mode) for mode in ("none", "selective")}
     names = "abcdefgh"
 
     def mixture(datasets: int) -> Plan:
@@ -127,6 +198,15 @@ def main(arguments: list[str] | None = None) -> None:
         plot("Loader: cost of a clip by its crop (32×3)", "pixels", "CPU ms a clip",
              {"two copies a decode, uint8": line(crops, lambda s: clip_cost(32, s, clips))},
              note="The crop is resized last, so what is decoded and changed does not depend on it."),
+        plot("Model: time of a clip by its frames (224 pixels)", "frames", "CPU s", time_by_frames,
+             note="Own width, one block a stage (4 blocks of 24), fp32, one thread. Attention looks from every frame at every frame."),
+        plot("Model: time of a clip by its crop (32 frames)", "pixels", "CPU s", time_by_crop,
+             note="The same; a crop is a multiple of 32 pixels."),
+        plot("Model: saved activations of a clip by its frames (224 pixels)", "frames", "GB",
+             {f"activation_checkpointing={mode}": m[0] for mode, m in memory.items()},
+             note="Counted with stand-ins for tensors, as `benchmarks.memory` counts: the whole network, bf16, CUDA's routes."),
+        plot("Model: saved activations of a clip by its crop (32 frames)", "pixels", "GB",
+             {f"activation_checkpointing={mode}": m[1] for mode, m in memory.items()}),
         plot("Order: an update of 512 videos by the number of datasets", "datasets", "CPU ms per update",
              {"interleave": line(list(range(1, 9)), lambda n: order_cost(mixture(n), updates))}),
         plot("Model: parameters by the number of datasets of 400 classes", "datasets", "millions",

@@ -77,12 +77,12 @@ def _serve(connection: Connection, function: Callable[[int], Any], prepare: Call
 
 
 def take_turns_apart(
-    variants: Mapping[str, tuple[Callable[[int], Any], Callable[[], Any] | None]], rounds: int
+    variants: Mapping[str, tuple[Callable[[int], Any], Callable[[], Any] | None]], rounds: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
     """As `take_turns`, each variant (function, what prepares its process) in a process of its own."""
     processes = {name: Apart(*variant) for name, variant in variants.items()}
     try:
-        return take_turns(processes, rounds, clock=lambda call: call())
+        return take_turns(processes, rounds, warm_up, clock=lambda call: call())
     finally:
         for process in processes.values():
             process.close()

@@ -23,6 +23,8 @@ _LUMA = (0.299, 0.587, 0.114)
 _STATISTICS = ("AutoContrast", "Equalize", "Contrast")
 _TRUNCATE = 0.499
 """Pillow truncates where OpenCV rounds. Just under 1/2, so that whole numbers stay what they are."""
+_SHARPER = (-0.02, 1.04, -0.02)
+"""Brings a rotated scene nearest to Pillow's: 0.61 to 0.49 grey levels in the mean, 3 to 2 in the 99th percentile."""
 _REACH = 2
 """Pixels that a cubic kernel reaches beyond the frame from a point inside."""
 
@@ -262,10 +264,15 @@ def _far(d: np.ndarray) -> np.ndarray:
 
 
 class _Warp:
-    """Rotation and shear, cubic. OpenCV's kernel has a = -0.75 where Pillow's has -1, and steps of 1/32 pixel."""
+    """Rotation and shear, cubic. OpenCV's kernel has a = -0.75 where Pillow's has -1, and steps of 1/32 pixel.
+
+    The softer kernel is met halfway by sharpening beforehand, along the axes that are interpolated.
+    """
 
     def __init__(self, matrix: tuple[float, ...], width: int, height: int) -> None:
         self._matrix = np.array(matrix).reshape(2, 3)
+        moves = (self._matrix != np.eye(2, 3)).any(axis=1)
+        self._sharpen = [np.array(_SHARPER if m else (0, 1, 0), np.float32) for m in moves]  # along x, along y
         self._width, self._height = width, height
         self._outside: dict[Box, np.ndarray | None] = {}
 
@@ -282,7 +289,7 @@ class _Warp:
         # the rounding to us. The frame is replicated by hand, as far as the kernel reaches from inside.
         padded = cv2.copyMakeBorder(patch, _REACH, _REACH, _REACH, _REACH, cv2.BORDER_REPLICATE)
         warped = cv2.warpAffine(
-            padded.astype(np.float32),
+            cv2.sepFilter2D(padded, cv2.CV_32F, *self._sharpen, borderType=cv2.BORDER_REPLICATE),
             self._index_map(source, target),
             (target.width, target.height),
             flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP,
