@@ -6,6 +6,7 @@ The job is the one that loader workers do, on videos of the run's own plan. Time
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,6 @@ from multitrain.config.arguments import Arguments, Parser, whole_number
 from multitrain.data import augment, randaugment_opencv, randaugment_pil
 from multitrain.data.catalog import open_catalogs, plan_of
 from multitrain.data.clips import Task, TrainJob, UnreadableError
-from multitrain.data.decode import VideoError
 from multitrain.data.pool import settle
 from multitrain.data.random import Draws
 from multitrain.data.spatial import Box
@@ -32,11 +32,13 @@ GPU_CLIPS_PER_SECOND = 30.0
 class Cost:
     """CPU milliseconds a video, all its copies together.
 
-    `total` is the worker's whole job; the four stages are timed one by one on the same videos, and `other` is the rest:
-    drawing, the thread that guards the decoder, and what a stage gains by running frame by frame inside the job.
+    `total` is the worker's whole job; the four stages are timed in a second pass over the same videos, and `other` is the
+    rest: drawing, and the thread that guards the decoder.
     """
 
     videos: int
+    unreadable: int
+    """Videos that were asked for beside them, and are left out: another one takes their place in a run."""
     copies: int
     total: float
     decode: float
@@ -46,7 +48,7 @@ class Cost:
 
     @property
     def other(self) -> float:
-        """What the stages do not account for; may be negative by noise."""
+        """What the stages do not account for; negative when the second pass was the slower one."""
         return self.total - self.decode - self.randaugment - self.crop - self.copy
 
     @property
@@ -87,42 +89,39 @@ def measure(job: TrainJob, tasks: Sequence[Task]) -> Cost:
     clock, videos = _Clock(), 0
     for task in tasks:
         clock.start()
-        job.run(task, out)
+        made = job.run(task, out)
+        if made.skipped:
+            continue
         clock.stop("total")
-        videos += _stages(job, task, out, clock)
+        videos += 1
+        _stages(job, task, out, clock)
     if not videos:
         raise UnreadableError("none of the videos can be read; multitrain data check says what is wrong with them")
     each = {stage: spent / videos * 1e3 for stage, spent in clock.spent.items()}
-    each["total"] = clock.spent["total"] / len(tasks) * 1e3
-    return Cost(videos=videos, copies=len(out), **each)
+    return Cost(videos=videos, unreadable=len(tasks) - videos, copies=len(out), **each)
 
 
-def _stages(job: TrainJob, task: Task, out: np.ndarray, clock: _Clock) -> bool:
-    """The stages of one task, each timed for itself; False when its video cannot be read."""
+def _stages(job: TrainJob, task: Task, out: np.ndarray, clock: _Clock) -> None:
+    """The stages of one task, each timed for itself, frame by frame as in the job."""
     config, ticket = job.config, task.ticket
     name = job.plan.sources[int(ticket["dataset"])].name
     dataset = config.data.datasets[name]
     draws = Draws("window", config.seed, name, int(ticket["index"]), int(ticket["pass"]))
     uniforms = [draws.uniform() for _ in range(config.model.frames)]
     clock.start()
-    try:
-        frames = job.read(job.catalogs[name].path(int(ticket["index"])), dataset, uniforms)
-    except VideoError:
-        return False
+    frames = job.read(job.catalogs[name].path(int(ticket["index"])), dataset, uniforms)
     clock.stop("decode")
     for copy, clip in enumerate(out):
         height, width = frames.shape[1:3]
         own = Draws("augment", config.seed, name, int(ticket["index"]), int(ticket["pass"]), copy)
         drawn = augment.draw_augmentation(height, width, config.augment, clip.shape[1], own, dataset.flip)
         clock.start()
-        changed = list(_changed(frames, drawn, config.augment.backend))
-        clock.stop("randaugment")
-        resized = [augment.resized(image, clip.shape[1], config.augment.backend) for image in changed]
-        clock.stop("crop")
-        for image, target in zip(resized, clip):
+        for target, changed in zip(clip, _changed(frames, drawn, config.augment.backend)):
+            clock.stop("randaugment")
+            image = augment.resized(changed, clip.shape[1], config.augment.backend)
+            clock.stop("crop")
             augment.place(image, target, drawn.flip)
-        clock.stop("copy")
-    return True
+            clock.stop("copy")
 
 
 def _changed(frames: np.ndarray, drawn: augment.Augmentation, backend: str) -> Iterator[np.ndarray]:
@@ -140,18 +139,20 @@ def main(arguments: Arguments) -> int:
         "data bench",
         "What training clips cost on this machine: clips per CPU-second, where the time goes, cores a GPU needs.",
         "multitrain data bench experiment=ssv2 data.root=/shared/datasets --videos 100",
-        "multitrain data bench --run runs/my_run augment.backend=pil",
+        "multitrain data bench --run runs/my_run --gpu 45",
     )
     parser.add_argument("--run", type=Path, metavar="RUN", help="take the configuration of this run")
     parser.add_argument("--videos", type=whole_number, default=32, help="how many videos to measure on (32)")
     parser.add_argument(
-        "--gpu", type=float, default=GPU_CLIPS_PER_SECOND, help="clips that a GPU trains on in a second (%(default)g)"
+        "--gpu",
+        type=float,
+        help=f"clips that a GPU trains on in a second (cluster.gpu_clips; {GPU_CLIPS_PER_SECOND:g} when nobody says)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_overrides("data.decoder=decord")
     given = parser.parse_with_overrides(arguments)
-    if given.gpu <= 0:
-        parser.error(f"--gpu {given.gpu}: a GPU trains on more than 0 clips a second")
+    if given.gpu is not None and not 0 < given.gpu < math.inf:
+        parser.error(f"--gpu {given.gpu:g}: a GPU trains on more than 0 clips a second, and not on infinitely many")
     if given.run is not None and given.overrides:
         parser.error("a run's configuration is what it is: give --run or KEY=VALUE")
     config = load(given.run) if given.run is not None else compose(given.overrides)
@@ -159,11 +160,12 @@ def main(arguments: Arguments) -> int:
         cost = measure_run(config, given.videos)
     except UnreadableError as error:
         raise ConfigError(str(error)) from error
-    cores = cost.cores(given.gpu)
+    gpu = given.gpu or config.cluster.gpu_clips or GPU_CLIPS_PER_SECOND
     if given.json:
-        print(json.dumps(asdict(cost) | {"clips_per_second": cost.clips_per_second, "cores_per_gpu": cores}))
+        more = {"clips_per_second": cost.clips_per_second, "gpu_clips": gpu, "cores_per_gpu": cost.cores(gpu)}
+        print(json.dumps(asdict(cost) | {"other": cost.other} | more))
     else:
-        print(table(cost, config, given.gpu))
+        print(table(cost, config, gpu, estimated=not (given.gpu or config.cluster.gpu_clips)))
     return 0
 
 
@@ -177,21 +179,26 @@ def measure_run(config: RunConfig, videos: int) -> Cost:
         return measure(job, [Task(0, ticket) for ticket in plan.tickets(0, videos)])
 
 
-def table(cost: Cost, config: RunConfig, gpu: float) -> str:
-    """The cost as text for a person."""
+def table(cost: Cost, config: RunConfig, gpu: float, *, estimated: bool) -> str:
+    """The cost as text for a person; `gpu`, clips a second, is perhaps only `estimated`."""
     shape = f"{config.model.frames}×{config.data.sampling_rate}, {config.model.crop} pixels"
     lines = [
         f"{cost.clips_per_second:.1f} clips per CPU-second ({shape}, {cost.copies} copies a video, "
         f"{config.data.decoder}, {config.augment.backend}; {cost.videos} videos)",
         "",
     ]
+    if cost.unreadable:
+        lines[1:1] = [
+            f"videos that cannot be read: {cost.unreadable}; multitrain data check says what is wrong with them"
+        ]
     parts = {"decode": cost.decode, "RandAugment": cost.randaugment, "crop": cost.crop, "copy": cost.copy}
     for name, ms in (parts | {"other": cost.other, "a video": cost.total}).items():
         lines.append(f"  {name:<12} {ms:8.1f} ms  {ms / cost.total:5.0%}")
     wanted, asked = cost.cores(gpu), config.cluster.cpus_per_gpu
-    lines += ["", f"a GPU that trains on {gpu:g} clips a second needs {wanted:.1f} cores; cluster.cpus_per_gpu={asked}"]
+    said = f"{gpu:g} clips a second" + (" (an estimate; --gpu or cluster.gpu_clips says better)" if estimated else "")
+    lines += ["", f"a GPU that trains on {said} needs {wanted:.1f} cores; cluster.cpus_per_gpu={asked}"]
     if wanted > asked:
-        lines[-1] += f" is too few: use {int(np.ceil(wanted))}, or videos that decode faster (multitrain data resize)"
+        lines[-1] += f" is too few: use {math.ceil(wanted)}, or videos that decode faster (multitrain data resize)"
     return "\n".join(lines)
 
 

@@ -272,7 +272,7 @@ class _Warp:
     def __init__(self, matrix: tuple[float, ...], width: int, height: int) -> None:
         self._matrix = np.array(matrix).reshape(2, 3)
         moves = (self._matrix != np.eye(2, 3)).any(axis=1)
-        self._sharpen = [np.array(_SHARPER if m else (0, 1, 0), np.float32) for m in moves]  # along x, along y
+        self._along_x, self._along_y = (np.array(_SHARPER if m else (0, 1, 0), np.float32) for m in moves)
         self._width, self._height = width, height
         self._outside: dict[Box, np.ndarray | None] = {}
 
@@ -289,7 +289,7 @@ class _Warp:
         # the rounding to us. The frame is replicated by hand, as far as the kernel reaches from inside.
         padded = cv2.copyMakeBorder(patch, _REACH, _REACH, _REACH, _REACH, cv2.BORDER_REPLICATE)
         warped = cv2.warpAffine(
-            cv2.sepFilter2D(padded, cv2.CV_32F, *self._sharpen, borderType=cv2.BORDER_REPLICATE),
+            cv2.sepFilter2D(padded, cv2.CV_32F, self._along_x, self._along_y, borderType=cv2.BORDER_REPLICATE),
             self._index_map(source, target),
             (target.width, target.height),
             flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP,
