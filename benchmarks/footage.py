@@ -45,7 +45,8 @@ def _is_readable(path: Path) -> bool:
     for decoder in decoders():
         try:
             with open_video(path, decoder) as video:
-                video.frames([0, video.frame_count - 1])
+                for _ in video.each(range(video.frame_count)):
+                    pass
         except VideoError as error:
             print(f"left out, {decoder} cannot read it: {error}", file=sys.stderr, flush=True)
             return False

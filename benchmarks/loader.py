@@ -25,6 +25,7 @@ from benchmarks.baseline import loader as baseline
 from benchmarks.measure import take_turns_apart
 from benchmarks.results import row, save
 from multitrain.config import RunConfig, validate
+from multitrain.config.arguments import whole_number
 from multitrain.data import mix
 from multitrain.data.augment import draw_augmentation
 from multitrain.data.bench import measure
@@ -105,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__)
     parser.add_argument("--full", action="store_true", help="48 clips instead of 16")
     parser.add_argument("--videos", metavar="DIR", help="measure on these files instead of made ones")
-    parser.add_argument("--clips", type=int, help="how many clips")
+    parser.add_argument("--clips", type=whole_number, help="how many clips")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)

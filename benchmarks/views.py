@@ -28,6 +28,7 @@ from benchmarks.baseline import loader as baseline
 from benchmarks.measure import take_turns_apart
 from benchmarks.results import row, save
 from multitrain.config import ModelConfig, RunConfig, validate
+from multitrain.config.arguments import whole_number
 from multitrain.data.catalog import Catalog
 from multitrain.data.clips import TestJob
 from multitrain.data.decode import open_video
@@ -112,7 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.views", description=__doc__)
     parser.add_argument("--full", action="store_true", help="8 videos instead of 3")
     parser.add_argument("--videos", metavar="DIR", help="measure on these files instead of made ones")
-    parser.add_argument("--count", type=int, help="how many videos")
+    parser.add_argument("--count", type=whole_number, help="how many videos")
     given = parser.parse_args(arguments)
     if importlib.util.find_spec("decord") is None:
         raise SystemExit("the baseline reads videos with decord: pip install 'multitrain[decord]' (x86-64 only)")
