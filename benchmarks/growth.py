@@ -28,6 +28,7 @@ from multitrain.data.augment import augment_clip
 from multitrain.data.catalog import Catalog
 from multitrain.data.decode import open_video
 from multitrain.data.frames import training_window
+from multitrain.data.pool import settle
 from multitrain.data.random import Draws
 from multitrain.model import MultiTrain
 from multitrain.order import Plan, Source, solve
@@ -40,8 +41,10 @@ DATASETS = {"kinetics": 400, "mit": 305, "ssv2": 174}
 
 
 def clip_cost(frames: int, crop: int, clips: int) -> float:
-    """CPU milliseconds of a clip, two copies a decode."""
+    """CPU milliseconds of a clip, two copies a decode, in a process set up as a loader worker."""
     video, size = footage.made(1)[0], crop
+    out = np.zeros((2, frames, crop, crop, 3), np.uint8)
+    settle()
 
     def make(number: int) -> None:
         with open_video(video) as opened:
@@ -51,7 +54,7 @@ def clip_cost(frames: int, crop: int, clips: int) -> float:
             )
             decoded = opened.frames(wanted)
         for copy in range(2):
-            augment_clip(decoded, AugmentConfig(), size, Draws("growth", number, copy), True)
+            augment_clip(decoded, AugmentConfig(), size, Draws("growth", number, copy), True, out[copy])
 
     make(0)
     return statistics.mean(cpu_seconds(lambda n=n: make(n)) for n in range(clips)) / 2 * 1e3  # type: ignore[misc]

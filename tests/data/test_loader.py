@@ -8,8 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ import multitrain.data.clips as clips
 import multitrain.data.loader as loader
 from multitrain.config import ConfigError, RunConfig
 from multitrain.data.catalog import Catalog, open_catalogs, sources
-from multitrain.data.clips import Task, TrainJob
-from multitrain.data.decode import VideoError
+from multitrain.data.clips import Task, TestJob, TrainJob
+from multitrain.data.decode import Video, VideoError
 from multitrain.data.guard import Guard, Overdue
 from multitrain.data.loader import Batch, LoaderError, TestLoader, TrainLoader
 from multitrain.data.pool import IGNORED, ProcessPool
@@ -183,9 +184,9 @@ def test_copies_share_their_frames_and_datasets_that_forbid_it_are_not_mirrored(
 ) -> None:
     calls: list[tuple[int, bool]] = []
 
-    def recorded(frames: np.ndarray, config: Any, size: int, draws: Any, flip_allowed: bool) -> Any:
+    def recorded(frames: np.ndarray, config: Any, size: int, draws: Any, flip_allowed: bool, out: Any) -> Any:
         calls.append((hash(frames.tobytes()), flip_allowed))
-        return np.zeros((len(frames), size, size, 3), np.uint8), np.zeros(4, np.int32)
+        return out, np.zeros(4, np.int32)
 
     monkeypatch.setattr(clips, "augment_clip", recorded)
     (batch, *_) = Setting(videos, tmp_path / "index").batches(0, 1, micro=16)
@@ -329,6 +330,34 @@ def test_close_is_prompt_while_a_worker_is_stuck(videos: Path, tmp_path: Path, m
         with pytest.raises(LoaderError, match="closed"):
             batches.next_batch(0.1)
     assert not any(alive(pid) for pid in pids)
+
+
+def test_a_test_video_given_up_never_writes_to_its_place_again(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clips, "_GRACE", 0.2)
+    goes_on, ended = threading.Event(), threading.Event()
+    original = Video.each
+
+    def stuck(self: Video, indices: Any) -> Iterator[tuple[int, np.ndarray]]:
+        try:
+            for number, found in enumerate(original(self, indices)):
+                if number == 1:
+                    goes_on.wait(20)
+                yield found
+        finally:
+            ended.set()
+
+    setting = Setting(videos, tmp_path / "index", data__decode_timeout=0.5)
+    job = TestJob(setting.catalogs["stride"], setting.config.data.datasets["stride"], setting.config)
+    place = np.full(job.shape, 7, np.float32)
+    monkeypatch.setattr(Video, "each", stuck)
+    assert job.run(0, place) == "decoding took longer than data.decode_timeout"
+    assert (place != 7).any(), "the first frame is written before the video gets stuck"
+    place[:] = 7
+    goes_on.set()
+    assert ended.wait(20)
+    assert (place == 7).all()
 
 
 def test_a_call_that_does_not_return_is_left_behind() -> None:
