@@ -80,10 +80,13 @@ def save(
     plots: Sequence[Mapping[str, Any]] = (),
     folder: Path = FOLDER,
     typed: str | None = None,
+    **facts: Any,
 ) -> Path:
     """Write `folder`/NAME.json, print the rows, return the file.
 
-    typed: the command to show instead of this process's own, which may name a folder of this machine.
+    Args:
+        typed: the command to show instead of this process's own, which may name a folder of this machine.
+        facts: more of what was seen, kept in the file only.
     """
     content = {
         "name": name,
@@ -94,6 +97,7 @@ def save(
         "size": size,
         "rows": [row(**r) for r in rows],
         "plots": list(plots),
+        **facts,
     }
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.json"

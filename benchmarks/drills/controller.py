@@ -1,10 +1,12 @@
 """The same drills on a real SLURM controller, which `slurm/devcluster` starts: what SLURM does to jobs, and worse.
 
-python benchmarks/drills/controller.py [--seed S] [--only WORDS]
+python benchmarks/drills/controller.py                     each kind of interruption twice
+python benchmarks/drills/controller.py --count 7 --seed 3  so many, in another order, at other moments
+python benchmarks/drills/controller.py --only "node"       kinds whose name holds these words
+python benchmarks/drills/controller.py --script            submitted by `sbatch slurm/train.sh`
 
-One run over two virtual nodes is taken away again and again: evicted by a job of a higher priority, warned of its time
-limit, cancelled, its node lost (slurmd, its steps and its tasks killed), its batch script killed, a rank killed. It must come back by
-itself where the table says so, stay away where it was cancelled, and end with the undisturbed run's weights, every bit.
+One run over two of three virtual nodes is taken away again and again. It must come back by itself, but not where it was cancelled; redo no
+more than what is promised; and, stopped at last, have the bits of a run that nobody disturbed. Needs root, `slurm-wlm` and `munge`.
 """
 
 from __future__ import annotations
@@ -17,266 +19,273 @@ if not __package__:
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import Any, NoReturn
 
 from benchmarks import results
+from benchmarks.drills.blows import BLOWS, EVERY, NODES, Blow, Stage
 from benchmarks.drills.run import write_data
-from multitrain.engine import checkpoint as ck
 from tests.slurm.drill import DEVCLUSTER, Cluster, Runs, reason_to_skip
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "drills_controller.json"
-EVERY = 8
-"""Updates between two checkpoints."""
-
-
-@dataclass(frozen=True)
-class Blow:
-    """What happens to a job. `returns`: whether it must come back without anybody submitting it again."""
-
-    name: str
-    strike: Callable[[Stage], None]
-    may_lose: int
-    returns: bool
-
-
-class Stage:
-    """The cluster, the run on it, and its job."""
-
-    def __init__(self, cluster: Cluster, runs: Runs, name: str, updates: int) -> None:
-        self.cluster, self.runs, self.name = cluster, runs, name
-        self.options = (f"updates={updates}", f"checkpoint.every={EVERY}", "monitor.tensorboard=false")
-        self.folder = runs.runs / name
-        self.job = ""
-
-    def submit(self) -> None:
-        """Submit the run (again)."""
-        self.folder, self.job = self.runs.submit(self.name, *self.options)
-
-    def newest(self) -> int:
-        """Updates of the newest whole checkpoint; 0 without one."""
-        folder, _ = ck.newest_verified(self.folder / "checkpoints")
-        return int(folder.name.split("-")[1]) if folder else 0
-
-    def processes(self, *words: str, node: str | None = None) -> list[int]:
-        """Processes of this cluster whose command line has all `words`, and that belong to `node`."""
-        found = []
-        for entry in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                title = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                environment = (entry / "environ").read_bytes().split(b"\0")
-                if all(w in title for w in words) and (
-                    node is None or f"SLURMD_NODENAME={node}".encode() in environment or f"-N {node}" in title + " "
-                ):
-                    found.append(int(entry.name))
-        return found
-
-    def kill(self, *words: str, node: str | None = None) -> int:
-        """SIGKILL to these processes; how many there were."""
-        pids = self.processes(*words, node=node)
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        return len(pids)
-
-
-def _evict(stage: Stage) -> None:
-    stage.cluster.evict(nodes=16)
-
-
-def _warn(stage: Stage) -> None:
-    stage.cluster.run("scancel", "--signal=USR2", stage.job)
-
-
-def _cancel(stage: Stage) -> None:
-    stage.cluster.run("scancel", stage.job)
-
-
-def _limit(stage: Stage) -> None:
-    """The controller is given another limit for the job that runs; the warning and the rest are SLURM's own."""
-    elapsed = stage.cluster.run("squeue", "--noheader", "--format=%M", f"--jobs={stage.job}").strip().split(":")
-    minutes = int(elapsed[-2]) + 60 * (int(elapsed[-3]) if len(elapsed) > 2 else 0)
-    stage.cluster.run("scontrol", "update", f"jobid={stage.job}", f"TimeLimit={minutes + 1}")
-    seen = len(stage.runs.events(stage.folder))
-    stage.cluster.until(
-        lambda: any(e["event"] == "signal" for e in stage.runs.events(stage.folder)[seen:]), "the warning", 150
-    )
-
-
-def _lose_a_node(stage: Stage) -> None:
-    """slurmd, its steps and its tasks die at one blow; slurmd comes back when the controller has seen it."""
-    node = "node2"
-    configuration = stage.cluster.configuration
-    stage.kill("slurmd", configuration, node=node)
-    for title in ("multitrain.train", "launch.supervisor", "multitrain.data.pool"):
-        stage.kill(title, node=node)
-    stage.cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=drill")
-    environment = {**os.environ, "SLURM_CONF": configuration, "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"}
-    subprocess.run(["slurmd", "-f", configuration, "-N", node], env=environment, check=False, capture_output=True)
-    stage.cluster.run("scontrol", "update", f"nodename={node}", "state=idle")
-
-
-def _kill_the_batch_script(stage: Stage) -> None:
-    if not stage.kill(f"job{int(stage.job):05d}/slurm_script"):
-        raise AssertionError("no batch script was found")
-
-
-def _kill_a_rank(stage: Stage) -> None:
-    pids = stage.processes("multitrain.train", str(stage.folder), node="node2")
-    os.kill(pids[0], signal.SIGKILL)
-
-
-BLOWS = {
-    blow.name: blow
-    for blow in (
-        Blow("evicted by a higher priority", _evict, 0, returns=True),
-        Blow("warned (SIGUSR2)", _warn, 0, returns=True),
-        Blow("time limit", _limit, 0, returns=True),
-        Blow("cancelled", _cancel, 0, returns=False),
-        Blow("node lost", _lose_a_node, EVERY, returns=True),
-        Blow("batch script killed", _kill_the_batch_script, EVERY, returns=True),
-        Blow("rank killed", _kill_a_rank, EVERY, returns=True),
-    )
-}
+RESULTS = results.FOLDER / "drills_controller.json"
+OVER = ("CANCELLED", "FAILED", "COMPLETED", "NODE_FAIL", "TIMEOUT", "BOOT_FAIL", "OUT_OF_MEMORY")
+"""States of a job that does not come back."""
+STAYS_AWAY = 6.0
+"""Seconds after which a job that must stay away is looked at again."""
+Record = dict[str, Any]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table; 0 when the run ended with the undisturbed run's bits and came back as it must."""
+    """Print the table; 0 when every promise was kept and the run has the undisturbed run's bits."""
     parser = argparse.ArgumentParser(
         prog="controller.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--count", type=int, default=10, metavar="N", help="blows (default 10)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of kinds and moments (default 0)")
-    parser.add_argument("--only", metavar="WORDS", help="only kinds whose name holds these words")
+    parser.add_argument(
+        "--count", type=int, default=2 * len(BLOWS), metavar="N", help="interruptions (default: two a kind)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of their order and moments (default 0)")
+    parser.add_argument("--only", default="", metavar="WORDS", help="only kinds whose name holds these words")
+    parser.add_argument("--script", action="store_true", help="submit by sbatch slurm/train.sh, not launch/submit.py")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE", help=f"results (default {RESULTS})")
     given = parser.parse_args(arguments)
     if reason := reason_to_skip():
         print(f"error: {reason}", file=sys.stderr)
         return 2
-    chance = random.Random(given.seed)
-    kinds = [b for b in BLOWS.values() if given.only is None or given.only.lower() in b.name.lower()]
-    blows = (kinds * given.count)[: given.count]
-    chance.shuffle(blows)
+    kinds = [b for b in BLOWS.values() if given.only.lower() in b.name.lower()]
+    if not kinds:
+        print(f"error: no kind holds {given.only!r}; there are: {', '.join(BLOWS)}", file=sys.stderr)
+        return 2
+    print(f"seed {given.seed}: {given.count} interruptions of {len(kinds)} kinds", flush=True)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)  # the cluster is stopped on the way out
+    began = time.monotonic()
     with _cluster() as (cluster, folder):
-        data = write_data(folder / "data")
-        runs = Runs(cluster, folder / "runs", data)
-        updates = 6 * given.count + 4
-        undisturbed = Stage(cluster, runs, "undisturbed", updates)
-        undisturbed.submit()
-        runs.finish(undisturbed.folder, undisturbed.job)
-        stage = Stage(cluster, runs, "drilled", updates)
+        runs = Runs(cluster, folder / "runs", write_data(folder / "data"))
+        records, updates, trouble = campaign(
+            runs, deal(kinds, given.count, given.seed), given.seed, by_script=given.script
+        )
+    kept = sum(r["kept"] for r in records)
+    print(f"\n{table(records)}\n\n{kept} of {len(records)} promises kept; ", end="")
+    print(trouble or f"after {updates} updates the run has the undisturbed run's weights and moments, every bit")
+    facts = {"equal": not trouble, "trouble": trouble, "updates": updates, "interruptions": records}
+    rows = summary(records, equal=not trouble)
+    results.save(given.out.stem, rows, folder=given.out.parent, **facts, seconds=round(time.monotonic() - began))
+    print(f"{given.out}; {(time.monotonic() - began) / 60:.1f} minutes")
+    return 0 if not trouble and kept == len(records) == given.count else 1
+
+
+def deal(kinds: Sequence[Blow], count: int, seed: int) -> list[Blow]:
+    """`count` of the kinds, each as often as the others, in a random order; those that need other options come last."""
+    blows = (list(kinds) * count)[:count]
+    random.Random(f"{seed}-order").shuffle(blows)
+    return sorted(blows, key=lambda b: b.options)
+
+
+def campaign(runs: Runs, blows: Sequence[Blow], seed: int, *, by_script: bool) -> tuple[list[Record], int, str]:
+    """One run, struck by each of `blows`; what each did, the updates of the run, and what is wrong with it ('' nothing)."""
+    stage = Stage(runs, "drilled", by_script=by_script)
+    records: list[Record] = []
+    try:
         stage.submit()
-        records = []
-        for i, blow in enumerate(blows):
-            records.append(strike(stage, blow, chance, 2 + 6 * i + chance.randrange(4)))
+        for number, blow in enumerate(blows):
+            if blow.options != stage.options:
+                stage.stop()
+                stage.submit(*blow.options)
+            records.append(strike(stage, blow, random.Random(f"{seed}-{number}")))
             print(_line(records[-1]), flush=True)
-        runs.finish(stage.folder, stage.job)
-        equal = _same(runs, stage.folder, undisturbed.folder)
-    kept = all(r["kept"] for r in records)
-    print(f"{len(records)} blows; the run {'ended with the undisturbed bits' if equal else 'DIFFERS'}")
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "name": "drills_controller",
-        "command": f"python benchmarks/drills/controller.py --count {given.count} --seed {given.seed}",
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": results.hardware(),
-        "versions": results.versions(),
-        "size": "small",
-        "rows": [],
-        "plots": [],
-        "equal": equal,
-        "interruptions": records,
-    }
-    given.out.write_text(json.dumps(content, indent=1) + "\n")
-    return 0 if equal and kept else 1
+        updates = stage.stop()
+        return records, updates, _difference(runs, stage, updates)
+    except (AssertionError, subprocess.SubprocessError) as error:
+        print(f"\n{error}\n\n{stage.last_words()}", flush=True)
+        return records, stage.position(), f"the campaign broke off: {str(error).splitlines()[0]}"
 
 
-def strike(stage: Stage, blow: Blow, chance: random.Random, at: int) -> dict[str, Any]:
-    """One blow at update `at` or later, and the way back; the job is submitted again where it does not come by itself."""
-    stage.runs.reach(stage.folder, stage.job, at)
-    time.sleep(chance.uniform(0, 0.5))
-    events = len(stage.runs.events(stage.folder))
-    before = len(stage.runs.metrics(stage.folder))
-    restarts = int(stage.cluster.job(stage.job).get("Restarts", "0"))
+def strike(stage: Stage, blow: Blow, chance: random.Random) -> Record:
+    """One interruption, and the way back; the run is submitted again where its job does not come by itself."""
+    cluster, runs = stage.cluster, stage.runs
+    runs.reach(stage.folder, stage.job, stage.position() + chance.randint(1, EVERY + 4))
+    time.sleep(chance.uniform(0, 1))
+    restarts = int(cluster.job(stage.job).get("Restarts", "0"))
+    before, events, saving = stage.position(), len(runs.events(stage.folder)), stage.saving
     begin = time.monotonic()
-    blow.strike(stage)
-    furthest = before
+    blow.strike(stage, chance)
+    asked, furthest, how = 0.0, before, ""
 
     def over() -> str:
-        nonlocal furthest
-        furthest = max(furthest, len(stage.runs.metrics(stage.folder)))
-        info = stage.cluster.job(stage.job)
-        if int(info.get("Restarts", "0")) > restarts and info["JobState"] == "PENDING":
-            return "requeued"
-        resumed = [e for e in stage.runs.events(stage.folder)[events:] if e["event"] == "resume"]
-        if resumed and info["JobState"] == "RUNNING":
+        nonlocal asked, furthest, how
+        started = [e for e in runs.events(stage.folder)[events:] if e["event"] in ("start", "resume")]
+        furthest = furthest if started else max(furthest, stage.position())
+        if not how and time.monotonic() > asked + 0.3:
+            asked, how = time.monotonic(), _how(cluster.job(stage.job), restarts)
+        if started and not how:
             return "in place"
-        return (
-            info["JobState"] if info["JobState"] in ("CANCELLED", "FAILED", "COMPLETED", "NODE_FAIL", "TIMEOUT") else ""
-        )
+        return how if how and not stage.processes() else ""
 
-    how = str(stage.cluster.until(over, f"the end of '{blow.name}'", seconds=150))
-    gone = time.monotonic()
-    newest = stage.newest()
+    cluster.until(over, f"the end of what '{blow.name}' struck at update {before}", seconds=240, pause=0.03)
+    gone, how = time.monotonic(), how or "in place"
+    state = cluster.job(stage.job)
+    waits = stage.seconds_until(state.get("EligibleTime")) if how == "requeued" else 0.0
     if how == "requeued":
-        stage.cluster.run("scontrol", "update", f"jobid={stage.job}", "TimeLimit=10")
-        stage.cluster.start_now(stage.job)
+        if "TimeLimit" in state and state["TimeLimit"] != stage.LIMIT:
+            cluster.run("scontrol", "update", f"jobid={stage.job}", f"TimeLimit={stage.LIMIT}")
+        cluster.start_now(stage.job)
     elif how != "in place":
-        time.sleep(3)
-        how = how if stage.cluster.job(stage.job)["JobState"] == how else "back from the dead"
-        stage.submit()
-    stage.runs.reach(stage.folder, stage.job, furthest + 1)
-    came_back = how in ("requeued", "in place")
-    lost = furthest - newest
+        time.sleep(STAYS_AWAY)
+        how = how if cluster.job(stage.job)["JobState"] == how else "back from the dead"
+        gone += STAYS_AWAY
+        begin += STAYS_AWAY
+        stage.submit(*stage.options)
+    runs.reach(stage.folder, stage.job, 0)
+    cluster.until(lambda: stage.resumed(events) is not None, "the next start", seconds=180)
+    resumed = stage.resumed(events)
+    assert resumed is not None
+    cluster.until(lambda: stage.position() > furthest, f"an update after {furthest}", seconds=180)
+    further = time.monotonic() - begin
+    blow.undo(stage)
+    runs.reach(stage.folder, stage.job, stage.position() + 1)
+    lost = furthest - resumed
+    returned = how in ("requeued", "in place")
     return {
         "kind": blow.name,
         "update": before,
         "how": how,
-        "stop_seconds": round(gone - begin, 1),
-        "back_seconds": round(time.monotonic() - begin, 1),
-        "lost": max(0, lost) if how != "in place" else None,
-        "returned": came_back,
-        "kept": came_back == blow.returns and (how == "in place" or lost <= blow.may_lose),
+        "over_seconds": round(gone - begin, 1),
+        "queue_seconds": round(waits, 1),
+        "further_seconds": round(further, 1),
+        "lost": lost,
+        "returned": returned,
+        "kept": how in blow.ways and lost <= blow.may_lose + (EVERY if saving and blow.may_lose else 0),
+        "said": [e["status"] for e in runs.events(stage.folder)[events:] if e["event"] in ("requeue", "end")],
     }
 
 
-def _line(r: dict[str, Any]) -> str:
+def _how(job: dict[str, str], restarts: int) -> str:
+    """How the job ended; '' while it runs."""
+    state = job["JobState"]
+    if int(job.get("Restarts", "0")) > restarts:
+        return "requeued" if state == "PENDING" else ""
+    return state if state in OVER else ""
+
+
+def _difference(runs: Runs, stage: Stage, updates: int) -> str:
+    """What distinguishes the run from an undisturbed one after `updates` updates; '' when nothing does."""
+    reference = Stage(runs, "undisturbed")
+    reference.submit(f"checkpoint.every={updates}")
+    runs.reach(reference.folder, reference.job, updates + 1)
+    reference.stop()
+    try:
+        runs.assert_same(stage.folder, reference.folder, updates)
+    except (AssertionError, OSError) as error:
+        return f"the run DIFFERS from the undisturbed one: {error}"
+    return ""
+
+
+# --------------------------------------------------------------------------------------------------------- the result
+
+
+def summary(records: Sequence[Record], *, equal: bool) -> list[Record]:
+    """The rows of `benchmarks/README.md`."""
+    kept = sum(r["kept"] for r in records)
+    rows = [
+        results.row(
+            "interrupted runs with the undisturbed run's bits at the end",
+            ours=float(equal),
+            unit="runs",
+            note=f"of 1, interrupted {len(records)} times by a real controller",
+        ),
+        results.row("promises kept", ours=kept, note=f"of {len(records)}"),
+    ]
+    for name, own in _by_kind(records).items():
+        times = f"{len(own)} times; {', '.join(sorted({r['how'].lower() for r in own}))}"
+        rows.append(results.row(f"{name}: updates lost at most", ours=_most(own, "lost"), unit="updates", note=times))
+        over = f"the job was over after {_median(own, 'over_seconds'):.1f} s"
+        waits = (
+            f"; SLURM's wait in the queue, {_median(own, 'queue_seconds'):.0f} s, not counted"
+            if _most(own, "queue_seconds")
+            else ""
+        )
+        rows.append(
+            results.row(
+                f"{name}: seconds to be further", ours=_median(own, "further_seconds"), unit="s", note=over + waits
+            )
+        )
+    in_place, queued = (_by_kind(records).get(name) for name in ("rank killed", "rank killed, no restarts in place"))
+    if in_place and queued:
+        waited = [r["further_seconds"] + r["queue_seconds"] - r["over_seconds"] * 0 for r in queued]
+        rows.append(
+            results.row(
+                "rank killed: further in place, against through the queue",
+                ours=_median(in_place, "further_seconds"),
+                baseline=statistics.median(waited),
+                unit="s",
+                note="Baseline: `cluster.restarts_in_place=0`, with the seconds that SLURM lets a requeued job wait.",
+            )
+        )
+    return rows
+
+
+def table(records: Sequence[Record]) -> str:
+    """One line a kind."""
+    head = ("kind", "count", "kept", "lost at most", "came back", "over (s)", "in the queue (s)", "further (s)")
+    lines = [head]
+    for name, own in _by_kind(records).items():
+        ways = ", ".join(sorted({r["how"] for r in own}))
+        seconds = (f"{_median(own, key):.1f}" for key in ("over_seconds", "queue_seconds", "further_seconds"))
+        lines.append((name, str(len(own)), str(sum(r["kept"] for r in own)), str(_most(own, "lost")), ways, *seconds))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
+
+
+def _by_kind(records: Sequence[Record]) -> dict[str, list[Record]]:
+    found = {name: [r for r in records if r["kind"] == name] for name in BLOWS}
+    return {name: own for name, own in found.items() if own}
+
+
+def _median(records: Sequence[Record], key: str) -> float:
+    return round(statistics.median(r[key] for r in records), 1)
+
+
+def _most(records: Sequence[Record], key: str) -> float:
+    return max(r[key] for r in records)
+
+
+def _line(r: Record) -> str:
     return (
-        f"update {r['update']:3}  {r['kind']:30}  {r['how']:10}  over in {r['stop_seconds']:5.1f} s, lost {r['lost']}, "
-        f"further in {r['back_seconds']:5.1f} s{'' if r['kept'] else '  BROKEN PROMISE'}"
+        f"update {r['update']:4}  {r['kind']:34}  {r['how']:10}  over in {r['over_seconds']:5.1f} s, lost {r['lost']}, "
+        f"further in {r['further_seconds']:5.1f} s{'' if r['kept'] else '  BROKEN PROMISE'}"
     )
 
 
-def _same(runs: Runs, run: Path, reference: Path) -> bool:
-    try:
-        runs.assert_same(run, reference)
-    except AssertionError as error:
-        print(error)
-        return False
-    return True
+# -------------------------------------------------------------------------------------------------------- the cluster
+
+
+def _leave(number: int, _frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
 
 
 @contextlib.contextmanager
 def _cluster() -> Iterator[tuple[Cluster, Path]]:
-    """A cluster of two nodes of its own, stopped at the end."""
+    """A cluster of its own, stopped at the end, however that comes."""
     folder = Path(tempfile.mkdtemp(prefix="drill-", dir="/tmp"))
-    start = [str(DEVCLUSTER / "start"), "--nodes", "2", "--gpus", "1", "--dir", str(folder / "slurm")]
-    done = subprocess.run(start, capture_output=True, text=True, check=True)
-    configuration = done.stdout.strip().removeprefix("export SLURM_CONF=")
-    os.environ["SLURM_CONF"] = configuration
+    start = [str(DEVCLUSTER / "start"), "--nodes", str(NODES), "--gpus", "1", "--dir", str(folder / "slurm")]
     try:
+        done = subprocess.run(start, stdout=subprocess.PIPE, text=True, check=True)
+        configuration = done.stdout.strip().removeprefix("export SLURM_CONF=")
+        os.environ["SLURM_CONF"] = configuration
         yield Cluster(folder / "slurm", configuration), folder
     finally:
-        subprocess.run([str(DEVCLUSTER / "stop"), "--dir", str(folder / "slurm")], capture_output=True, check=False)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        subprocess.run([str(DEVCLUSTER / "stop"), "--dir", str(folder / "slurm")], check=False)
         shutil.rmtree(folder, ignore_errors=True)
 
 

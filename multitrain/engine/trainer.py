@@ -119,6 +119,9 @@ class Trainer:
         self._saved = -1  # newest update that is on disk, or being written
         self._validated = -1
         self._nonfinite = 0
+        self._fp16_scale: dict[str, Any] | None = (
+            None  # of earlier starts in fp16, kept while this one is in another precision
+        )
 
     def resume(self) -> dict[Path, str]:
         """Load the newest whole checkpoint, which rank 0 chooses, and open the recorder where it ends.
@@ -329,7 +332,7 @@ class Trainer:
             "plan": self.plan.describe(),
             "fingerprint": self.plan.fingerprint,
             "steps_applied": self.engine.steps_applied,
-            "loss_scale": {"scale": self.engine.loss_scale.scale, "good_updates": self.engine.loss_scale.good_updates},
+            "loss_scale": self._fp16_scale or self._scale(),
             "datasets": dict(self.model.datasets),
             "multi_label": [n for n, d in self.config.data.datasets.items() if d.multi_label],
             "model": self.config.model.model_dump(mode="json"),
@@ -337,6 +340,20 @@ class Trainer:
             "world_size": self.world.size,
             "versions": {"torch": torch.__version__},
         }
+
+    def _scale(self) -> dict[str, Any]:
+        return {"scale": self.engine.loss_scale.scale, "good_updates": self.engine.loss_scale.good_updates}
+
+    def _restore_scale(self, state: Mapping[str, Any]) -> None:
+        """The loss scale that fp16 had last, however many starts in another precision lie between."""
+        saved = state["loss_scale"]
+        if state["precision"] != "fp16" and "kept" not in saved:
+            return
+        if self.engine.loss_scale.dynamic:
+            self.engine.loss_scale.scale = float(saved["scale"])
+            self.engine.loss_scale.good_updates = int(saved["good_updates"])
+        else:
+            self._fp16_scale = {**saved, "kept": True}
 
     def _load(self, content: Checkpoint) -> None:
         if content.state["fingerprint"] != self.plan.fingerprint:
@@ -346,8 +363,6 @@ class Trainer:
                 "undo the change, or start a new run with init_from="
             )
         self.engine.restore(content.weights, content.moments, int(content.state["steps_applied"]))
-        if self.engine.loss_scale.dynamic and content.state["precision"] == "fp16":
-            self.engine.loss_scale.scale = float(content.state["loss_scale"]["scale"])
-            self.engine.loss_scale.good_updates = int(content.state["loss_scale"]["good_updates"])
+        self._restore_scale(content.state)
         self.completed = content.update
         self._validated = int(content.state["validated"])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.drill import DEVCLUSTER, Cluster, reason_to_skip
+from tests.slurm.drill import DEVCLUSTER, Cluster, Runs, reason_to_skip
 
 
 @pytest.fixture(scope="session")
@@ -43,3 +43,20 @@ def cluster(devcluster: Cluster) -> Iterator[Cluster]:
     devcluster.clear()
     yield devcluster
     devcluster.clear()
+
+
+@pytest.fixture
+def runs(cluster: Cluster, tmp_path: Path, tiny_data: Path) -> Runs:
+    """Submits runs to the cluster, into a folder of the test's own."""
+    return Runs(cluster, tmp_path / "runs", tiny_data)
+
+
+@pytest.fixture(scope="session")
+def reference(devcluster: Cluster, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed run, placed by SLURM over two nodes."""
+    runs = Runs(devcluster, tmp_path_factory.mktemp("reference"), tiny_data)
+    run, job = runs.submit("undisturbed")
+    runs.finish(run, job)
+    assert len(runs.metrics(run)) == 12
+    assert {m["world_size"] for m in runs.metrics(run)} == {2}
+    return run

@@ -6,10 +6,12 @@ import contextlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +54,15 @@ class Cluster:
         """Wait until the job is in one of the states."""
         return self.until(lambda: (info := self.job(job))["JobState"] in states and info, f"{job} {states}", seconds)
 
-    def until(self, condition: Callable[[], object], what: str, seconds: float = 60) -> dict[str, str]:
+    def until(
+        self, condition: Callable[[], object], what: str, seconds: float = 60, pause: float = 0.1
+    ) -> dict[str, str]:
         """Wait until the condition holds; returns what it gave."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if held := condition():
                 return held  # type: ignore[return-value]
-            time.sleep(0.1)
+            time.sleep(pause)
         raise AssertionError(f"not within {seconds:g} s: {what}\n{self.run('squeue', '--all')}")
 
     def evict(self, nodes: int = 16, seconds: int = 1) -> str:
@@ -75,19 +79,95 @@ class Cluster:
         self.until(lambda: not _steps(job), f"the end of the steps of {job}")
         self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
 
+    def on_node(self, node: str) -> list[int]:
+        """Every process of a virtual node: its slurmd, the steps, then the tasks and all they started."""
+        table = _processes()
+        ours = {p for p, found in table.items() if f"SLURM_CONF={self.configuration}" in found.environment}
+        tasks = [p for p in ours if f"SLURMD_NODENAME={node}" in table[p].environment]
+        parents = {table[p].parent for p in tasks} - set(tasks)
+        steps = [p for p in parents if p in table and table[p].title.startswith("slurmstepd")]
+        daemon = [p for p in ours if table[p].title.startswith("slurmd ") and table[p].title.endswith(f"-N {node}")]
+        return [*daemon, *steps, *tasks]
+
+    def start_slurmd(self, node: str) -> None:
+        """Start the daemon of a virtual node again."""
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+        environment |= {"SLURM_CONF": self.configuration, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
+        command = ["slurmd", "-f", self.configuration, "-N", node]
+        with open(self.folder / "start.log", "a") as log:  # a daemon keeps what it inherits open
+            subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=True)
+
     def clear(self) -> None:
         """Cancel all jobs and wait until the nodes are idle."""
         self.run("scancel", "--quiet", "--user=root")
         self.until(lambda: not self.run("squeue", "--noheader", "--all").strip(), "an empty queue")
 
 
-def _steps(job: str) -> list[str]:
-    """Steps of the job that have processes on this machine, the batch script among them."""
-    titles = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+@dataclass(frozen=True)
+class Process:
+    """A process as /proc shows it; `title` is its command line with blanks."""
+
+    state: str
+    parent: int
+    title: str
+    environment: frozenset[str]
+
+
+def _processes() -> dict[int, Process]:
+    """All living processes of this machine by id."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            titles.append(entry.read_bytes().decode(errors="replace"))
-    return [title for title in titles if title.startswith(f"slurmstepd: [{job}.")]
+            state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+            title, environment = (
+                (entry / name).read_bytes().decode(errors="replace") for name in ("cmdline", "environ")
+            )
+            if state != "Z":
+                words = frozenset(environment.split("\0"))
+                found[int(entry.name)] = Process(state, int(parent), title.replace("\0", " ").strip(), words)
+    return found
+
+
+def _steps(job: str) -> list[str]:
+    """Steps of the job that have processes on this machine, the batch script among them; frozen ones left out."""
+    living = (p for p in _processes().values() if p.state != "T")
+    return [p.title for p in living if p.title.startswith(f"slurmstepd: [{job}.")]
+
+
+def ranks(run: Path) -> dict[int, int]:
+    """Process ids of the ranks of a run, by rank."""
+    numbers = {
+        pid: next(w[5:] for w in found.environment if w.startswith("RANK=")) for pid, found in _ranks(run).items()
+    }
+    return {int(number): pid for pid, number in sorted(numbers.items(), key=lambda pair: int(pair[1]))}
+
+
+def ranks_of_all_starts(run: Path) -> list[int]:
+    """The same, where those of an earlier start may still live."""
+    return sorted(_ranks(run))
+
+
+def _ranks(run: Path) -> dict[int, Process]:
+    """Ranks of a run; neither their supervisors, nor loader workers, which have the title of the rank they come from."""
+    table = _processes()
+    training = {pid for pid, found in table.items() if f"-m multitrain.train {run}" in found.title}
+    ranks = {pid for pid in training if "launch.supervisor" not in table[pid].title}
+    return {pid: table[pid] for pid in ranks if table[pid].parent not in ranks}
+
+
+def batch_script(job: str) -> int | None:
+    """Process id of the job's batch script, if it lives."""
+    for pid, found in _processes().items():
+        if f"/job{int(job):05d}/slurm_script" in found.title:
+            return pid
+    return None
+
+
+def send(pids: Iterable[int], number: int) -> None:
+    """A signal to processes, as far as they live."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.Signals(number))
 
 
 class Runs:
@@ -98,20 +178,42 @@ class Runs:
 
     def submit(self, name: str, *overrides: str) -> tuple[Path, str]:
         """The run's folder and job id."""
-        command = [sys.executable, "launch/submit.py", "--config-dir", "tests/configs", "experiment=tiny"]
-        command += [f"name={name}", f"runs={self.runs}", "cluster.partition=low", "nodes=2", "gpus=1", *overrides]
-        environment = os.environ | {"TINY_DATA": str(self.data)}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        done = self.ask(name, "cluster.partition=low", "nodes=2", "gpus=1", *overrides)
         assert done.returncode == 0, done.stderr
-        job = self.cluster.run("squeue", "--noheader", "--format=%i", f"--name={name}").split()[0]
-        return self.runs / name, job
+        return self.runs / name, done.stdout.split()[1]
+
+    def ask(self, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+        """What `launch/submit.py` says to it; an existing run is named, as a user does, with what changes."""
+        command = [sys.executable, "launch/submit.py"]
+        if (self.runs / name / "config.yaml").is_file():
+            command += [name]
+        else:
+            command += ["--config-dir", "tests/configs", "experiment=tiny", f"name={name}"]
+        command += [f"runs={self.runs}", *overrides]
+        return subprocess.run(command, cwd=ROOT, env=self._environment, capture_output=True, text=True, check=False)
+
+    def submit_script(self, name: str, *overrides: str) -> tuple[Path, str]:
+        """The same through `sbatch slurm/train.sh`, for people who say sbatch."""
+        command = ["sbatch", "--parsable", "--partition=low", "--nodes=2", "--ntasks-per-node=1", "--gres=gpu:1"]
+        command += ["--cpus-per-task=1", "--time=10", "--signal=USR2@30", f"--output={self.runs}/%j.out"]
+        command += ["slurm/train.sh", "--config-dir", "tests/configs", "experiment=tiny", f"name={name}"]
+        self.runs.mkdir(parents=True, exist_ok=True)
+        command += [f"runs={self.runs}", *overrides]
+        done = subprocess.run(command, cwd=ROOT, env=self._environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return self.runs / name, done.stdout.strip()
+
+    @property
+    def _environment(self) -> dict[str, str]:
+        return os.environ | {"TINY_DATA": str(self.data), "MULTITRAIN_PYTHON": sys.executable}
 
     def metrics(self, run: Path) -> list[dict[str, Any]]:
         path = run / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
     def events(self, run: Path) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+        path = run / "events.jsonl"
+        return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
     def log(self, run: Path) -> str:
         return "\n".join(f"--- {p.name}\n{p.read_text()[-3000:]}" for p in sorted(run.glob("logs/*.log")))
@@ -130,10 +232,12 @@ class Runs:
         info = self.cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", seconds=240)
         assert info["JobState"] == "COMPLETED", f"{info}\n{self.log(run)}"
 
-    def assert_same(self, run: Path, reference: Path) -> None:
-        ours, theirs = (ck.read(ck.listed(r / "checkpoints")[0]) for r in (run, reference))
-        assert ours.update == theirs.update
+    def assert_same(self, run: Path, reference: Path, update: int | None = None) -> None:
+        """Both runs have the same numbers, weights and moments, every bit, after `update` updates, or at their ends."""
+        end = update or len(self.metrics(reference))
+        ours, theirs = (ck.read(ck.folder_of(r / "checkpoints", end)) for r in (run, reference))
         for name, tensor in {**theirs.weights, **theirs.moments}.items():
             assert tensor.equal({**ours.weights, **ours.moments}[name]), f"{name} differs"
         for key in ("update", "loss", "grad_norm", "tickets"):
-            assert [m[key] for m in self.metrics(run)] == [m[key] for m in self.metrics(reference)], key
+            a, b = ([m[key] for m in self.metrics(r)][:update] for r in (run, reference))
+            assert a == b, key

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import time
@@ -12,31 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.slurm.drill import Cluster
-from tests.slurm.test_training import Runs
+from tests.slurm.drill import Runs, batch_script, ranks
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
-
-
-@pytest.fixture
-def runs(cluster: Cluster, tmp_path: Path, tiny_data: Path) -> Runs:
-    return Runs(cluster, tmp_path / "runs", tiny_data)
-
-
-def processes(*words: str) -> list[int]:
-    """Processes of this machine that have all the words in their command lines, oldest first."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            line = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
-            if all(any(word in part for part in line) for word in words):
-                found.append(int(entry.name))
-    return sorted(found)
-
-
-def ranks(run: Path) -> list[int]:
-    """The ranks' processes, without supervisors."""
-    return [p for p in processes("multitrain.train", str(run)) if p not in processes("launch.supervisor", str(run))]
 
 
 def after(run: Runs, path: Path, event: str, moment: float) -> dict[str, Any]:
@@ -51,7 +28,7 @@ def test_a_killed_rank_comes_back_inside_the_allocation(runs: Runs) -> None:
     run, job = runs.submit("in-place", "updates=40", "checkpoint.every=2")
     runs.reach(run, job, 5)
     moment = time.time()
-    os.kill(ranks(run)[-1], signal.SIGKILL)
+    os.kill(ranks(run)[1], signal.SIGKILL)
     runs.cluster.until(lambda: after(runs, run, "resume", moment), "the resume", seconds=120)
     print(
         f"back after {datetime.fromisoformat(after(runs, run, 'resume', moment)['time']).timestamp() - moment:.1f} s in place"
@@ -68,7 +45,7 @@ def test_a_killed_rank_sends_the_job_back_into_the_queue_a_bounded_number_of_tim
     )
     runs.reach(run, job, 5)
     moment = time.time()
-    os.kill(ranks(run)[-1], signal.SIGKILL)
+    os.kill(ranks(run)[1], signal.SIGKILL)
     runs.cluster.until(lambda: runs.cluster.job(job).get("Restarts") == "1", "the requeue")
     print(f"requeued after {time.time() - moment:.1f} s")
     assert runs.events(run)[-1]["status"] == "failed"
@@ -76,7 +53,7 @@ def test_a_killed_rank_sends_the_job_back_into_the_queue_a_bounded_number_of_tim
     runs.cluster.until(lambda: after(runs, run, "resume", moment), "the resume", seconds=120)
     print(f"back after {time.time() - moment:.1f} s through the queue, its two minutes of waiting left out")
     runs.reach(run, job, len(runs.metrics(run)) + 4)
-    os.kill(ranks(run)[-1], signal.SIGKILL)
+    os.kill(ranks(run)[1], signal.SIGKILL)
     info = runs.cluster.wait(job, "FAILED", seconds=60)
     assert info["Restarts"] == "1"
     assert "cluster.max_restarts=1" in runs.events(run)[-1]["reason"]
@@ -85,10 +62,9 @@ def test_a_killed_rank_sends_the_job_back_into_the_queue_a_bounded_number_of_tim
 def test_a_killed_batch_script_does_not_end_the_run(runs: Runs) -> None:
     run, job = runs.submit("headless", "updates=2000")
     runs.reach(run, job, 3)
-    script = [
-        p for p in processes("slurm_script") if str(job) in Path(f"/proc/{p}/environ").read_text(errors="replace")
-    ]
-    os.kill(script[0], signal.SIGKILL)
+    script = batch_script(job)
+    assert script is not None
+    os.kill(script, signal.SIGKILL)
     runs.cluster.until(lambda: runs.cluster.job(job).get("Restarts") == "1", "the requeue", seconds=90)
     assert runs.events(run)[-1]["status"] == "batch script ended"
     assert runs.events(run)[-1]["update"] == len(runs.metrics(run)), "work was lost"

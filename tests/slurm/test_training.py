@@ -8,25 +8,9 @@ from pathlib import Path
 import pytest
 
 from multitrain.engine import checkpoint as ck
-from tests.slurm.drill import Cluster, Runs
+from tests.slurm.drill import Runs
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
-
-
-@pytest.fixture
-def runs(cluster: Cluster, tmp_path: Path, tiny_data: Path) -> Runs:
-    return Runs(cluster, tmp_path / "runs", tiny_data)
-
-
-@pytest.fixture(scope="module")
-def reference(devcluster: Cluster, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The undisturbed run, placed by SLURM over two nodes."""
-    runs = Runs(devcluster, tmp_path_factory.mktemp("reference"), tiny_data)
-    run, job = runs.submit("undisturbed")
-    runs.finish(run, job)
-    assert len(runs.metrics(run)) == 12
-    assert {m["world_size"] for m in runs.metrics(run)} == {2}
-    return run
 
 
 def test_a_preempted_run_comes_back_by_itself_and_ends_with_the_same_bits(runs: Runs, reference: Path) -> None:

@@ -1,0 +1,68 @@
+"""A run changes its size on a real controller: `launch/submit.py NAME nodes=…` goes on where it was, with the same videos."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launch.submit import main
+from multitrain.engine import checkpoint as ck
+from tests.slurm.drill import Runs
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+
+CLOSE = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.01}
+"""Largest relative difference of an update's loss from that of the run that keeps its two nodes and fp32."""
+ONE, TWO = ("nodes=1", "gpus=1"), ("nodes=2", "gpus=1")
+
+
+@pytest.mark.parametrize(
+    "starts",
+    [
+        [
+            (*ONE, "precision=fp16"),
+            (*TWO, "precision=bf16", "micro_batch=4", "data.workers=2"),
+            (*ONE, "precision=fp16"),
+        ],
+        pytest.param(
+            [
+                (*TWO, "precision=fp32"),
+                (*ONE, "precision=bf16", "micro_batch=8"),
+                (*TWO, "precision=fp32", "micro_batch=1"),
+                ("nodes=2", "gpus=2", "precision=fp16", "data.workers=2"),
+            ],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["1-2-1", "2-1-2-4"],
+)
+def test_a_run_goes_on_with_other_nodes_precisions_and_micro_batches(
+    runs: Runs, reference: Path, starts: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ends: list[int] = []
+    scales = []
+    for number, options in enumerate(starts):
+        run, job = runs.submit("moving", "checkpoint.every=100", *options)
+        if number == len(starts) - 1:
+            runs.finish(run, job)
+        else:
+            runs.reach(run, job, 2 * (number + 1))
+            assert main(["moving", f"runs={runs.runs}", *ONE]) == 2, "a second job writes to the run"
+            assert f"job {job} (running)" in capsys.readouterr().err
+            (run / "STOP").touch()
+            runs.cluster.wait(job, "FAILED", "COMPLETED")
+        state = ck.read(ck.listed(run / "checkpoints")[0]).state
+        assert state["update"] == len(runs.metrics(run)), "work was lost"
+        ends.append(state["update"])
+        scales.append(state["loss_scale"])
+    ours, theirs = runs.metrics(run), runs.metrics(reference)
+    assert [(m["update"], m["tickets"]) for m in ours] == [(m["update"], m["tickets"]) for m in theirs]
+    for a, b in zip(ours, theirs):
+        options = starts[next(i for i, end in enumerate(ends) if a["update"] < end)]
+        precision = next(o for o in options if o.startswith("precision=")).partition("=")[2]
+        assert a["loss"] == pytest.approx(b["loss"], rel=CLOSE[precision]), f"update {a['update']} in {precision}"
+    assert len({m["world_size"] for m in ours}) == len({options[:2] for options in starts})
+    if starts[0][-1] == "precision=fp16" == starts[2][-1]:
+        assert scales[1]["good_updates"] == scales[0]["good_updates"], "bf16 does not keep the loss scale of fp16"
+        assert scales[2]["good_updates"] == scales[1]["good_updates"] + ends[2] - ends[1]
