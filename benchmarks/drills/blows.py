@@ -14,8 +14,8 @@ from tests.slurm.drill import Runs, batch_script, ranks, ranks_of_all_starts, se
 
 EVERY = 8
 """Updates between two checkpoints."""
-NODES = 3
-"""Nodes of the cluster; the run takes two of them, so that it can come back while one is missing."""
+NODES = 4
+"""Nodes of the cluster; the run takes two of them, so that it can come back while both are missing."""
 
 
 class Stage:
@@ -125,9 +125,19 @@ def _cancel(stage: Stage, chance: random.Random) -> None:
 
 def _limit(stage: Stage, chance: random.Random) -> None:
     """The controller is given another limit for the job that runs; the warning and the rest are SLURM's own."""
+    stage.cluster.run("scontrol", "update", f"jobid={stage.job}", f"TimeLimit={_minutes(stage) + 2}")
+
+
+def _minutes(stage: Stage) -> int:
+    """Whole minutes that this start of the job has run."""
     elapsed = stage.cluster.run("squeue", "--noheader", "--format=%M", f"--jobs={stage.job}").strip().split(":")
-    minutes = int(elapsed[-2]) + 60 * (int(elapsed[-3]) if len(elapsed) > 2 else 0)
-    stage.cluster.run("scontrol", "update", f"jobid={stage.job}", f"TimeLimit={minutes + 2}")
+    return int(elapsed[-2]) + 60 * (int(elapsed[-3]) if len(elapsed) > 2 else 0)
+
+
+def _limit_that_is_past(stage: Stage, chance: random.Random) -> None:
+    """A limit that is over already: SLURM sends its warning and SIGTERM at once, and SIGKILL comes after KillWait."""
+    stage.cluster.until(lambda: _minutes(stage) >= 1, "a minute of running", seconds=90)
+    stage.cluster.run("scontrol", "update", f"jobid={stage.job}", f"TimeLimit={_minutes(stage)}")
 
 
 def _lose_a_node(stage: Stage, chance: random.Random) -> None:
@@ -159,6 +169,11 @@ def _thaw(stage: Stage) -> None:
 
 
 def _wait_for_the_node(stage: Stage) -> None:
+    """Until SLURM uses the node again; also one that it has drained, since a step there waited too long for its dead `srun`."""
+    drained = stage.cluster.run("sinfo", "--noheader", "--partition=low", "--states=drain", "--format=%n").split()
+    for node in {*drained, stage.node} - {stage.node}:
+        stage.cluster.run("scontrol", "update", f"nodename={node}", "state=resume")
+
     def there() -> bool:
         state = stage.cluster.run("sinfo", "--noheader", "--partition=low", f"--nodes={stage.node}", "--format=%T")
         return state.strip() in ("idle", "mixed", "allocated")
@@ -188,6 +203,7 @@ BLOWS = {
         Blow("evicted by a higher priority", _evict, 0),
         Blow("warned (SIGUSR2)", _warn, 0),
         Blow("time limit", _limit, 0),
+        Blow("time limit that is past", _limit_that_is_past, 0),
         Blow("cancelled", _cancel, 0, ("CANCELLED",)),
         Blow("node lost", _lose_a_node, EVERY, undo=_start_slurmd),
         Blow("batch script killed", _kill_the_batch_script, 0),

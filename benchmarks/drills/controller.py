@@ -28,6 +28,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -116,19 +117,20 @@ def strike(stage: Stage, blow: Blow, chance: random.Random) -> Record:
     time.sleep(chance.uniform(0, 1))
     restarts = int(cluster.job(stage.job).get("Restarts", "0"))
     before, events, saving = stage.position(), len(runs.events(stage.folder)), stage.saving
-    begin = time.monotonic()
     blow.strike(stage, chance)
-    asked, furthest, how = 0.0, before, ""
+    begin, moment = time.monotonic(), time.time()
+    asked, furthest, how, left = 0.0, before, "", 0.0
 
     def over() -> str:
-        nonlocal asked, furthest, how
+        nonlocal asked, furthest, how, left
         started = [e for e in runs.events(stage.folder)[events:] if e["event"] in ("start", "resume")]
         furthest = furthest if started else max(furthest, stage.position())
-        if not how and time.monotonic() > asked + 0.3:
-            asked, how = time.monotonic(), _how(cluster.job(stage.job), restarts)
+        if time.monotonic() > asked + 0.3:
+            asked, how = time.monotonic(), how or _how(cluster.job(stage.job), restarts)
+            left = left or (0.0 if stage.processes() else time.monotonic() - begin)
         if started and not how:
             return "in place"
-        return how if how and not stage.processes() else ""
+        return how if how and left else ""
 
     cluster.until(over, f"the end of what '{blow.name}' struck at update {before}", seconds=240, pause=0.03)
     gone, how = time.monotonic(), how or "in place"
@@ -153,18 +155,22 @@ def strike(stage: Stage, blow: Blow, chance: random.Random) -> Record:
     blow.undo(stage)
     runs.reach(stage.folder, stage.job, stage.position() + 1)
     lost = furthest - resumed
+    said = runs.events(stage.folder)[events:]
+    stopped = [datetime.fromisoformat(e["time"]).timestamp() - moment for e in said if e["event"] == "signal"]
     returned = how in ("requeued", "in place")
     return {
         "kind": blow.name,
         "update": before,
         "how": how,
         "over_seconds": round(gone - begin, 1),
+        "ranks_gone_seconds": round(left, 1),
         "queue_seconds": round(waits, 1),
         "further_seconds": round(further, 1),
         "lost": lost,
         "returned": returned,
         "kept": how in blow.ways and lost <= blow.may_lose + (EVERY if saving and blow.may_lose else 0),
-        "said": [e["status"] for e in runs.events(stage.folder)[events:] if e["event"] in ("requeue", "end")],
+        "signal_seconds": round(stopped[0], 1) if stopped else None,
+        "said": [e["status"] for e in said if e["event"] in ("requeue", "end")],
     }
 
 
@@ -207,20 +213,11 @@ def summary(records: Sequence[Record], *, equal: bool) -> list[Record]:
     for name, own in _by_kind(records).items():
         times = f"{len(own)} times; {', '.join(sorted({r['how'].lower() for r in own}))}"
         rows.append(results.row(f"{name}: updates lost at most", ours=_most(own, "lost"), unit="updates", note=times))
-        over = f"the job was over after {_median(own, 'over_seconds'):.1f} s"
-        waits = (
-            f"; SLURM's wait in the queue, {_median(own, 'queue_seconds'):.0f} s, not counted"
-            if _most(own, "queue_seconds")
-            else ""
-        )
-        rows.append(
-            results.row(
-                f"{name}: seconds to be further", ours=_median(own, "further_seconds"), unit="s", note=over + waits
-            )
-        )
+        further = _median(own, "further_seconds")
+        rows.append(results.row(f"{name}: seconds to be further", ours=further, unit="s", note=_times(own)))
     in_place, queued = (_by_kind(records).get(name) for name in ("rank killed", "rank killed, no restarts in place"))
     if in_place and queued:
-        waited = [r["further_seconds"] + r["queue_seconds"] - r["over_seconds"] * 0 for r in queued]
+        waited = [r["further_seconds"] + r["queue_seconds"] for r in queued]
         rows.append(
             results.row(
                 "rank killed: further in place, against through the queue",
@@ -231,6 +228,15 @@ def summary(records: Sequence[Record], *, equal: bool) -> list[Record]:
             )
         )
     return rows
+
+
+def _times(records: Sequence[Record]) -> str:
+    """When the ranks had agreed to stop, when the job was over, and what SLURM would have added."""
+    over = f"The job was over after {_median(records, 'over_seconds'):.1f} s"
+    signals = [r["signal_seconds"] for r in records if r["signal_seconds"] is not None]
+    over += f", the ranks had agreed to stop after {statistics.median(signals):.1f} s" if signals else ""
+    queue = _median(records, "queue_seconds")
+    return over + (f"; SLURM lets it wait for {queue:.0f} s more, which the drill did not." if queue else ".")
 
 
 def table(records: Sequence[Record]) -> str:
