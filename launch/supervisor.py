@@ -210,7 +210,7 @@ class Supervisor:
         stopping = self._child.stop is not None
         if self._hub is not None:
             self._tell(self._hub.heard(0, code, stopping))
-        else:
+        elif 0 in self._links:  # else rank 0's supervisor is gone, and this one ends as well
             self._links[0].send(code=code, stopping=stopping)
 
     def _heard(self, rank: int, messages: list[dict[str, Any]] | None) -> None:

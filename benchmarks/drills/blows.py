@@ -170,7 +170,9 @@ def _thaw(stage: Stage) -> None:
 
 def _wait_for_the_node(stage: Stage) -> None:
     """Until SLURM uses the node again; also one that it has drained, since a step there waited too long for its dead `srun`."""
-    drained = stage.cluster.run("sinfo", "--noheader", "--partition=low", "--states=drain", "--format=%n").split()
+    drained = stage.cluster.run(
+        "sinfo", "--noheader", "--partition=low", "--Node", "--states=drain", "--format=%N"
+    ).split()
     for node in {*drained, stage.node} - {stage.node}:
         stage.cluster.run("scontrol", "update", f"nodename={node}", "state=resume")
 

@@ -77,6 +77,7 @@ class Cluster:
         """
         self.wait(job, "PENDING")
         self.until(lambda: not _steps(job), f"the end of the steps of {job}")
+        time.sleep(2)  # slurmd needs a moment to forget a job; one that comes back before fails at once
         self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
 
     def on_node(self, node: str) -> list[int]:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from launch.submit import main
 from multitrain.engine import checkpoint as ck
 from tests.slurm.drill import Runs
 
@@ -38,7 +37,7 @@ ONE, TWO = ("nodes=1", "gpus=1"), ("nodes=2", "gpus=1")
     ids=["1-2-1", "2-1-2-4"],
 )
 def test_a_run_goes_on_with_other_nodes_precisions_and_micro_batches(
-    runs: Runs, reference: Path, starts: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str]
+    runs: Runs, reference: Path, starts: list[tuple[str, ...]]
 ) -> None:
     ends: list[int] = []
     scales = []
@@ -48,8 +47,9 @@ def test_a_run_goes_on_with_other_nodes_precisions_and_micro_batches(
             runs.finish(run, job)
         else:
             runs.reach(run, job, 2 * (number + 1))
-            assert main(["moving", f"runs={runs.runs}", *ONE]) == 2, "a second job writes to the run"
-            assert f"job {job} (running)" in capsys.readouterr().err
+            refused = runs.ask("moving", *ONE)
+            assert refused.returncode == 2, "a second job would write to the run"
+            assert f"job {job} (running)" in refused.stderr
             (run / "STOP").touch()
             runs.cluster.wait(job, "FAILED", "COMPLETED")
         state = ck.read(ck.listed(run / "checkpoints")[0]).state
