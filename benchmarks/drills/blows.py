@@ -14,6 +14,8 @@ from tests.slurm.drill import Runs, batch_script, ranks, ranks_of_all_starts, se
 
 EVERY = 8
 """Updates between two checkpoints."""
+WAYS = ("submit.py", "train.sh")
+"""How a run is submitted: `launch/submit.py`, or `sbatch slurm/train.sh`."""
 NODES = 4
 """Nodes of the cluster; the run takes two of them, so that it can come back while both are missing."""
 
@@ -24,9 +26,9 @@ class Stage:
     LIMIT = "00:20:00"
     """Time limit of a start, as SLURM prints it."""
 
-    def __init__(self, runs: Runs, name: str, *, by_script: bool = False) -> None:
+    def __init__(self, runs: Runs, name: str, *, way: str = WAYS[0]) -> None:
         self.runs, self.cluster, self.name = runs, runs.cluster, name
-        self.by_script = by_script
+        self.way = way
         self.folder = runs.runs / name
         self.job = ""
         self.node = ""
@@ -43,7 +45,7 @@ class Stage:
         )
         usual += ("cluster.time_limit=20", "cluster.max_restarts=1000", "cluster.max_stalled_restarts=1000")
         self.options = options
-        submit = self.runs.submit_script if self.by_script else self.runs.submit
+        submit = self.runs.submit_script if self.way == "train.sh" else self.runs.submit
         self.folder, self.job = submit(self.name, *usual, *options)
 
     def stop(self) -> int:

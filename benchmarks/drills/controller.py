@@ -3,9 +3,10 @@
 python benchmarks/drills/controller.py                     each kind of interruption twice
 python benchmarks/drills/controller.py --count 7 --seed 3  so many, in another order, at other moments
 python benchmarks/drills/controller.py --only "node"       kinds whose name holds these words
-python benchmarks/drills/controller.py --script            submitted by `sbatch slurm/train.sh`
+python benchmarks/drills/controller.py --way train.sh      submitted by `sbatch slurm/train.sh` from the start
 
-One run over two of three virtual nodes is taken away again and again. It must come back by itself, but not where it was cancelled; redo no
+One run over two of three virtual nodes is taken away again and again. It is submitted by
+`launch/submit.py` at first, and by `sbatch slurm/train.sh` from the middle on. It must come back by itself, but not where it was cancelled; redo no
 more than what is promised; and, stopped at last, have the bits of a run that nobody disturbed. Needs root, `slurm-wlm` and `munge`.
 """
 
@@ -33,7 +34,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from benchmarks import results
-from benchmarks.drills.blows import BLOWS, EVERY, NODES, Blow, Stage
+from benchmarks.drills.blows import BLOWS, EVERY, NODES, WAYS, Blow, Stage
 from benchmarks.drills.run import write_data
 from tests.slurm.drill import DEVCLUSTER, Cluster, Runs, reason_to_skip
 
@@ -55,7 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of their order and moments (default 0)")
     parser.add_argument("--only", default="", metavar="WORDS", help="only kinds whose name holds these words")
-    parser.add_argument("--script", action="store_true", help="submit by sbatch slurm/train.sh, not launch/submit.py")
+    parser.add_argument(
+        "--way", choices=WAYS, help="how the run is submitted (default: the first half so, the second so)"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE", help=f"results (default {RESULTS})")
     given = parser.parse_args(arguments)
     if reason := reason_to_skip():
@@ -65,15 +68,14 @@ def main(arguments: list[str] | None = None) -> int:
     if not kinds:
         print(f"error: no kind holds {given.only!r}; there are: {', '.join(BLOWS)}", file=sys.stderr)
         return 2
+    ways = [given.way] if given.way else list(WAYS)
     print(f"seed {given.seed}: {given.count} interruptions of {len(kinds)} kinds", flush=True)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)  # the cluster is stopped on the way out
     began = time.monotonic()
     with _cluster() as (cluster, folder):
         runs = Runs(cluster, folder / "runs", write_data(folder / "data"))
-        records, updates, trouble = campaign(
-            runs, deal(kinds, given.count, given.seed), given.seed, by_script=given.script
-        )
+        records, updates, trouble = campaign(runs, deal(kinds, given.count, given.seed, ways), given.seed)
     kept = sum(r["kept"] for r in records)
     print(f"\n{table(records)}\n\n{kept} of {len(records)} promises kept; ", end="")
     print(trouble or f"after {updates} updates the run has the undisturbed run's weights and moments, every bit")
@@ -84,24 +86,29 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if not trouble and kept == len(records) == given.count else 1
 
 
-def deal(kinds: Sequence[Blow], count: int, seed: int) -> list[Blow]:
-    """`count` of the kinds, each as often as the others, in a random order; those that need other options come last."""
-    blows = (list(kinds) * count)[:count]
-    random.Random(f"{seed}-order").shuffle(blows)
-    return sorted(blows, key=lambda b: b.options)
+def deal(kinds: Sequence[Blow], count: int, seed: int, ways: Sequence[str]) -> list[tuple[Blow, str]]:
+    """`count` of the kinds, each as often as the others, in a random order, way by way; those with options of their own last."""
+    found = []
+    for number, way in enumerate(ways):
+        share = count // len(ways) + (number < count % len(ways))
+        blows = (list(kinds) * share)[:share]
+        random.Random(f"{seed}-{way}").shuffle(blows)
+        found += [(blow, way) for blow in sorted(blows, key=lambda b: b.options)]
+    return found
 
 
-def campaign(runs: Runs, blows: Sequence[Blow], seed: int, *, by_script: bool) -> tuple[list[Record], int, str]:
+def campaign(runs: Runs, blows: Sequence[tuple[Blow, str]], seed: int) -> tuple[list[Record], int, str]:
     """One run, struck by each of `blows`; what each did, the updates of the run, and what is wrong with it ('' nothing)."""
-    stage = Stage(runs, "drilled", by_script=by_script)
+    stage = Stage(runs, "drilled", way=blows[0][1])
     records: list[Record] = []
     try:
         stage.submit()
-        for number, blow in enumerate(blows):
-            if blow.options != stage.options:
+        for number, (blow, way) in enumerate(blows):
+            if (blow.options, way) != (stage.options, stage.way):
                 stage.stop()
+                stage.way = way
                 stage.submit(*blow.options)
-            records.append(strike(stage, blow, random.Random(f"{seed}-{number}")))
+            records.append({"way": way, **strike(stage, blow, random.Random(f"{seed}-{number}"))})
             print(_line(records[-1]), flush=True)
         updates = stage.stop()
         return records, updates, _difference(runs, stage, updates)
@@ -266,7 +273,7 @@ def _most(records: Sequence[Record], key: str) -> float:
 
 def _line(r: Record) -> str:
     return (
-        f"update {r['update']:4}  {r['kind']:34}  {r['how']:10}  over in {r['over_seconds']:5.1f} s, lost {r['lost']}, "
+        f"{r['way']:9}  update {r['update']:4}  {r['kind']:34}  {r['how']:10}  over in {r['over_seconds']:5.1f} s, lost {r['lost']}, "
         f"further in {r['further_seconds']:5.1f} s{'' if r['kept'] else '  BROKEN PROMISE'}"
     )
 

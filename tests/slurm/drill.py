@@ -196,7 +196,7 @@ class Runs:
     def submit_script(self, name: str, *overrides: str) -> tuple[Path, str]:
         """The same through `sbatch slurm/train.sh`, for people who say sbatch."""
         command = ["sbatch", "--parsable", "--partition=low", "--nodes=2", "--ntasks-per-node=1", "--gres=gpu:1"]
-        command += ["--cpus-per-task=1", "--time=10", "--signal=USR2@30", f"--output={self.runs}/%j.out"]
+        command += ["--cpus-per-task=1", "--time=20", "--signal=USR2@30", f"--output={self.runs}/%j.out"]
         command += ["slurm/train.sh", "--config-dir", "tests/configs", "experiment=tiny", f"name={name}"]
         self.runs.mkdir(parents=True, exist_ok=True)
         command += [f"runs={self.runs}", *overrides]
@@ -217,7 +217,9 @@ class Runs:
         return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
     def log(self, run: Path) -> str:
-        return "\n".join(f"--- {p.name}\n{p.read_text()[-3000:]}" for p in sorted(run.glob("logs/*.log")))
+        """The ends of all logs of a run; also what `train.sh` said."""
+        files = [*sorted(run.glob("logs/*.log")), *sorted(self.runs.glob("*.out"))]
+        return "\n".join(f"--- {p.name}\n{p.read_text()[-3000:]}" for p in files)
 
     def reach(self, run: Path, job: str, update: int) -> None:
         """Wait until `update` updates are recorded."""
