@@ -5,9 +5,9 @@ python benchmarks/drills/controller.py --count 7 --seed 3  so many, in another o
 python benchmarks/drills/controller.py --only "node"       kinds whose name holds these words
 python benchmarks/drills/controller.py --way train.sh      submitted by `sbatch slurm/train.sh` from the start
 
-One run over two of three virtual nodes is taken away again and again. It is submitted by
-`launch/submit.py` at first, and by `sbatch slurm/train.sh` from the middle on. It must come back by itself, but not where it was cancelled; redo no
-more than what is promised; and, stopped at last, have the bits of a run that nobody disturbed. Needs root, `slurm-wlm` and `munge`.
+One run over two of four virtual nodes is taken away again and again. It is submitted by `launch/submit.py` at first, and by
+`sbatch slurm/train.sh` from the middle on. It must come back by itself, but not where it was cancelled; redo no more than what
+is promised; and, stopped at last, have the bits of a run that nobody disturbed. Needs root, `slurm-wlm` and `munge`.
 """
 
 from __future__ import annotations
@@ -88,10 +88,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def deal(kinds: Sequence[Blow], count: int, seed: int, ways: Sequence[str]) -> list[tuple[Blow, str]]:
     """`count` of the kinds, each as often as the others, in a random order, way by way; those with options of their own last."""
-    found = []
+    found, left = [], (list(kinds) * count)[:count]
     for number, way in enumerate(ways):
         share = count // len(ways) + (number < count % len(ways))
-        blows = (list(kinds) * share)[:share]
+        blows, left = left[:share], left[share:]
         random.Random(f"{seed}-{way}").shuffle(blows)
         found += [(blow, way) for blow in sorted(blows, key=lambda b: b.options)]
     return found
