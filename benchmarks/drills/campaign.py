@@ -70,6 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--only", metavar="WORDS", help="only kinds whose name holds these words")
     parser.add_argument("--run", type=int, metavar="I", help="only run number I of the campaign with this seed")
+    parser.add_argument("--world", type=int, choices=(1, 2, 4), help="ranks of every run, at every start")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE", help=f"results (default {RESULTS})")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="work in DIR and leave all runs there")
     given = parser.parse_args(arguments)
@@ -111,6 +112,7 @@ def campaign(
     number = 0 if run is None else run
     while len(records) < count and (run is None or number == run):
         precision, world = SHAPES[number % len(SHAPES)]
+        world = given.world or world
         key = (precision, world or 2)
         if key not in references:
             references[key] = uninterrupted(folder, data, *key)
@@ -339,6 +341,7 @@ def save(out: Path, given: argparse.Namespace, records: list[Record], runs: list
         "name": "drills",
         "command": f"python benchmarks/drills/campaign.py --count {given.count} --seed {given.seed}"
         + (f" --only '{given.only}'" if given.only else "")
+        + (f" --world {given.world}" if given.world is not None else "")
         + (f" --run {given.run}" if given.run is not None else ""),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "hardware": results.hardware(),

@@ -86,6 +86,13 @@ def _one_after_another(run: TinyRun, chance: random.Random) -> None:
         time.sleep(chance.uniform(0, 0.1))
 
 
+def _no_longer_waited_for(run: TinyRun, chance: random.Random) -> None:
+    """As SLURM does it: SIGTERM to every process, and SIGKILL when KillWait is over, wherever the stop is by then."""
+    _to_the_whole_step(run, chance)
+    time.sleep(chance.uniform(0, 2))
+    _send(_all(run), signal.SIGKILL)
+
+
 def _touch(name: str) -> Hit:
     return lambda run, chance: (run.folder / name).touch()
 
@@ -228,6 +235,7 @@ KINDS = {
         Kind("file STOP", _touch("STOP"), 0),
         Kind("file SAVE", _save_and_go_on, 0, passes=True, weight=3),
         Kind("SIGTERM in a save", _in_a_save(_to_all(TERM)), 0),
+        Kind("signals in a save, several", _in_a_save(_one_after_another), 0, weight=2),
         Kind("SIGTERM in an evaluation", _in_an_evaluation(_to_all(TERM)), 0, weight=3, moment=_next_evaluation),
         Kind("SIGTERM in a data stall", _in_a_data_stall, 0),
         Kind("a signal while starting", _while_starting, 0, weight=3),
@@ -235,6 +243,7 @@ KINDS = {
         Kind("SIGKILL of all ranks", _to_all(KILL), EVERY),
         Kind("SIGKILL of the launcher", _to_the_launcher(KILL), EVERY),
         Kind("SIGKILL in a save", _in_a_save(_to_all(KILL)), 2 * EVERY, weight=6),
+        Kind("SIGTERM, then SIGKILL", _no_longer_waited_for, 2 * EVERY, weight=2),
         Kind("SIGKILL of a worker", _kill_a_worker, EVERY, passes=True),
         Kind("SIGSEGV in a rank", _to_one(signal.SIGSEGV), EVERY, weight=2),
         Kind("exception in a rank", _to_one(EXCEPTION), EVERY, passes=True),
