@@ -4,7 +4,8 @@ python -m benchmarks.stop [--full] [--stops N] [--ranks N] [--seed S]
 
 A real run of the full-size network with its AdamW moments, through ``launch/submit.py … cluster=local``: clips are small, so that
 an update is short on a CPU; what has to be written is not. SIGCONT and SIGTERM come to every process, as SLURM sends them, at random
-moments of an update; then the run is submitted again, and must go on exactly where it was.
+moments of an update; then the run is submitted again, and must go on exactly where it was. Where a private SLURM can run (root,
+`slurm-wlm`, `munge`), the last stop is on a real controller: two nodes, `scancel --signal=USR2`, until the job is in the queue again.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 from benchmarks import results
 from benchmarks.drills.run import TinyRun, write_data
 from multitrain.engine import checkpoint as ck
+from tests.slurm.drill import Runs, ranks_of_all_starts, reason_to_skip, started
 
 OVERRIDES = {
     "model": "mvit_b24_32x3",  # its state; of clips as small as it takes
@@ -68,6 +70,31 @@ def one_stop(run: TinyRun, ranks: int, chance: random.Random) -> dict[str, Any]:
         "lost": run.position() - saved,
         "exit": run.code(),
     }
+
+
+def stop_on_a_controller(chance: random.Random) -> dict[str, Any]:
+    """One stop of the same run on a private SLURM; seconds from `scancel --signal=USR2`."""
+    with started(2, 1) as (cluster, folder):
+        runs = Runs(cluster, folder / "runs", write_data(folder / "data"))
+        options = {**OVERRIDES, "precision": "fp32", "monitor.tensorboard": "false"}
+        run, job = runs.submit("stopped", *(f"{key}={value}" for key, value in options.items()))
+        runs.reach(run, job, 2)
+        time.sleep(chance.uniform(0, float(runs.metrics(run)[-1]["seconds"])))
+        struck, seen = time.time(), len(runs.events(run))
+        cluster.run("scancel", "--signal=USR2", job)
+        cluster.until(lambda: not ranks_of_all_starts(run), "the end of all ranks", seconds=120)
+        gone = time.time()
+        cluster.wait(job, "PENDING")
+        told = {e["event"]: e for e in runs.events(run)[seen:]}
+        newest, _ = ck.newest_verified(run / "checkpoints")
+        return {
+            "update": len(runs.metrics(run)),
+            "agreed": round(_seconds(told["signal"]) - struck, 3),
+            "verified": round(_seconds(told["checkpoint"]) - struck, 3),
+            "requeued": round(_seconds(told["requeue"]) - struck, 3),
+            "gone": round(gone - struck, 3),
+            "lost": len(runs.metrics(run)) - (int(newest.name.split("-")[1]) if newest else 0),
+        }
 
 
 def _seconds(event: dict[str, Any]) -> float:
@@ -123,9 +150,20 @@ def main(arguments: list[str] | None = None) -> int:
         rows.append(
             results.row(figure, ours=statistics.median(values), unit="s", note=f"At most {max(values):.1f} s. {what}")
         )
-    lost = max(s["lost"] for s in found)
+    queued = None if reason_to_skip() else stop_on_a_controller(random.Random(given.seed))
+    if queued:
+        print(queued, flush=True)
+        rows.append(
+            results.row(
+                "from SLURM's SIGUSR2 to the end of the last rank, requeued",
+                ours=queued["gone"],
+                unit="s",
+                note=f"Two nodes of a private SLURM; the checkpoint was verified after {queued['verified']:.1f} s.",
+            )
+        )
+    lost = max(s["lost"] for s in [*found, *([queued] if queued else [])])
     rows.append(results.row("completed updates lost by it, at most", ours=lost, unit="updates", target="<= 0 updates"))
-    results.save("stop", rows, size="full" if given.full else "small", stops=found)
+    results.save("stop", rows, size="full" if given.full else "small", stops=found, on_a_controller=queued)
     return 1 if lost or any(s["exit"] != 75 for s in found) else 0
 
 

@@ -19,16 +19,12 @@ if not __package__:
     sys.path[:1] = [str(Path(__file__).resolve().parents[2])]
 
 import argparse
-import contextlib
-import os
 import random
-import shutil
 import signal
 import statistics
 import subprocess
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from types import FrameType
 from typing import Any, NoReturn
@@ -36,7 +32,7 @@ from typing import Any, NoReturn
 from benchmarks import results
 from benchmarks.drills.blows import BLOWS, EVERY, NODES, WAYS, Blow, Stage
 from benchmarks.drills.run import write_data
-from tests.slurm.drill import DEVCLUSTER, Cluster, Runs, reason_to_skip
+from tests.slurm.drill import Runs, reason_to_skip, started
 
 RESULTS = results.FOLDER / "drills_controller.json"
 OVER = ("CANCELLED", "FAILED", "COMPLETED", "NODE_FAIL", "TIMEOUT", "BOOT_FAIL", "OUT_OF_MEMORY")
@@ -73,7 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)  # the cluster is stopped on the way out
     began = time.monotonic()
-    with _cluster() as (cluster, folder):
+    with started(NODES, 1) as (cluster, folder):
+        print(f"the cluster is in {cluster.folder}; it is stopped at the end, however that comes", flush=True)
         runs = Runs(cluster, folder / "runs", write_data(folder / "data"))
         records, updates, trouble = campaign(runs, deal(kinds, given.count, given.seed, ways), given.seed)
     kept = sum(r["kept"] for r in records)
@@ -278,28 +275,8 @@ def _line(r: Record) -> str:
     )
 
 
-# -------------------------------------------------------------------------------------------------------- the cluster
-
-
 def _leave(number: int, _frame: FrameType | None) -> NoReturn:
     sys.exit(128 + number)
-
-
-@contextlib.contextmanager
-def _cluster() -> Iterator[tuple[Cluster, Path]]:
-    """A cluster of its own, stopped at the end, however that comes."""
-    folder = Path(tempfile.mkdtemp(prefix="drill-", dir="/tmp"))
-    start = [str(DEVCLUSTER / "start"), "--nodes", str(NODES), "--gpus", "1", "--dir", str(folder / "slurm")]
-    try:
-        done = subprocess.run(start, stdout=subprocess.PIPE, text=True, check=True)
-        configuration = done.stdout.strip().removeprefix("export SLURM_CONF=")
-        os.environ["SLURM_CONF"] = configuration
-        yield Cluster(folder / "slurm", configuration), folder
-    finally:
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
-        subprocess.run([str(DEVCLUSTER / "stop"), "--dir", str(folder / "slurm")], check=False)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.slurm.drill import DEVCLUSTER, Cluster, Runs, reason_to_skip
+from tests.slurm.drill import Cluster, Runs, reason_to_skip, started
 
 
 @pytest.fixture(scope="session")
@@ -20,21 +16,8 @@ def devcluster() -> Iterator[Cluster]:
     reason = reason_to_skip()
     if reason:
         pytest.skip(f"no SLURM to test on: {reason}")
-    folder = Path(tempfile.mkdtemp(prefix="mtdc-", dir="/tmp"))
-    start = [str(DEVCLUSTER / "start"), "--nodes", "16", "--gpus", "8", "--dir", str(folder / "slurm")]
-    done = subprocess.run(start, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
-    configuration = done.stdout.strip().removeprefix("export SLURM_CONF=")
-    before = os.environ.get("SLURM_CONF")
-    os.environ["SLURM_CONF"] = configuration
-    try:
-        yield Cluster(folder / "slurm", configuration)
-    finally:
-        subprocess.run([str(DEVCLUSTER / "stop"), "--dir", str(folder / "slurm")], capture_output=True, check=False)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.environ.pop("SLURM_CONF")
-        if before is not None:
-            os.environ["SLURM_CONF"] = before
+    with started(16, 8) as (running, _):
+        yield running
 
 
 @pytest.fixture

@@ -6,11 +6,13 @@ import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,39 @@ def reason_to_skip() -> str | None:
     spec.loader.exec_module(module)
     reason: str | None = module.missing()
     return reason
+
+
+@contextlib.contextmanager
+def started(nodes: int, gpus: int) -> Iterator[tuple[Cluster, Path]]:
+    """A cluster of its own, and a folder that lives as long; SLURM_CONF points to it. It is stopped, whatever ends the block."""
+    folder = Path(tempfile.mkdtemp(prefix="mtdc-", dir="/tmp"))
+    start = [str(DEVCLUSTER / "start"), "--nodes", str(nodes), "--gpus", str(gpus), "--dir", str(folder / "slurm")]
+    before = os.environ.get("SLURM_CONF")
+    try:
+        done = subprocess.run(start, capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == 0, done.stderr
+        configuration = done.stdout.strip().removeprefix("export SLURM_CONF=")
+        os.environ["SLURM_CONF"] = configuration
+        yield Cluster(folder / "slurm", configuration), folder
+    finally:
+        with _undisturbed():
+            subprocess.run([str(DEVCLUSTER / "stop"), "--dir", str(folder / "slurm")], capture_output=True, check=False)
+            shutil.rmtree(folder, ignore_errors=True)
+        os.environ.pop("SLURM_CONF", None)
+        if before is not None:
+            os.environ["SLURM_CONF"] = before
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """No signal ends what is in the block: a cluster half stopped would run on."""
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
 
 
 class Cluster:
