@@ -50,14 +50,16 @@ COME_BACK = """\
 if [ "$status" -ne 0 ] && [ "$status" -ne 75 ]; then
     job=$(scontrol show job -o "$SLURM_JOB_ID")
     case $job in *" PreemptTime=2"*) preempted=preempted ;; *) preempted= ;; esac
-    case $job in *" JobState=RUNNING "*) {python} -m launch.again {run} "$status" $preempted && scontrol requeue "$SLURM_JOB_ID" ;; esac
+    case $job in *" JobState=RUNNING "*" Restarts=${{SLURM_RESTART_COUNT:-0}} "*) {python} -m launch.again {run} "$status" $preempted && scontrol requeue "$SLURM_JOB_ID" ;; esac
 fi"""
 """The run requeues itself when SLURM takes its nodes; this is for ranks that died, and that could not: killed while they
-were starting, or without `scontrol` in their container. A cancelled job is not RUNNING any more."""
+were starting, or without `scontrol` in their container. A cancelled job is not RUNNING any more; one with more restarts runs
+elsewhere, and this script is of a node that was lost for a while."""
 
 IF_PREEMPTED = (
     'if [ "$status" -ne 0 ] && [ "$status" -ne 75 ] && '
-    'scontrol show job -o "$SLURM_JOB_ID" | grep -q " JobState=RUNNING .* PreemptTime=2"; then '
+    'scontrol show job -o "$SLURM_JOB_ID" | '
+    'grep -q " JobState=RUNNING .* Restarts=${SLURM_RESTART_COUNT:-0} .* PreemptTime=2"; then '
     'scontrol requeue "$SLURM_JOB_ID"; fi'
 )
 """The same for a test, which goes on where it was: a preempted one whose ranks could not requeue it."""

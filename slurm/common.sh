@@ -22,11 +22,14 @@ $hold true 2>/dev/null || hold=
 # srun does not inherit --cpus-per-task since 22.05.
 step=(srun --kill-on-bad-exit=1 "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}")
 
+# this_start: what the controller says while it is this start of the job that runs, and none after it on other nodes.
+this_start() { scontrol show job -o "$SLURM_JOB_ID" | grep " JobState=RUNNING .* Restarts=${SLURM_RESTART_COUNT:-0} "; }
+
 # preempted: SLURM is taking the nodes away, and the job has not been put back into the queue.
-preempted() { scontrol show job -o "$SLURM_JOB_ID" | grep -q ' JobState=RUNNING .* PreemptTime=2'; }
+preempted() { this_start | grep -q ' PreemptTime=2'; }
 
 # running: nobody has cancelled the job.
-running() { scontrol show job -o "$SLURM_JOB_ID" | grep -q ' JobState=RUNNING '; }
+running() { this_start | grep -q .; }
 
 # evaluate DATASET CHECKPOINT [key=value …]: multi-view scores of one dataset's test split. A restart skips the videos that
 # are scored already, so a job that is preempted or runs out of time simply comes back. The three scripts write into one

@@ -169,7 +169,7 @@ def taken_away(job_id: str, signals: Collection[int], *, close: float = 120.0) -
     Preemption and `scancel` send the same signals. What tells them apart is the controller: a preempted job is still
     RUNNING and has a PreemptTime; a cancelled one is COMPLETING without a Reason, or CANCELLED; one whose batch script was
     killed is COMPLETING with one (JobLaunchFailure, of all names). None as well when SLURM has already put
-    the job back by itself, which it does when the grace period ends.
+    the job back by itself, which it does when the grace period ends, or when it had given up the node that this is said on.
 
     Args:
         signals: all that were received so far; a warning of the time limit is SIGUSR2 (or SIGUSR1).
@@ -179,6 +179,8 @@ def taken_away(job_id: str, signals: Collection[int], *, close: float = 120.0) -
         SlurmError: the controller does not answer. The job must then neither be requeued nor end with 0.
     """
     job = show_job(job_id)
+    if int(job.get("Restarts", restart_count())) > restart_count():  # it runs elsewhere: this node was lost for a while
+        return None
     if job.get("JobState") == "COMPLETING":
         return ENDED_BY_ITSELF.get(job.get("Reason", ""))
     if job.get("JobState") != "RUNNING":

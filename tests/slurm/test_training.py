@@ -40,6 +40,23 @@ def test_a_run_warned_of_its_time_limit_comes_back_and_ends_with_the_same_bits(r
     runs.assert_same(run, reference)
 
 
+def test_a_preempted_run_of_train_sh_goes_on_with_launch_submit(runs: Runs, reference: Path) -> None:
+    run, job = runs.submit_script("script")
+    runs.reach(run, job, 3)
+    runs.cluster.evict()
+    runs.cluster.until(lambda: runs.cluster.job(job).get("Restarts") == "1", "the requeue")
+    assert runs.events(run)[-1]["status"] == "preempted"
+    assert ck.read(ck.newest_verified(run / "checkpoints")[0] or run).update == len(runs.metrics(run)), "work was lost"
+    refused = runs.ask("script")
+    assert refused.returncode == 2, "the job waits in the queue, and would be the second to write to the run"
+    assert f"job {job} (pending)" in refused.stderr
+    runs.cluster.run("scancel", job)
+    runs.cluster.until(lambda: not runs.cluster.run("squeue", "--noheader", f"--name={run.name}").strip(), "its end")
+    run, job = runs.submit("script")
+    runs.finish(run, job)
+    runs.assert_same(run, reference)
+
+
 def test_a_cancelled_run_stays_cancelled_and_can_be_resumed(runs: Runs, reference: Path) -> None:
     run, job = runs.submit("cancelled")
     runs.reach(run, job, 2)
