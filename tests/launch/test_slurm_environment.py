@@ -136,6 +136,19 @@ def test_a_job_whose_batch_script_was_killed_is_told_from_a_cancelled_one(
     assert slurm.taken_away("7", [signal.SIGTERM]) == why
 
 
+@pytest.mark.parametrize(("own", "reason"), [(None, None), ("1", "preempted")])
+def test_a_start_of_a_job_that_has_started_again_elsewhere_leaves_it_alone(
+    answer: Path, monkeypatch: pytest.MonkeyPatch, own: str | None, reason: str | None
+) -> None:
+    """A node that was silent for a while is back: `scontrol requeue` there would take the nodes from the next start."""
+    if own is not None:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", own)
+    line = JOB.format(state="RUNNING", preempt="2026-11-22T10:18:45", end="2026-11-22T10:18:45")
+    assert "Restarts=0" in line
+    answer.write_text(line.replace("Restarts=0", "Restarts=1") + "\n")
+    assert slurm.taken_away("7", [signal.SIGTERM]) == reason
+
+
 def test_without_an_answer_nothing_is_decided(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(slurm.SlurmError, match="scontrol"):
