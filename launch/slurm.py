@@ -50,7 +50,9 @@ COME_BACK = """\
 if [ "$status" -ne 0 ] && [ "$status" -ne 75 ]; then
     job=$(scontrol show job -o "$SLURM_JOB_ID")
     case $job in *" PreemptTime=2"*) preempted=preempted ;; *) preempted= ;; esac
-    case $job in *" JobState=RUNNING "*" Restarts=${{SLURM_RESTART_COUNT:-0}} "*) {python} -m launch.again {run} "$status" $preempted && scontrol requeue "$SLURM_JOB_ID" ;; esac
+    case $job in *" JobState=RUNNING "*" Restarts=${{SLURM_RESTART_COUNT:-0}} "*)
+        {python} -m launch.again {run} "$status" $preempted && scontrol requeue "$SLURM_JOB_ID" ;;
+    esac
 fi"""
 """The run requeues itself when SLURM takes its nodes; this is for ranks that died, and that could not: killed while they
 were starting, or without `scontrol` in their container. A cancelled job is not RUNNING any more; one with more restarts runs

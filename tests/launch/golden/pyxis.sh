@@ -32,6 +32,8 @@ status=$?
 if [ "$status" -ne 0 ] && [ "$status" -ne 75 ]; then
     job=$(scontrol show job -o "$SLURM_JOB_ID")
     case $job in *" PreemptTime=2"*) preempted=preempted ;; *) preempted= ;; esac
-    case $job in *" JobState=RUNNING "*" Restarts=${SLURM_RESTART_COUNT:-0} "*) python -m launch.again /shared/runs/golden "$status" $preempted && scontrol requeue "$SLURM_JOB_ID" ;; esac
+    case $job in *" JobState=RUNNING "*" Restarts=${SLURM_RESTART_COUNT:-0} "*)
+        python -m launch.again /shared/runs/golden "$status" $preempted && scontrol requeue "$SLURM_JOB_ID" ;;
+    esac
 fi
 exit "$status"
