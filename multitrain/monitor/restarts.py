@@ -36,27 +36,34 @@ class Start:
 
 
 def starts(events: Sequence[Mapping[str, Any]]) -> list[Start]:
-    """The starts since the run was last submitted, oldest first. Each line of them has ended, but for one that runs now."""
+    """The starts since the run was last submitted, oldest first. Each line of them has ended, but for one that runs now.
+
+    What rank 0 of a start tells is of that start, even after the next has begun: its node may have been lost for a while.
+    """
     found: list[Start] = []
     newest = 0
+    by_process: dict[tuple[Any, Any], Start] = {}
     for event in events:
         name, update = event["event"], event.get("update")
+        process = (event.get("host"), event.get("pid"))
+        own = by_process.get(process) or (found[-1] if found else None)
         if name == "submit":
-            found = []
+            found, by_process = [], {}
         elif name == "begin":
             found.append(Start(int(event.get("restart") or 0), int(event.get("in_place", 0))))
+            by_process[process] = found[-1]
         elif name == "checkpoint" and isinstance(update, int):
-            if found and update > newest:
-                found[-1].progress = True
+            if own is not None and update > newest:
+                own.progress = True
             newest = max(newest, update)
-        elif name == "requeue" and (not found or found[-1].ended is not None):  # died before it could begin
+        elif name == "requeue" and (own is None or own.ended is not None):  # died before it could begin
             found.append(Start(int(event.get("restart") or 0), ended=str(event.get("status"))))
-        elif not found:
+        elif own is None:
             continue
         elif name == "error" and event.get("final"):
-            found[-1].final = str(event.get("reason"))
-        elif name in ("requeue", "end") and found[-1].ended is None:
-            found[-1].ended = str(event.get("status"))
+            own.final = str(event.get("reason"))
+        elif name in ("requeue", "end") and own.ended is None:
+            own.ended = str(event.get("status"))
     return found
 
 

@@ -140,3 +140,12 @@ def test_a_cancelled_run_stays_away(job: Job) -> None:
     job.begin()
     job.write("end", status="cancelled")
     assert not job.ended(137)
+
+
+def test_a_start_on_a_node_that_was_silent_does_not_end_the_one_after_it(job: Job) -> None:
+    """Told to leave when its node is back, it takes that for a cancellation; the job runs elsewhere meanwhile."""
+    job.write("begin", in_place=0, pid=1)
+    job.restart = 1
+    job.write("begin", in_place=0, pid=2)
+    job.write("end", status="cancelled", pid=1)
+    assert job.ended(137)
