@@ -14,7 +14,7 @@ from pathlib import Path
 from multitrain.config import ConfigError, load
 from multitrain.monitor import restarts
 from multitrain.monitor.events import Events, read
-from multitrain.monitor.slurm import BATCH_ENDED, PREEMPTED, TIME_LIMIT, restart_count
+from multitrain.monitor.slurm import BATCH_ENDED, PREEMPTED, STEP_ENDED, TIME_LIMIT, restart_count
 
 FINISHED, INTERRUPTED = 0, 75
 FINAL = (2, 3)
@@ -46,7 +46,7 @@ def decide(run: Path, status: int, *, preempted: bool) -> str | None:
         history.append(restarts.Start(events.restart))  # it died before it could say that it began
     ended = history[-1].ended
     if ended is not None:  # in order, but it could not put itself back
-        return None if ended in (PREEMPTED, TIME_LIMIT, BATCH_ENDED) else ended
+        return None if ended in (PREEMPTED, TIME_LIMIT, BATCH_ENDED, STEP_ENDED) else ended
     reason = f"exit status {status}: see the ranks' logs" if status in FINAL else None
     if not preempted:
         reason = reason or restarts.refusal(history, cluster.max_restarts, cluster.max_stalled_restarts)

@@ -125,6 +125,11 @@ def _cancel(stage: Stage, chance: random.Random) -> None:
     stage.cluster.run("scancel", stage.job)
 
 
+def _end_the_step(stage: Stage, chance: random.Random) -> None:
+    """SIGTERM to the ranks alone, as from a node that shuts down; the job itself goes on."""
+    stage.cluster.run("scancel", f"{stage.job}.0")
+
+
 def _limit(stage: Stage, chance: random.Random) -> None:
     """The controller is given another limit for the job that runs; the warning and the rest are SLURM's own."""
     stage.cluster.run("scontrol", "update", f"jobid={stage.job}", f"TimeLimit={_minutes(stage) + 2}")
@@ -209,6 +214,7 @@ BLOWS = {
         Blow("time limit", _limit, 0),
         Blow("time limit that is past", _limit_that_is_past, 0),
         Blow("cancelled", _cancel, 0, ("CANCELLED",)),
+        Blow("step ended from outside", _end_the_step, 0),
         Blow("node lost", _lose_a_node, EVERY, undo=_start_slurmd),
         Blow("batch script killed", _kill_the_batch_script, 0),
         Blow("rank killed", _kill_a_rank, EVERY, ("in place",)),

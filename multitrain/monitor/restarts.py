@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from multitrain.monitor.slurm import BATCH_ENDED, PREEMPTED
+from multitrain.monitor.slurm import BATCH_ENDED, PREEMPTED, STEP_ENDED
 
 IN_PLACE = "MULTITRAIN_RESTARTS_IN_PLACE"
 """Environment variable of a rank: how often the ranks were started again inside this start of the job."""
@@ -72,7 +72,9 @@ def deaths(history: Sequence[Start], in_place: int = 0) -> int:
     comes now says that its ranks were started again inside the allocation.
     """
     following = [*(start.in_place for start in history[1:]), in_place]
-    return sum(start.ended in (None, FAILED, BATCH_ENDED) and not again for start, again in zip(history, following))
+    return sum(
+        start.ended in (None, FAILED, BATCH_ENDED, STEP_ENDED) and not again for start, again in zip(history, following)
+    )
 
 
 def stalled(history: Sequence[Start]) -> int:

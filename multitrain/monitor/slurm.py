@@ -20,8 +20,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 rank that is still importing: the rank installs its handlers, then calls :func:`unblock_stop_signals`, and what arrived
 meanwhile is delivered."""
 
-PREEMPTED, TIME_LIMIT, BATCH_ENDED = "preempted", "time limit", "batch script ended"
-"""Why SLURM took a job away that is to come back."""
+PREEMPTED, TIME_LIMIT, BATCH_ENDED, STEP_ENDED = "preempted", "time limit", "batch script ended", "ended from outside"
+"""Why a job was taken away that is to come back."""
 
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """The variables that tell a rank its place in the world and where all meet."""
@@ -163,12 +163,14 @@ ENDED_BY_ITSELF = {
 
 
 def taken_away(job_id: str, signals: Collection[int], *, close: float = 120.0) -> str | None:
-    """Why this job must come back after it was told to stop: ``"preempted"``, ``"time limit"``, ``"batch script ended"``;
-    None: it must not.
+    """Why this job must come back after it was told to stop: ``"preempted"``, ``"time limit"``, ``"batch script ended"``,
+    ``"ended from outside"``; None: it must not.
 
     Preemption and `scancel` send the same signals. What tells them apart is the controller: a preempted job is still
     RUNNING and has a PreemptTime; a cancelled one is COMPLETING without a Reason, or CANCELLED; one whose batch script was
-    killed is COMPLETING with one (JobLaunchFailure, of all names). None as well when SLURM has already put
+    killed is COMPLETING with one (JobLaunchFailure, of all names). SIGTERM to a batch job that simply goes on RUNNING was meant
+    for its processes: a node that shuts down, or the `srun` of an earlier start, whose node was silent for a while (seen: it
+    ends the step of the next start, which has the same name). None as well when SLURM has already put
     the job back by itself, which it does when the grace period ends, or when it had given up the node that this is said on.
 
     Args:
@@ -188,7 +190,9 @@ def taken_away(job_id: str, signals: Collection[int], *, close: float = 120.0) -
     if job.get("PreemptTime", "None") not in ("None", "N/A"):
         return PREEMPTED
     warned = {int(s) for s in signals} & {int(signal.SIGUSR1), int(signal.SIGUSR2)}
-    return TIME_LIMIT if warned or _seconds_until(job.get("EndTime")) < close else None
+    if warned or _seconds_until(job.get("EndTime")) < close:
+        return TIME_LIMIT
+    return STEP_ENDED if job.get("BatchFlag", "1") == "1" else None
 
 
 def grace(partition: str | None = None) -> float | None:

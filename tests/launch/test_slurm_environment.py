@@ -106,7 +106,7 @@ SOON, LATER = timedelta(seconds=30), timedelta(hours=5)
         ("RUNNING", "2026-11-22T10:18:45", LATER, [signal.SIGUSR2, signal.SIGTERM], "preempted"),
         ("RUNNING", "None", LATER, [signal.SIGUSR2], "time limit"),
         ("RUNNING", "None", SOON, [signal.SIGTERM], "time limit"),
-        ("RUNNING", "None", LATER, [signal.SIGTERM], None),
+        ("RUNNING", "None", LATER, [signal.SIGTERM], "ended from outside"),
         ("COMPLETING", "None", SOON, [signal.SIGTERM], None),
         ("COMPLETING", "2026-11-22T10:18:45", SOON, [signal.SIGTERM], None),
         ("CANCELLED", "None", LATER, [signal.SIGTERM, signal.SIGUSR2], None),
