@@ -209,16 +209,16 @@ def _frozen(pid: int) -> bool:
 BLOWS = {
     blow.name: blow
     for blow in (
-        Blow("evicted by a higher priority", _evict, 0),
-        Blow("warned (SIGUSR2)", _warn, 0),
         Blow("time limit", _limit, 0),
         Blow("time limit that is past", _limit_that_is_past, 0),
-        Blow("cancelled", _cancel, 0, ("CANCELLED",)),
         Blow("step ended from outside", _end_the_step, 0),
         Blow("node lost", _lose_a_node, EVERY, undo=_start_slurmd),
-        Blow("batch script killed", _kill_the_batch_script, 0),
-        Blow("rank killed", _kill_a_rank, EVERY, ("in place",)),
         Blow("node silent", _silence_a_node, EVERY, undo=_thaw),
+        Blow("rank killed", _kill_a_rank, EVERY, ("in place",)),
+        Blow("evicted by a higher priority", _evict, 0),
+        Blow("warned (SIGUSR2)", _warn, 0),
+        Blow("cancelled", _cancel, 0, ("CANCELLED",)),
+        Blow("batch script killed", _kill_the_batch_script, 0),
         Blow("rank killed, no restarts in place", _kill_a_rank, EVERY, options=("cluster.restarts_in_place=0",)),
     )
 }

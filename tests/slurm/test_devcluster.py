@@ -242,7 +242,7 @@ def test_a_step_that_is_ended_while_its_job_goes_on_brings_the_job_back(cluster:
     cluster.until(lambda: len(reports(board)) == 2, "the ranks")
     cluster.run("scancel", f"{job}.0")
     cluster.until(lambda: len(reports(board)) == 4, "the signals")
-    assert [r["reason"] for r in reports(board) if "signals" in r][0] == "ended from outside"
+    assert next(r["reason"] for r in reports(board) if "signals" in r) == "ended from outside"
     assert cluster.wait(job, "PENDING", seconds=20)["Restarts"] == "1"
 
 
