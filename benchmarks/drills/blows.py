@@ -127,7 +127,7 @@ def _cancel(stage: Stage, chance: random.Random) -> None:
 
 def _end_the_step(stage: Stage, chance: random.Random) -> None:
     """SIGTERM to the ranks alone, as from a node that shuts down; the job itself goes on."""
-    stage.cluster.run("scancel", f"{stage.job}.0")
+    stage.cluster.run("scancel", "--signal=TERM", f"{stage.job}.0")
 
 
 def _limit(stage: Stage, chance: random.Random) -> None:

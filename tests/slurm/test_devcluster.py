@@ -240,7 +240,7 @@ def test_the_warning_of_the_time_limit_reaches_every_rank(cluster: Cluster, boar
 def test_a_step_that_is_ended_while_its_job_goes_on_brings_the_job_back(cluster: Cluster, board: Path) -> None:
     job = submit(board, WAITS, "nodes=2", "gpus=1")
     cluster.until(lambda: len(reports(board)) == 2, "the ranks")
-    cluster.run("scancel", f"{job}.0")
+    cluster.run("scancel", "--signal=TERM", f"{job}.0")
     cluster.until(lambda: len(reports(board)) == 4, "the signals")
     assert next(r["reason"] for r in reports(board) if "signals" in r) == "ended from outside"
     assert cluster.wait(job, "PENDING", seconds=20)["Restarts"] == "1"
