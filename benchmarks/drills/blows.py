@@ -170,9 +170,14 @@ def _thaw(stage: Stage) -> None:
     send(left, signal.SIGCONT)
     _wait_for_the_node(stage)
     tasks = set(left) & set(ranks_of_all_starts(stage.folder))
-    stage.cluster.until(
-        lambda: not tasks & set(ranks_of_all_starts(stage.folder)), "the end of the start of before", 90
-    )
+    gone = "the end of the start of before"
+    stage.cluster.until(lambda: not tasks & set(ranks_of_all_starts(stage.folder)), gone, seconds=90)
+    # Its `srun` may end the step of the next start, which has the same name: that one must then come back once more.
+    with contextlib.suppress(AssertionError):
+        stage.cluster.until(
+            lambda: stage.cluster.job(stage.job)["JobState"] == "PENDING", "another requeue", seconds=20
+        )
+        stage.cluster.start_now(stage.job)
 
 
 def _wait_for_the_node(stage: Stage) -> None:
