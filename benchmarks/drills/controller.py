@@ -51,7 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--count", type=int, default=2 * len(BLOWS), metavar="N", help="interruptions (default: two a kind)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of their order and moments (default 0)")
-    parser.add_argument("--only", default="", metavar="WORDS", help="only kinds whose name holds these words")
+    parser.add_argument(
+        "--only", default="", metavar="WORDS", help="only kinds whose name holds one of these, with commas"
+    )
     parser.add_argument(
         "--way", choices=WAYS, help="how the run is submitted (default: the first half so, the second so)"
     )
@@ -60,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     if reason := reason_to_skip():
         print(f"error: {reason}", file=sys.stderr)
         return 2
-    kinds = [b for b in BLOWS.values() if given.only.lower() in b.name.lower()]
+    kinds = [b for b in BLOWS.values() if any(w.strip() in b.name for w in given.only.split(","))]
     if not kinds:
         print(f"error: no kind holds {given.only!r}; there are: {', '.join(BLOWS)}", file=sys.stderr)
         return 2
@@ -190,7 +192,7 @@ def _difference(runs: Runs, stage: Stage, updates: int) -> str:
     """What distinguishes the run from an undisturbed one after `updates` updates; '' when nothing does."""
     reference = Stage(runs, "undisturbed")
     reference.submit(f"checkpoint.every={updates}")
-    runs.reach(reference.folder, reference.job, updates + 1)
+    runs.reach(reference.folder, reference.job, updates + 1, seconds=120 + 5 * updates)
     reference.stop()
     try:
         runs.assert_same(stage.folder, reference.folder, updates)

@@ -256,7 +256,7 @@ class Runs:
         files = [*sorted(run.glob("logs/*.log")), *sorted(self.runs.glob("*.out"))]
         return "\n".join(f"--- {p.name}\n{p.read_text()[-3000:]}" for p in files)
 
-    def reach(self, run: Path, job: str, update: int) -> None:
+    def reach(self, run: Path, job: str, update: int, seconds: float = 180) -> None:
         """Wait until `update` updates are recorded."""
 
         def reached() -> bool:
@@ -264,7 +264,7 @@ class Runs:
             assert state in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING"), f"{state}\n{self.log(run)}"
             return len(self.metrics(run)) >= update
 
-        self.cluster.until(reached, f"update {update} of {run.name}", seconds=180)
+        self.cluster.until(reached, f"update {update} of {run.name}", seconds=seconds)
 
     def finish(self, run: Path, job: str) -> None:
         info = self.cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", seconds=240)
