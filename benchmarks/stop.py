@@ -15,6 +15,7 @@ import os
 import random
 import signal
 import statistics
+import sys
 import tempfile
 import time
 from datetime import datetime
@@ -131,6 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=2, help="processes (default 2)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
     given = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the run ends with this process
     with tempfile.TemporaryDirectory() as folder:
         stops = given.stops or (10 if given.full else 3)
         found, parameters, size = measure(Path(folder), given.ranks, stops, given.seed)
