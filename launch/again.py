@@ -50,10 +50,14 @@ def decide(run: Path, status: int, *, preempted: bool) -> str | None:
     reason = f"exit status {status}: see the ranks' logs" if status in FINAL else None
     if not preempted:
         reason = reason or restarts.refusal(history, cluster.max_restarts, cluster.max_stalled_restarts)
-    if reason is None:
-        events.write("requeue", status=PREEMPTED if preempted else restarts.FAILED, exit_status=status)
-    else:
-        events.write("end", status="gave up", reason=reason, exit_status=status)
+    try:
+        if reason is None:
+            events.write("requeue", status=PREEMPTED if preempted else restarts.FAILED, exit_status=status)
+        else:
+            events.write("end", status="gave up", reason=reason, exit_status=status)
+    except OSError as error:  # restarts that cannot be counted have no bound; one that was preempted has not died
+        unwritten = f"{events.path} cannot be written ({error.strerror or error}); make room, and submit the run again"
+        return reason or (None if preempted else unwritten)
     return reason
 
 

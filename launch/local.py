@@ -17,6 +17,7 @@ from types import FrameType
 from launch.rank import python_path, training
 from launch.supervisor import restartable
 from multitrain.config import ConfigError, RunConfig
+from multitrain.monitor.exits import explained, killed_for_memory
 from multitrain.monitor.restarts import IN_PLACE
 from multitrain.monitor.slurm import STOP_SIGNALS, block_stop_signals, free_port
 
@@ -88,6 +89,7 @@ class _Ranks:
         self.logs[0].parent.mkdir(exist_ok=True)
         self.shown = self.logs[0].stat().st_size if self.logs[0].exists() else 0
         self.processes: list[subprocess.Popen[bytes]] = []
+        self.killed_before = killed_for_memory()
         for rank, log in enumerate(self.logs):
             environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             with open(log, "ab") as output:
@@ -179,7 +181,7 @@ def _end_after_failure(ranks: _Ranks, rank: int, say: Callable[[str], None]) -> 
     ranks.show()
     if rank != 0:  # rank 0's log is on the terminal already
         say(f"last lines of rank {rank}:\n{ranks.tail(rank)}")
-    say(f"rank {rank} failed with exit code {code}; its log: {ranks.logs[rank]}")
+    say(f"rank {rank} {explained(code, ranks.killed_before)}; its log: {ranks.logs[rank]}")
     return code
 
 

@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from multitrain.monitor.exits import explained, killed_for_memory
 from multitrain.monitor.restarts import IN_PLACE
 from multitrain.monitor.slurm import PLACE, STOP_SIGNALS, block_stop_signals, free_port, job_id, rank_environment
 
@@ -80,6 +81,7 @@ class Child:
         self._environment = dict(environment)
         self._process: subprocess.Popen[bytes] | None = None
         self._kill_at: float | None = None
+        self._killed_before: int | None = None
         self.stop: int | None = None
         """The first stop signal that came, which ranks started later are told."""
 
@@ -87,6 +89,7 @@ class Child:
         """Start the rank; it rendezvous at `port`."""
         environment = self._environment | {"MASTER_PORT": str(port), IN_PLACE: str(attempt)}
         self._kill_at = None
+        self._killed_before = killed_for_memory()
         self._process = subprocess.Popen(self._command, env=environment, preexec_fn=_die_with_parent)
         if self.stop is not None:
             self._process.send_signal(self.stop)
@@ -107,6 +110,10 @@ class Child:
             self._process = None
         return code
 
+    def fate(self, code: int) -> str:
+        """What its exit code means, as its own node knows it."""
+        return explained(code, self._killed_before)
+
     @property
     def running(self) -> bool:
         """Whether there is a process."""
@@ -125,15 +132,15 @@ class Hub:
         self._deadline: float | None = None
         self._over = False
 
-    def heard(self, rank: int, code: int, stopping: bool) -> dict[str, Any] | None:
-        """The rank has ended with `code`; what all are to be told."""
+    def heard(self, rank: int, code: int, stopping: bool, fate: str) -> dict[str, Any] | None:
+        """The rank has ended with `code`, in words `fate`; what all are to be told."""
         self._ended.add(rank)
         if code in IN_ORDER:
             self._in_order.add(rank)
         died, ending = code not in IN_ORDER, self._deadline is not None
         last = self.attempt >= self._restarts or stopping or bool(self._in_order) or not restartable(code)
         if last if died else ending:
-            return self.give_up(f"rank {rank} ended with {code}")
+            return self.give_up(f"rank {rank} {fate}")
         if len(self._ended) == self._size and not self._in_order and not self._over:
             self.attempt += 1
             self._ended, self._deadline = set(), None
@@ -141,7 +148,7 @@ class Hub:
         if died and not ending:
             self._deadline = time.monotonic() + REJOIN
             again = f"restart {self.attempt + 1} of {self._restarts} inside the allocation"
-            return {"do": "stop", "why": f"rank {rank} ended with {code}; {again}"}
+            return {"do": "stop", "why": f"rank {rank} {fate}; {again}"}
         return None
 
     def lost(self, rank: int) -> dict[str, Any] | None:
@@ -209,9 +216,9 @@ class Supervisor:
         self._code = code
         stopping = self._child.stop is not None
         if self._hub is not None:
-            self._tell(self._hub.heard(0, code, stopping))
+            self._tell(self._hub.heard(0, code, stopping, self._child.fate(code)))
         elif 0 in self._links:  # else rank 0's supervisor is gone, and this one ends as well
-            self._links[0].send(code=code, stopping=stopping)
+            self._links[0].send(code=code, stopping=stopping, fate=self._child.fate(code))
 
     def _heard(self, rank: int, messages: list[dict[str, Any]] | None) -> None:
         if messages is None:
@@ -223,7 +230,8 @@ class Supervisor:
             return
         for message in messages:
             if self._hub is not None:
-                self._tell(self._hub.heard(rank, message["code"], message["stopping"] or self._child.stop is not None))
+                stopping = message["stopping"] or self._child.stop is not None
+                self._tell(self._hub.heard(rank, message["code"], stopping, message["fate"]))
             else:
                 self._obey(message)
 

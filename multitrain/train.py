@@ -333,17 +333,24 @@ def _die(run: Path, rank: int, error: BaseException) -> NoReturn:
     gave_up = type(error).__name__ in ("GaveUp", "TrainingError")  # the latter cannot be imported without torch
     text = str(error) if mistake or gave_up else f"{type(error).__name__}: {error}"
     try:
+        _say_last(run, rank, error, text, final=mistake or gave_up)
+    finally:  # whatever the disk under the log says
+        os._exit(MISTAKE if mistake else GAVE_UP if gave_up else FAILED)
+
+
+def _say_last(run: Path, rank: int, error: BaseException, text: str, *, final: bool) -> None:
+    """The error in the events and in the log; with its traceback, unless it is one that a user mends by its text."""
+    try:
         if run.is_dir():
-            Events(run / "events.jsonl").write("error", rank=rank, reason=text, final=mistake or gave_up)
+            Events(run / "events.jsonl").write("error", rank=rank, reason=text, final=final)
     except OSError as second:
         print(f"the error could not be written to {run}/events.jsonl: {second}", file=sys.stderr)
-    if not mistake and not gave_up:
+    if not final:
         traceback.print_exception(error)
     for line in getattr(error, "details", ()) if rank == 0 else ():
         print(line, file=sys.stderr)
     print(f"multitrain: rank {rank}: {text}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(MISTAKE if mistake else GAVE_UP if gave_up else FAILED)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,11 @@ from multitrain.config import RunConfig
 from multitrain.engine.distributed import World
 from multitrain.engine.update import Losses
 
+FEW = 16
+"""Ranks up to which every update tells of each of them."""
+SELDOM = 50
+"""Updates between two that do, where there are more."""
+
 
 class Clock:
     """Where the time of an update goes on this rank, in seconds of wall time."""
@@ -41,13 +46,15 @@ class Figures:
         self._datasets = datasets
         self._accumulation = accumulation
         self._world = world
+        self._count = 0
 
     def of(self, losses: Losses, clock: Clock) -> tuple[dict[str, Any], bool]:
         """The figures of an update as in `metrics.jsonl`, and whether any rank met unreadable videos. A collective.
 
         `data_wait_max` and `data_wait_rank`: the share of the update that the rank which waited most for its videos did so,
         and that rank. `own_seconds_max`, `own_seconds_median` and `slowest_rank`: what ranks spent neither waiting for
-        videos nor for each other; on GPUs that includes collectives of the device.
+        videos nor for each other; on GPUs that includes collectives of the device. `data_wait_per_rank` and
+        `own_seconds_per_rank`: the same of each rank, in their order; with many ranks, in some updates only.
         """
         seconds = clock.whole
         own = torch.cat([losses.terms, losses.per_dataset.flatten()]).double().cpu()
@@ -77,6 +84,11 @@ class Figures:
             "clips_per_second": round(clips / seconds, 3),
             "max_memory_gb": round(_peak_memory(self._world.device) / 1e9, 3),
         }
+        if self._world.size <= FEW or self._count % SELDOM == 0:
+            shares = waited * self._world.size / counts[0]
+            record["data_wait_per_rank"] = [round(v, 4) for v in shares.tolist()]
+            record["own_seconds_per_rank"] = [round(v, 4) for v in busy.tolist()]
+        self._count += 1
         return record, bool(counts[1])
 
 

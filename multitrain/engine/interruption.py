@@ -6,6 +6,7 @@ together before every micro-batch: the strongest request that any rank has seen 
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import os
 import signal
@@ -101,11 +102,13 @@ class Interruption:
         """A SAVE request was carried out; its file is taken away."""
         if self._request == Request.SAVE:
             self._request = Request.NONE
-        if self._watches_files:
-            (self._run / "SAVE").unlink(missing_ok=True)
+        self._take_away("SAVE")
 
     def stopped(self) -> None:
         """The run has saved and stopped; the files are taken away so that it can be submitted again."""
-        if self._watches_files:
-            for name in ("STOP", "SAVE"):
-                (self._run / name).unlink(missing_ok=True)
+        self._take_away("STOP", "SAVE")
+
+    def _take_away(self, *names: str) -> None:
+        for name in names if self._watches_files else ():
+            with contextlib.suppress(OSError):  # a folder that has become read-only is no reason to fail
+                (self._run / name).unlink()

@@ -226,8 +226,13 @@ class Trainer:
         """Begin a checkpoint at its interval, or when somebody asked for one; report one that was begun before."""
         self._report(self._saver.news())
         asked = self._interruption.agreed() == Request.SAVE
-        if asked or self.completed % self.config.checkpoint.every == 0:
+        due = self.completed % self.config.checkpoint.every == 0
+        late = due and self._saver.busy and not self._saver.written
+        began = time.monotonic()
+        if asked or due:
             self._begin_save()
+        if late:
+            self._say_slow(time.monotonic() - began)
         if asked:
             self._end_save()
             self._interruption.saved()
@@ -246,10 +251,19 @@ class Trainer:
         """Wait for the checkpoint that is being written, if any."""
         if not self._saver.busy:
             return
+        self._watchdog.beat()  # the disk gets the whole limit
         if not self._saver.finish():
             self._saved = -1
         self._report(self._saver.news())
         self._watchdog.beat()
+
+    def _say_slow(self, waited: float) -> None:
+        """One checkpoint was still being written when the next was due: the training waits, so that none pile up."""
+        self.recorder.event("checkpoint_slow", update=self.completed, waited=round(waited, 3))
+        self.recorder.write(
+            f"WARNING: writing a checkpoint takes longer than checkpoint.every={self.config.checkpoint.every} updates; "
+            f"training stood still for {waited:.1f} s: raise checkpoint.every, or look at the disk of {self._checkpoints}"
+        )
 
     def _save_for_good(self) -> bool:
         """Write the last checkpoint of this start, and wait for it; whether it is on disk."""

@@ -31,8 +31,18 @@ class Events:
         self.host = host or socket.gethostname()
 
     def write(self, event: str, **fields: Any) -> dict[str, Any]:
-        """Append one event (`start`, `resume`, `signal`, `checkpoint`, `end` …); returns what was written."""
-        record = {
+        """Append one event (`start`, `resume`, `signal`, `checkpoint`, `end` …); returns what was written.
+
+        Raises:
+            OSError: the disk refuses it.
+        """
+        record = self.record(event, **fields)
+        lines.append(self.path, record)
+        return record
+
+    def record(self, event: str, **fields: Any) -> dict[str, Any]:
+        """What :meth:`write` writes: the event with the time that it is now, and where."""
+        return {
             "event": event,
             "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
             "job": self.job,
@@ -41,8 +51,6 @@ class Events:
             "pid": os.getpid(),
             **fields,
         }
-        lines.append(self.path, record)
-        return record
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:

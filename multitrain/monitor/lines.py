@@ -21,18 +21,40 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
 
     A torn line at the end, which a crash has left, is removed; where the file system has no locks it is ended instead,
     since another process might be writing it.
+
+    Raises:
+        OSError: the disk refuses the line; nothing of it is left in the file.
     """
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         start = b""
-        if _locked(file):
+        if locked := _locked(file):
             os.ftruncate(file, _whole(file))
         elif _whole(file) < os.fstat(file).st_size:
             start = b"\n"
-        os.write(file, start + encode(record))
+        write(file, start + encode(record), alone=locked)
         os.fsync(file)
     finally:
         os.close(file)
+
+
+def write(file: int, line: bytes, *, alone: bool = True) -> None:
+    """Write `line` at the end of an open file; when the disk takes only the beginning of it, take that away again.
+
+    Args:
+        alone: whether nobody else writes to the file now; else the beginning stays, as a torn line.
+
+    Raises:
+        OSError: the disk refuses the line.
+    """
+    end = os.fstat(file).st_size
+    try:
+        while line:
+            line = line[os.write(file, line) :]
+    except OSError:
+        if alone:
+            os.ftruncate(file, end)
+        raise
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:

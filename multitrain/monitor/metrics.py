@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Mapping
@@ -28,10 +29,15 @@ class Metrics:
         self._synced = time.monotonic()
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one line; `record` has ``"update"``, from 0."""
-        self._file.write(lines.encode(record))
+        """Append one line; `record` has ``"update"``, from 0.
+
+        Raises:
+            OSError: the disk refuses the line; nothing of it is left in the file.
+        """
+        lines.write(self._file.fileno(), lines.encode(record))
         if time.monotonic() - self._synced > self._sync_seconds:
-            self.sync()
+            with contextlib.suppress(OSError):  # the line is written; the next forced write, at a checkpoint, says so
+                self.sync()
 
     def sync(self) -> None:
         """Wait until every line is on disk, so that a checkpoint never outlives the lines before it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections import deque
@@ -61,10 +62,11 @@ class Progress:
 
     def write(self, text: str) -> None:
         """A line of text, without breaking the bar."""
-        if self._bar is not None:
-            self._bar.write(text, file=self.stream)
-        else:
-            print(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}", file=self.stream, flush=True)
+        with contextlib.suppress(OSError):  # the log may lie on a disk that is full, and that must not end a run
+            if self._bar is not None:
+                self._bar.write(text, file=self.stream)
+            else:
+                print(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}", file=self.stream, flush=True)
 
     def close(self) -> None:
         """Leave the bar as it stands."""

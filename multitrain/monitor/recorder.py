@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from multitrain.monitor import lines
 from multitrain.monitor.events import Events
+from multitrain.monitor.held import Held
 from multitrain.monitor.metrics import Metrics
 from multitrain.monitor.progress import Progress
 from multitrain.monitor.tensorboard import TensorBoard, scalars
@@ -26,7 +28,8 @@ class Recorder:
     """Metrics, events, TensorBoard and progress of one start of a run. Only rank 0 writes (bad videos excepted).
 
     Opening it at a resume drops the lines and hides the TensorBoard points of updates that the run is about to do
-    again, so that no curve ever goes back and forth.
+    again, so that no curve ever goes back and forth. Once it is open, a disk that refuses (full, read-only, a quota) never
+    ends the run: lines wait in memory until it takes them.
 
     Args:
         run_dir: the run's folder.
@@ -62,6 +65,8 @@ class Recorder:
         self.start_update = start_update
         self.rank = rank
         self._closed = rank != 0
+        skipped = self.run_dir / "skipped.jsonl"
+        self._skipped = Held(skipped, lambda record: lines.append(skipped, record), self.write)
         self._draws = True
         self._drawing: threading.Thread | None = None
         self._hurries = False
@@ -70,11 +75,14 @@ class Recorder:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.events = Events(self.run_dir / "events.jsonl", job=job, restart=restart)
         self.metrics = Metrics(self.run_dir / "metrics.jsonl", start_update=start_update)
-        lines.drop_from(self.run_dir / "skipped.jsonl", start_update)
-        self.tensorboard = TensorBoard(self.run_dir / "tensorboard", start_update=start_update) if tensorboard else None
+        lines.drop_from(skipped, start_update)
+        self.progress = Progress(total_updates, start_update, log_every=log_every)
+        self._events = Held(self.events.path, lambda record: lines.append(self.events.path, record), self.write)
+        self._metrics = Held(self.metrics.path, self.metrics.write, self.write)
+        folder = self.run_dir / "tensorboard"
+        self.tensorboard = TensorBoard(folder, start_update=start_update, say=self.write) if tensorboard else None
         if self.tensorboard and settings:
             self.tensorboard.settings(settings, measures)
-        self.progress = Progress(total_updates, start_update, log_every=log_every)
         self.wandb = Wandb(wandb, self.run_dir, settings or {}, self.progress.write) if wandb else None
 
     def update(self, record: Mapping[str, Any]) -> None:
@@ -88,7 +96,7 @@ class Recorder:
         """
         if self._closed:
             return
-        self.metrics.write(record)
+        self._metrics.write(record)
         if self.tensorboard:
             self.tensorboard.update(record)
         if self.wandb:
@@ -99,13 +107,13 @@ class Recorder:
         """Something happened: `start`, `resume`, `signal`, `checkpoint` (`update`, `seconds`), `requeue`, `end` …"""
         if self._closed:
             return
-        self.metrics.sync()
+        self._sync()
         self._hurries |= name in ("signal", "error")
         if name in ("start", "resume"):
             fields = {"update": self.start_update, "total_updates": self.total_updates, **fields}
             if self.metrics.dropped:
                 fields = {"redone": self.metrics.dropped, **fields}
-        self.events.write(name, **fields)
+        self._events.write(self.events.record(name, **fields))
         if self.tensorboard:
             if name == "checkpoint" and fields.get("seconds") is not None:
                 completed = int(fields.get("update", self.start_update))
@@ -151,7 +159,15 @@ class Recorder:
     def skipped(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Bad videos and their stand-ins, one line each in `skipped.jsonl`; any rank may call this."""
         for record in records:
-            lines.append(self.run_dir / "skipped.jsonl", record)
+            self._skipped.write(record)
+
+    def _sync(self) -> None:
+        """Metrics before events: a checkpoint does not outlive the lines before it."""
+        if self._metrics.retry():
+            try:
+                self.metrics.sync()
+            except OSError as error:
+                self.write(f"{self.metrics.path} could not be forced to disk ({error.strerror or error})")
 
     def write(self, text: str) -> None:
         """A line for whoever watches."""
@@ -164,8 +180,11 @@ class Recorder:
             return
         if self._drawing and not self._hurries:
             self._drawing.join(LAST_PICTURES)
+        for held in (self._metrics, self._events, self._skipped):
+            held.retry()
         self._closed = True
-        self.metrics.close()
+        with contextlib.suppress(OSError):  # said when it began
+            self.metrics.close()
         if self.tensorboard:
             self.tensorboard.close()
         if self.wandb:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 SCALARS = {
     "loss": "train/loss",
@@ -40,15 +44,35 @@ def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 class TensorBoard:
     """Writes scalars to a folder; points that a resumed run does again are hidden (`purge_step`).
 
+    While the disk refuses them, points are left out (`metrics.jsonl` has them all), and every :meth:`flush` tries again.
+
     Args:
         folder: e.g. ``RUN/tensorboard``.
         start_update: updates completed when the run (re)starts.
+        say: takes a line when points are left out.
     """
 
-    def __init__(self, folder: str | Path, *, start_update: int = 0) -> None:
+    def __init__(
+        self, folder: str | Path, *, start_update: int = 0, say: Callable[[str], None] = lambda text: None
+    ) -> None:
+        self._folder = folder
+        self._say = say
+        self._writer: SummaryWriter | None = self._open(start_update + 1)
+
+    def _open(self, purge_step: int | None) -> SummaryWriter:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=start_update + 1, flush_secs=30)
+        return SummaryWriter(str(self._folder), purge_step=purge_step, flush_secs=30)
+
+    def _do(self, action: Callable[[SummaryWriter], Any]) -> None:
+        """`action`, unless the disk refuses: the library's thread keeps its error and raises it at a later call."""
+        if self._writer is None:
+            return
+        try:
+            action(self._writer)
+        except OSError as error:
+            self._writer = None
+            self._say(f"{self._folder} cannot be written ({error.strerror or error}); its curves will have a gap here")
 
     def update(self, record: Mapping[str, Any]) -> None:
         """The scalars of one update."""
@@ -57,7 +81,8 @@ class TensorBoard:
 
     def scalar(self, tag: str, value: float, completed: int) -> None:
         """One number after `completed` updates."""
-        self._writer.add_scalar(tag, value if math.isfinite(value) else math.nan, completed)
+        value = value if math.isfinite(value) else math.nan
+        self._do(lambda writer: writer.add_scalar(tag, value, completed))
 
     def picture(self, tag: str, png: bytes, completed: int) -> None:
         """A PNG picture after `completed` updates."""
@@ -67,20 +92,23 @@ class TensorBoard:
         from PIL import Image
 
         pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
-        self._writer.add_image(tag, pixels, completed, dataformats="HWC")
+        self._do(lambda writer: writer.add_image(tag, pixels, completed, dataformats="HWC"))
 
     def settings(self, values: Mapping[str, Any], measures: Sequence[str]) -> None:
         """What the HPARAMS tab compares runs by: settings, and the names of the scalars that are their results."""
         from torch.utils.tensorboard.summary import hparams
 
         plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in values.items()}
-        for summary in hparams(plain, dict.fromkeys(measures, 0.0))[:2]:  # the third would end the session
-            self._writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
+        first = hparams(plain, dict.fromkeys(measures, 0.0))[:2]  # the third would end the session
+        self._do(lambda writer: [writer._get_file_writer().add_summary(s) for s in first])  # type: ignore[no-untyped-call]
 
     def flush(self) -> None:
         """Write what is buffered."""
-        self._writer.flush()
+        if self._writer is None:
+            with contextlib.suppress(OSError):
+                self._writer = self._open(None)
+        self._do(lambda writer: writer.flush())
 
     def close(self) -> None:
         """Write what is buffered and close. Closing twice is fine."""
-        self._writer.close()
+        self._do(lambda writer: writer.close())

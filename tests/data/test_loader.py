@@ -455,7 +455,7 @@ def test_the_job_that_workers_get_is_small(setting: Setting) -> None:
     assert len(pickle.dumps(job)) < 20_000
 
 
-def testeds_that_cannot_work_come_out_as_such(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_that_cannot_work_come_out_as_such(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: Any) -> Any:
         raise ConfigError("no decord; use data.decoder=pyav")
 
