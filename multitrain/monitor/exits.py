@@ -1,0 +1,48 @@
+"""How a process ended, in words that say what to look at: a kill leaves nothing in its own log."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from pathlib import Path
+
+LESS_MEMORY = "lower data.workers, data.prefetch or micro_batch, or ask for more with cluster.memory_per_node"
+
+_USUAL = {
+    signal.SIGSEGV: "a library has failed; its log has the stack",
+    signal.SIGABRT: "a library has given up; its log has the reason",
+    signal.SIGBUS: "a mapped file could not be read: look at the disk, and at the free space of /dev/shm",
+}
+
+
+def killed_for_memory() -> int | None:
+    """Processes that the kernel has killed on this machine for want of memory since it was started, in whatever control
+    group; None where it does not say.
+    """
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        counts = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+        return int(counts["oom_kill"]) if "oom_kill" in counts else None
+    return None
+
+
+def explained(code: int, killed_before: int | None = None) -> str:
+    """What the exit code of a process means, to stand behind ``rank 3 ``.
+
+    Args:
+        code: negative for a signal, as `subprocess` has it, or 128 and the signal, as a shell has it.
+        killed_before: what :func:`killed_for_memory` said when the process was started.
+    """
+    number = -code if code < 0 else code - 128
+    try:
+        name = signal.Signals(number)
+    except ValueError:
+        return f"failed with exit code {code}"
+    said = f"was killed by {name.name} (exit code {code})"
+    if name == signal.SIGKILL:
+        killed = killed_for_memory()
+        if killed is not None and killed_before is not None and killed > killed_before:
+            return f"{said}: memory ran out, and the kernel has killed a process of this node since it was started; {LESS_MEMORY}"
+        return (
+            f"{said}: by somebody, by SLURM, or by the kernel when memory ran out (then dmesg says so; {LESS_MEMORY})"
+        )
+    return f"{said}: {_USUAL[name]}" if name in _USUAL else said
