@@ -36,7 +36,7 @@ def run(
     config: RunConfig,
     arguments: tuple[str, ...] | None = None,
     *,
-    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+    say: Callable[[str], None] | None = None,
 ) -> int:
     """Run all ranks of the run in `folder` to their end, rank 0's output on the terminal.
 
@@ -52,6 +52,7 @@ def run(
     Raises:
         ConfigError: fewer GPUs than ranks.
     """
+    say = say or _say
     devices = _devices(config.gpus)
     python = shlex.split(config.cluster.python) if config.cluster.python else [sys.executable]
     command = [*python, "-u", *(arguments or training(folder))]
@@ -136,13 +137,19 @@ class _Ranks:
             new = log.read()
         if new:
             self.shown += len(new)
-            sys.stdout.buffer.write(new)
-            sys.stdout.flush()
+            with contextlib.suppress(OSError):  # it may go to a file on a disk that is full
+                sys.stdout.buffer.write(new)
+                sys.stdout.flush()
 
     def tail(self, rank: int) -> str:
         """The last lines of a rank's log."""
         lines = self.logs[rank].read_bytes()[-20_000:].decode(errors="replace").splitlines()
         return "\n".join(f"    {line}" for line in lines[-TAIL:])
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _watch(ranks: _Ranks, requests: list[int], say: Callable[[str], None]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -114,9 +115,9 @@ def free_port() -> int:
 
 
 def start_ranks(
-    arguments: Sequence[str], world_size: int, *, log: Path, environment: dict[str, str] | None = None
+    arguments: Sequence[str], world_size: int, *, log: Path | None, environment: dict[str, str] | None = None
 ) -> list[subprocess.Popen[bytes]]:
-    """One real process a rank: ``python ARGUMENTS``, output of all appended to `log`."""
+    """One real process a rank: ``python ARGUMENTS``, output of all appended to `log`, or each to a pipe of its own."""
     port = str(free_port())
     processes = []
     for rank in range(world_size):
@@ -129,8 +130,8 @@ def start_ranks(
             "PYTHONPATH": f"{ROOT}:{ROOT}/tests",
         }
         env |= environment or {}
-        with open(log, "ab") as out:
-            command = [sys.executable, "-u", *arguments]
+        command = [sys.executable, "-u", *arguments]
+        with contextlib.nullcontext(subprocess.PIPE) if log is None else open(log, "ab") as out:
             processes.append(
                 subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT, preexec_fn=_block_signals)
             )

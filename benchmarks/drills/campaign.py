@@ -212,14 +212,18 @@ def strike(run: TinyRun, kind: Kind, chance: random.Random, world: int | None) -
         return came_back or goes_on or (not run.running and not run.ranks())
 
     run.until(settled, f"the end of what '{kind.name}' struck at update {before}")
+    if kind.undo and run.running:  # what was taken back must not kill when the next strike comes, which would be blamed
+        kind.undo(run, chance)
+        before = max(before, run.position())
+        run.until(settled, f"an update after '{kind.name}' was taken back at update {before}")
     ended = not run.running
     stopped = time.monotonic()
     code = run.code()
     bound = kind.may_lose + (EVERY * (run.failed_saves() + (phase == "saving")) if kind.may_lose else 0)
     newest = furthest
-    if kind.undo:
-        kind.undo(run, chance)
     if ended:
+        if kind.undo:
+            kind.undo(run, chance)
         furthest = max(furthest, run.position())
         if kind.after:
             kind.after(run, chance)

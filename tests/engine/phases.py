@@ -1,14 +1,17 @@
-"""A rank process for test_stopping: trains, and lingers in the phase that its second argument names, so that a signal meets it there.
+"""A rank process for test_stopping and others: trains, and lingers in the phase that its second argument names.
 
 ``stall``: rank 0's videos of update 2 never come. ``collective``: rank 1 sits for three seconds before an agreement in update
-2, in which rank 0 waits. ``save``: writing takes two seconds. ``evaluation``: every video takes half a second. ``hang``: rank
-1 stops dead in update 2. ``start``: joining takes two seconds. ``error``, ``memory``: rank 1 fails in update 2.
+2, in which rank 0 waits. ``save``, ``last-save``: writing takes two seconds. ``evaluation``: every video takes half a second.
+``hang``: rank 1 stops dead in update 2. ``start``: joining takes two seconds. ``error``, ``memory``: rank 1 fails in update 2.
+``slow-disk``: writing takes until somebody waits for it, and a bit. ``stale``: rank 1 sees an empty folder of checkpoints.
+``beats``: the log tells of every sign of life to the watchdog, and of every wait for a save.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +46,9 @@ def pause(phase: str, seconds: float) -> None:
 def linger(phase: str) -> None:
     from multitrain.data import loader
     from multitrain.engine import checkpoint, distributed
+    from multitrain.engine.saver import Saver
     from multitrain.engine.trainer import Trainer
+    from multitrain.engine.watchdog import Watchdog
 
     now: dict[str, Any] = {"update": -1}
     before(Trainer, "_one_update", lambda trainer: now.update(update=trainer.completed, loader=trainer._loader))
@@ -65,8 +70,18 @@ def linger(phase: str) -> None:
             time.sleep(3.0 if RANK == 1 else 0.0)
 
         before(Trainer, "_micro_batches", third(late))
-    elif phase == "save" and RANK == 0:
+    elif phase in ("save", "last-save") and RANK == 0:
         before(checkpoint, "write", lambda *_: pause(phase, 2.0))
+    elif phase == "slow-disk":
+        waited = threading.Event()
+        before(Saver, "start", lambda *_: waited.clear())
+        before(Saver, "finish", lambda *_: waited.set())
+        before(checkpoint, "write", lambda *_: time.sleep(0.2 if waited.wait(60) else 0))
+    elif phase == "stale" and RANK == 1:
+        checkpoint.listed = lambda folder: []
+    elif phase == "beats":
+        before(Watchdog, "beat", lambda *_: print(f"beat {RANK}", flush=True))
+        before(Saver, "finish", lambda *_: print(f"finish {RANK}", flush=True))
     elif phase == "evaluation":
         before(loader.TestLoader, "next_video", lambda *_: pause(phase, 0.5))
     elif phase == "start":

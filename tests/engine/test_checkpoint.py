@@ -110,6 +110,27 @@ def test_a_full_disk_leaves_what_was_there_before(tmp_path: Path, monkeypatch: p
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", old.name]
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+def test_what_a_disk_gives_back_changed_is_no_checkpoint_and_the_one_before_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    """The disk takes every write and keeps other bytes: only reading back, before the rename, can notice."""
+    (old,) = save(tmp_path, 5)
+    real = os.write
+
+    def changed(descriptor: int, data: bytes) -> int:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(file):
+            data = bytes(data)[:-3] + bytes([bytes(data)[-3] ^ 1]) + bytes(data)[-2:]
+        return real(descriptor, data)
+
+    monkeypatch.setattr(os, "write", changed)
+    with pytest.raises(OSError, match="read back differently"):
+        save(tmp_path, 10)
+    monkeypatch.undo()
+    assert ck.newest_verified(tmp_path) == (old, {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", old.name]
+
+
 def test_short_writes_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.write
     monkeypatch.setattr(os, "write", lambda d, data: real(d, data[: max(1, len(data) // 3)]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -64,6 +65,7 @@ def test_signals_in_every_phase_leave_a_verified_checkpoint_of_all_completed_upd
     done = metrics(run) if (run / "metrics.jsonl").exists() else []
     assert ck.read(folder).update == len(done), "work was lost"
     assert len(done) < UPDATES
+    assert not events(run, "validation"), "one that is cut off is done again"
     assert not list((run / "checkpoints").glob(".*"))
 
 
@@ -127,6 +129,16 @@ def test_a_finished_run_whose_last_checkpoint_is_refused_is_not_called_finished(
     (run / "checkpoints").unlink()
     train(run, 2)
     assert ck.newest_verified(run / "checkpoints")[0] == ck.folder_of(run / "checkpoints", UPDATES)
+
+
+def test_the_disk_gets_the_whole_limit_for_hung_ranks_whenever_the_training_waits_for_it(run: Path) -> None:
+    """Seen: a rank that had waited for its videos was ended as hung while it wrote its last checkpoint."""
+    assert wait(start(run, "beats"), 90) == [0, 0], log(run)
+    for rank in range(2):
+        told = re.findall(rf"^(beat|finish) {rank}$", (run / "ranks.log").read_text(), re.MULTILINE)
+        waits = [at for at, what in enumerate(told) if what == "finish"]
+        assert len(waits) == UPDATES // 2
+        assert {told[at - 1] for at in waits} == {"beat"}
 
 
 def test_an_update_is_held_up_only_for_the_copy(run: Path) -> None:

@@ -1,0 +1,98 @@
+"""Back into the queue: the very last act, of a run that is not finished, when SLURM took it. Real ranks and signals.
+
+The controller is a script that says what a real one (22.05.8) was recorded to say, and notes what is asked of it; the same
+with a real one is in tests/slurm.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from engine.test_resume import events
+from engine.test_stopping import until
+from support import settings, start_ranks, wait, write_run
+
+from multitrain.engine import checkpoint as ck
+
+JOB = "JobId=7 JobName=tiny JobState={state} Reason=None Restarts=0 EndTime=2036-01-01T00:00:00 PreemptTime={preempt}"
+TAKEN, CANCELLED = ("RUNNING", "2026-11-22T10:18:45"), ("COMPLETING", "None")
+SCONTROL = """#!/bin/sh
+case "$1 $2" in
+"show job") echo "{job}" ;;
+"requeue 7") ls {run}/checkpoints > {folder}/checkpoints-then; cp {run}/events.jsonl {folder}/events-then; touch {folder}/requeued ;;
+*) exit 1 ;;
+esac
+"""
+
+
+class Job:
+    """A run of two ranks in a job that a controller answers for."""
+
+    def __init__(self, data: Path, folder: Path, state: tuple[str, str], phase: str, **changes: int) -> None:
+        self.folder = folder
+        self.run, _ = write_run(folder, settings(data, gpus=2, **changes))
+        bin_ = folder / "bin"
+        bin_.mkdir()
+        job = JOB.format(state=state[0], preempt=state[1])
+        (bin_ / "scontrol").write_text(SCONTROL.format(job=job, run=self.run, folder=folder))
+        (bin_ / "scontrol").chmod(0o755)
+        environment = {"SLURM_JOB_ID": "7", "PATH": f"{bin_}:{os.environ['PATH']}"}
+        program = str(Path(__file__).with_name("phases.py"))
+        self.processes = start_ranks(
+            [program, str(self.run), phase], 2, log=self.run / "ranks.log", environment=environment
+        )
+        until(self.run, phase, self.processes)
+
+    @property
+    def requeued(self) -> bool:
+        return (self.folder / "requeued").exists()
+
+    def log(self) -> str:
+        return (self.run / "ranks.log").read_text()[-4000:]
+
+
+def send(processes: list[subprocess.Popen[bytes]], number: int) -> None:
+    for process in processes:
+        process.send_signal(number)
+
+
+def test_a_preempted_run_requeues_itself_when_all_is_saved_and_waits_to_be_ended(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    """A rank that left by itself would make SLURM count the job as completed."""
+    job = Job(tiny_data, tmp_path, TAKEN, "collective", updates=6)
+    send(job.processes, signal.SIGTERM)
+    deadline = time.monotonic() + 60
+    while not job.requeued:
+        assert time.monotonic() < deadline, job.log()
+        time.sleep(0.02)
+    time.sleep(0.5)
+    assert [p.poll() for p in job.processes] == [None, None], "they wait"
+    then = [json.loads(line) for line in (tmp_path / "events-then").read_text().splitlines()]
+    assert (then[-1]["event"], then[-1]["status"]) == ("requeue", "preempted")
+    newest = ck.newest_verified(job.run / "checkpoints")[0]
+    assert newest is not None
+    assert sorted((tmp_path / "checkpoints-then").read_text().split()) == ["latest", newest.name]
+    send(job.processes, signal.SIGTERM)
+    assert wait(job.processes, 60) == [75, 75], job.log()
+
+
+@pytest.mark.parametrize(
+    ("state", "phase", "code"), [(CANCELLED, "collective", 75), (TAKEN, "last-save", 0)], ids=["cancelled", "finished"]
+)
+def test_a_cancelled_run_and_a_finished_one_stay_away(
+    tiny_data: Path, tmp_path: Path, state: tuple[str, str], phase: str, code: int
+) -> None:
+    """The finished one is signalled while its last checkpoint is being written."""
+    job = Job(tiny_data, tmp_path, state, phase, updates=3)
+    send(job.processes, signal.SIGTERM)
+    assert wait(job.processes, 60) == [code, code], job.log()
+    assert not job.requeued
+    assert not events(job.run, "requeue")
+    assert events(job.run, "end")[-1]["status"] == ("finished" if code == 0 else "cancelled")
