@@ -157,26 +157,33 @@ class TinyRun:
 
     def ranks(self) -> dict[int, int]:
         """Process ids of the ranks that live, by rank."""
-        found = {}
+        found: dict[int, tuple[int, int]] = {}
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 words = (entry / "cmdline").read_bytes().split(b"\0")
                 if b"multitrain.train" in words and str(self.folder).encode() in words:
                     environment = (entry / "environ").read_bytes().split(b"\0")
                     place = [v for v in environment if v.startswith(b"RANK=")]
-                    if place and (entry / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
-                        found[int(place[0][5:])] = int(entry.name)
-        return dict(sorted(found.items()))
+                    state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+                    if place and state != "Z":
+                        found[int(entry.name)] = int(place[0][5:]), int(parent)
+        own = {
+            rank: pid for pid, (rank, parent) in found.items() if parent not in found
+        }  # else a child not yet its own
+        return dict(sorted(own.items()))
 
     def workers(self, rank: int) -> list[int]:
-        """Process ids of everything that a rank has started: the keeper first, then the loader's workers."""
+        """Process ids of everything that a rank has started: the keeper first, then the loader's workers.
+
+        Not of a child between fork and exec: frozen there, it would hold its parent for ever, which no stalled loader does.
+        """
         parents: dict[int, int] = {}
         for entry in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):
                 parents[int(entry.parent.name)] = int(entry.read_text().rpartition(")")[2].split()[1])
         found: list[int] = []
         new = [rank]
-        while new := [pid for pid, parent in parents.items() if parent in new]:
+        while new := [pid for pid, parent in parents.items() if parent in new and _command(pid) != _command(rank)]:
             found += new
         return found
 
@@ -198,6 +205,12 @@ class TinyRun:
         """Wait until so many updates are recorded; False when the run ended before."""
         self.until(lambda: self.position() >= update or not self.running, f"update {update}")
         return self.running
+
+
+def _command(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 # ------------------------------------------------------------------------------------------------------- comparing runs

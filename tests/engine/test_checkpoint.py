@@ -60,6 +60,15 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path: Path,
         ck.read(new)
 
 
+def test_a_file_that_has_another_size_is_named_as_such(tmp_path: Path) -> None:
+    """Which is quicker to find than another checksum, and says more."""
+    (folder,) = save(tmp_path, 5)
+    with open(folder / "model.safetensors", "ab") as file:
+        file.write(b"more")
+    size = (folder / "model.safetensors").stat().st_size
+    assert ck.verify(folder) == f"model.safetensors has {size} bytes instead of {size - 4}"
+
+
 def test_a_stale_or_missing_pointer_changes_nothing(tmp_path: Path) -> None:
     _, new = save(tmp_path, 5, 10)
     (tmp_path / "latest").write_text("update-00000005\n")

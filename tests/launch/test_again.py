@@ -136,6 +136,21 @@ def test_a_run_that_could_not_requeue_itself_is_requeued(job: Job) -> None:
     assert job.ended(1)
 
 
+def test_restarts_that_cannot_be_counted_end_unless_slurm_took_the_job(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run's disk is full. What dies on it would come back for ever; what was preempted is not to blame."""
+    job.begin()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("multitrain.monitor.lines.append", full)
+    assert not job.ended(1)
+    assert "events.jsonl cannot be written (No space left on device); make room" in capsys.readouterr().out
+    assert job.ended(143, "preempted")
+
+
 def test_a_cancelled_run_stays_away(job: Job) -> None:
     job.begin()
     job.write("end", status="cancelled")

@@ -1,0 +1,203 @@
+"""Take the fixes that the guarantees rest on out, one after the other, and see that a test fails.
+
+python benchmarks/drills/mutations.py                    all of them
+python benchmarks/drills/mutations.py --only "requeue"   those whose words, file, page or tests hold these words
+python benchmarks/drills/mutations.py --page             and write docs/guarantees/mutations.md (after all of them)
+
+`mutations.yaml` has the list. Each is applied to a temporary copy of the tree, in which the tests named beside it are run:
+the first that fails has noticed. Before that, all of these tests must pass in the copy as it is. Exit status 1 when a
+mutation is noticed by none, or a text to be taken out is not in its file any more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+LIST = Path(__file__).with_name("mutations.yaml")
+PAGE = ROOT / "docs" / "guarantees" / "mutations.md"
+COPIED = ("multitrain", "launch", "tests", "configs", "slurm", "benchmarks", "pyproject.toml", "Makefile")
+LIMIT = 150
+"""Seconds that one test may take: without a fix it may hang."""
+
+HEAD = """# What the tests notice
+
+A test that passes says little until it has been seen to fail. For each fix that the guarantees rest on, this table names what was
+taken out, where, and the test that failed without it.
+
+```
+python benchmarks/drills/mutations.py                    all of them, one at a time, each in a copy of the tree
+python benchmarks/drills/mutations.py --only "requeue"   those whose words, file, page or tests hold these words
+```
+
+The command fails when a mutation goes unnoticed, or when the text that it takes out is no longer in its file; that the texts and the
+tests are there is part of the test suite as well. What each puts in place of a fix is in `benchmarks/drills/mutations.yaml`.
+"""
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One fix taken out.
+
+    `what`: the fix, in words. `guarantee`: the page that promises it. `file`: where it is. `before`: its text, there once.
+    `after`: what stands there without it. `tests`: ids of pytest, the quickest first; one of them must fail.
+    """
+
+    what: str
+    guarantee: str
+    file: str
+    before: str
+    after: str
+    tests: tuple[str, ...]
+
+    def rotten(self, tree: Path) -> str | None:
+        """Why it cannot be applied to `tree`; None when it can."""
+        path = tree / self.file
+        count = path.read_text().count(self.before) if path.is_file() else 0
+        return (
+            None
+            if count == 1
+            else f"its text is {count} times in {self.file}, instead of once: {self.before.strip()!r}"
+        )
+
+
+def mutations() -> list[Mutation]:
+    """All of them, in the order of the pages."""
+    listed = yaml.safe_load(LIST.read_text())
+    return [
+        Mutation(guarantee=page, **row | {"tests": tuple(row["tests"])})
+        for page, rows in listed.items()
+        for row in rows
+    ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Try them and print the table; 0 when all were noticed."""
+    parser = argparse.ArgumentParser(prog="mutations.py", description=__doc__, formatter_class=_Verbatim)
+    parser.add_argument("--only", metavar="WORDS", help="those whose words, file, page or tests hold these words")
+    parser.add_argument("--page", action="store_true", help=f"write {PAGE.relative_to(ROOT)} when all were noticed")
+    given = parser.parse_args(arguments)
+    words = (given.only or "").lower()
+    chosen = [m for m in mutations() if words in " ".join((m.what, m.file, m.guarantee, *m.tests)).lower()]
+    if not chosen:
+        print(f"error: no mutation holds {given.only!r}", file=sys.stderr)
+        return 2
+    rotten = {m: reason for m in chosen if (reason := m.rotten(ROOT))}
+    for mutation, reason in rotten.items():
+        print(f"ROTTEN     {mutation.what}: {reason}", flush=True)
+    noticed: dict[Mutation, str] = {}
+    with copy() as tree:
+        tests = list(dict.fromkeys(t for m in chosen for t in m.tests))
+        print(f"{len(chosen)} mutations, {len(tests)} tests; first the tests as they are", flush=True)
+        code, said = run(tree, tests)
+        if code:
+            print(f"error: these tests must pass before anything is taken out\n{said[-6000:]}", file=sys.stderr)
+            return 1
+        for mutation in chosen:
+            if mutation in rotten:
+                continue
+            began = time.monotonic()
+            found = tried(tree, mutation)
+            if found is not None:
+                noticed[mutation] = found
+            verdict = f"noticed by {found.rpartition('::')[2]}" if found else "NOT NOTICED by any of its tests"
+            print(f"{time.monotonic() - began:5.0f} s  {mutation.what}: {verdict}", flush=True)
+    print("\n" + table(chosen, noticed))
+    print(f"\n{len(noticed)} of {len(chosen)} noticed")
+    whole = len(noticed) == len(chosen)
+    if given.page and whole and not given.only:
+        PAGE.write_text(page(noticed))
+        print(PAGE)
+    return 0 if whole else 1
+
+
+@contextmanager
+def copy() -> Iterator[Path]:
+    """A copy of what the tests need, in a temporary folder; material beside the checkout stays in reach."""
+    with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
+        tree = Path(folder) / "tree"
+        tree.mkdir()
+        for name in COPIED:
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, tree / name)
+        if (shared := ROOT.parent / "shared").exists():
+            (tree.parent / "shared").symlink_to(shared.resolve())
+        yield tree
+
+
+def tried(tree: Path, mutation: Mutation) -> str | None:
+    """Apply it, run its tests, take it back; the id of the test that failed, None when none did.
+
+    Raises:
+        SystemExit: its tests could not be run at all.
+    """
+    path = tree / mutation.file
+    original = path.read_text()
+    path.write_text(original.replace(mutation.before, mutation.after))
+    try:
+        code, said = run(tree, mutation.tests)
+    finally:
+        path.write_text(original)
+    if code == 0:
+        return None
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+::.*?)(?: - |$)", said, re.MULTILINE)
+    if code != 1 or failed is None:
+        raise SystemExit(f"error: the tests of '{mutation.what}' cannot be run:\n{said[-3000:]}")
+    return failed[1]
+
+
+def run(tree: Path, tests: Sequence[str]) -> tuple[int, str]:
+    """pytest's exit status and output."""
+    options = ["-x", "-q", "--tb=short", "-rfE", "-p", "no:cacheprovider", f"--timeout={LIMIT}"]
+    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *tests],
+        cwd=tree, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+def table(chosen: Sequence[Mutation], noticed: dict[Mutation, str]) -> str:
+    """One line a mutation: what was taken out, the test, whether it noticed."""
+    rows = [("taken out", "test", "noticed")]
+    for m in chosen:
+        rows.append((m.what, noticed.get(m, ", ".join(m.tests)).rpartition("::")[2], "yes" if m in noticed else "NO"))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
+
+
+def page(noticed: dict[Mutation, str]) -> str:
+    """`docs/guarantees/mutations.md`."""
+    parts = [HEAD]
+    for guarantee in dict.fromkeys(m.guarantee for m in noticed):
+        title = (PAGE.with_name(f"{guarantee}.md").read_text().splitlines()[0]).removeprefix("# ")
+        parts.append(f"\n## [{title}]({guarantee}.md)\n\n| taken out | file | noticed by |\n|---|---|---|\n")
+        for mutation, test in noticed.items():
+            if mutation.guarantee == guarantee:
+                name = test.rpartition("/")[2].replace("|", "\\|")
+                parts.append(f"| {mutation.what} | `{mutation.file}` | `{name}` |\n")
+    return "".join(parts)
+
+
+class _Verbatim(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
+if __name__ == "__main__":
+    sys.exit(main())
