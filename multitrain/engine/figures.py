@@ -29,8 +29,6 @@ class Clock:
         self.began = time.perf_counter()
         self.data = 0.0
         """Waiting for this rank's own videos."""
-        self.others = 0.0
-        """Waiting for the slowest rank, where all agree."""
 
     @property
     def whole(self) -> float:
@@ -52,14 +50,14 @@ class Figures:
         """The figures of an update as in `metrics.jsonl`, and whether any rank met unreadable videos. A collective.
 
         `data_wait_max` and `data_wait_rank`: the share of the update that the rank which waited most for its videos did so,
-        and that rank. `own_seconds_max`, `own_seconds_median` and `slowest_rank`: what ranks spent neither waiting for
-        videos nor for each other; on GPUs that includes collectives of the device. `data_wait_per_rank` and
+        and that rank. `own_seconds_max`, `own_seconds_median` and `slowest_rank`: of the ranks' forward passes, in which none
+        waits for another, while a slow rank holds all others up in the gradient's collectives. `data_wait_per_rank` and
         `own_seconds_per_rank`: the same of each rank, in their order; with many ranks, in some updates only.
         """
         seconds = clock.whole
         own = torch.cat([losses.terms, losses.per_dataset.flatten()]).double().cpu()
         per_rank = torch.zeros(2, self._world.size, dtype=torch.float64)  # each rank fills its column
-        per_rank[:, self._world.rank] = torch.tensor([clock.data, seconds - clock.data - clock.others])
+        per_rank[:, self._world.rank] = torch.tensor([clock.data, losses.forward.seconds()])
         counts = torch.tensor([seconds, float(len(losses.skipped))], dtype=torch.float64)
         total = self._world.sum(torch.cat([own, counts, per_rank.flatten()]))
         own, counts, flat = total.split([own.numel(), 2, per_rank.numel()])

@@ -309,11 +309,9 @@ class Trainer:
             batch = None
             while batch is None and self._interruption.pending < Request.STOP:
                 batch = self._loader.next_batch(timeout=0.5)
-            arrived = time.perf_counter()
-            self._clock.data += arrived - started
+            self._clock.data += time.perf_counter() - started
             if self._interruption.agreed() >= Request.STOP:
                 raise _Stopped
-            self._clock.others += time.perf_counter() - arrived
             self._watchdog.beat()
             assert batch is not None  # a rank that gave up waiting has made the others stop
             yield batch

@@ -21,6 +21,7 @@ from multitrain.data.loader import Batch
 from multitrain.data.mix import Prepared, prepare
 from multitrain.engine.deepspeed import Engine
 from multitrain.engine.distributed import World
+from multitrain.engine.stopwatch import Stopwatch
 from multitrain.loss import MultiDatasetLoss, Terms, embedding_gradient
 from multitrain.model.multitrain import MultiTrain
 from multitrain.order import BatchShape
@@ -34,17 +35,18 @@ class Losses:
     """Sums over this rank's micro-batches of an update, on the device, for the log.
 
     `terms`: classification, projection and informative loss, [3]. `per_dataset`: summed own-head loss and number of
-    clips of each dataset, [D, 2]. `skipped`: unreadable videos and their stand-ins.
+    clips of each dataset, [D, 2]. `forward`: time of the forward passes. `skipped`: unreadable videos and their stand-ins.
     """
 
     terms: Tensor
     per_dataset: Tensor
+    forward: Stopwatch
     skipped: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def none(cls, datasets: int, device: torch.device) -> Losses:
         """Nothing summed yet."""
-        return cls(torch.zeros(3, device=device), torch.zeros(datasets, 2, device=device))
+        return cls(torch.zeros(3, device=device), torch.zeros(datasets, 2, device=device), Stopwatch(device))
 
     def add(self, terms: Terms, skipped: list[dict[str, Any]]) -> None:
         """Count one micro-batch."""
@@ -83,7 +85,8 @@ class Gradient:
             batches, embeddings = [], []
             for batch in micro_batches:
                 batches.append(batch)
-                embeddings.append(self._embed(batch))
+                with losses.forward.running():
+                    embeddings.append(self._embed(batch))
             pairs = zip(batches, self._surrogates(embeddings))
         for batch, surrogate in pairs:
             self._micro_batch(batch, surrogate, losses)
@@ -91,9 +94,10 @@ class Gradient:
 
     def _micro_batch(self, batch: Batch, surrogate: Surrogate | None, losses: Losses) -> None:
         """Forward and backward pass of one micro-batch; its losses are added to `losses`."""
-        given = self._prepare(batch)
-        with self._engine.autocast():
-            out = self._model.outputs(given.clips, given.keys)
+        with losses.forward.running():
+            given = self._prepare(batch)
+            with self._engine.autocast():
+                out = self._model.outputs(given.clips, given.keys)
         if self._whole_update and surrogate is None and out.expanded is not None:
             (surrogate,) = self._surrogates([out.expanded.detach()])
         terms = self._loss(out, given.targets, given.dataset, surrogate)

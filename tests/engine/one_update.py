@@ -5,6 +5,7 @@ The gradient is read from AdamW's first moment after the first step: exp_avg = (
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,3 +42,4 @@ def main(run: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    os._exit(0)  # the threads of process groups need no farewell, and may abort in theirs

