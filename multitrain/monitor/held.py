@@ -47,3 +47,8 @@ class Held:
                 "the run goes on, and its lines wait in memory until it can"
             )
         return refusal is None
+
+    def close(self) -> None:
+        """The last try; what the disk still refuses is lost, and that is said."""
+        if not self.retry():
+            self._say(f"{self._path}: the last {len(self._waiting)} lines could not be written")

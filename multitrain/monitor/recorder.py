@@ -181,7 +181,7 @@ class Recorder:
         if self._drawing and not self._hurries:
             self._drawing.join(LAST_PICTURES)
         for held in (self._metrics, self._events, self._skipped):
-            held.retry()
+            held.close()
         self._closed = True
         with contextlib.suppress(OSError):  # said when it began
             self.metrics.close()

@@ -73,6 +73,16 @@ def test_held_events_keep_the_time_at_which_they_happened(tmp_path: Path, disk: 
     assert first["time"] <= second["time"]
 
 
+def test_lines_that_were_never_taken_are_counted_at_the_end(
+    tmp_path: Path, disk: Disk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Recorder(tmp_path, total_updates=9, tensorboard=False) as recorder:
+        disk.room = 0
+        for update in range(3):
+            recorder.update({"update": update})
+    assert "metrics.jsonl: the last 3 lines could not be written" in capsys.readouterr().err
+
+
 def test_an_event_that_cannot_be_written_is_an_error_for_those_who_must_not_go_on_without(
     tmp_path: Path, disk: Disk
 ) -> None:
