@@ -12,9 +12,11 @@ mutation is noticed by none, or a text to be taken out is not in its file any mo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -163,13 +165,26 @@ def tried(tree: Path, mutation: Mutation) -> str | None:
 
 
 def run(tree: Path, tests: Sequence[str]) -> tuple[int, str]:
-    """pytest's exit status and output."""
-    options = ["-x", "-q", "--tb=short", "-rfE", "-p", "no:cacheprovider", f"--timeout={LIMIT}"]
+    """pytest's exit status and output; no process of these tests is left, whatever a mutation has made of it."""
+    options = [
+        f"--basetemp={tree.parent / 'tmp'}",
+        "-x",
+        "-q",
+        "--tb=short",
+        "-rfE",
+        "-p",
+        "no:cacheprovider",
+        f"--timeout={LIMIT}",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *tests],
         cwd=tree, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
     )  # fmt: skip
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(tree.parent).encode() in (entry / "cmdline").read_bytes():
+                os.kill(int(entry.name), signal.SIGKILL)
     return done.returncode, done.stdout + done.stderr
 
 
