@@ -3,11 +3,13 @@
 Each rank copies its part of the optimizer's moments to host memory, rank 0 the weights as well. A thread of each rank then
 brings the parts to rank 0 over a process group of its own, and rank 0's writes the checkpoint. How it went is told to all
 ranks by the threads, and the trainer asks for it before the next save: so all ranks learn it at the same point without a
-collective of the training's.
+collective of the training's. The threads are there from the beginning: where memory has run out, starting one can hang
+(seen with Python 3.11: `Thread.start` waits for a thread that could not begin).
 """
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -59,7 +61,9 @@ class Saver:
         self._layouts: list[list[Piece]] | None = None
         self._moments: Tensor | None = None
         self._weights: dict[str, Tensor] = {}
-        self._thread: threading.Thread | None = None
+        self._jobs: queue.SimpleQueue[tuple[dict[str, Any], float]] = queue.SimpleQueue()
+        self._busy = False
+        self._over = threading.Event()
         self._result: Outcome | Exception | None = None
         self._held_up = self._copied = 0.0
         self._told = False
@@ -67,12 +71,12 @@ class Saver:
     @property
     def busy(self) -> bool:
         """Whether a save was started whose outcome nobody has asked for."""
-        return self._thread is not None
+        return self._busy
 
     @property
     def written(self) -> bool:
         """Whether the save that was started is over on this rank; then :meth:`finish` does not wait."""
-        return self._thread is not None and not self._thread.is_alive()
+        return self._busy and self._over.is_set()
 
     @property
     def copied(self) -> float:
@@ -87,9 +91,10 @@ class Saver:
         return replace(self._result, held_up=self._held_up)
 
     def warm(self) -> None:
-        """Get the memory that copies go to, so that the first save holds up no longer than the others."""
+        """Get the memory that copies go to, and the thread, so that the first save holds up no longer than the others."""
         self._layouts = self._world.gather(self._engine.pieces())
         self._copy()
+        threading.Thread(target=self._serve, name="checkpoint", daemon=True).start()
 
     def _copy(self) -> None:
         self._moments = self._engine.copy_moments(self._moments)
@@ -98,7 +103,7 @@ class Saver:
 
     def start(self, state: dict[str, Any]) -> None:
         """Copy weights and moments, and begin to write them with `state`. The save before must be finished."""
-        assert self._thread is None, "the save before is not finished"
+        assert not self._busy, "the save before is not finished"
         began = time.perf_counter()
         if self._layouts is None:
             self.warm()
@@ -106,8 +111,9 @@ class Saver:
             self._copy()
         self._held_up = self._copied = time.perf_counter() - began
         self._result, self._told = None, False
-        self._thread = threading.Thread(target=self._work, args=(state, began), name="checkpoint", daemon=True)
-        self._thread.start()
+        self._busy = True
+        self._over.clear()
+        self._jobs.put((state, began))
 
     def finish(self) -> bool:
         """Wait until the save is over; whether the checkpoint is on disk. The same answer on all ranks.
@@ -115,15 +121,24 @@ class Saver:
         Raises:
             Exception: another rank is gone.
         """
-        assert self._thread is not None, "no save was started"
+        assert self._busy, "no save was started"
         began = time.perf_counter()
-        self._thread.join()
+        self._over.wait()
         self._held_up += time.perf_counter() - began
-        self._thread = None
+        self._busy = False
         if isinstance(self._result, Exception):
             raise self._result
         assert self._result is not None
         return self._result.failure is None
+
+    def _serve(self) -> None:
+        """In the thread: one save after the other."""
+        while True:
+            state, began = self._jobs.get()
+            try:
+                self._work(state, began)
+            finally:
+                self._over.set()
 
     def _work(self, state: dict[str, Any], began: float) -> None:
         """In the thread: gather, write, tell."""
