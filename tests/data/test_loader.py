@@ -243,8 +243,9 @@ def damaged(videos: Path, tmp_path: Path) -> Path:
 def test_an_unreadable_video_gets_a_deterministic_stand_in(damaged: Path, tmp_path: Path, workers: int) -> None:
     setting = Setting(damaged, tmp_path / "index")
     batches = setting.batches(0, 2, workers=workers, micro=2)
-    again = setting.batches(1, 2, micro=2)
-    assert all(same(a, b) for a, b in zip(again, batches[8:]))
+    again = [*setting.batches(0, 1, micro=2), *setting.batches(1, 2, micro=2)]
+    assert len(again) == len(batches)
+    assert all(same(a, b) for a, b in zip(again, batches))
     bad = {"class 1/v1.mp4": "no video format", "class 4/v4.mp4": "No such file"}
     records = [r for b in batches for r in b.skipped]
     assert {r["path"] for r in records} == set(bad)
