@@ -65,6 +65,11 @@ class Mutation:
     after: str
     tests: tuple[str, ...]
 
+    def holds(self, words: Sequence[str]) -> bool:
+        """Whether one of `words` is in it somewhere; true when there are none."""
+        said = " ".join((self.what, self.file, self.guarantee, *self.tests)).lower()
+        return not words or any(w.lower() in said for w in words)
+
     def rotten(self, tree: Path) -> str | None:
         """Why it cannot be applied to `tree`; None when it can."""
         path = tree / self.file
@@ -89,13 +94,13 @@ def mutations() -> list[Mutation]:
 def main(arguments: list[str] | None = None) -> int:
     """Try them and print the table; 0 when all were noticed."""
     parser = argparse.ArgumentParser(prog="mutations.py", description=__doc__, formatter_class=_Verbatim)
-    parser.add_argument("--only", metavar="WORDS", help="those whose words, file, page or tests hold these words")
+    only = "those whose words, file, page or tests hold these words; may be given more than once"
+    parser.add_argument("--only", metavar="WORDS", action="append", default=[], help=only)
     parser.add_argument("--page", action="store_true", help=f"write {PAGE.relative_to(ROOT)} when all were noticed")
     given = parser.parse_args(arguments)
-    words = (given.only or "").lower()
-    chosen = [m for m in mutations() if words in " ".join((m.what, m.file, m.guarantee, *m.tests)).lower()]
+    chosen = [m for m in mutations() if m.holds(given.only)]
     if not chosen:
-        print(f"error: no mutation holds {given.only!r}", file=sys.stderr)
+        print(f"error: no mutation holds {' or '.join(given.only)}", file=sys.stderr)
         return 2
     rotten = {m: reason for m in chosen if (reason := m.rotten(ROOT))}
     for mutation, reason in rotten.items():
