@@ -25,7 +25,11 @@ TAKEN, CANCELLED = ("RUNNING", "2026-11-22T10:18:45"), ("COMPLETING", "None")
 SCONTROL = """#!/bin/sh
 case "$1 $2" in
 "show job") echo "{job}" ;;
-"requeue 7") ls {run}/checkpoints > {folder}/checkpoints-then; cp {run}/events.jsonl {folder}/events-then; touch {folder}/requeued ;;
+"requeue 7")
+    echo asked >> {folder}/asked
+    ls {run}/checkpoints > {folder}/checkpoints-$(wc -l < {folder}/asked)
+    cp {run}/events.jsonl {folder}/events-$(wc -l < {folder}/asked)
+    touch {folder}/requeued ;;
 *) exit 1 ;;
 esac
 """
@@ -74,13 +78,14 @@ def test_a_preempted_run_requeues_itself_when_all_is_saved_and_waits_to_be_ended
         time.sleep(0.02)
     time.sleep(0.5)
     assert [p.poll() for p in job.processes] == [None, None], "they wait"
-    then = [json.loads(line) for line in (tmp_path / "events-then").read_text().splitlines()]
+    then = [json.loads(line) for line in (tmp_path / "events-1").read_text().splitlines()]
     assert (then[-1]["event"], then[-1]["status"]) == ("requeue", "preempted")
     newest = ck.newest_verified(job.run / "checkpoints")[0]
     assert newest is not None
-    assert sorted((tmp_path / "checkpoints-then").read_text().split()) == ["latest", newest.name]
+    assert sorted((tmp_path / "checkpoints-1").read_text().split()) == ["latest", newest.name]
     send(job.processes, signal.SIGTERM)
     assert wait(job.processes, 60) == [75, 75], job.log()
+    assert (tmp_path / "asked").read_text().split() == ["asked"], "once"
 
 
 @pytest.mark.parametrize(
