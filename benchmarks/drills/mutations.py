@@ -205,13 +205,13 @@ def table(chosen: Sequence[Mutation], noticed: dict[Mutation, str]) -> str:
 def page(noticed: dict[Mutation, str]) -> str:
     """`docs/guarantees/mutations.md`."""
     parts = [HEAD]
-    for guarantee in dict.fromkeys(m.guarantee for m in noticed):
+    listed = mutations()
+    for guarantee in dict.fromkeys(m.guarantee for m in listed):
         title = (PAGE.with_name(f"{guarantee}.md").read_text().splitlines()[0]).removeprefix("# ")
         parts.append(f"\n## [{title}]({guarantee}.md)\n\n| taken out | file | noticed by |\n|---|---|---|\n")
-        for mutation, test in noticed.items():
-            if mutation.guarantee == guarantee:
-                name = test.rpartition("/")[2].replace("|", "\\|")
-                parts.append(f"| {mutation.what} | `{mutation.file}` | `{name}` |\n")
+        for mutation in (m for m in listed if m.guarantee == guarantee):
+            name = noticed.get(mutation, "").rpartition("/")[2].replace("|", "\\|")
+            parts.append(f"| {mutation.what} | `{mutation.file}` | {f'`{name}`' if name else 'not tried yet'} |\n")
     return "".join(parts)
 
 
