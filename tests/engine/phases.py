@@ -81,6 +81,7 @@ def linger(phase: str) -> None:
         checkpoint.listed = lambda folder: []
     elif phase == "beats":
         before(Watchdog, "beat", lambda *_: print(f"beat {RANK}", flush=True))
+        before(Trainer, "_end_save", lambda *_: print(f"end {RANK}", flush=True))
         before(Saver, "finish", lambda *_: print(f"finish {RANK}", flush=True))
     elif phase == "evaluation":
         before(loader.TestLoader, "next_video", lambda *_: pause(phase, 0.5))

@@ -99,5 +99,7 @@ def test_a_cancelled_run_and_a_finished_one_stay_away(
     send(job.processes, signal.SIGTERM)
     assert wait(job.processes, 60) == [code], job.log()
     assert not job.requeued
+    assert len(ck.listed(job.run / "checkpoints")) == 1, "it left when its checkpoint was on disk"
+    assert ck.newest_verified(job.run / "checkpoints")[0] is not None
     assert not events(job.run, "requeue")
     assert events(job.run, "end")[-1]["status"] == ("finished" if code == 0 else "cancelled")

@@ -135,10 +135,10 @@ def test_the_disk_gets_the_whole_limit_for_hung_ranks_whenever_the_training_wait
     """Seen: a rank that had waited for its videos was ended as hung while it wrote its last checkpoint."""
     assert wait(start(run, "beats"), 90) == [0, 0], log(run)
     for rank in range(2):
-        told = re.findall(rf"^(beat|finish) {rank}$", (run / "ranks.log").read_text(), re.MULTILINE)
+        told = re.findall(rf"^(beat|end|finish) {rank}$", (run / "ranks.log").read_text(), re.MULTILINE)
         waits = [at for at, what in enumerate(told) if what == "finish"]
         assert len(waits) == UPDATES // 2
-        assert {told[at - 1] for at in waits} == {"beat"}
+        assert {tuple(told[at - 2 : at]) for at in waits} == {("end", "beat")}, "a sign of life just before each wait"
 
 
 def test_an_update_is_held_up_only_for_the_copy(run: Path) -> None:
