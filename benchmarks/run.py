@@ -16,6 +16,9 @@ HERE = Path(__file__).resolve().parent
 HELPERS = ("__init__", "results", "report", "run", "footage", "measure", "counting", "footprint")
 """Modules of this folder that measure nothing."""
 
+ALWAYS_FULL = ("exactness", "speed")
+"""Benchmarks whose real size fits two cores and 24 GiB: minutes."""
+
 
 def scripts() -> list[str]:
     """Names of the benchmarks."""
@@ -36,7 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name in given.names or scripts():
         print(f"--- {name}", flush=True)
         began = time.monotonic()
-        command = [sys.executable, "-m", f"benchmarks.{name}", *(["--full"] if given.full else [])]
+        full = given.full or name in ALWAYS_FULL
+        command = [sys.executable, "-m", f"benchmarks.{name}", *(["--full"] if full else [])]
         if subprocess.run(command, cwd=HERE.parent, env=environment, check=False).returncode:
             failed.append(name)
         print(f"--- {name}: {time.monotonic() - began:.0f} s", flush=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.drill import Cluster, Runs, reason_to_skip, started
+from tests.slurm.drill import UPDATES, Cluster, Runs, reason_to_skip, started
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +40,6 @@ def reference(devcluster: Cluster, tiny_data: Path, tmp_path_factory: pytest.Tem
     runs = Runs(devcluster, tmp_path_factory.mktemp("reference"), tiny_data)
     run, job = runs.submit("undisturbed")
     runs.finish(run, job)
-    assert len(runs.metrics(run)) == 12
+    assert len(runs.metrics(run)) == UPDATES
     assert {m["world_size"] for m in runs.metrics(run)} == {2}
     return run

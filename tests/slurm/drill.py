@@ -206,6 +206,10 @@ def send(pids: Iterable[int], number: int) -> None:
             os.kill(pid, signal.Signals(number))
 
 
+UPDATES = 48
+"""Of a tiny run: some seconds on a quick machine, so that it is not over before SLURM takes its nodes."""
+
+
 class Runs:
     """Submits tiny runs as a user does, and reads what they leave."""
 
@@ -224,7 +228,7 @@ class Runs:
         if (self.runs / name / "config.yaml").is_file():
             command += [name]
         else:
-            command += ["--config-dir", "tests/configs", "experiment=tiny", f"name={name}"]
+            command += ["--config-dir", "tests/configs", "experiment=tiny", f"name={name}", *_long(overrides)]
         command += [f"runs={self.runs}", *overrides]
         return subprocess.run(command, cwd=ROOT, env=self._environment, capture_output=True, text=True, check=False)
 
@@ -234,7 +238,7 @@ class Runs:
         command += ["--cpus-per-task=1", "--time=20", "--signal=USR2@30", f"--output={self.runs}/%j.out"]
         command += ["slurm/train.sh", "--config-dir", "tests/configs", "experiment=tiny", f"name={name}"]
         self.runs.mkdir(parents=True, exist_ok=True)
-        command += [f"runs={self.runs}", *overrides]
+        command += [f"runs={self.runs}", *_long(overrides), *overrides]
         done = subprocess.run(command, cwd=ROOT, env=self._environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return self.runs / name, done.stdout.strip()
@@ -279,3 +283,8 @@ class Runs:
         for key in ("update", "loss", "grad_norm", "tickets"):
             a, b = ([m[key] for m in self.metrics(r)][:update] for r in (run, reference))
             assert a == b, key
+
+
+def _long(overrides: tuple[str, ...]) -> list[str]:
+    """The length of a run, unless it is chosen."""
+    return [] if any(o.startswith(("updates=", "epochs=")) for o in overrides) else [f"updates={UPDATES}"]

@@ -37,7 +37,7 @@ def run(shared: Path, tmp_path: Path) -> Path:
     (annotations / "test.csv").write_text("\n".join(lines[:60]) + "\n")
     (annotations / "classes.txt").write_text((real / "classes.txt").read_text())
     settings = support.settings(tmp_path / "none")
-    kinetics = {"annotations": str(annotations), "videos": str(shared), "classes": 2, "temporal_views": 5}
+    kinetics = {"annotations": str(annotations), "videos": str(shared), "classes": 2, "temporal_views": 20}
     settings["data"] |= {"datasets": {"kinetics": kinetics}, "index": str(tmp_path / "index")}
     settings |= {"loss": {"projection_weight": 0, "informative_weight": 0}}
     settings["model"] |= {"expander": False, "projections": False, "frames": 8}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from multitrain.engine import checkpoint as ck
-from tests.slurm.drill import Runs
+from tests.slurm.drill import UPDATES, Runs
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -21,7 +21,7 @@ def test_a_preempted_run_comes_back_by_itself_and_ends_with_the_same_bits(runs: 
     assert runs.events(run)[-1]["event"] == "requeue"
     assert runs.events(run)[-1]["status"] == "preempted"
     stopped = len(runs.metrics(run))
-    assert 3 <= stopped < 12
+    assert 3 <= stopped < UPDATES
     assert ck.read(ck.newest_verified(run / "checkpoints")[0] or run).update == stopped, "work was lost"
     runs.cluster.start_now(job)
     runs.finish(run, job)
