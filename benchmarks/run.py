@@ -16,8 +16,8 @@ HERE = Path(__file__).resolve().parent
 HELPERS = ("__init__", "results", "report", "run", "footage", "measure", "counting", "footprint")
 """Modules of this folder that measure nothing."""
 
-ALWAYS_FULL = ("exactness", "speed")
-"""Benchmarks whose real size fits two cores and 24 GiB: minutes."""
+ALWAYS_FULL = ("speed",)
+"""Benchmarks whose real size takes two cores some minutes."""
 
 
 def scripts() -> list[str]:
