@@ -59,7 +59,6 @@ def main(arguments: list[str] | None = None) -> int:
         for figure, ours, theirs, unit, target, aim, how in values:
             name = f"{figure}, activation_checkpointing={mode}"
             rows.append(row(name, ours=ours, baseline=theirs, unit=unit, target=target, aim=aim, note=f"{how}; {NOTE}"))
-            print(f"{name}: {ours:.4g} against {theirs:.4g} {unit}, {theirs / ours:.2f}×", flush=True)
     save("memory", rows, size="full" if full else "small")
     return 0
 
