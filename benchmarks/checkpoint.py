@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
+from benchmarks.network import DATASETS
 from benchmarks.results import row, save
 from multitrain.config import compose
 from multitrain.engine import checkpoint
@@ -34,7 +35,7 @@ def measure(model_name: str, saves: int, folder: Path, busy: bool) -> dict[str, 
     """Save so often; medians and all values, in seconds."""
     config = compose([f"model={model_name}", "cluster=local", "gpus=1", "name=benchmark", "precision=fp32"])
     world = join(1, 600, 1)
-    model = MultiTrain(config.model, {"kinetics": 400, "mit": 305, "ssv2": 174})
+    model = MultiTrain(config.model, DATASETS)
     model.initialise(0)
     engine = Engine(model, config.optim, config.engine, config.precision, world.device)
     saver = Saver(folder, world, engine, config.checkpoint, "")

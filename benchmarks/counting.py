@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.network import loss_of, trained_outputs
 from multitrain.config import ModelConfig
 from multitrain.model import MultiTrain
 from multitrain.model import attention as attention_room
@@ -181,9 +182,8 @@ def counts_of_ours(config: ModelConfig, datasets: dict[str, int], mode: str, cli
 
         def step(batch: Tensor) -> Tensor:
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                out = model.outputs(batch, keys)
-            values = [*out.logits.values(), *out.projected.values(), out.expanded]
-            return sum(v.float().square().mean() for v in values if v is not None)  # type: ignore[return-value]
+                values = trained_outputs(model, batch, keys)
+            return loss_of(values)
 
         return count(step, config, clips, list(model.parameters()))
 
@@ -199,7 +199,7 @@ def counts_of_baseline(config: ModelConfig, datasets: dict[str, int], clips: int
         def step(batch: Tensor) -> Tensor:
             with CudaAutocast():
                 out = baseline.outputs(state, config, datasets, batch, training=True)
-            return sum(v.float().square().mean() for n, v in out.items() if n != "features")  # type: ignore[return-value]
+            return loss_of(v for n, v in out.items() if n != "features")
 
         return count(step, config, clips, list(model.parameters()))
 

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.baseline import model as baseline
+from benchmarks.network import DATASETS
 from benchmarks.results import row, save
 from multitrain.config import ModelConfig
 from multitrain.model import MultiTrain, block_values
 from multitrain.model.pooling import Chosen, Grid, skip_pool
 
-DATASETS = {"kinetics": 400, "mit": 305, "ssv2": 174}
 NO_GRADIENT = "norm_k.bias"
 """A bias of all keys changes no softmax: its true gradient is zero, and a relative error of it means nothing."""
 Values = dict[str, Tensor]

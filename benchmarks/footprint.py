@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.counting import counts_of_ours, per_clip
+from benchmarks.network import DATASETS
 from launch.forecast import sizes
 from multitrain.config import ModelConfig
 
 FILE = Path(__file__).resolve().parents[1] / "launch" / "footprint.json"
-DATASETS = {"kinetics": 400, "mit": 305, "ssv2": 174}
 NETWORKS = ModelConfig(), ModelConfig(frames=16, depth=16, stages=(1, 3, 14))
 
 

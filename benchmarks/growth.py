@@ -21,6 +21,7 @@ import numpy as np
 from benchmarks import footage
 from benchmarks.counting import counts_of_ours
 from benchmarks.measure import cpu_seconds, take_turns_apart
+from benchmarks.network import DATASETS, loss_of, trained_outputs
 from benchmarks.results import plot, save
 from launch.forecast import parameters
 from multitrain.config import AugmentConfig, DatasetConfig, ModelConfig
@@ -37,7 +38,6 @@ Points = list[tuple[float, float]]
 
 FRAMES, CROP = 32, 224
 """Of a clip, where the other is varied."""
-DATASETS = {"kinetics": 400, "mit": 305, "ssv2": 174}
 
 
 def clip_cost(frames: int, crop: int, clips: int) -> float:
@@ -81,9 +81,7 @@ class ModelTime:
 
     def training(self, _: int) -> None:
         """Forward and backward pass of a clip."""
-        out = self._model.train().outputs(self._clip, self._key)
-        values = [*out.logits.values(), *out.projected.values(), out.expanded]
-        sum(v.square().mean() for v in values if v is not None).backward()  # type: ignore[union-attr]
+        loss_of(trained_outputs(self._model.train(), self._clip, self._key)).backward()
         self._model.zero_grad()
 
 

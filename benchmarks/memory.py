@@ -11,10 +11,10 @@ from functools import partial
 from typing import Any
 
 from benchmarks.counting import counts_of_baseline, counts_of_ours, per_clip
+from benchmarks.network import DATASETS
 from benchmarks.results import row, save
 from multitrain.config import ModelConfig
 
-DATASETS = {"kinetics": 400, "mit": 305, "ssv2": 174}
 NOTE = "32 frames of 224², bf16, CUDA's autocast policy and routes, fake tensors"
 
 

@@ -15,11 +15,11 @@ import torch
 
 from benchmarks.baseline import model as baseline
 from benchmarks.measure import take_turns_apart
+from benchmarks.network import DATASETS, loss_of, trained_outputs
 from benchmarks.results import row, save
 from multitrain.config import ModelConfig
 from multitrain.model import MultiTrain
 
-DATASETS = {"kinetics": 400, "mit": 305, "ssv2": 174}
 TRAINED = {"none": (">= 1.5×", "1.7×"), "mlp": ("", ""), "selective": (">= 1×", "")}
 
 
@@ -81,21 +81,19 @@ def _training(config: ModelConfig, clips: torch.Tensor) -> dict[str, Callable[[i
     model = MultiTrain(config, DATASETS).train()
     state = dict(model.named_parameters())
 
-    def loss_of(values: list[torch.Tensor]) -> None:
-        sum(v.float().square().mean() for v in values).backward()  # type: ignore[union-attr]
-        model.zero_grad()
-
     def ours(number: int, mode: Any) -> None:
         for block in model.each_block():
             block.recompute = mode
         with _autocast("bf16"):
-            out = model.outputs(clips, torch.tensor([number]))
-        loss_of([*out.logits.values(), *out.projected.values(), out.expanded])  # type: ignore[list-item]
+            values = trained_outputs(model, clips, torch.tensor([number]))
+        loss_of(values).backward()
+        model.zero_grad()
 
     def theirs(_: int) -> None:
         with _autocast("bf16"):
             out = baseline.outputs(state, config, DATASETS, clips, training=True)
-        loss_of([value for name, value in out.items() if name != "features"])
+        loss_of(value for name, value in out.items() if name != "features").backward()
+        model.zero_grad()
 
     modes: dict[str, Callable[[int], Any]] = {m: lambda number, m=m: ours(number, m) for m in TRAINED}  # type: ignore[misc]
     return {**modes, "baseline": theirs}

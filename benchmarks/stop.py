@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
-from benchmarks.drills.run import TinyRun, write_data
+from benchmarks.drills.run import TinyRun, newest_update, write_data
 from multitrain.engine import checkpoint as ck
 from tests.slurm.drill import Runs, ranks_of_all_starts, reason_to_skip, started
 
@@ -58,8 +58,6 @@ def one_stop(run: TinyRun, ranks: int, chance: random.Random) -> dict[str, Any]:
     gone = time.time()
     run.until(lambda: not run.running, "the launcher's end")
     told = {e["event"]: e for e in run.records("events.jsonl") if _seconds(e) >= struck - 1e-3}
-    newest, _ = ck.newest_verified(run.folder / "checkpoints")
-    saved = int(newest.name.split("-")[1]) if newest else 0
     return {
         "update": completed,
         "update_seconds": round(update, 3),
@@ -68,7 +66,7 @@ def one_stop(run: TinyRun, ranks: int, chance: random.Random) -> dict[str, Any]:
         "gone": round(gone - struck, 3),
         "saving": told["checkpoint"]["seconds"],
         "processes": len(pids),
-        "lost": run.position() - saved,
+        "lost": run.position() - run.newest(),
         "exit": run.code(),
     }
 
@@ -87,14 +85,13 @@ def stop_on_a_controller(chance: random.Random) -> dict[str, Any]:
         gone = time.time()
         cluster.wait(job, "PENDING")
         told = {e["event"]: e for e in runs.events(run)[seen:]}
-        newest, _ = ck.newest_verified(run / "checkpoints")
         return {
             "update": len(runs.metrics(run)),
             "agreed": round(_seconds(told["signal"]) - struck, 3),
             "verified": round(_seconds(told["checkpoint"]) - struck, 3),
             "requeued": round(_seconds(told["requeue"]) - struck, 3),
             "gone": round(gone - struck, 3),
-            "lost": len(runs.metrics(run)) - (int(newest.name.split("-")[1]) if newest else 0),
+            "lost": len(runs.metrics(run)) - newest_update(run),
         }
 
 

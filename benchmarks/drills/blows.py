@@ -185,7 +185,7 @@ def _wait_for_the_node(stage: Stage) -> None:
     drained = stage.cluster.run(
         "sinfo", "--noheader", "--partition=low", "--Node", "--states=drain", "--format=%N"
     ).split()
-    for node in {*drained, stage.node} - {stage.node}:
+    for node in set(drained) - {stage.node}:
         stage.cluster.run("scontrol", "update", f"nodename={node}", "state=resume")
 
     def there() -> bool:

@@ -63,7 +63,9 @@ Record = dict[str, Any]
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; 0 when every run ended like the uninterrupted one and no promise was broken."""
-    parser = argparse.ArgumentParser(prog="campaign.py", description=__doc__, formatter_class=_Verbatim)
+    parser = argparse.ArgumentParser(
+        prog="campaign.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=100, metavar="N", help="interruptions (default 100)")
     parser.add_argument(
         "--seed", type=int, default=0, metavar="S", help="of kinds, moments and world sizes (default 0)"
@@ -327,12 +329,9 @@ def summary(records: list[Record], runs: list[Record]) -> list[Record]:
     ]
     for name in KINDS:
         own = [r for r in records if r["kind"] == name]
-        back = (
-            f"{len(own)} times; back after {statistics.median(r['back_seconds'] for r in own):.1f} s (median)"
-            if own
-            else ""
-        )
         if own:
+            median = statistics.median(r["back_seconds"] for r in own)
+            back = f"{len(own)} times; back after {median:.1f} s (median)"
             lost = max(r["lost"] for r in own)
             rows.append(results.row(f"updates lost by {name}, at most", ours=lost, unit="updates", note=back))
     return rows
@@ -374,10 +373,6 @@ class _folder:
 
     def __exit__(self, *_: object) -> None:
         pass
-
-
-class _Verbatim(argparse.RawDescriptionHelpFormatter):
-    pass
 
 
 if __name__ == "__main__":

@@ -31,6 +31,12 @@ class Hung(RuntimeError):
     """The run did not do what was waited for."""
 
 
+def newest_update(run: Path) -> int:
+    """Updates of the newest whole checkpoint of a run; 0 without one."""
+    whole = (f for f in ck.listed(run / "checkpoints") if ck.verify(f) is None)
+    return next((int(f.name.split("-")[1]) for f in whole), 0)
+
+
 class TinyRun:
     """A run in `runs`/`name` on this machine, through ``launch/submit.py … cluster=local``.
 
@@ -122,8 +128,7 @@ class TinyRun:
 
     def newest(self) -> int:
         """Updates of the newest checkpoint that is whole, looked for from outside; 0 without one."""
-        whole = (f for f in ck.listed(self.folder / "checkpoints") if ck.verify(f) is None)
-        return next((int(f.name.split("-")[1]) for f in whole), 0)
+        return newest_update(self.folder)
 
     def failed_saves(self) -> int:
         """Periodic saves in a row, the last ones, that did not succeed."""

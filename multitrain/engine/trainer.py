@@ -119,9 +119,7 @@ class Trainer:
         self._saved = -1  # newest update that is on disk, or being written
         self._validated = -1
         self._nonfinite = 0
-        self._fp16_scale: dict[str, Any] | None = (
-            None  # of earlier starts in fp16, kept while this one is in another precision
-        )
+        self._fp16_scale: dict[str, Any] | None = None  # of earlier starts, kept while this one is not in fp16
 
     def resume(self) -> dict[Path, str]:
         """Load the newest whole checkpoint, which rank 0 chooses, and open the recorder where it ends.

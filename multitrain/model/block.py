@@ -48,7 +48,7 @@ def run(block: BlockLayers, mode: Recompute, x: Tensor, masks: tuple[Mask | None
     dtype = compute_dtype(x)
     if not torch.is_grad_enabled():
         with torch.autocast(x.device.type, enabled=False):
-            return _forward(Pass(block, Weights(block, dtype), x, masks, graph=False), "full", x.device.type == "cpu")
+            return _forward(Pass(block, Weights(block, dtype), x, masks, graph=False), "full")
     out: Tensor = _Block.apply(block, mode, dtype, masks, x, *block.parameters())
     return out
 
@@ -131,7 +131,7 @@ def _branch_gradient(grad: Tensor, mask: Mask | None, dtype: torch.dtype) -> Ten
     return grad.to(dtype)
 
 
-def _forward(c: Pass, mode: Recompute, by_rows: bool = False) -> Tensor:
+def _forward(c: Pass, mode: Recompute) -> Tensor:
     """The block's output; of its intermediates, those that `mode` keeps stay."""
 
     def done(*names: str) -> None:
@@ -147,7 +147,7 @@ def _forward(c: Pass, mode: Recompute, by_rows: bool = False) -> Tensor:
     done("q_normed", "k_normed", "v_normed", "attended")
     _ = c.middle
     done("mixed", "projected")
-    if by_rows:
+    if not c.graph and c.x.device.type == "cpu":
         return _mlp_by_rows(c)
     _ = c.activated
     done("middle_normed", "hidden")

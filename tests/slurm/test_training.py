@@ -13,8 +13,8 @@ from tests.slurm.drill import UPDATES, Runs
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 
-def test_a_preempted_run_comes_back_by_itself_and_ends_with_the_same_bits(runs: Runs, reference: Path) -> None:
-    run, job = runs.submit("preempted")
+def preempt(runs: Runs, run: Path, job: str) -> None:
+    """A job of a higher priority takes its nodes in the middle: it has saved all, and waits to come back."""
     runs.reach(run, job, 3)
     runs.cluster.evict()
     runs.cluster.until(lambda: runs.cluster.job(job).get("Restarts") == "1", "the requeue")
@@ -23,6 +23,11 @@ def test_a_preempted_run_comes_back_by_itself_and_ends_with_the_same_bits(runs: 
     stopped = len(runs.metrics(run))
     assert 3 <= stopped < UPDATES
     assert ck.read(ck.newest_verified(run / "checkpoints")[0] or run).update == stopped, "work was lost"
+
+
+def test_a_preempted_run_comes_back_by_itself_and_ends_with_the_same_bits(runs: Runs, reference: Path) -> None:
+    run, job = runs.submit("preempted")
+    preempt(runs, run, job)
     runs.cluster.start_now(job)
     runs.finish(run, job)
     runs.assert_same(run, reference)
@@ -42,11 +47,7 @@ def test_a_run_warned_of_its_time_limit_comes_back_and_ends_with_the_same_bits(r
 
 def test_a_preempted_run_of_train_sh_goes_on_with_launch_submit(runs: Runs, reference: Path) -> None:
     run, job = runs.submit_script("script")
-    runs.reach(run, job, 3)
-    runs.cluster.evict()
-    runs.cluster.until(lambda: runs.cluster.job(job).get("Restarts") == "1", "the requeue")
-    assert runs.events(run)[-1]["status"] == "preempted"
-    assert ck.read(ck.newest_verified(run / "checkpoints")[0] or run).update == len(runs.metrics(run)), "work was lost"
+    preempt(runs, run, job)
     _, second = runs.submit_script("script")
     runs.cluster.wait(second, "FAILED")
     said = (runs.runs / f"{second}.out").read_text()

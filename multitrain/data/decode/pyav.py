@@ -140,8 +140,8 @@ class PyAVVideo(Video):
             for number, image in self._decoded(sorted(missing), top, convert, skip=False):
                 missing.discard(number)
                 yield number, image
-            for number in sorted(missing):
-                raise VideoError(self.path, f"frame {number} of {self.frame_count} cannot be decoded")
+        if missing:
+            raise VideoError(self.path, f"frame {min(missing)} of {self.frame_count} cannot be decoded")
 
     def _decoded(
         self, numbers: list[int], runs: list[tuple[int, int]], convert: Converter, *, skip: bool
