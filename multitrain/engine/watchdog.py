@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,11 +59,31 @@ class Watchdog:
             time.sleep(min(left, 1.0))
         faulthandler.cancel_dump_traceback_later()
         text = f"no progress for {time.monotonic() - self._last:.0f} s (engine.hang_limit={self._limit:g})"
-        print(f"multitrain: rank {self._rank}: {text}; where its threads are:", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(all_threads=True)
+        _say(f"multitrain: rank {self._rank}: ", f"{text}; where its threads are:", *stacks())
         try:
             Events(self._run / "events.jsonl").write("hung", rank=self._rank, reason=f"{text}; see the ranks' logs")
         except OSError as error:
-            print(f"multitrain: {self._run}/events.jsonl cannot be written: {error}", file=sys.stderr, flush=True)
+            _say(f"multitrain: rank {self._rank}: ", f"{self._run}/events.jsonl cannot be written: {error}")
         time.sleep(PEERS)
         self._end(STATUS)
+
+
+def stacks() -> list[str]:
+    """Where every thread of this process is: a line with its name, then a line a frame, most recent call first.
+
+    Without the text of the lines, which lies on a disk that may be what hangs.
+    """
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    lines = []
+    for thread, frame in sys._current_frames().items():
+        lines.append(f"thread {names.get(thread, thread)}, most recent call first")
+        lines += [
+            f"  {at.f_code.co_filename}:{line} in {at.f_code.co_name}" for at, line in traceback.walk_stack(frame)
+        ]
+    return lines
+
+
+def _say(prefix: str, *lines: str) -> None:
+    """All lines to standard error by one system call, each with the prefix: ranks that share a log hang at the same time."""
+    sys.stderr.flush()
+    os.write(sys.stderr.fileno(), "".join(f"{prefix}{line}\n" for line in lines).encode())

@@ -77,8 +77,10 @@ def test_a_rank_that_hangs_ends_all_with_their_stacks_in_the_log(run: Path) -> N
     assert all(code not in (0, 75) for code in codes), log(run)
     text = (run / "ranks.log").read_text()
     assert text.count("where its threads are") == 2
-    assert "in agreed" in text, "rank 0 waits in a collective"
-    assert "phases.py" in text, "rank 1 sleeps here"
+    at = r"^multitrain: rank %d:   \S+/%s:\d+ in %s$"
+    assert re.search(at % (0, "interruption.py", "agreed"), text, re.MULTILINE), "rank 0 waits in a collective"
+    assert re.search(at % (1, "phases.py", "pause"), text, re.MULTILINE), "rank 1 sleeps here"
+    assert text.count(": thread MainThread, most recent call first") == 2
     assert {e["rank"] for e in events(run, "hung")} == {0, 1}
 
 

@@ -105,6 +105,13 @@ class Cluster:
         command = ["sbatch", "--parsable", "--partition=high", "--exclusive", f"--nodes={nodes}"]
         return self.run(*command, "--output=/dev/null", f"--wrap=sleep {seconds}").strip()
 
+    def preempt(self, job: str, pids: Iterable[int]) -> None:
+        """Take the job's nodes away, while the processes stand still until the controller does."""
+        with frozen(pids):
+            self.evict()
+            self.until(lambda: self.job(job).get("PreemptTime", "None") != "None", "the preemption")
+        self.until(lambda: self.job(job).get("Restarts") == "1", "the requeue")
+
     def start_now(self, job: str) -> None:
         """Start a requeued job at once; SLURM lets it wait for two minutes.
 
@@ -197,6 +204,22 @@ def batch_script(job: str) -> int | None:
         if f"/job{int(job):05d}/slurm_script" in found.title:
             return pid
     return None
+
+
+def scorers(out: Path) -> list[int]:
+    """Process ids of the ranks of an evaluation, by the folder of its results; the processes they fork among them."""
+    return [pid for pid, found in _processes().items() if f" --out {out}" in found.title and " -m " in found.title]
+
+
+@contextlib.contextmanager
+def frozen(pids: Iterable[int]) -> Iterator[None]:
+    """The processes stand still in the block: what SLURM takes its time for finds them where they were, on a quick machine too."""
+    pids = list(pids)
+    send(pids, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        send(pids, signal.SIGCONT)
 
 
 def send(pids: Iterable[int], number: int) -> None:

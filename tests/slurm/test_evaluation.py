@@ -19,7 +19,7 @@ from multitrain.engine.checkpoint import Checkpoint
 from multitrain.evaluation.shards import ShardReader
 from multitrain.model import MultiTrain
 from tests import support
-from tests.slurm.drill import Cluster
+from tests.slurm.drill import Cluster, scorers
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +37,7 @@ def run(shared: Path, tmp_path: Path) -> Path:
     (annotations / "test.csv").write_text("\n".join(lines[:60]) + "\n")
     (annotations / "classes.txt").write_text((real / "classes.txt").read_text())
     settings = support.settings(tmp_path / "none")
-    kinetics = {"annotations": str(annotations), "videos": str(shared), "classes": 2, "temporal_views": 20}
+    kinetics = {"annotations": str(annotations), "videos": str(shared), "classes": 2, "temporal_views": 4}
     settings["data"] |= {"datasets": {"kinetics": kinetics}, "index": str(tmp_path / "index")}
     settings |= {"loss": {"projection_weight": 0, "informative_weight": 0}}
     settings["model"] |= {"expander": False, "projections": False, "frames": 8}
@@ -80,8 +80,7 @@ def test_an_evaluation_of_four_ranks_that_was_preempted_has_the_bits_of_one_undi
         return len(list((out / "kinetics" / "shards").glob("*.scores"))) == 4
 
     cluster.until(begun, "a shard of each of four ranks", seconds=120)
-    cluster.evict()
-    cluster.until(lambda: cluster.job(job).get("Restarts") == "1", "the requeue")
+    cluster.preempt(job, scorers(out))
     before = scored(out)
     assert 0 < len(before) < 59, "not in the middle"
     cluster.start_now(job)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from multitrain.engine import checkpoint as ck
-from tests.slurm.drill import UPDATES, Runs
+from tests.slurm.drill import UPDATES, Runs, frozen, ranks
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -16,8 +16,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 def preempt(runs: Runs, run: Path, job: str) -> None:
     """A job of a higher priority takes its nodes in the middle: it has saved all, and waits to come back."""
     runs.reach(run, job, 3)
-    runs.cluster.evict()
-    runs.cluster.until(lambda: runs.cluster.job(job).get("Restarts") == "1", "the requeue")
+    runs.cluster.preempt(job, ranks(run).values())
     assert runs.events(run)[-1]["event"] == "requeue"
     assert runs.events(run)[-1]["status"] == "preempted"
     stopped = len(runs.metrics(run))
@@ -37,7 +36,8 @@ def test_a_run_warned_of_its_time_limit_comes_back_and_ends_with_the_same_bits(r
     """The warning itself is SLURM's `--signal`; here it is sent by hand, to the same processes."""
     run, job = runs.submit("warned")
     runs.reach(run, job, 2)
-    runs.cluster.run("scancel", "--signal=USR2", job)
+    with frozen(ranks(run).values()):
+        runs.cluster.run("scancel", "--signal=USR2", job)
     runs.cluster.until(lambda: runs.cluster.job(job).get("Restarts") == "1", "the requeue")
     assert runs.events(run)[-1]["status"] == "time limit"
     runs.cluster.start_now(job)
