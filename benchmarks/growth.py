@@ -181,9 +181,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     given = parser.parse_args(arguments)
     clips, updates = (24, 200) if given.full else (6, 40)
-    frames, crops, model_crops = [8, 16, 32, 64], [160, 224, 312], [160, 224, 320]
-    time_by_frames, time_by_crop = model_times(frames, model_crops, 3 if given.full else 1)
-    memory = {mode: saved_memory(frames, model_crops, mode) for mode in ("none", "selective")}
+    frames, crops = [8, 16, 32, 64], [160, 224, 312]
+    time_by_frames, time_by_crop = model_times(frames, crops, 3 if given.full else 1)
+    memory = {mode: saved_memory(frames, crops, mode) for mode in ("none", "selective")}
     names = "abcdefgh"
 
     def mixture(datasets: int) -> Plan:
@@ -202,7 +202,7 @@ def main(arguments: list[str] | None = None) -> None:
         plot("Model: time of a clip by its frames (224 pixels)", "frames", "CPU s", time_by_frames,
              note="Own width, one block a stage (4 blocks of 24), fp32, one thread. Attention looks from every frame at every frame."),
         plot("Model: time of a clip by its crop (32 frames)", "pixels", "CPU s", time_by_crop,
-             note="The same; a crop is a multiple of 32 pixels."),
+             note="The same."),
         plot("Model: saved activations of a clip by its frames (224 pixels)", "frames", "GB",
              {f"activation_checkpointing={mode}": m[0] for mode, m in memory.items()},
              note="Counted with stand-ins for tensors, as `benchmarks.memory` counts: the whole network, bf16, CUDA's routes."),

@@ -14,8 +14,8 @@ class ModelConfig(Settings):
 
     frames: int = Field(32, ge=2, multiple_of=2)
     """Frames a clip (T)."""
-    crop: int = Field(224, ge=32, multiple_of=32)
-    """Height and width of a clip in pixels (S)."""
+    crop: int = Field(224, ge=32, multiple_of=4)
+    """Height and width of a clip in pixels (S). A grid of S/4 that cannot be halved at a stage change is rounded up."""
     depth: int = Field(24, ge=1)
     """Number of transformer blocks."""
     width: int = Field(96, ge=8)
@@ -53,9 +53,4 @@ class ModelConfig(Settings):
     def _stages_in_order(self) -> ModelConfig:
         if list(self.stages) != sorted(set(self.stages)) or any(not 0 < s < self.depth for s in self.stages):
             raise ValueError(f"stages={list(self.stages)} must rise and lie between 1 and depth-1={self.depth - 1}")
-        if self.crop // 4 % (2 ** len(self.stages)):
-            raise ValueError(
-                f"crop={self.crop} cannot be halved {len(self.stages)} times after the patch stride of 4; "
-                f"use a multiple of {4 * 2 ** len(self.stages)}"
-            )
         return self

@@ -67,7 +67,7 @@ def test_the_reference_run_solves_to_the_published_shape() -> None:
         ("name=a/b", "'a/b' cannot be a folder name"),
         ("augment.randaugment=rand-x7", "is not RandAugment notation"),
         ("model.stages=[5,2]", "must rise and lie between 1 and depth-1=23"),
-        ("model.crop=100", "model.crop=100: input should be a multiple of 32"),
+        ("model.crop=102", "model.crop=102: input should be a multiple of 4"),
         ("model.expander=false", "set model.expander=true or loss.informative_weight=0"),
         ("model.projections=false", "set model.projections=true or loss.projection_weight=0"),
         ("loss.dataset_weights={k400: 2}", "'k400', which is not a dataset of this run: kinetics, mit, ssv2"),

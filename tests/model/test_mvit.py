@@ -36,6 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no stage change": {"stages": (), "depth": 1},
     "two frames": {"frames": 2},
     "odd grid": {"crop": 96, "stages": (1, 2, 3), "kv_stride": 4},
+    "grid that is rounded up": {"crop": 52, "stages": (1, 2, 3), "kv_stride": 8},
 }
 
 
