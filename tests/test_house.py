@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 FLOORS = [
+    {"files"},
     {"config", "order"},
     {"loss", "model", "monitor"},
     {"data", "interop"},

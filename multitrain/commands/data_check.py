@@ -10,6 +10,7 @@ from multitrain.commands.common import StopSignals, configured
 from multitrain.commands.data_resize import add_work_options
 from multitrain.config import ConfigError
 from multitrain.config.arguments import Arguments, Parser, whole_number
+from multitrain.files import replace_text
 
 
 def main(arguments: Arguments) -> int:
@@ -78,7 +79,7 @@ def main(arguments: Arguments) -> int:
         )
         return 0
     report = c.judge(entries, scans, given.min_frames)
-    c.replace_text(given.out / "check.csv", report.csv())
+    replace_text(given.out / "check.csv", report.csv())
     if given.write_clean:
         for name, count in c.write_clean(report, datasets, given.write_clean).items():
             print(f"{name}: {count} lines left out", file=sys.stderr)

@@ -52,8 +52,8 @@ def main(arguments: Arguments) -> int:
     if given.write_annotations and not given.annotations:
         parser.error("--write-annotations needs --annotations")
     from multitrain.data.prepare import resize as r
-    from multitrain.data.prepare.check import replace_text
     from multitrain.data.prepare.crew import INTERRUPTED, Bar, Journal, Shard, version, work_through
+    from multitrain.files import replace_text
 
     encoding = r.Encoding(given.short_side, given.crf, given.preset, given.fast_decode, given.salvage)
     copies = _copies(given.videos, given.annotations, given.segments)
@@ -147,8 +147,8 @@ def _copies(videos: Path, annotations: Path | None, segments: Path | None) -> li
 
 
 def _rewrite(annotations: Path, out: Path, made: dict[str, bool]) -> None:
-    from multitrain.data.prepare.check import replace_text
     from multitrain.data.prepare.resize import rewritten
+    from multitrain.files import replace_text
 
     out.mkdir(parents=True, exist_ok=True)
     for split in ("train", "val", "test"):

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from multitrain.data.random import Draws, generator
+from multitrain.files import replace_text, replacing
 
 SIZE = 64
 """Height and width of a video in pixels."""
@@ -125,7 +126,7 @@ def generate(
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
             for _ in pool.map(write_clip, work, chunksize=20):
                 pass
-    _replace(marker, json.dumps(content) + "\n")
+    replace_text(marker, json.dumps(content) + "\n")
     return True
 
 
@@ -258,29 +259,21 @@ def _encode(path: Path, frames: np.ndarray) -> None:
     import av
 
     options = {"preset": "superfast", "crf": "20", "threads": "1"}
-    temporary = path.with_suffix(".tmp")
-    with av.open(str(temporary), "w", format="mp4") as container:
+    with replacing(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         stream: Any = container.add_stream("libx264", rate=Fraction(RATE), options=options)
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         for image in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
-    os.replace(temporary, path)
 
 
 def _write_annotations(folder: Path, dataset: str, clips: Sequence[Clip], splits: Mapping[str, int]) -> None:
     annotations = folder / "annotations"
     annotations.mkdir(parents=True, exist_ok=True)
     (folder / "videos").mkdir(exist_ok=True)
-    _replace(annotations / "classes.txt", "".join(name + "\n" for name in CLASSES[dataset]))
+    replace_text(annotations / "classes.txt", "".join(name + "\n" for name in CLASSES[dataset]))
     for split in splits:
-        _replace(annotations / f"{split}.csv", "".join(f"{c.path} {c.label}\n" for c in clips if c.split == split))
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+        replace_text(annotations / f"{split}.csv", "".join(f"{c.path} {c.label}\n" for c in clips if c.split == split))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from multitrain.data.decode import VideoError
+from multitrain.files import replacing
 
 if TYPE_CHECKING:
     import av
@@ -65,17 +65,13 @@ def write_video(path: Path, fps: float) -> Iterator[VideoWriter]:
     """
     import av
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with av.open(str(temporary), "w", format="mp4") as container:
+        with replacing(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
             writer = VideoWriter(container, fps)
             yield writer
             writer.finish()
-        os.replace(temporary, path)
     except (OSError, av.error.FFmpegError) as error:
         raise VideoError(path, f"cannot be written ({error.strerror or error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 __all__ = ["VideoWriter", "write_video"]

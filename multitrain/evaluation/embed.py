@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from multitrain.config import ConfigError
 from multitrain.data.decode import VideoError
 from multitrain.data.views import load_views
+from multitrain.files import replacing
 from multitrain.monitor.figures import COLOURS, figure, png
 
 if TYPE_CHECKING:
@@ -83,11 +83,10 @@ def write(found: Embeddings, out: Path) -> None:
         ConfigError: another kind of file, or pyarrow is not installed.
     """
     columns = {name: [getattr(i, name) for i in found.items] for name in ("path", "dataset", "label")}
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".npz":
-        with open(temporary, "wb") as file:
-            arrays: dict[str, Any] = {n: np.array(c, str) for n, c in columns.items()}
+        arrays: dict[str, Any] = {n: np.array(c, str) for n, c in columns.items()}
+        with replacing(out) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, features=found.features, **arrays)
     elif out.suffix == ".parquet":
         try:
@@ -98,10 +97,10 @@ def write(found: Embeddings, out: Path) -> None:
                 f"{out}: .parquet needs pyarrow; pip install 'multitrain[parquet]', or write .npz"
             ) from None
         table = pyarrow.table({**columns, "features": list(found.features)})
-        parquet.write_table(table, temporary)
+        with replacing(out) as temporary:
+            parquet.write_table(table, temporary)
     else:
         raise ConfigError(f"{out}: features are written as .npz or .parquet")
-    os.replace(temporary, out)
 
 
 def flattened(features: np.ndarray) -> np.ndarray:

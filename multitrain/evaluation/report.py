@@ -7,7 +7,6 @@ PNG files, and ``report.md`` with the tables. What is not there yet, such as an 
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from multitrain.evaluation import page, pictures
 from multitrain.evaluation.page import Section
 from multitrain.evaluation.pictures import Example, History
 from multitrain.evaluation.scored import Scored, confused, hardest, newest_evaluation, read_evaluation
+from multitrain.files import replace_text, replacing
 from multitrain.monitor import events, lines, metrics
 from multitrain.monitor.interruptions import interruptions
 from multitrain.monitor.progress import duration
@@ -69,7 +69,8 @@ def write_report(
     if matrices:
         shown["confusion"] = pictures.confusion(matrices, {name: tested[name].class_names for name in matrices})
     for name, png in shown.items():
-        _replace(out / f"{name}.png", png)
+        with replacing(out / f"{name}.png") as temporary:
+            temporary.write_bytes(png)
     state = status(run_dir)
     summary = summarise(config, history, state)
     title = run_dir.resolve().name
@@ -84,8 +85,8 @@ def write_report(
         Section("Not read", _not_read(run_dir, tested, notes), _NOT_READ),
         Section("Settings", _settings(run_dir, config)),
     ]
-    _replace(out / "report.md", _markdown(title, summary, tested).encode())
-    _replace(out / "report.html", page.page(title, sections).encode())
+    replace_text(out / "report.md", _markdown(title, summary, tested))
+    replace_text(out / "report.html", page.page(title, sections))
     return Report(out / "report.html", accuracy_table(tested), notes)
 
 
@@ -316,12 +317,6 @@ def _settings(run_dir: Path, config: RunConfig) -> str:
 
 def _flat(text: Any) -> str:
     return " ".join(str(text or "").split())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from multitrain.config import ConfigError
 from multitrain.evaluation import metrics
 from multitrain.evaluation.scoring import Task
 from multitrain.evaluation.shards import Scores, ShardReader
+from multitrain.files import replace_text, replacing
 
 _log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def write_combined(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> No
     """``metrics.json`` and ``table.txt`` of all datasets of an evaluation."""
     text = table(results)
     write_json(folder / "metrics.json", {"datasets": results, "average": average(results), "table": text})
-    _replace(folder / "table.txt", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    replace_text(folder / "table.txt", text + "\n")
 
 
 def merge(task: Task, shards: ShardReader, header: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -120,7 +120,9 @@ def merge(task: Task, shards: ShardReader, header: Mapping[str, Any], folder: Pa
         if catalog.multi_label
         else np.array([v[0] for v in labels], np.int64)
     )
-    _replace(folder / "scores.npz", lambda path: _save(path, arrays))
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "scores.npz") as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     if result.get("confusion"):
         _draw_confusion(folder / "confusion.png", task.name, scores, labels, catalog.class_names)
     write_json(folder / "metrics.json", result)
@@ -140,31 +142,13 @@ def _draw_confusion(
     except ConfigError as error:
         _log.warning("%s not drawn: %s", path, error)
         return
-    _replace(path, lambda temporary: temporary.write_bytes(picture))
-
-
-def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    with path.open("wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    with replacing(path) as temporary:
+        temporary.write_bytes(picture)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    _replace(
-        path,
-        lambda temporary: temporary.write_text(
-            json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
-        ),
-    )
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
 def _percent(fraction: float) -> float | None:

@@ -7,14 +7,14 @@ that has gone through our formats comes back equal in every bit. A run's AdamW m
 from __future__ import annotations
 
 import json
-import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from multitrain.config import ConfigError, RunConfig, dump
+from multitrain.files import replace_text, replacing
 from multitrain.interop import pyslowfast
 from multitrain.interop.optimizer_state import Grouping
 from multitrain.interop.places import MODEL_FILE, locate, sha256
@@ -144,7 +144,7 @@ def _write_safetensors(source: Path, target: Path, weights: Weights, run: RunCon
         _save(optimizer_file(target), tensors, {})
     _save(target, weights.state, {HEADER: json.dumps(description, ensure_ascii=False)})
     text = json.dumps(description, indent=1, ensure_ascii=False) + "\n"
-    _replace(_description_file(target, description), lambda path: path.write_text(text, encoding="utf-8"))
+    replace_text(_description_file(target, description), text)
 
 
 def _description_file(target: Path, description: Mapping[str, Any]) -> Path:
@@ -163,30 +163,21 @@ def _description_file(target: Path, description: Mapping[str, Any]) -> Path:
 def _complete_folder(folder: Path, weights: Weights, run: RunConfig) -> None:
     """``config.yaml``, and last the manifest with every file's size and SHA-256."""
     settings = run.model_copy(update={"model": weights.config})
-    _replace(folder / "config.yaml", lambda path: path.write_text(dump(settings), encoding="utf-8"))
+    replace_text(folder / "config.yaml", dump(settings))
     files = {}
     for file in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".yaml")):
         if file.name != "manifest.json":
             files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
     text = json.dumps({"files": files}, indent=1) + "\n"
-    _replace(folder / "manifest.json", lambda path: path.write_text(text))
+    replace_text(folder / "manifest.json", text)
 
 
 def _save(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
     from safetensors.torch import save_file
 
     state = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    _replace(path, lambda temporary: save_file(state, temporary, metadata=metadata))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a temporary path and renames the result to `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        save_file(state, temporary, metadata=metadata)
 
 
 __all__ = ["Converted", "convert"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import yaml
 
 from multitrain.config import ConfigError, RunConfig
 from multitrain.config.arguments import Parser
+from multitrain.files import replace_text
 from multitrain.interop.convert import Converted, convert
 from multitrain.interop.weights import locate, read_model
 
@@ -58,8 +58,8 @@ def export(
     (target / "config.json").unlink(missing_ok=True)
     written = convert(source, target / "model.safetensors", force=True)
     known = {name: weights.class_names[name] for name in weights.datasets if name in weights.class_names}
-    _write(target / "class_names.json", json.dumps(known, indent=1, ensure_ascii=False) + "\n")
-    _write(target / "README.md", _card(source, target, run, written, results, known))
+    replace_text(target / "class_names.json", json.dumps(known, indent=1, ensure_ascii=False) + "\n")
+    replace_text(target / "README.md", _card(source, target, run, written, results, known))
     return Exported(target, names, weights.datasets, results)
 
 
@@ -199,12 +199,6 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(1 << 24):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

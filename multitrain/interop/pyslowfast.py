@@ -11,7 +11,6 @@ Names: the backbone's are the same on both sides. Heads: ``head.heads.D.*`` ↔ 
 
 from __future__ import annotations
 
-import os
 import pickle
 import warnings
 import zipfile
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from multitrain.config import ConfigError, ModelConfig
+from multitrain.files import replacing
 from multitrain.interop.layout import layout, name_map
 from multitrain.interop.matching import Report, compare, require_all, shapes
 from multitrain.interop.official import refusal
@@ -188,12 +188,8 @@ def write_pyth(
         "cfg": text,
         **(extras or {}),
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         torch.save(content, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_archive(path: Path) -> dict[str, Any]:

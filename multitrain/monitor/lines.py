@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from multitrain.files import replacing
+
 
 def encode(record: Mapping[str, Any]) -> bytes:
     """One line of strict JSON. Floats keep every bit; NaN and infinities, which JSON lacks, become null."""
@@ -79,12 +81,10 @@ def drop_from(path: Path, update: int) -> int:
     kept = [line for line in lines if _precedes(line, update)]
     if len(kept) == len(lines) and data.endswith(b"\n"):
         return 0
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
+    with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(b"".join(line + b"\n" for line in kept))
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
     return len(lines) - len(kept)
 
 

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from multitrain.config import DatasetConfig
 from multitrain.data.annotations import CatalogError, Syntax, lines
 from multitrain.data.prepare.resize import found_below
+from multitrain.files import replace_text
 from multitrain.monitor.figures import table
 
 KINDS = ("missing", "broken", "short", "duplicate", "labelled twice", "leak")
@@ -216,11 +217,4 @@ def write_clean(report: Report, datasets: Mapping[str, DatasetConfig], out: Path
     return left_out
 
 
-def replace_text(file: Path, text: str) -> None:
-    """Write a file under a temporary name, then rename it."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
-    os.replace(temporary, file)
-
-
-__all__ = ["KINDS", "Entry", "Finding", "Report", "in_folder", "judge", "listed", "replace_text", "write_clean"]
+__all__ = ["KINDS", "Entry", "Finding", "Report", "in_folder", "judge", "listed", "write_clean"]

@@ -17,6 +17,7 @@ from typing import Any
 
 from multitrain.config import nearest
 from multitrain.data.annotations import CatalogError
+from multitrain.files import replace_text
 
 SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = {
@@ -283,24 +284,18 @@ def write(found: Imported, out: Path) -> dict[str, int]:
     }
     if not texts["test"]:
         texts["test"] = texts["val"]
-    _replace(out / "classes.txt", "".join(f"{name}\n" for name in found.classes))
+    replace_text(out / "classes.txt", "".join(f"{name}\n" for name in found.classes))
     cut = [s for s in found.samples if s.segment]
     if cut:
         rows = [f"{s.segment[0]},{s.segment[1]:.3f},{s.segment[2]:.3f},{s.path}\n" for s in cut if s.segment]
-        _replace(out / "segments.csv", "source,start,end,path\n" + "".join(rows))
+        replace_text(out / "segments.csv", "source,start,end,path\n" + "".join(rows))
     for split, rows in texts.items():
         if rows:
-            _replace(out / f"{split}.csv", "".join(rows))
+            replace_text(out / f"{split}.csv", "".join(rows))
     return {split: len(rows) for split, rows in texts.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------- parts
-
-
-def _replace(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
 
 
 def _with_names(sample: Sample, names: list[str], file: Path) -> Sample:
