@@ -50,12 +50,9 @@ def _took(variants: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, l
 def _row(figure: str, took: dict[str, list[float]], name: str, target: str, aim: str, config: ModelConfig) -> Any:
     note = f"{config.frames} frames of {config.crop}², batch 1; best of {len(took[name])} rounds"
     ours, theirs = min(took[name]), min(took["baseline"])
-    found = row(figure, ours=ours, baseline=theirs, unit="CPU s", target=target, aim=aim, note=note)
-    print(
-        f"{figure}: {ours:.2f} against {theirs:.2f} s, {found['ratio']:.2f}×; {took[name]} {took['baseline']}",
-        flush=True,
-    )
-    return found
+    rounds = (" ".join(f"{seconds:.2f}" for seconds in side) for side in (took[name], took["baseline"]))
+    print(f"{figure}, its rounds: {' against '.join(rounds)} CPU s", flush=True)
+    return row(figure, ours=ours, baseline=theirs, unit="CPU s", target=target, aim=aim, note=note)
 
 
 def _autocast(precision: str) -> torch.autocast:
