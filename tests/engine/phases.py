@@ -4,6 +4,7 @@
 2, in which rank 0 waits. ``save``, ``last-save``: writing takes two seconds. ``evaluation``: every video takes half a second.
 ``hang``: rank 1 stops dead in update 2. ``start``: joining takes two seconds. ``error``, ``memory``: rank 1 fails in update 2.
 ``slow-disk``: writing takes until somebody waits for it, and a bit. ``stale``: rank 1 sees an empty folder of checkpoints.
+``slow``: rank 1 takes a tenth of a second longer for every forward pass of updates 2 to 7.
 ``beats``: the log tells of every sign of life to the watchdog, and of every wait for a save.
 """
 
@@ -54,6 +55,7 @@ def linger(phase: str) -> None:
     from multitrain.engine.saver import Saver
     from multitrain.engine.trainer import Trainer
     from multitrain.engine.watchdog import Watchdog
+    from multitrain.model import MultiTrain
 
     now: dict[str, Any] = {"update": -1}
     before(Trainer, "_one_update", lambda trainer: now.update(update=trainer.completed, loader=trainer._loader))
@@ -82,6 +84,8 @@ def linger(phase: str) -> None:
         before(Saver, "start", lambda *_: waited.clear())
         before(Saver, "finish", lambda *_: waited.set())
         before(checkpoint, "write", lambda *_: time.sleep(0.2 if waited.wait(60) else 0))
+    elif phase == "slow" and RANK == 1:
+        before(MultiTrain, "outputs", lambda *_: time.sleep(0.1 if 2 <= now["update"] < 8 else 0))
     elif phase == "stale" and RANK == 1:
         checkpoint.listed = lambda folder: []
     elif phase == "beats":

@@ -23,11 +23,11 @@ from multitrain.data.catalog import open_catalogs, plan_of
 _F_SETLEASE = 1024
 
 
-def frozen_now_and_then(pids: Callable[[], list[int]], until: Callable[[], bool]) -> None:
+def frozen_now_and_then(pids: list[int], until: Callable[[], bool]) -> None:
     """Freeze processes for a fifth of a second, again and again, with a pause between."""
     while not until():
         for number, pause in ((signal.SIGSTOP, 0.2), (signal.SIGCONT, 0.08)):
-            for pid in pids():
+            for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
             time.sleep(pause)
@@ -37,31 +37,23 @@ def test_a_slow_rank_and_one_that_waits_for_its_videos_are_named_in_the_metrics(
     tiny_data: Path, tmp_path: Path
 ) -> None:
     run, _ = write_run(tmp_path, settings(tiny_data, gpus=2, updates=400, data__workers=1, data__prefetch=1))
-    processes = start_ranks(["-m", "multitrain.train", str(run)], 2, log=run / "ranks.log")
-    try:
-        path = run / "metrics.jsonl"
-        deadline = time.monotonic() + 120
+    program = str(Path(__file__).with_name("phases.py"))
+    processes = start_ranks([program, str(run), "slow"], 2, log=run / "ranks.log")
+    path = run / "metrics.jsonl"
+    deadline = time.monotonic() + 120
 
-        def done() -> int:
-            assert time.monotonic() < deadline, (run / "ranks.log").read_text()[-4000:]
-            return len(metrics(run)) if path.exists() else 0
+    def done() -> int:
+        assert time.monotonic() < deadline, (run / "ranks.log").read_text()[-4000:]
+        return len(metrics(run)) if path.exists() else 0
 
-        while done() < 3:
-            time.sleep(0.02)
-        slow = done() + 1
-        frozen_now_and_then(lambda: [processes[1].pid], lambda: done() >= slow + 8)
-        slow_end = done()
-        waits = slow_end + 2
-        workers = list(children(processes[0].pid))
-        frozen_now_and_then(lambda: workers, lambda: done() >= waits + 6)
-        waits_end = done()
-        for process in processes:
-            process.send_signal(signal.SIGTERM)
-        assert wait(processes) == [75, 75], (run / "ranks.log").read_text()[-4000:]
-    finally:
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGCONT)
+    while done() < 9:
+        time.sleep(0.02)
+    waits = done() + 2
+    frozen_now_and_then(list(children(processes[0].pid)), lambda: done() >= waits + 6)
+    waits_end = done()
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    assert wait(processes) == [75, 75], (run / "ranks.log").read_text()[-4000:]
     found = metrics(run)
     for record in found:
         own, data = record["own_seconds_per_rank"], record["data_wait_per_rank"]
@@ -70,10 +62,9 @@ def test_a_slow_rank_and_one_that_waits_for_its_videos_are_named_in_the_metrics(
         assert data[record["data_wait_rank"]] == max(data)
         assert record["own_seconds_max"] == max(own)
         assert record["data_wait_max"] == max(data)
-    while_slow = found[slow:slow_end]
-    assert sum(m["own_seconds_per_rank"][1] for m in while_slow) > 1.5 * sum(
-        m["own_seconds_per_rank"][0] for m in while_slow
-    ), "the frozen rank, and not the one that waits for it"
+    assert sum(m["own_seconds_per_rank"][1] for m in found[2:8]) > 1.5 * sum(
+        m["own_seconds_per_rank"][0] for m in found[2:8]
+    ), "the slow rank, and not the one that waits for it"
     while_waiting = found[waits:waits_end]
     assert sum(m["data_wait_per_rank"][0] for m in while_waiting) > 1.5 * sum(
         m["data_wait_per_rank"][1] for m in while_waiting
