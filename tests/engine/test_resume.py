@@ -93,9 +93,8 @@ def again(reference: Path, runs: Path, **changes: Any) -> Path:
     return run
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
-def test_a_signalled_run_ends_with_the_uninterrupted_runs_bits(reference: Path, tmp_path: Path, number: int) -> None:
-    run = again(reference, tmp_path)
+def assert_a_signal_changes_nothing(reference: Path, runs: Path, number: int) -> None:
+    run = again(reference, runs)
     assert interrupt(run, 2, number, after=2) == [75, 75]
     stopped = ck.newest_verified(run / "checkpoints")[0]
     assert stopped is not None
@@ -103,6 +102,16 @@ def test_a_signalled_run_ends_with_the_uninterrupted_runs_bits(reference: Path, 
     assert events(run, "signal")
     train(run, 2)
     assert_same_bits(run, reference)
+
+
+def test_a_signalled_run_ends_with_the_uninterrupted_runs_bits(reference: Path, tmp_path: Path) -> None:
+    assert_a_signal_changes_nothing(reference, tmp_path, signal.SIGTERM)
+
+
+def test_a_run_warned_of_its_time_limit_ends_with_the_uninterrupted_runs_bits(
+    fp32_reference: Path, tmp_path: Path
+) -> None:
+    assert_a_signal_changes_nothing(fp32_reference, tmp_path, signal.SIGUSR2)
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_update(fp32_reference: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from support import settings, start_ranks, train, wait, write_run
 from multitrain.engine import checkpoint as ck
 
 UPDATES = 6
-LIMIT = 12
+LIMIT = 8
 
 
 @pytest.fixture

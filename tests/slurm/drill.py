@@ -229,8 +229,8 @@ def send(pids: Iterable[int], number: int) -> None:
             os.kill(pid, signal.Signals(number))
 
 
-UPDATES = 48
-"""Of a tiny run: some seconds on a quick machine, so that it is not over before SLURM takes its nodes."""
+UPDATES = 20
+"""Of a tiny run: two seconds, so that it is not over before a drill sees its first updates and freezes it."""
 
 
 class Runs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from multitrain.engine import checkpoint as ck
-from tests.slurm.drill import Runs
+from tests.slurm.drill import Runs, frozen, ranks
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -50,7 +50,8 @@ def test_a_run_goes_on_with_other_nodes_precisions_and_micro_batches(runs: Runs,
             runs.finish(run, job)
         else:
             runs.reach(run, job, len(runs.metrics(run)) + 2)
-            runs.cluster.run("scancel", job)
+            with frozen(ranks(run).values()):
+                runs.cluster.run("scancel", job)
             runs.cluster.wait(job, "CANCELLED")
         state = ck.read(ck.listed(run / "checkpoints")[0]).state
         assert state["update"] == len(runs.metrics(run)), "work was lost"

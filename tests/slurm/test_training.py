@@ -62,7 +62,8 @@ def test_a_preempted_run_of_train_sh_goes_on_with_launch_submit(runs: Runs, refe
 def test_a_cancelled_run_stays_cancelled_and_can_be_resumed(runs: Runs, reference: Path) -> None:
     run, job = runs.submit("cancelled")
     runs.reach(run, job, 2)
-    runs.cluster.run("scancel", job)
+    with frozen(ranks(run).values()):
+        runs.cluster.run("scancel", job)
     runs.cluster.wait(job, "CANCELLED")
     time.sleep(5)
     info = runs.cluster.job(job)
