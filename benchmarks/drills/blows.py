@@ -181,7 +181,10 @@ def _thaw(stage: Stage) -> None:
 
 
 def _wait_for_the_node(stage: Stage) -> None:
-    """Until SLURM uses the node again; also one that it has drained, since a step there waited too long for its dead `srun`."""
+    """Until SLURM uses the node again; also one that it has drained, since a step there waited too long for its dead `srun`.
+
+    Like an administrator, who does not wait until SLURM asks a node again that it has given up: that can take minutes.
+    """
     drained = stage.cluster.run(
         "sinfo", "--noheader", "--partition=low", "--Node", "--states=drain", "--format=%N"
     ).split()
@@ -190,6 +193,8 @@ def _wait_for_the_node(stage: Stage) -> None:
 
     def there() -> bool:
         state = stage.cluster.run("sinfo", "--noheader", "--partition=low", f"--nodes={stage.node}", "--format=%T")
+        if state.startswith("down"):
+            stage.cluster.run("scontrol", "update", f"nodename={stage.node}", "state=resume")
         return state.strip() in ("idle", "mixed", "allocated")
 
     stage.cluster.until(there, f"{stage.node} to come back", seconds=120)
