@@ -106,10 +106,18 @@ class Cluster:
         return self.run(*command, "--output=/dev/null", f"--wrap=sleep {seconds}").strip()
 
     def preempt(self, job: str, pids: Iterable[int]) -> None:
-        """Take the job's nodes away, while the processes stand still until the controller does."""
+        """Take the job's nodes away, while the processes stand still until the controller does.
+
+        Its SIGCONT wakes them, so that the job may be back in the queue, where it has no PreemptTime, at the next look.
+        """
+
+        def begun() -> bool:
+            info = self.job(job)
+            return info.get("PreemptTime", "None") != "None" or info.get("Restarts") == "1"
+
         with frozen(pids):
             self.evict()
-            self.until(lambda: self.job(job).get("PreemptTime", "None") != "None", "the preemption")
+            self.until(begun, "the preemption")
         self.until(lambda: self.job(job).get("Restarts") == "1", "the requeue")
 
     def start_now(self, job: str) -> None:
