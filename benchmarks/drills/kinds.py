@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from benchmarks.drills.inside.sitecustomize import EXCEPTION
 from benchmarks.drills.run import EVERY, UPDATES, VALIDATED, Hung, TinyRun
 from multitrain.engine import checkpoint as ck
+from tests.slurm.drill import send
 
 Hit = Callable[[TinyRun, random.Random], None]
 
@@ -37,12 +38,6 @@ class Kind:
     moment: Callable[[int], int] = lambda at: at
 
 
-def _send(pids: list[int], number: int) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
-
-
 def _all(run: TinyRun) -> list[int]:
     return list(run.ranks().values())
 
@@ -55,11 +50,11 @@ def _one(run: TinyRun, chance: random.Random) -> int:
 
 
 def _to_all(number: int) -> Hit:
-    return lambda run, chance: _send(_all(run), number)
+    return lambda run, chance: send(_all(run), number)
 
 
 def _to_one(number: int) -> Hit:
-    return lambda run, chance: _send([_one(run, chance)], number)
+    return lambda run, chance: send([_one(run, chance)], number)
 
 
 def _to_the_launcher(number: int) -> Hit:
@@ -73,8 +68,8 @@ def _to_the_launcher(number: int) -> Hit:
 def _to_the_whole_step(run: TinyRun, chance: random.Random) -> None:
     """As SLURM does it: SIGCONT and SIGTERM to every process, loader workers included."""
     pids = [p for rank in _all(run) for p in (rank, *run.workers(rank))]
-    _send(pids, signal.SIGCONT)
-    _send(pids, signal.SIGTERM)
+    send(pids, signal.SIGCONT)
+    send(pids, signal.SIGTERM)
 
 
 def _one_after_another(run: TinyRun, chance: random.Random) -> None:
@@ -82,7 +77,7 @@ def _one_after_another(run: TinyRun, chance: random.Random) -> None:
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     for _ in range(chance.randint(3, 6)):
         if pids := _all(run):
-            _send([chance.choice(pids)], chance.choice(numbers))
+            send([chance.choice(pids)], chance.choice(numbers))
         time.sleep(chance.uniform(0, 0.1))
 
 
@@ -90,7 +85,7 @@ def _no_longer_waited_for(run: TinyRun, chance: random.Random) -> None:
     """As SLURM does it: SIGTERM to every process, and SIGKILL when KillWait is over, wherever the stop is by then."""
     _to_the_whole_step(run, chance)
     time.sleep(chance.uniform(0, 2))
-    _send(_all(run), signal.SIGKILL)
+    send(_all(run), signal.SIGKILL)
 
 
 def _touch(name: str) -> Hit:
@@ -128,31 +123,31 @@ def _in_an_evaluation(hit: Hit) -> Hit:
 def _in_a_data_stall(run: TinyRun, chance: random.Random) -> None:
     """The loader of one rank is frozen, so that all wait for it; then comes the signal."""
     rank = _one(run, chance)
-    _send(run.workers(rank), signal.SIGSTOP)
+    send(run.workers(rank), signal.SIGSTOP)
     time.sleep(chance.uniform(0.3, 1.5))
-    _send(_all(run), signal.SIGTERM)
+    send(_all(run), signal.SIGTERM)
 
 
 def _while_starting(run: TinyRun, chance: random.Random) -> None:
     """Before the first update of a start, in imports, rendezvous, resuming or the first batch."""
-    _send(_all(run), signal.SIGTERM)
+    send(_all(run), signal.SIGTERM)
     run.until(lambda: not run.running and not run.ranks(), "the end of a stopped start")
     run.start(run.world)
     run.until(lambda: len(run.ranks()) == run.world, "the ranks of the next start")
     time.sleep(chance.uniform(0, 4))
-    _send(_all(run), chance.choice((signal.SIGTERM, signal.SIGUSR2)))
+    send(_all(run), chance.choice((signal.SIGTERM, signal.SIGUSR2)))
 
 
 def _kill_a_worker(run: TinyRun, chance: random.Random) -> None:
     for rank in chance.sample(pids := _all(run), len(pids)):
         if workers := run.workers(rank)[1:]:  # the first is the keeper, which only forks
-            _send([chance.choice(workers)], signal.SIGKILL)
+            send([chance.choice(workers)], signal.SIGKILL)
             return
 
 
 def _hang(run: TinyRun, chance: random.Random) -> None:
     """One rank is frozen for good: the others hang in their next collective. A rank alone is killed; nobody waits for it."""
-    _send([_one(run, chance)], signal.SIGSTOP if run.world > 1 else signal.SIGKILL)
+    send([_one(run, chance)], signal.SIGSTOP if run.world > 1 else signal.SIGKILL)
 
 
 def _out_of_memory(run: TinyRun, chance: random.Random) -> None:

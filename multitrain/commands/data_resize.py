@@ -12,6 +12,7 @@ from pathlib import Path
 from multitrain.commands.common import StopSignals
 from multitrain.config import ConfigError
 from multitrain.config.arguments import Arguments, Parser, whole_number
+from multitrain.files import replace_text
 
 
 def main(arguments: Arguments) -> int:
@@ -53,7 +54,6 @@ def main(arguments: Arguments) -> int:
         parser.error("--write-annotations needs --annotations")
     from multitrain.data.prepare import resize as r
     from multitrain.data.prepare.crew import INTERRUPTED, Bar, Journal, Shard, version, work_through
-    from multitrain.files import replace_text
 
     encoding = r.Encoding(given.short_side, given.crf, given.preset, given.fast_decode, given.salvage)
     copies = _copies(given.videos, given.annotations, given.segments)
@@ -148,7 +148,6 @@ def _copies(videos: Path, annotations: Path | None, segments: Path | None) -> li
 
 def _rewrite(annotations: Path, out: Path, made: dict[str, bool]) -> None:
     from multitrain.data.prepare.resize import rewritten
-    from multitrain.files import replace_text
 
     out.mkdir(parents=True, exist_ok=True)
     for split in ("train", "val", "test"):

@@ -72,7 +72,7 @@ def _table(model: type[Settings], prefix: str) -> str:
 def _values(field: FieldInfo) -> str:
     limits = []
     for rule in field.metadata:
-        for sign, text in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<")):
+        for sign, text in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"), ("multiple_of", "a multiple of")):
             if getattr(rule, sign, None) is not None:
                 limits.append(f"{text} {getattr(rule, sign):g}")
     return _kind(field.annotation) + (f" {', '.join(limits)}" if limits else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import sys
@@ -59,13 +60,21 @@ class Watchdog:
             time.sleep(min(left, 1.0))
         faulthandler.cancel_dump_traceback_later()
         text = f"no progress for {time.monotonic() - self._last:.0f} s (engine.hang_limit={self._limit:g})"
-        _say(f"multitrain: rank {self._rank}: ", f"{text}; where its threads are:", *stacks())
+        self._say(f"{text}; where its threads are:", *stacks())
         try:
             Events(self._run / "events.jsonl").write("hung", rank=self._rank, reason=f"{text}; see the ranks' logs")
         except OSError as error:
-            _say(f"multitrain: rank {self._rank}: ", f"{self._run}/events.jsonl cannot be written: {error}")
+            self._say(f"{self._run}/events.jsonl cannot be written: {error}")
         time.sleep(PEERS)
         self._end(STATUS)
+
+    def _say(self, *lines: str) -> None:
+        """All lines to standard error by one system call, each with the rank: ranks that share a log hang at the same time."""
+        with contextlib.suppress(OSError):  # a log on a full disk is no reason to hang on
+            sys.stderr.flush()
+            os.write(
+                sys.stderr.fileno(), "".join(f"multitrain: rank {self._rank}: {line}\n" for line in lines).encode()
+            )
 
 
 def stacks() -> list[str]:
@@ -81,9 +90,3 @@ def stacks() -> list[str]:
             f"  {at.f_code.co_filename}:{line} in {at.f_code.co_name}" for at, line in traceback.walk_stack(frame)
         ]
     return lines
-
-
-def _say(prefix: str, *lines: str) -> None:
-    """All lines to standard error by one system call, each with the prefix: ranks that share a log hang at the same time."""
-    sys.stderr.flush()
-    os.write(sys.stderr.fileno(), "".join(f"{prefix}{line}\n" for line in lines).encode())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,8 @@ from multitrain.config import ConfigError, RunConfig
 from multitrain.config.arguments import Parser
 from multitrain.files import replace_text
 from multitrain.interop.convert import Converted, convert
-from multitrain.interop.weights import locate, read_model
+from multitrain.interop.places import locate, sha256
+from multitrain.interop.weights import read_model
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def _card(
         "",
         "## Files",
         "",
-        f"* `model.safetensors`: {written.tensors} tensors, SHA-256 `{_sha256(folder / 'model.safetensors')}`",
+        f"* `model.safetensors`: {written.tensors} tensors, SHA-256 `{sha256(folder / 'model.safetensors')}`",
         "* `config.json`: network, datasets and the configuration of the run",
         "* `class_names.json`: names by label"
         + (f" (not known for {', '.join(unnamed)}: their classes are numbers)" if unnamed else ""),
@@ -191,14 +191,6 @@ def _table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
         )
     head, *body = ["| " + " | ".join(row) + " |" for row in rows]
     return [head, "|" + " --- |" * len(rows[0]), *body]
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

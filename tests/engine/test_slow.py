@@ -19,6 +19,7 @@ from support import settings, start_ranks, train, wait, write_run
 
 from multitrain.config import load
 from multitrain.data.catalog import open_catalogs, plan_of
+from tests.slurm.drill import frozen
 
 _F_SETLEASE = 1024
 
@@ -26,11 +27,9 @@ _F_SETLEASE = 1024
 def frozen_now_and_then(pids: list[int], until: Callable[[], bool]) -> None:
     """Freeze processes for a fifth of a second, again and again, with a pause between."""
     while not until():
-        for number, pause in ((signal.SIGSTOP, 0.2), (signal.SIGCONT, 0.08)):
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
-            time.sleep(pause)
+        with frozen(pids):
+            time.sleep(0.2)
+        time.sleep(0.08)
 
 
 def test_a_slow_rank_and_one_that_waits_for_its_videos_are_named_in_the_metrics(
