@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 FLOORS = [
-    {"files"},
+    {"files", "lease"},
     {"config", "order"},
     {"loss", "model", "monitor"},
     {"data", "interop"},

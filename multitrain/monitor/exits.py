@@ -3,8 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import signal
 from pathlib import Path
+
+
+class Exit(enum.IntEnum):
+    """Exit statuses of a rank, of what launches ranks, and of preflight."""
+
+    FINISHED = 0
+    """The run is complete."""
+    FAILED = 1
+    """An error; another start may succeed."""
+    MISTAKE = 2
+    """A setting or a file is wrong: no restart mends it, unless the same run went well before."""
+    GAVE_UP = 3
+    """Another start would not help."""
+    HELD = 4
+    """Another start of the run holds its lease."""
+    BAD_NODE = 5
+    """Preflight found a node that cannot work."""
+    INTERRUPTED = 75
+    """Saved and left; the run can be resumed."""
+
+    @classmethod
+    def in_order(cls, status: int) -> bool:
+        """Whether a rank that ended so has finished, or saved and left."""
+        return status in (cls.FINISHED, cls.INTERRUPTED)
+
+    @classmethod
+    def restartable(cls, status: int) -> bool:
+        """Whether a rank that ended so (negative: by a signal) may be started again at once, inside the allocation."""
+        return status not in (cls.FINISHED, cls.INTERRUPTED, cls.MISTAKE, cls.GAVE_UP, cls.HELD, cls.BAD_NODE)
+
 
 LESS_MEMORY = "lower data.workers, data.prefetch or micro_batch, or ask for more with cluster.memory_per_node"
 

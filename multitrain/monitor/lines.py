@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from multitrain import lease
 from multitrain.files import replacing
 
 
@@ -26,7 +27,9 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
 
     Raises:
         OSError: the disk refuses the line; nothing of it is left in the file.
+        LeaseLost: `path` lies in the run of this process, and another start has taken that over.
     """
+    lease.verify(path)
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         start = b""
@@ -72,7 +75,12 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def drop_from(path: Path, update: int) -> int:
-    """Keep only whole lines with ``"update" < update``; the file is replaced in one step. Returns the lines dropped."""
+    """Keep only whole lines with ``"update" < update``; the file is replaced in one step. Returns the lines dropped.
+
+    Raises:
+        LeaseLost: as :func:`append`.
+    """
+    lease.verify(path)
     try:
         data = path.read_bytes()
     except FileNotFoundError:

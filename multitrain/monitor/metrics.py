@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from multitrain import lease
 from multitrain.monitor import lines
 
 
@@ -33,7 +34,9 @@ class Metrics:
 
         Raises:
             OSError: the disk refuses the line; nothing of it is left in the file.
+            LeaseLost: another start of the run has taken over.
         """
+        lease.verify(self.path)
         lines.write(self._file.fileno(), lines.encode(record))
         if time.monotonic() - self._synced > self._sync_seconds:
             with contextlib.suppress(OSError):  # the line is written; the next forced write, at a checkpoint, says so
