@@ -26,7 +26,11 @@ def submit(run: Path, config: RunConfig, job: str) -> dict[str, str]:
 
     jobs = {}
     for dataset in config.data.datasets:
-        test = config.model_copy(update={"name": f"{config.name}-test-{dataset}", "nodes": 1, "preflight": False})
+        cluster = config.cluster.model_copy(
+            update={"nodelist": None}
+        )  # of the training's nodes, more than a test's one
+        changes = {"name": f"{config.name}-test-{dataset}", "nodes": 1, "preflight": False, "cluster": cluster}
+        test = config.model_copy(update=changes)
         jobs[dataset] = slurm.submit(run, test, testing(run, dataset), after=job)
         Events(run / "events.jsonl", job=job, restart=0).write("then", dataset=dataset, test_job=jobs[dataset])
     return jobs

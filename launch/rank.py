@@ -1,4 +1,7 @@
-"""What submitit calls on every rank: it becomes the training process, and submitit is gone."""
+"""What submitit calls on every rank: it becomes the training process, and submitit is gone.
+
+python -m launch.rank RUN ARGUMENTS-OF-PYTHON …      the same without submitit, for the run's own batch script
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ def training(run: Path) -> tuple[str, ...]:
     return ("-m", "multitrain.train", str(run))
 
 
-def supervised(arguments: tuple[str, ...], restarts: int) -> tuple[str, ...]:
+def supervised(run: Path, arguments: tuple[str, ...], restarts: int) -> tuple[str, ...]:
     """The arguments of Python that run `arguments` under :mod:`launch.supervisor`, with so many restarts in place."""
-    return ("-m", "launch.supervisor", str(restarts), *arguments) if restarts else arguments
+    return ("-m", "launch.supervisor", str(run), str(restarts), *arguments)
 
 
 class Rank:
@@ -53,3 +56,13 @@ def python_path(code: str | Path) -> str:
     """PYTHONPATH with the snapshot of the code before everything else."""
     others = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p != str(code)]
     return os.pathsep.join([str(code), *others])
+
+
+def main() -> None:
+    """Become the rank that the command line names."""
+    run, *arguments = sys.argv[1:]
+    Rank(Path(run), tuple(arguments))()
+
+
+if __name__ == "__main__":
+    main()

@@ -2,16 +2,21 @@
 
 RUNS/NAME/config.yaml      the whole configuration, paths absolute
           overrides.yaml   what was typed, one entry a submission
-          code/            the code that the ranks run
+          code/            the code that the ranks run, and that resumes the run
+          class_names/     the names of each dataset's classes
+          job.sh           the batch script
           env.txt          Python, packages, git revision, one entry a submission
           events.jsonl     submissions first; then what the run itself tells
+          lease/           which start of the run may write
           logs/            one file a rank
+
+From its submission on a run reads this folder only. Submitting it again is done by its own code, so that a checkout that was
+edited, moved or deleted changes nothing; `update_code=true` takes the code of the checkout.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import os
@@ -28,7 +33,11 @@ from typing import Any
 
 import yaml
 
+from multitrain import lease
 from multitrain.config import ConfigError, RunConfig, compose, config_folder, dump, load, nearest, validate
+from multitrain.config.class_names import LOOKED_FOR, find_class_names, read_class_names
+from multitrain.files import replace_text
+from multitrain.monitor import slurm
 from multitrain.monitor.events import Events, read
 from multitrain.order.batch import BatchShape, solve
 
@@ -40,6 +49,11 @@ FREE = re.compile(
 )
 """Options under `data` that a resumed run may change: where files lie, how fast they are read, how testing looks at them.
 Whether other files hold the same videos is checked by the run itself, by content."""
+
+JOBS = ".jobs"
+"""Folder beside the runs: for each job of `slurm/train.sh` a file with the run's folder, which its later starts read."""
+ONCE = ("name", "runs", "dry_run", "from_scratch", "update_code")
+"""Options of one submission, or known otherwise; not part of what was typed for the run."""
 
 PATH_OPTIONS = re.compile(r"init_from|data\.(root|index)|data\.datasets\..+\.(annotations|videos|class_names)")
 """Options that are paths."""
@@ -59,6 +73,10 @@ class Run:
     """The overrides of this submission."""
     config_dirs: list[str] = field(default_factory=list)
     """Folders with config groups of the user's own."""
+    from_scratch: bool = False
+    """Whether to start over a run whose checkpoints are gone."""
+    update_code: bool = False
+    """Whether to resume with the code of this checkout."""
 
     @property
     def exists(self) -> bool:
@@ -101,10 +119,35 @@ def ask(words: Sequence[str], *, config_dirs: Sequence[str] = (), default_name: 
     else:
         dirs = list(config_dirs)
         config = _placed(_flat(compose(_options(typed), config_dirs=dirs)), path)
+    flags = {"from_scratch": config.from_scratch, "update_code": config.update_code}
+    config = config.model_copy(update=dict.fromkeys(flags, False))
     shape = solve(
         config.effective_batch, nodes=config.nodes, gpus=config.gpus, micro_batch=config.micro_batch, group=config.group
     )
-    return Run(path, config, shape, typed, [str(Path(d).absolute()) for d in dirs])
+    run = Run(path, config, shape, typed, [str(Path(d).absolute()) for d in dirs], **flags)
+    _refuse_from_scratch(run)
+    return run
+
+
+def folder(words: Sequence[str], config_dirs: Sequence[str] = ()) -> Path | None:
+    """The folder of the run that a command line resumes; None when it starts a new one.
+
+    Raises:
+        ConfigError: a plain word names no run.
+    """
+    typed = [w for w in words if "=" in w or w.startswith("~")]
+    plain = [w for w in words if w not in typed]
+    if not plain and not any(_key(o) == "name" for o in typed):
+        return None
+    path = _folder(typed, plain, config_dirs, None)
+    return path if (path / "config.yaml").is_file() else None
+
+
+def of_job(job: str, runs: Path) -> Path | None:
+    """The run that a job of `slurm/train.sh` was the first to prepare."""
+    with contextlib.suppress(OSError):
+        return Path((runs / JOBS / job).read_text().strip())
+    return None
 
 
 def merge(lists: Sequence[Sequence[str]]) -> list[str]:
@@ -119,6 +162,12 @@ def merge(lists: Sequence[Sequence[str]]) -> list[str]:
 def _options(*lists: Sequence[str]) -> list[str]:
     """The merged overrides without the run's name and folder, which are known otherwise."""
     return [o for o in merge(lists) if _key(o) not in ("name", "runs")]
+
+
+def _new_words(typed: Sequence[str], earlier: Sequence[str]) -> list[str]:
+    """What was typed now and does not stand in the earlier submissions in the same words."""
+    known = set(_options(earlier))
+    return [o for o in _options(typed) if o not in known]
 
 
 def _key(override: str) -> str:
@@ -175,20 +224,23 @@ Flat = dict[tuple[str, ...], Any]
 
 
 def _resumed(saved: RunConfig, path: Path, typed: list[str], config_dirs: Sequence[str]) -> tuple[RunConfig, list[str]]:
-    """The configuration of a resumed run: as saved, and what the new options change.
+    """The configuration of a resumed run: as saved, and what newly typed options change.
 
     What they change is the difference of two compositions, with and without them, so that neither an edited YAML file,
-    nor another working folder, nor another `MULTITRAIN_DATA` changes a run behind its owner's back.
+    nor another working folder, nor another `MULTITRAIN_DATA` changes a run behind its owner's back. A word that stands in
+    an earlier submission already changes nothing.
     """
     history = _history(path)
     dirs = list(dict.fromkeys([*(d for entry in history for d in entry.get("config_dirs", [])), *config_dirs]))
     result = _flat(saved)
-    if not _options(typed):
+    earlier = merge([entry["overrides"] for entry in history])
+    new = _new_words(typed, earlier)
+    if not new:
         return _placed(result, path), dirs
-    earlier = [entry["overrides"] for entry in history]
-    before = _flat(compose(_options(*earlier), config_dirs=dirs))
-    now = _flat(compose(_options(*earlier, typed), config_dirs=dirs))
-    named = {_key(o) for o in typed}
+    frozen = [_frozen(path, i, d) for i, d in enumerate(dirs)]
+    before = _flat(compose(_options(earlier), config_dirs=frozen))
+    now = _flat(compose(_options(earlier, new), config_dirs=frozen))
+    named = {_key(o) for o in new}
     for leaf in {**before, **now}:
         dotted = ".".join(leaf)
         is_named = "experiment" in named or any(dotted == k or dotted.startswith(k + ".") for k in named)
@@ -197,6 +249,66 @@ def _resumed(saved: RunConfig, path: Path, typed: list[str], config_dirs: Sequen
         elif leaf not in now:
             result.pop(leaf, None)
     return _placed(result, path), dirs
+
+
+def _frozen(path: Path, number: int, folder: str) -> str:
+    """The run's own copy of a folder with config groups, where its code is what resumes it."""
+    copy = ROOT / "config_dirs" / str(number)
+    return str(copy) if path / "code" == ROOT and copy.is_dir() else folder
+
+
+def changed_since(path: Path, typed: Sequence[str], config_dirs: Sequence[str]) -> list[str]:
+    """What this checkout would make of the run's first commands today that the run does not; a line each.
+
+    The run keeps its own values and its own code.
+    """
+    notes = []
+    if _options(typed):
+        history = _history(path)
+        dirs = list(dict.fromkeys([*(d for entry in history for d in entry.get("config_dirs", [])), *config_dirs]))
+        try:
+            today = _flat(compose(_options(*(entry["overrides"] for entry in history)), config_dirs=dirs))
+        except ConfigError as error:
+            notes.append(f"the configuration of this checkout cannot be composed ({error}); the run keeps its own")
+        else:
+            notes += _differences(_flat(load(path)), today, [entry["overrides"] for entry in history])
+    if digest(path / "code") != _digest_here(path):
+        notes.append(
+            "the code of this checkout is not that of the run, which keeps its own; update_code=true takes this one"
+        )
+    return notes
+
+
+def _differences(own: Flat, today: Flat, typed: Sequence[Sequence[str]]) -> list[str]:
+    named = {_key(o) for o in _options(*typed)}
+    differ = [
+        f"{'.'.join(leaf)} is {today[leaf]} there and {own[leaf]} in the run"
+        for leaf in today
+        if leaf in own
+        and own[leaf] != today[leaf]
+        and leaf[0] not in ONCE
+        and ".".join(leaf) not in named
+        and not PATH_OPTIONS.fullmatch(".".join(leaf))
+        and leaf != ("data", "root")
+        and not (leaf[:2] == ("data", "datasets") and leaf[-1] in ("videos", "annotations", "class_names"))
+    ]
+    if not differ:
+        return []
+    more = f" (and {len(differ) - 3} more)" if len(differ) > 3 else ""
+    return [
+        f"the configuration of this checkout has changed since: {', '.join(differ[:3])}{more}; the run keeps its own, "
+        "type the option to change it"
+    ]
+
+
+def _digest_here(path: Path) -> str:
+    """What the digest of the run's snapshot would be if it were taken now."""
+    with contextlib.ExitStack() as stack:
+        import tempfile
+
+        copy = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "code"
+        snapshot(copy, [d for entry in _history(path) for d in entry.get("config_dirs", [])])
+        return digest(copy)
 
 
 def _placed(flat: Flat, path: Path) -> RunConfig:
@@ -256,6 +368,23 @@ def _refuse_another_start(path: Path, saved: RunConfig, config: RunConfig) -> No
         )
 
 
+def _refuse_from_scratch(run: Run) -> None:
+    """Starting over is for runs whose checkpoints are gone; others are not thrown away.
+
+    Raises:
+        ConfigError: the run is new, or has checkpoints.
+    """
+    if not run.from_scratch:
+        return
+    found = sorted(p.name for p in (run.path / "checkpoints").glob("update-*"))
+    if found or not run.exists:
+        what = f"has checkpoints, up to {found[-1]}" if found else "is new"
+        raise ConfigError(
+            f"from_scratch=true: run {run.name!r} {what}; the option is for runs whose checkpoints are gone: "
+            "leave it out, or give the new run another name (name=…)"
+        )
+
+
 def _fixed(config: RunConfig) -> dict[str, Any]:
     """The options that a resumed run must keep: seed, effective batch, mix group, model, and the data's plan."""
     kept = {".".join(leaf): value for leaf, value in _flat(config).items() if leaf[0] in ("data", "model")}
@@ -272,55 +401,103 @@ def _fixed(config: RunConfig) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the run's lock: for a submission, or as long as a local run lasts. Two at once would write over each other.
+def claimed(path: Path) -> Iterator[None]:
+    """Hold the lease of a run that exists, while its folder is written and its job is submitted.
 
     Raises:
-        ConfigError: another process of this machine holds it.
+        ConfigError: the run is going on, or is being submitted, elsewhere; says where.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.parent / f".{path.name}.lock"
-    with open(lock, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip()
-            raise ConfigError(
-                f"run {path.name!r} is being run or submitted by process {holder} of this machine; "
-                f"end that first (kill {holder}), or take another name: name=…"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+    job, restart = slurm.job_id(), slurm.restart_count()
+    try:
+        held = lease.acquire(
+            path,
+            job=job,
+            restart=restart,
+            alive=lambda holder: slurm.job_lives(str(holder.job), holder.restart),
+            patience=lease.PATIENCE if job else 0.0,
+        )
+    except lease.LeaseHeld as error:
+        raise ConfigError(f"{error}; end that first{_how_to_end(path)}, or take another name: name=…") from None
+    except OSError as error:
+        raise ConfigError(f"cannot write {error.filename or path}: {error.strerror}; choose runs=FOLDER") from None
+    with held:
         yield
+
+
+def _how_to_end(path: Path) -> str:
+    state = lease.newest(path)
+    if state is None or state.holder is None:
+        return ""
+    return f" (scancel {state.holder.job})" if state.holder.job else f" (touch {path}/STOP)"
 
 
 def write(run: Run) -> None:
     """Create the run's folder, or bring that of a resumed run up to date.
 
-    A new folder appears complete or not at all. The snapshot of a resumed run is replaced when the code has changed.
+    A new folder appears complete or not at all. The snapshot of a resumed run stays, unless it is of a version that this
+    one cannot resume, or `update_code` asks for this checkout's.
+
+    Raises:
+        ConfigError: the folder cannot be written, or another submission of the same name was faster.
     """
     new = run.path.with_name(f".{run.name}.new-{os.getpid()}")
     shutil.rmtree(new, ignore_errors=True)
     try:
         new.mkdir(parents=True)
-        snapshot(new / "code", run.config_dirs)
-        (new / "config.yaml").write_text(dump(run.config))
+        config = _with_own_class_names(run, new / "class_names")
+        (new / "config.yaml").write_text(dump(config))
         (new / "overrides.yaml").write_text(_overrides_text(run))
         (new / "env.txt").write_text(_appended(run.path / "env.txt", environment()))
         if run.exists:
-            _replace(run.path, new)
+            _replace(run, new)
         else:
+            snapshot(new / "code", run.config_dirs)
             (new / "logs").mkdir()
             run.path.parent.mkdir(parents=True, exist_ok=True)
-            new.rename(run.path)
+            _appear(new, run.path)
     except OSError as error:
         raise ConfigError(f"cannot write {error.filename or run.path}: {error.strerror}; choose runs=FOLDER") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def _appear(new: Path, path: Path) -> None:
+    try:
+        new.rename(path)
+    except OSError as error:
+        if not path.exists():
+            raise
+        raise ConfigError(
+            f"{path} is there already ({error.strerror}): another submission was faster, or the folder is no run's; "
+            "submit again to resume that run, or take another name: name=…"
+        ) from None
+
+
+def _with_own_class_names(run: Run, folder: Path) -> RunConfig:
+    """The configuration with the run's own copies of the files with class names, which go to `folder`."""
+    datasets = {}
+    for name, dataset in run.config.data.datasets.items():
+        file = _names_of(dataset.class_names, dataset.annotations, dataset.classes)
+        if file is not None:
+            folder.mkdir(exist_ok=True)
+            copy = f"{name}{file.suffix}"
+            shutil.copyfile(file, folder / copy)
+            dataset = dataset.model_copy(update={"class_names": str(run.path / "class_names" / copy)})
+        datasets[name] = dataset
+    return run.config.model_copy(update={"data": run.config.data.model_copy(update={"datasets": datasets})})
+
+
+def _names_of(given: str | None, annotations: str, classes: int | None) -> Path | None:
+    """The file with the names of a dataset's classes; None where there is none that fits."""
+    if given is not None:
+        return Path(given) if Path(given).is_file() else None
+    if classes is None or find_class_names(Path(annotations), classes) is None:
+        return None
+    for file in (Path(annotations) / name for name in LOOKED_FOR):
+        with contextlib.suppress(ConfigError):
+            if file.is_file() and len(read_class_names(file)) == classes:
+                return file
+    return None
 
 
 def remove(run: Run) -> None:
@@ -330,15 +507,26 @@ def remove(run: Run) -> None:
 
 def record(run: Run, *, cluster: str, job: str | None = None) -> None:
     """Add the submission to the run's events."""
-    events = run.path / "events.jsonl"
-    Events(events, job=job, restart=0).write(
+    flags = {"from_scratch": True} if run.from_scratch else {}
+    Events(run.path / "events.jsonl", job=job, restart=0).write(
         "submit",
         cluster=cluster,
         nodes=run.config.nodes,
         gpus=run.config.gpus,
         overrides=run.typed,
         code=digest(run.path / "code"),
+        **flags,
     )
+
+
+def record_job(run: Path, job: str) -> None:
+    """Remember which run a job of `slurm/train.sh` prepared, for its later starts."""
+    pointer = run.parent / JOBS / job
+    try:
+        pointer.parent.mkdir(exist_ok=True)
+        replace_text(pointer, f"{run}\n")
+    except OSError as error:
+        raise ConfigError(f"cannot write {pointer}: {error.strerror}; choose runs=FOLDER") from None
 
 
 def jobs(path: Path) -> list[str]:
@@ -346,11 +534,20 @@ def jobs(path: Path) -> list[str]:
     return list(dict.fromkeys(str(e["job"]) for e in read(path / "events.jsonl") if e.get("job")))
 
 
-def _replace(path: Path, new: Path) -> None:
+def _replace(run: Run, new: Path) -> None:
+    path = run.path
     (path / "logs").mkdir(exist_ok=True)
-    (path / "STOP").unlink(missing_ok=True)  # of a start that died before it saw it
+    for name in ("STOP", "SAVE"):  # of a start that died before it saw it
+        (path / name).unlink(missing_ok=True)
+    if (new / "class_names").is_dir():
+        (path / "class_names").mkdir(exist_ok=True)
+        for file in (new / "class_names").iterdir():
+            os.replace(file, path / "class_names" / file.name)
     for name in ("env.txt", "overrides.yaml", "config.yaml"):
         os.replace(new / name, path / name)
+    if path / "code" == ROOT:
+        return
+    snapshot(new / "code", run.config_dirs)
     if digest(path / "code") != digest(new / "code"):
         old = new / "replaced"
         if (path / "code").exists():
@@ -362,7 +559,7 @@ def _overrides_text(run: Run) -> str:
     entry = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "directory": os.getcwd(),
-        "overrides": [o for o in run.typed if _key(o) not in ("name", "runs", "dry_run")],
+        "overrides": [o for o in run.typed if _key(o) not in ONCE],
         "config_dirs": run.config_dirs,
     }
     history = _history(run.path) if run.exists else []
@@ -375,39 +572,69 @@ def _appended(file: Path, text: str) -> str:
 
 # ---------------------------------------------------------------------------------------------- code and environment
 
-CODE = ("multitrain", "launch", "configs", "pyproject.toml")
+CODE = ("multitrain", "launch", "configs", "slurm", "pyproject.toml")
 LARGEST = 1 << 20
+"""Bytes of one file of a snapshot."""
 
 
 def snapshot(target: Path, config_dirs: Sequence[str] = ()) -> None:
-    """Copy the code to `target`: what git tracks, and new files that it does not ignore; without git, all sources.
+    """Copy the code to `target`: what git tracks, and new Python, shell and YAML files that it does not ignore; without git, all
+    sources. No hidden file, and nothing behind a link.
 
-    The user's own config groups go to ``target/config_dirs/0``, ``1`` …
+    The user's own config groups go to ``target/config_dirs/0``, ``1`` … Of them only the groups that have a name of a
+    shipped one are copied: the folder may hold anything else.
+
+    Raises:
+        ConfigError: a file is too large for code.
     """
     for file in sources():
-        copy = target / file
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / file, copy)
+        _copy(ROOT / file, target / file)
     configs = config_folder()
     if configs != ROOT / "configs":  # installed, not a checkout
-        shutil.copytree(configs, target / "configs", dirs_exist_ok=True)
+        for file in _plain_files(configs, "*.yaml"):
+            _copy(file, target / "configs" / file.relative_to(configs))
+    groups = sorted(p.name for p in configs.iterdir() if p.is_dir())
     for i, folder in enumerate(config_dirs):
-        for file in sorted(Path(folder).rglob("*.yaml")):
-            copy = target / "config_dirs" / str(i) / file.relative_to(folder)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
+        for group in groups:
+            for file in _plain_files(Path(folder) / group, "*.yaml"):
+                _copy(file, target / "config_dirs" / str(i) / file.relative_to(folder))
+
+
+def _copy(file: Path, copy: Path) -> None:
+    if (size := file.stat().st_size) > LARGEST:
+        raise ConfigError(
+            f"{file} has {size / 1e6:.1f} MB, and the snapshot of the code takes files up to {LARGEST / 1e6:.1f} MB: "
+            "move it out of the code, or add it to .gitignore"
+        )
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, copy)
+
+
+def _plain_files(folder: Path, pattern: str) -> list[Path]:
+    """The files below `folder`: no link, nothing hidden, nothing below either."""
+    if folder.is_symlink() or not folder.is_dir():
+        return []
+    found = [p for p in folder.glob(pattern) if p.is_file() and not p.is_symlink() and not p.name.startswith(".")]
+    for inner in folder.iterdir():
+        if not inner.name.startswith(".") and inner.name != "__pycache__":
+            found += _plain_files(inner, pattern) if inner.is_dir() else []
+    return sorted(found)
 
 
 def sources() -> list[Path]:
     """The files of a snapshot, relative to the root of the checkout."""
-    listed = _git("ls-files", "--cached", "--others", "--exclude-standard", "-z", "--", *CODE)
-    if listed:
-        files = [Path(name) for name in listed.split("\0") if name]
+    tracked = _git("ls-files", "--cached", "-z", "--", *CODE)
+    if tracked:
+        new = _git("ls-files", "--others", "--exclude-standard", "-z", "--", *CODE) or ""
+        files = [Path(name) for name in tracked.split("\0") if name]
+        files += [Path(n) for n in new.split("\0") if n.endswith((".py", ".sh", ".yaml")) and "/." not in f"/{n}"]
     else:
-        found = (p for name in CODE for p in [ROOT / name, *(ROOT / name).rglob("*")])
-        kept = (p for p in found if p.suffix in (".py", ".yaml", ".toml", ".typed", ".txt", ".json"))
+        found = [
+            p for name in CODE for p in ([ROOT / name] if (ROOT / name).is_file() else _plain_files(ROOT / name, "*"))
+        ]
+        kept = (p for p in found if p.suffix in (".py", ".yaml", ".toml", ".typed", ".txt", ".json", ".sh", ""))
         files = [p.relative_to(ROOT) for p in kept]
-    return sorted({f for f in files if (ROOT / f).is_file() and (ROOT / f).stat().st_size <= LARGEST})
+    return sorted({f for f in files if (ROOT / f).is_file() and not (ROOT / f).is_symlink()})
 
 
 def digest(code: Path) -> str:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.rank import Rank, supervised, training
 from multitrain.config import ClusterConfig, ConfigError, RunConfig
+from multitrain.files import replace_text
+from multitrain.monitor.requeue import SCRIPT
+from multitrain.monitor.slurm import SlurmError, show_job
 
 if TYPE_CHECKING:
     from submitit import SlurmExecutor
@@ -43,28 +47,11 @@ OURS = {
 FIXED = ("output", "error", "open-mode", "requeue", "no-requeue", "array")
 """`sbatch` options that resuming relies on."""
 
-HOLD = "hold='env --block-signal=TERM,USR1,USR2'; $hold true 2>/dev/null || hold="
-"""Ranks start with the stop signals held back, so that none can kill one that is still importing (needs coreutils 8.31)."""
+COMMENT = "multitrain run "
+"""What the comment of a job of `slurm/train.sh` begins with; the run's folder follows."""
 
-COME_BACK = """\
-if [ "$status" -ne 0 ] && [ "$status" -ne 75 ]; then
-    job=$(scontrol show job -o "$SLURM_JOB_ID")
-    case $job in *" PreemptTime=2"*) preempted=preempted ;; *) preempted= ;; esac
-    case $job in *" JobState=RUNNING "*" Restarts=${{SLURM_RESTART_COUNT:-0}} "*)
-        {python} -m launch.again {run} "$status" $preempted && scontrol requeue "$SLURM_JOB_ID" ;;
-    esac
-fi"""
-"""The run requeues itself when SLURM takes its nodes; this is for ranks that died, and that could not: killed while they
-were starting, or without `scontrol` in their container. A cancelled job is not RUNNING any more; one with more restarts runs
-elsewhere, and this script is of a node that was lost for a while."""
-
-IF_PREEMPTED = (
-    'if [ "$status" -ne 0 ] && [ "$status" -ne 75 ] && '
-    'scontrol show job -o "$SLURM_JOB_ID" | '
-    'grep -q " JobState=RUNNING .* Restarts=${SLURM_RESTART_COUNT:-0} .* PreemptTime=2"; then '
-    'scontrol requeue "$SLURM_JOB_ID"; fi'
-)
-"""The same for a test, which goes on where it was: a preempted one whose ranks could not requeue it."""
+JOB = "launch/job.sh"
+"""In the snapshot of the code: what a batch script does around its steps."""
 
 
 def script(run: Path, config: RunConfig, arguments: tuple[str, ...] | None = None) -> str:
@@ -77,26 +64,36 @@ def script(run: Path, config: RunConfig, arguments: tuple[str, ...] | None = Non
     return executor._make_submission_file_text(executor._submitit_command_str, uid="")
 
 
+def write_script(run: Path, config: RunConfig) -> Path:
+    """Write the run's own batch script: what a successor job runs, and `slurm/train.sh` inside its own allocation.
+
+    It is :func:`script`, but that the ranks are named on its command line, so that it can be submitted by hand.
+    """
+    executor = _executor(run, config, checked=False)
+    command = shlex.join(
+        ["-m", "launch.rank", str(run), *supervised(run, training(run), config.cluster.restarts_in_place)]
+    )
+    text = executor._make_submission_file_text(f"{executor.python} -u {command}", uid="")
+    path = run / SCRIPT
+    replace_text(path, text)
+    return path
+
+
 def submit(run: Path, config: RunConfig, arguments: tuple[str, ...] | None = None, *, after: str | None = None) -> str:
     """Submit the job of the run in folder `run`; returns its id.
 
     Args:
-        arguments: of the Python that each rank becomes; training when not given.
+        arguments: of the Python that each rank becomes, for a test of the run's weights; training when not given.
         after: id of a job that must have ended with exit status 0 before this one starts; if it fails, SLURM removes this one.
 
     Raises:
         ConfigError: SLURM refused the job, in its own words.
     """
-    executor = _executor(run, config, checked=True)
-    changes: dict[str, Any] = {}
-    if arguments is not None:
-        changes["teardown"] = ["status=$?", IF_PREEMPTED, 'exit "$status"']
+    executor = _executor(run, config, checked=True, task="train" if arguments is None else "evaluate")
     if after is not None:
         more = {"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"}
-        changes["additional_parameters"] = executor.parameters["additional_parameters"] | more
-    if changes:
-        executor.update_parameters(**changes)
-    ranks = arguments or supervised(training(run), config.cluster.restarts_in_place)
+        executor.update_parameters(additional_parameters=executor.parameters["additional_parameters"] | more)
+    ranks = arguments or supervised(run, training(run), config.cluster.restarts_in_place)
     with _sbatch():
         return str(executor.submit(Rank(run, ranks)).job_id)
 
@@ -114,26 +111,15 @@ def submit_array(folder: Path, name: str, runs: Sequence[tuple[Path, RunConfig]]
     config = runs[0][1].model_copy(update={"name": name})
     executor = _executor(folder, config, checked=True)
     task = f'run=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(str(folder / "runs.txt"))})'
-    python = f"$hold {config.cluster.python or shlex.quote(sys.executable)}"
-    inherited = "${PYTHONPATH:+:$PYTHONPATH}"
-    executor.update_parameters(
-        setup=[
-            task,
-            HOLD,
-            f'export PYTHONPATH="$run/code"{inherited}',
-            "export PYTHONFAULTHANDLER=1",
-            *config.cluster.setup,
-        ],
-        teardown=["status=$?", COME_BACK.format(python=python, run='"$run"'), 'exit "$status"'],
-        array_parallelism=parallel or len(runs),
-    )
     logs = str(folder / "logs")
     arguments = [a for a in executor.parameters["srun_args"] if not a.endswith("-rank%t.log")]
     executor.update_parameters(
+        setup=[task, *executor.parameters["setup"][1:]],
+        array_parallelism=parallel or len(runs),
         srun_args=[*arguments, f"{logs}/%A_%a-rank%t.log"],
         additional_parameters=executor.parameters["additional_parameters"] | {"output": f"{logs}/%A_%a.log"},
     )
-    ranks = [Rank(run, supervised(training(run), c.cluster.restarts_in_place)) for run, c in runs]
+    ranks = [Rank(run, supervised(run, training(run), c.cluster.restarts_in_place)) for run, c in runs]
     with _sbatch():
         with executor.batch():
             jobs = [executor.submit(rank) for rank in ranks]
@@ -145,7 +131,7 @@ def _sbatch() -> Iterator[None]:
     """Around what submitit submits. Raises ConfigError: SLURM refused the job, in its own words."""
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    with _outside_any_job(), contextlib.redirect_stderr(io.StringIO()):  # submitit repeats there what it raises
+    with _own_environment(), contextlib.redirect_stderr(io.StringIO()):  # submitit repeats there what it raises
         try:
             yield
         except (FailedJobError, FailedSubmissionError) as error:
@@ -155,25 +141,37 @@ def _sbatch() -> Iterator[None]:
             raise ConfigError("SLURM refused the job: " + "; ".join(said or str(error).split("\n"))) from None
 
 
-def active(name: str, jobs: list[str]) -> dict[str, str]:
-    """Those of the jobs of the run `name` that wait, run or end right now, with their state.
+def active(run: Path, jobs: list[str]) -> dict[str, str]:
+    """Those of the jobs that a run has had that wait, run or end right now, with their state.
+
+    An id may have been used again where a cluster was set up anew: a job counts when its name, its output or its command
+    is of this run.
 
     Raises:
         ConfigError: SLURM does not answer.
     """
     if not jobs or not shutil.which("squeue"):
         return {}
-    command = ["squeue", "--noheader", "--format=%i %T %j", f"--jobs={','.join(jobs)}"]
+    command = ["squeue", "--noheader", "--format=%i %T", f"--jobs={','.join(jobs)}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except subprocess.TimeoutExpired:
         raise ConfigError("SLURM does not answer (squeue, 20 s); try again later") from None
     if done.returncode and "Invalid job id" not in done.stderr:  # that is how it says that all are long over
         raise ConfigError(f"SLURM does not answer ({' '.join(done.stderr.split())}); try again later")
-    listed = [line.split(maxsplit=2) for line in done.stdout.splitlines() if line.strip()]
-    return {
-        job: state for job, state, owner in listed if owner == name or name.startswith(f"{owner}-")
-    }  # ids are used again when a cluster is set up anew
+    listed = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if line.strip())
+    return {job: state for job, state in listed.items() if _is_of_run(job, run)}
+
+
+def _is_of_run(job: str, run: Path) -> bool:
+    try:
+        shown = show_job(job)
+    except SlurmError:
+        return True
+    name, output = shown.get("JobName", ""), shown.get("StdOut", "")
+    paths = (shown.get("Command", "").partition(" ")[0], output, shown.get("Comment", "").removeprefix(COMMENT))
+    of_this_name = run.name == name or run.name.startswith(f"{name}-")  # of a sweep
+    return of_this_name or any(p == str(run) or p.startswith(f"{run}/") for p in paths) or name == "multitrain"
 
 
 def rank_log(run: Path, job: str, rank: int = 0) -> Path:
@@ -188,10 +186,10 @@ def check(config: RunConfig) -> None:
         ConfigError: one line.
     """
     cluster = config.cluster
-    if cluster.lead_time >= 60 * cluster.time_limit:
+    if cluster.lead_time >= 60 * cluster.minutes:
         raise ConfigError(
             f"cluster.lead_time={cluster.lead_time} (seconds) is not shorter than cluster.time_limit="
-            f"{cluster.time_limit} (minutes); the job would be warned before it starts"
+            f"{cluster.time_limit} ({cluster.minutes} minutes); the job would be warned before it starts"
         )
     for option in cluster.sbatch:
         name = option.replace("_", "-")
@@ -207,7 +205,7 @@ def check(config: RunConfig) -> None:
         raise ConfigError("this machine has no SLURM (no sbatch); submit from a login node, or use cluster=local")
 
 
-def _executor(run: Path, config: RunConfig, *, checked: bool) -> SlurmExecutor:
+def _executor(run: Path, config: RunConfig, *, checked: bool, task: str = "train") -> SlurmExecutor:
     try:
         from submitit import SlurmExecutor
     except ImportError:
@@ -221,24 +219,28 @@ def _executor(run: Path, config: RunConfig, *, checked: bool) -> SlurmExecutor:
             return 1
 
     folder = run / "logs" / "submitit"
-    python = f"$hold {config.cluster.python or shlex.quote(sys.executable)}"
-    executor = (SlurmExecutor if checked else AnywhereExecutor)(folder=folder, python=python)
-    executor.update_parameters(**_parameters(run, config))
+    executor = (SlurmExecutor if checked else AnywhereExecutor)(folder=folder, python=f"$hold {_python(config)}")
+    executor.update_parameters(**_parameters(run, config, task))
     if checked:
         folder.mkdir(parents=True, exist_ok=True)
     return executor
 
 
-def _parameters(run: Path, config: RunConfig) -> dict[str, Any]:
+def _python(config: RunConfig) -> str:
+    return config.cluster.python or shlex.quote(sys.executable)
+
+
+def _parameters(run: Path, config: RunConfig, task: str) -> dict[str, Any]:
     """submitit's parameters of a job: one task a GPU, warned before the limit, requeued, one log a rank."""
     cluster = config.cluster
     steps = [f"--cpus-per-task={cluster.cpus_per_gpu}", *cluster.srun_args]  # srun does not inherit it since 22.05
-    setup = [HOLD, f"export PYTHONPATH={shlex.quote(str(run / 'code'))}${{PYTHONPATH:+:$PYTHONPATH}}"]
-    setup += ["export PYTHONFAULTHANDLER=1", *cluster.setup]
-    python = cluster.python or shlex.quote(sys.executable)
-    if config.preflight:
+    setup = [f"run={shlex.quote(str(run))}"]
+    setup += [f"python=({_python(config)})"]
+    setup += ["task=evaluate"] if task == "evaluate" else []
+    setup += ['export PYTHONPATH="$run/code${PYTHONPATH:+:$PYTHONPATH}"', f'. "$run/code/{JOB}"', *cluster.setup]
+    if config.preflight and task == "train":
         step = shlex.join(["srun", "--kill-on-bad-exit=1", *steps])
-        setup.append(f"{step} {python} -u -m launch.preflight --dir {shlex.quote(str(run))} || exit 1")
+        setup.append(f'{step} $hold {_python(config)} -u -m launch.preflight --dir "$run" || finish $?')
     return {
         "job_name": config.name or "multitrain",
         "partition": cluster.partition,
@@ -250,15 +252,20 @@ def _parameters(run: Path, config: RunConfig) -> dict[str, Any]:
         "nodes": config.nodes,
         "ntasks_per_node": config.gpus,
         "cpus_per_task": cluster.cpus_per_gpu,
-        "time": cluster.time_limit,
+        "time": cluster.minutes,
         "signal_delay_s": cluster.lead_time,
         "setup": setup,
-        "teardown": ["status=$?", COME_BACK.format(python=python, run=shlex.quote(str(run))), 'exit "$status"'],
-        "srun_args": ["--kill-on-bad-exit=1", *steps, "--output", str(run / "logs" / "%j-rank%t.log")],
+        "teardown": ["finish $?"],
+        "srun_args": ["--kill-on-bad-exit=1", *steps, "--output", _in_script(str(run / "logs")) + "/%j-rank%t.log"],
         "stderr_to_stdout": True,
         "wckey": None,
-        "additional_parameters": _more(cluster, config.gpus) | {"output": f"{run}/logs/%j.log"},
+        "additional_parameters": _more(cluster, config.gpus) | {"output": f"{_in_script(str(run))}/logs/%j.log"},
     }
+
+
+def _in_script(path: str) -> str:
+    """A path in an option of SLURM that replaces ``%j`` and the like."""
+    return path.replace("%", "%%")
 
 
 def _more(cluster: ClusterConfig, gpus: int) -> dict[str, Any]:
@@ -269,23 +276,38 @@ def _more(cluster: ClusterConfig, gpus: int) -> dict[str, Any]:
         more["gres"] = f"gpu:{kind}"
     elif cluster.gpu_request == "gpus-per-node":
         more["gpus-per-node"] = kind
-    if cluster.memory_per_node:
+    if cluster.memory_per_node is not None:
         more["mem"] = cluster.memory_per_node
     if cluster.reservation:
         more["reservation"] = cluster.reservation
-    more.update({name.replace("_", "-"): True if value == "" else value for name, value in cluster.sbatch.items()})
+    given = {name.replace("_", "-"): value for name, value in cluster.sbatch.items() if value is not False}
+    more.update({name: True if value in ("", True) else value for name, value in given.items()})
     return more
 
 
-@contextlib.contextmanager
-def _outside_any_job() -> Iterator[None]:
-    """Hide the variables of a job that we may be submitting from: `SLURM_CPU_BIND`, say, would pin the new job's ranks."""
-    from submitit.helpers import clean_env
+FOREIGN = re.compile(r"(SBATCH|SLURM|SRUN|SALLOC)_")
+"""Variables that change what `sbatch` and `srun` do; site modules set some of them."""
 
-    if "SLURM_JOB_ID" not in os.environ:
+
+def foreign_variables(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """The variables of this shell that would change the script that was printed, and are not passed on."""
+    if "SLURM_JOB_ID" in environment:  # inside a job SLURM itself has set dozens of them
+        return sorted(k for k in environment if k.startswith("SBATCH_"))
+    return sorted(k for k in environment if FOREIGN.match(k) and k not in KEPT)
+
+
+KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_TIME_FORMAT")
+
+
+@contextlib.contextmanager
+def _own_environment() -> Iterator[None]:
+    """Submit what the script says, and nothing else: no variable of a site, or of a job that we may be submitting from,
+    changes it (`SBATCH_TIMELIMIT`) or reaches the new job's steps (`SLURM_CPU_BIND` would pin its ranks).
+    """
+    hidden = {k: v for k, v in os.environ.items() if FOREIGN.match(k) and k not in KEPT}
+    try:
+        for name in hidden:
+            del os.environ[name]
         yield
-        return
-    kept = {k: v for k, v in os.environ.items() if k == "SLURM_CONF" or k.startswith("SBATCH_")}
-    with clean_env():
-        os.environ.update(kept)
-        yield
+    finally:
+        os.environ.update(hidden)

@@ -12,11 +12,13 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import contextlib
 import os
 import subprocess
 import tempfile
 
 from launch import chain, forecast, run_folder
+from launch.rank import python_path
 from launch.run_folder import ROOT, Run
 from multitrain.config import ConfigError, dump
 from multitrain.order.batch import BatchShapeError
@@ -70,20 +72,50 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _submit(words: list[str], config_dirs: list[str]) -> int:
+    _resume_by_its_own_code(words, config_dirs)
     run = run_folder.ask(words, config_dirs=config_dirs)
     if run.config.cluster.kind == "slurm":
         from launch import slurm
 
         slurm.check(run.config)
+        if hidden := slurm.foreign_variables():
+            print(f"note: not used, since the script says it all: {', '.join(hidden)} of this shell", file=sys.stderr)
     if run.config.dry_run:
         return _dry_run(run)
-    with run_folder.locked(run.path):
-        _refuse_active(run.path)
+    with contextlib.ExitStack() as claim:
+        resumed = run.exists
+        if resumed:
+            claim.enter_context(run_folder.claimed(run.path))
+            _refuse_active(run.path)
         _check_weights(run)
         _check_data(run)
-        if run.config.cluster.kind == "local":
-            return _run_here(run)
-        return _to_slurm(run)
+        run_folder.write(run)
+        if not resumed:
+            claim.enter_context(run_folder.claimed(run.path))
+        if run.config.cluster.kind == "slurm":
+            return _to_slurm(run, resumed)
+        run_folder.record(run, cluster=run.config.cluster.kind)
+    return _run_here(run)  # its ranks hold the lease
+
+
+def _resume_by_its_own_code(words: list[str], config_dirs: list[str]) -> None:
+    """Replace this process by the run's own `submit.py`, when the command line resumes a run that has one."""
+    path = run_folder.folder(words, config_dirs)
+    if path is None or path / "code" == ROOT or any(w.partition("=")[0] == "update_code" for w in words):
+        return
+    if not (path / "code" / "launch" / "job.sh").is_file():
+        print(f"note: run {path.name!r} is of an older version; it goes on with the code of this one", file=sys.stderr)
+        return
+    for note in run_folder.changed_since(path, [w for w in words if "=" in w], config_dirs):
+        print(f"note: {note}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    program = str(path / "code" / "launch" / "submit.py")
+    os.execve(
+        sys.executable,
+        [sys.executable, program, *sys.argv[1:]],
+        {**os.environ, "PYTHONPATH": python_path(path / "code")},
+    )
 
 
 def _dry_run(run: Run) -> int:
@@ -103,12 +135,11 @@ def _dry_run(run: Run) -> int:
     return 0
 
 
-def _to_slurm(run: Run) -> int:
+def _to_slurm(run: Run, resumed: bool) -> int:
     from launch import slurm
 
-    resumed = run.exists
-    run_folder.write(run)
     try:
+        slurm.write_script(run.path, run.config)
         job = slurm.submit(run.path, run.config)
     except ConfigError:
         if not resumed:
@@ -123,10 +154,20 @@ def _to_slurm(run: Run) -> int:
     print(f"follow  tail -F {log}")
     print(f"status  squeue -j {job};  multitrain status {run.path}")
     print(f"cancel  scancel {job}")
-    print(f"resume  python launch/submit.py {_again(run)}")
-    if run.config.then == "eval":
+    print(f"resume  {_again(run)}")
+    return _then(run, job)
+
+
+def _then(run: Run, job: str) -> int:
+    """The tests that follow the training. Refused ones leave the training in the queue."""
+    if run.config.then != "eval":
+        return 0
+    try:
         for dataset, test in chain.submit(run.path, run.config, job).items():
             print(f"then    {test}  tests {dataset}", flush=True)
+    except ConfigError as error:
+        print(f"error: training is job {job}; its tests were refused: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -134,8 +175,6 @@ def _run_here(run: Run) -> int:
     from launch import local
     from launch.rank import training
 
-    run_folder.write(run)
-    run_folder.record(run, cluster="local")
     print(f"run     {run.path}")
     print(f"batch   {_batch(run)}")
     print(f"log     {local.rank_log(run.path)}", flush=True)
@@ -145,7 +184,7 @@ def _run_here(run: Run) -> int:
             return code
     code = local.run(run.path, run.config, training(run.path))
     if code == local.INTERRUPTED:
-        print(f"resume  python launch/submit.py {_again(run)}")
+        print(f"resume  {_again(run)}")
     if code == 0 and run.config.then == "eval":
         return chain.run_here(run.path, run.config)
     return code
@@ -153,18 +192,28 @@ def _run_here(run: Run) -> int:
 
 def _prepare(words: list[str], config_dirs: list[str]) -> int:
     """For `sbatch slurm/train.sh`: the run's folder, the same one again when SLURM has requeued the job."""
+    from launch import slurm
     from multitrain.monitor.slurm import job_id
 
     job = job_id()
     words = [*words, *_allocated(words)]
+    _resume_by_its_own_code(words, config_dirs)
     run = run_folder.ask(words, config_dirs=config_dirs, default_name=f"job{job}" if job else None)
     if not (job and run.exists and job in run_folder.jobs(run.path)):  # else a requeued job: all is written
-        with run_folder.locked(run.path):
-            _refuse_active(run.path, but=job)
+        with contextlib.ExitStack() as claim:
+            resumed = run.exists
+            if resumed:
+                claim.enter_context(run_folder.claimed(run.path))
+                _refuse_active(run.path, but=job)
             _check_weights(run)
             _check_data(run)
             run_folder.write(run)
+            if not resumed:
+                claim.enter_context(run_folder.claimed(run.path))
+            slurm.write_script(run.path, run.config)
             run_folder.record(run, cluster="slurm", job=job)
+            if job:
+                run_folder.record_job(run.path, job)
     print(run.path)
     return 0
 
@@ -198,7 +247,7 @@ def _refuse_active(path: Path, but: str | None = None) -> None:
     from launch import slurm
 
     earlier = [job for job in run_folder.jobs(path) if job != but]
-    for job, state in slurm.active(path.name, earlier[-20:]).items():
+    for job, state in slurm.active(path, earlier[-20:]).items():
         raise ConfigError(
             f"run {path.name!r} is job {job} ({state.lower()}); cancel that first (scancel {job}), "
             f"or take another name: name=…"
@@ -252,8 +301,8 @@ def _batch(run: Run) -> str:
 
 
 def _again(run: Run) -> str:
-    default = Path("runs").absolute()
-    return run.name if run.path.parent == default else str(run.path)
+    """The command that resumes the run, from any folder."""
+    return f"python {run.path}/code/launch/submit.py {run.path}"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Around one rank: starts it again inside the allocation when a rank has died and its node lives.
 
-python -m launch.supervisor RESTARTS ARGUMENTS-OF-PYTHON …
+python -m launch.supervisor RUN RESTARTS ARGUMENTS-OF-PYTHON …
 
 One supervisor a rank, light (standard library only), started in the place of the rank. That of rank 0, the hub, listens on
 the rendezvous port; the others keep a connection to it. Ranks are started when all supervisors have met. When one rank
@@ -326,7 +326,7 @@ def _shell_code(code: int | None) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Supervise the rank that the arguments name, at the place that the environment gives; its exit code."""
-    restarts, *rest = sys.argv[1:] if arguments is None else arguments
+    _, restarts, *rest = sys.argv[1:] if arguments is None else arguments
     command = [sys.executable, "-u", *rest]
     place = rank_environment()
     inherited = {k: v for k, v in os.environ.items() if k not in PLACE}

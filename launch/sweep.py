@@ -141,6 +141,7 @@ def _to_slurm(folder: Path, name: str, runs: list[Run], parallel: int) -> None:
     slurm.check(runs[0].config)
     jobs = slurm.submit_array(folder, name, [(r.path, r.config) for r in runs], parallel)
     for run, job in zip(runs, jobs):
+        slurm.write_script(run.path, run.config)
         run_folder.record(run, cluster="slurm", job=job)
     print(f"array   {jobs[0].partition('_')[0]}, {len(jobs)} runs")
     print(f"runs    {runs[0].path} … {runs[-1].path.name}")
@@ -177,7 +178,7 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 
     rows = [{**row, **status(row["run"])} for row in yaml.safe_load((folder / "sweep.yaml").read_text())]
     jobs = {row["run"]: run_folder.jobs(Path(row["run"])) for row in rows}
-    alive = slurm.active(Path(rows[0]["run"]).name, [j for row in rows for j in jobs[row["run"]]])
+    alive = {j for run, ids in jobs.items() for j in slurm.active(Path(run), ids)}
     for row in rows:
         if row["state"] in ("submitted", None, "") and jobs[row["run"]] and not set(jobs[row["run"]]) & set(alive):
             row["state"] = "cancelled"

@@ -284,6 +284,11 @@ def guarded(guard: Guard | None) -> None:
     _guard = guard
 
 
+def current() -> Guard | None:
+    """The guard that :func:`guarded` set."""
+    return _guard
+
+
 def verify(path: Path) -> None:
     """Before a byte is written to `path`: whether this process may.
 

@@ -2,33 +2,38 @@
 
 With ``-m`` it is Hydra's multirun: see `multitrain.sweep`.
 
-Exit status: 0 the run is complete; 75 it was interrupted and can be resumed; 1 it failed; 2 a setting or file is wrong; 3 it
-gave up, and another start would not help. Under SLURM an interrupted run puts itself back into the queue as its very last
-act, unless somebody cancelled it.
+Exit status (`multitrain.monitor.exits.Exit`): 0 the run is complete; 75 it was interrupted and can be resumed; 1 it failed;
+2 a setting or file is wrong; 3 it gave up, and another start would not help; 4 another start holds the run. Under SLURM an
+interrupted run puts itself back into the queue as its very last act, unless somebody cancelled it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from multitrain import lease
 from multitrain.config import ConfigError, RunConfig, dump, flat, load
 from multitrain.engine.interruption import Interruption, Request
 from multitrain.engine.watchdog import Watchdog
-from multitrain.monitor import restarts, slurm
+from multitrain.lease import Guard, Lease, LeaseHeld, LeaseLost
+from multitrain.monitor import requeue, restarts, slurm
 from multitrain.monitor.events import Events, read
+from multitrain.monitor.exits import Exit
+from multitrain.monitor.requeue import Action, Decision, Ended
 
 if TYPE_CHECKING:
     from multitrain.engine.distributed import World
     from multitrain.engine.trainer import Pictures, Trainer, Validate
     from multitrain.model.multitrain import MultiTrain
 
-FINISHED, FAILED, MISTAKE, GAVE_UP, INTERRUPTED = 0, 1, 2, 3, 75
 WAIT_FOR_END = 120.0
 """Seconds that a rank waits for SLURM to end it after the job was put back into the queue."""
 
@@ -40,27 +45,49 @@ def main(arguments: list[str] | None = None) -> int:
         return subprocess.run([sys.executable, "-m", "multitrain.sweep", *arguments], check=False).returncode
     if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
         print(__doc__)
-        return FINISHED if arguments[:1] in (["-h"], ["--help"]) else MISTAKE
+        return Exit.FINISHED if arguments[:1] in (["-h"], ["--help"]) else Exit.MISTAKE
     run = Path(arguments[0]).resolve()
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     world: World | None = None
     interruption = Interruption(run, lambda value: world.agree(value) if world else value, watches_files=rank == 0)
     interruption.install()  # before torch is imported: a signal may come at any moment
+    guard = Guard(run, lease.start_name(slurm.job_id(), slurm.restart_count()))
+    lease.guarded(guard)
     try:
         config = load(run)
         if rank == 0:
+            guard = _acquire(run)
             _begin(config, run)
         watchdog = Watchdog(run, rank, config.engine.hang_limit)
         _make_deterministic(config)
         from multitrain.engine.distributed import join
 
         world = join(config.world_size, config.engine.collective_timeout, config.engine.threads)
+        guard.follow(world.broadcast(guard.generation))
         trainer = build(config, run, world, interruption, watchdog)
         _start(config, run, trainer)
         request = trainer.train()
-        return _leave(run, trainer, request, interruption)
+        return _leave(config, run, trainer, request, interruption)
     except BaseException as error:
         _die(run, rank, error)
+
+
+def _acquire(run: Path) -> Lease:
+    """The run's lease: from now on this start is the only one that writes to it.
+
+    Raises:
+        LeaseHeld: another start holds it.
+    """
+    job = slurm.job_id()
+    held = lease.acquire(
+        run,
+        job=job,
+        restart=slurm.restart_count(),
+        alive=lambda holder: slurm.job_lives(str(holder.job), holder.restart),
+        patience=lease.PATIENCE if job else 10.0,
+    )
+    lease.guarded(held)
+    return held
 
 
 def _begin(config: RunConfig, run: Path) -> None:
@@ -70,13 +97,34 @@ def _begin(config: RunConfig, run: Path) -> None:
         GaveUp: with the reason.
     """
     in_place = int(os.environ.get(restarts.IN_PLACE, "0"))
+    told = read(run / "events.jsonl")
     if slurm.job_id() or in_place:  # else a person has started it
         cluster = config.cluster
-        history = restarts.starts(read(run / "events.jsonl"))
-        reason = restarts.refusal(history, cluster.max_restarts, cluster.max_stalled_restarts, in_place)
+        limits = (cluster.max_restarts, cluster.max_stalled_restarts, in_place)
+        reason = restarts.refusal(restarts.starts(told), *limits, went_well=restarts.progressed(told))
         if reason is not None:
             raise GaveUp(f"{reason}; see {run}/logs, mend the cause, and submit the run again")
     Events(run / "events.jsonl", restart=slurm.restart_count()).write("begin", in_place=in_place)
+    _refuse_lost_checkpoints(run, told)
+
+
+def _refuse_lost_checkpoints(run: Path, told: Sequence[Mapping[str, Any]]) -> None:
+    """A run whose checkpoints are gone (a purge, another file system in their place) does not start over by itself.
+
+    Raises:
+        ConfigError: the events tell of checkpoints, and the folder has none.
+    """
+    folder = run / "checkpoints"
+    if folder.is_dir() and any(folder.glob("update-*")):
+        return
+    again = [i for i, event in enumerate(told) if event["event"] == "submit" and event.get("from_scratch")]
+    written = [e["update"] for e in told[again[-1] if again else 0 :] if e["event"] == "checkpoint" and e.get("update")]
+    if written:
+        raise ConfigError(
+            f"{folder} has no checkpoint, and the run has written some, up to update {max(written)}: bring the folder back "
+            f"(a purge? a file system that is not mounted here?), or start over on purpose with "
+            f"python launch/submit.py {run} from_scratch=true"
+        )
 
 
 def build(
@@ -258,56 +306,76 @@ def _start(config: RunConfig, run: Path, trainer: Trainer) -> None:
     )
 
 
-def _leave(run: Path, trainer: Trainer, request: Request, interruption: Interruption) -> int:
+def _leave(config: RunConfig, run: Path, trainer: Trainer, request: Request, interruption: Interruption) -> int:
     """End this start of the run: say why, close everything, and go back to the queue if SLURM took the nodes."""
     world, recorder = trainer.world, trainer.recorder
     job = slurm.job_id()
     signals = [s for rank in world.gather(interruption.signals) for s in rank]
-    reason: str | None = None
+    decision: Decision = world.broadcast(_decide(config, request, job, signals) if world.is_main else None)
+    comes_back = decision.action == Action.COME_BACK
     if request == Request.NONE:
         recorder.event("end", update=trainer.completed, status="finished")
         recorder.write(f"finished after {trainer.completed} updates")
     else:
-        reason, status = world.broadcast(_why(request, job, signals) if world.is_main else None)
-        recorder.event("requeue" if reason else "end", update=trainer.completed, status=status)
-        then = "the job comes back by itself" if reason else "submit the same name to resume"
-        recorder.write(f"{status} after {trainer.completed} of {trainer.updates} updates; {then}")
+        if not comes_back:
+            recorder.event(decision.event, update=trainer.completed, status=decision.status)
+        then = "the job comes back by itself" if decision.event == "requeue" else "submit the same name to resume"
+        recorder.write(f"{decision.status} after {trainer.completed} of {trainer.updates} updates; {then}")
         interruption.stopped()
     recorder.close()
     sys.stdout.flush()
     world.agree(0)  # everybody has saved and closed
-    if reason is not None and job is not None:
-        return _requeue(run, job, world, interruption)
-    return FINISHED if request == Request.NONE else INTERRUPTED
+    if comes_back and job is not None:
+        return _requeue(config, run, job, decision, trainer, interruption)
+    _release()
+    return Exit.FINISHED if request == Request.NONE else Exit.INTERRUPTED
 
 
-def _why(request: Request, job: str | None, signals: list[int]) -> tuple[str | None, str]:
-    """Why SLURM took the job away (None when it did not), and that or another reason in words."""
+def _decide(config: RunConfig, request: Request, job: str | None, signals: list[int]) -> Decision:
+    """What becomes of the job; asked by rank 0 when all is saved."""
+    if request == Request.NONE:
+        return Decision(Action.END, "finished")
     if request == Request.STOP:
-        return None, "stopped on request"
+        return Decision(Action.END, "stopped on request")
     if job is None:
-        return None, "interrupted"
-    reason = slurm.taken_away(job, signals)
-    return reason, reason or "cancelled"
+        return Decision(Action.END, "interrupted")
+    try:
+        record = requeue.job_record(job)
+    except slurm.SlurmError as error:
+        print(f"SLURM does not answer ({error}); the batch script asks it again", flush=True)
+        return Decision(Action.COME_BACK, slurm.STEP_ENDED)
+    return requeue.decide(Ended(record or {"JobState": "CANCELLED"}, signals), [], config.cluster, went_well=True)
 
 
-def _requeue(run: Path, job: str, world: World, interruption: Interruption) -> int:
+def _requeue(
+    config: RunConfig, run: Path, job: str, decision: Decision, trainer: Trainer, interruption: Interruption
+) -> int:
     """The very last act: rank 0 puts the job back, and all ranks wait for SLURM to end them.
 
     A rank that left on its own would make SLURM count the job as completed (seen on 22.05), and it would not come back.
     """
     seen = len(interruption.signals)
-    if world.is_main:
-        try:
-            slurm.requeue(job)
-        except slurm.SlurmError as error:
-            Events(run / "events.jsonl").write("requeue_failed", reason=str(error))
-            print(f"the job could not put itself back into the queue ({error}); its script tries again", flush=True)
-            return FAILED
+    events = Events(run / "events.jsonl")
+
+    def write(name: str, **facts: Any) -> None:
+        with contextlib.suppress(OSError):  # the log has it as well
+            events.write(name, update=trainer.completed, **facts)
+
+    if trainer.world.is_main and not requeue.carry_out(decision, run, job, config.cluster, write):
+        print("the job could not put itself back into the queue; its batch script tries again", flush=True)
+        _release()
+        return Exit.FAILED
+    _release()
     deadline = time.monotonic() + WAIT_FOR_END
     while time.monotonic() < deadline and len(interruption.signals) == seen:
         time.sleep(0.1)
-    return INTERRUPTED
+    return Exit.INTERRUPTED
+
+
+def _release() -> None:
+    """Give the run's lease back, if this rank holds it."""
+    if isinstance(guard := lease.current(), Lease):
+        guard.release()
 
 
 def _make_deterministic(config: RunConfig) -> None:
@@ -329,21 +397,28 @@ def _die(run: Path, rank: int, error: BaseException) -> NoReturn:
     """Leave at once after an error: no collective, no destructor that could wait for other ranks."""
     if isinstance(error, SystemExit):
         os._exit(int(error.code or 0))
+    if isinstance(error, (LeaseLost, LeaseHeld)):
+        print(f"multitrain: rank {rank}: {error}", file=sys.stderr, flush=True)
+        os._exit(Exit.HELD)
     mistake = isinstance(error, ConfigError)
     gave_up = type(error).__name__ in ("GaveUp", "TrainingError")  # the latter cannot be imported without torch
-    text = str(error) if mistake or gave_up else f"{type(error).__name__}: {error}"
+    status = Exit.MISTAKE if mistake else Exit.GAVE_UP if gave_up else Exit.FAILED
     try:
-        _say_last(run, rank, error, text, final=mistake or gave_up)
+        _say_last(run, rank, error, status)
+        _release()
     finally:  # whatever the disk under the log says
-        os._exit(MISTAKE if mistake else GAVE_UP if gave_up else FAILED)
+        os._exit(status)
 
 
-def _say_last(run: Path, rank: int, error: BaseException, text: str, *, final: bool) -> None:
+def _say_last(run: Path, rank: int, error: BaseException, status: Exit) -> None:
     """The error in the events and in the log; with its traceback, unless it is one that a user mends by its text."""
+    final = status != Exit.FAILED
+    text = str(error) if final else f"{type(error).__name__}: {error}"
     try:
         if run.is_dir():
-            Events(run / "events.jsonl").write("error", rank=rank, reason=text, final=final)
-    except OSError as second:
+            events = Events(run / "events.jsonl")
+            events.write("error", rank=rank, reason=text, final=final, exit_status=int(status))
+    except (OSError, LeaseLost) as second:
         print(f"the error could not be written to {run}/events.jsonl: {second}", file=sys.stderr)
     if not final:
         traceback.print_exception(error)

@@ -33,13 +33,12 @@ first=${SLURM_ARRAY_TASK_MIN:-0}
 shard=$((${SLURM_ARRAY_TASK_ID:-0} - first))/$((${SLURM_ARRAY_TASK_MAX:-0} - first + 1))
 verb=$1
 shift
-PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH} \
-    "${step[@]}" $hold "$python" -u -m multitrain.cli data "$verb" "$@" --shard "$shard" --workers "${SLURM_CPUS_PER_TASK:-1}"
+run=$verb
+task=evaluate # like a test, it goes on where it was
+. "$home/launch/job.sh"
+export PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH}
+"${step[@]}" $hold "$python" -u -m multitrain.cli data "$verb" "$@" --shard "$shard" --workers "${SLURM_CPUS_PER_TASK:-1}"
 status=$?
-# 75: interrupted; 140: ended by SIGUSR2, SLURM's warning of the time limit.
-if { { [ "$status" -eq 75 ] || [ "$status" -eq 140 ]; } && running; } || { [ "$status" -gt 1 ] && preempted; }; then
-    scontrol requeue "$SLURM_JOB_ID"
-fi
 # 1: all done, and some files are wrong. That is a finding, named in the table, and not a failure of the job.
-[ "$status" -eq 1 ] && exit 0
-exit "$status"
+[ "$status" -ne 1 ] || exit 0
+finish "$status"

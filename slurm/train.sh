@@ -18,27 +18,23 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 
-home=${MULTITRAIN_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
-if [ ! -f "$home/slurm/common.sh" ]; then
-    echo "error: $home is not the checkout; call sbatch there, or set MULTITRAIN_HOME to it" >&2
-    exit 2
+# The first start of the job prepares the run's folder from the checkout. Every later one finds it by the job's id, in
+# RUNS/.jobs or in the job's comment, and does not look at the checkout.
+runs=runs
+for word in "$@"; do
+    case $word in runs=*) runs=${word#runs=} ;; esac
+done
+run=$(cat "$runs/.jobs/$SLURM_JOB_ID" 2>/dev/null) ||
+    run=$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.* Comment=multitrain run \(\/.*\) WorkDir=.*/\1/p')
+if [ -z "$run" ]; then
+    home=${MULTITRAIN_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
+    if [ ! -f "$home/slurm/common.sh" ]; then
+        echo "error: $home is not the checkout; call sbatch there, or set MULTITRAIN_HOME to it" >&2
+        exit 2
+    fi
+    . "$home/slurm/common.sh"
+    run=$("$python" "$home/launch/submit.py" --prepare "$@") || exit
+    scontrol update "jobid=$SLURM_JOB_ID" "name=$(basename "$run")" "comment=multitrain run $run"
 fi
-. "$home/slurm/common.sh"
-
-# Chosen once: a requeued job finds the same folder, with the configuration and the code that it started with.
-run=$("$python" "$home/launch/submit.py" --prepare "$@") || exit
 echo "run $run"
-scontrol update "jobid=$SLURM_JOB_ID" "name=$(basename "$run")"
-
-export PYTHONPATH=$run/code${PYTHONPATH:+:$PYTHONPATH}
-restarts=$(sed -n 's/^  restarts_in_place: //p' "$run/config.yaml")
-"${step[@]}" --chdir="$run/code" --output="$run/logs/%j-rank%t.log" \
-    $hold "$python" -u -m launch.supervisor "${restarts:-0}" -m multitrain.train "$run"
-status=$?
-
-# The run requeues itself when SLURM takes its nodes; this is for ranks that died, or could not.
-if [ "$status" -ne 0 ] && [ "$status" -ne 75 ] && running; then
-    preempted && reason=preempted
-    "$python" -m launch.again "$run" "$status" ${reason:-} && scontrol requeue "$SLURM_JOB_ID"
-fi
-exit "$status"
+exec bash "$run/job.sh"

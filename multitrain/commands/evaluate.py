@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from multitrain.commands.common import MODEL, StopSignals, device
-from multitrain.config import ConfigError, RunConfig
+from multitrain.config import ClusterConfig, ConfigError, RunConfig
 from multitrain.config.arguments import Arguments, Parser
 
 if TYPE_CHECKING:
@@ -85,17 +85,19 @@ def main(arguments: Arguments) -> int:
 
 def _leave(rank: int, stop: StopSignals) -> int:
     """After an interruption: back into the queue when SLURM took the nodes away; then wait for SLURM to end the step."""
-    from multitrain.monitor import slurm
+    from multitrain.monitor import requeue, slurm
+    from multitrain.monitor.requeue import Action, Ended
 
     job = slurm.job_id() if slurm.in_step() else None
     if job is None or set(stop.received) == {signal.SIGINT}:
         return INTERRUPTED
     if rank == 0:
         try:
-            reason = slurm.taken_away(job, stop.received)
-            if reason is None:
+            ended = Ended(slurm.show_job(job), stop.received, INTERRUPTED)
+            decision = requeue.decide_evaluation(ended, ClusterConfig())
+            if decision.action != Action.COME_BACK:
                 return INTERRUPTED
-            print(f"{reason}: back into the queue", flush=True)
+            print(f"{decision.status}: back into the queue", flush=True)
             slurm.requeue(job)
         except slurm.SlurmError as error:
             print(f"multitrain: {error}; submit the same command again", file=sys.stderr, flush=True)

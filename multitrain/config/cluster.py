@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from multitrain.config.base import Settings
 
@@ -28,14 +29,15 @@ class ClusterConfig(Settings):
     """Nodes to use, in SLURM's notation."""
     exclude: str | None = None
     """Nodes to avoid, in SLURM's notation, e.g. one that preflight named."""
-    time_limit: int = Field(1440, gt=0)
-    """Wall-clock limit of one start of the job, in minutes. The run goes on in the next start."""
+    time_limit: int | str = 1440
+    """Wall-clock limit of one start of the job, in minutes, or in SLURM's own forms: `24:00:00`, `1-00:00:00`. The run goes
+    on in the next start."""
     lead_time: int = Field(120, ge=10)
     """Seconds before the time limit at which SLURM warns the job (`--signal=USR2@lead_time`)."""
     cpus_per_gpu: int = Field(8, ge=1)
     """CPU cores a rank (SLURM's `--cpus-per-task`)."""
-    memory_per_node: str | None = None
-    """Memory a node in SLURM's notation, e.g. `480G`; the partition's default when not given."""
+    memory_per_node: str | int | None = None
+    """Memory a node in SLURM's notation, e.g. `480G`; `0` for all of it; the partition's default when not given."""
     gpu_request: Literal["gres", "gpus-per-node", "none"] = "gres"
     """How GPUs are asked for: `--gres=gpu:N`, `--gpus-per-node=N`, or not at all (CPU partitions)."""
     gpu_type: str | None = None
@@ -48,10 +50,13 @@ class ClusterConfig(Settings):
     """Shell lines run on the first node before the ranks start, e.g. `module load cuda`."""
     srun_args: list[str] = Field(default_factory=list)
     """More arguments for `srun`, e.g. `--container-image=…`."""
-    sbatch: dict[str, str | int] = Field(default_factory=dict)
-    """More `#SBATCH` options by long name, e.g. `{mail-user: me@lab.org}`."""
+    sbatch: dict[str, bool | int | str] = Field(default_factory=dict)
+    """More `#SBATCH` options by long name, e.g. `{mail-user: me@lab.org, exclusive: true}`."""
     python: str | None = None
     """The Python command of the ranks; the one that submits when not given. Containers: `apptainer exec --nv image.sif python`."""
+    requeue: Literal["requeue", "resubmit"] = "requeue"
+    """How the job comes back: `requeue` puts it back into the queue; `resubmit` submits a successor that starts when it has
+    ended, for sites that forbid requeueing."""
     max_restarts: int = Field(10, ge=0)
     """The run comes back by itself at most this often after it died (a killed rank, an error, a lost node), counted from its
     submission. Preemptions and time limits do not count, and mistakes in the configuration are never tried again."""
@@ -62,3 +67,40 @@ class ClusterConfig(Settings):
     after that the job goes back into the queue. 0: always back into the queue."""
     check_data: bool = True
     """Read the annotation files at submission, so that a wrong one is refused at once. Off where the login node cannot see them."""
+
+    @property
+    def minutes(self) -> int:
+        """`time_limit` in minutes."""
+        return minutes(self.time_limit)
+
+    @field_validator("time_limit")
+    @classmethod
+    def _readable(cls, value: int | str) -> int | str:
+        minutes(value)
+        return value
+
+
+_FORM = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
+
+
+def minutes(limit: int | str) -> int:
+    """A time limit in minutes, rounded up, of a number of minutes or SLURM's own forms: ``minutes:seconds``,
+    ``hours:minutes:seconds``, ``days-hours``, ``days-hours:minutes`` and ``days-hours:minutes:seconds``.
+
+    Raises:
+        ValueError: it is none of these, or not above zero.
+    """
+    match = _FORM.fullmatch(str(limit).strip())
+    if match is None:
+        raise ValueError(
+            f"{limit!r} is no time above zero; give minutes, or 24:00:00, or 1-00:00:00 (days-hours:minutes:seconds)"
+        )
+    parts = [int(p) for p in match["parts"].split(":")]
+    if match["days"] is not None:
+        hours, mins, seconds = [*parts, 0, 0][:3]
+    else:
+        hours, mins, seconds = {1: [0, *parts, 0], 2: [0, *parts], 3: parts}[len(parts)]
+    total = ((int(match["days"] or 0) * 24 + hours) * 60 + mins) * 60 + seconds
+    if total <= 0:
+        raise ValueError(f"{limit!r} is no time above zero; give minutes, e.g. 1440")
+    return -(-total // 60)

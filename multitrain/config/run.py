@@ -51,6 +51,10 @@ class RunConfig(Settings):
     """Weights to start from: a `.pyth`, `.safetensors`, run or checkpoint folder. Not resuming: the run starts at update 0."""
     interpolate_positions: bool = False
     """Resize the position tables of `init_from` when they are for clips of another size; refused otherwise."""
+    from_scratch: bool = False
+    """Start a run over whose checkpoints are gone. For one submission; never kept."""
+    update_code: bool = False
+    """Resume with the code of this checkout instead of the run's own snapshot. For one submission; never kept."""
     dry_run: bool = False
     """Print what would be submitted, submit nothing."""
     then: Literal["eval"] | None = None

@@ -26,6 +26,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from multitrain import lease
 from multitrain.config import ConfigError
 
 FORMAT = 1
@@ -150,7 +151,9 @@ def write(checkpoints: Path, checkpoint: Checkpoint, config_text: str) -> Path:
 
     Raises:
         OSError: when the disk is full or the folder cannot be written; nothing that was there before has changed.
+        LeaseLost: another start of the run has taken over.
     """
+    lease.verify(checkpoints)
     final = folder_of(checkpoints, checkpoint.update)
     if final.is_dir() and verify(final) is None:
         _point_to(checkpoints, final.name)
@@ -171,8 +174,9 @@ def write(checkpoints: Path, checkpoint: Checkpoint, config_text: str) -> Path:
         reason = verify(temporary)
         if reason is not None:
             raise OSError(f"{temporary}: read back differently from what was written: {reason}")
+        lease.verify(checkpoints)  # writing may have taken long
         if final.exists():  # a damaged one of the same update
-            shutil.rmtree(final)
+            _delete(final)
         os.rename(temporary, final)
         _sync_folder(checkpoints)
     except BaseException:
@@ -186,7 +190,8 @@ def prune(checkpoints: Path, keep: int, keep_every: int | None) -> list[Path]:
     """Delete what retention no longer covers, never one of the newest `keep` whole checkpoints; returns what went.
 
     Nothing goes before `keep` newer ones have been read and found whole: a folder that only looks whole does not count.
-    The manifest goes first, so that a deletion cut short leaves no folder that looks whole.
+    The manifest goes first, so that a deletion cut short leaves no folder that looks whole. What is a link, and what lies
+    behind it, was put there by somebody else and stays.
 
     Raises:
         OSError: a checkpoint could not be deleted; none that is to be kept has changed.
@@ -202,17 +207,29 @@ def prune(checkpoints: Path, keep: int, keep_every: int | None) -> list[Path]:
         update = int(folder.name.split("-")[1])
         if keep_every is not None and update % keep_every == 0 and (folder / "manifest.json").is_file():
             continue
-        (folder / "manifest.json").unlink(missing_ok=True)
-        shutil.rmtree(folder)
+        if folder.is_symlink():
+            continue
+        lease.verify(folder)
+        _delete(folder)
         removed.append(folder)
     return removed
 
 
+def _delete(folder: Path) -> None:
+    """Delete a checkpoint; of one that is a link, only the link."""
+    if folder.is_symlink():
+        folder.unlink()
+        return
+    (folder / "manifest.json").unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
 def clear_temporary(checkpoints: Path) -> None:
     """Remove what writers that died have left; rank 0 calls this before the run goes on."""
+    lease.verify(checkpoints)
     if checkpoints.is_dir():
         for leftover in checkpoints.glob(".update-*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            shutil.rmtree(leftover, ignore_errors=True)  # it does not follow a link
         for leftover in checkpoints.glob(".latest.*.tmp"):
             leftover.unlink(missing_ok=True)
 
@@ -260,7 +277,7 @@ class _Writer:
     """A new file, hashed while it is written, on disk when the context ends without an error."""
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
         self._digest = hashlib.sha256()
         self._bytes = 0
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""Preemption and cancellation (SIGTERM), SLURM's warning before the time limit (SIGUSR2), and a site's own (SIGUSR1)."""
+"""Preemption and cancellation (SIGTERM), SLURM's warning before the time limit (SIGUSR2), and a site's own (SIGUSR1). In a
+SLURM job SIGINT (`scancel --signal=INT`) is another of these; elsewhere it is Ctrl-C."""
 
 
 class Request(enum.IntEnum):
@@ -71,7 +72,7 @@ class Interruption:
         for number in SIGNALS:
             signal.signal(number, note)
         signal.signal(signal.SIGINT, note)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*SIGNALS, signal.SIGINT))
 
     def ask(self, request: Request) -> None:
         """Make a request of this rank's own."""
@@ -81,7 +82,7 @@ class Interruption:
     def pending(self) -> Request:
         """What this rank alone knows of; no collective."""
         request = self._request
-        if any(s != signal.SIGINT for s in self.signals):
+        if any(s != signal.SIGINT for s in self.signals) or (self.signals and "SLURM_JOB_ID" in os.environ):
             request = max(request, Request.LEAVE)
         elif self.signals:
             request = max(request, Request.STOP)

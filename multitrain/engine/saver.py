@@ -26,6 +26,7 @@ from multitrain.engine import checkpoint as checkpoints
 from multitrain.engine.checkpoint import Checkpoint
 from multitrain.engine.deepspeed import MOMENTS, Engine, Piece
 from multitrain.engine.distributed import World
+from multitrain.lease import LeaseLost
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Saver:
         self._jobs: queue.SimpleQueue[tuple[dict[str, Any], float]] = queue.SimpleQueue()
         self._busy = False
         self._over = threading.Event()
-        self._result: Outcome | Exception | None = None
+        self._result: Outcome | BaseException | None = None
         self._held_up = self._copied = 0.0
         self._told = False
 
@@ -126,7 +127,7 @@ class Saver:
         self._over.wait()
         self._held_up += time.perf_counter() - began
         self._busy = False
-        if isinstance(self._result, Exception):
+        if isinstance(self._result, BaseException):
             raise self._result
         assert self._result is not None
         return self._result.failure is None
@@ -151,7 +152,7 @@ class Saver:
             box = [outcome]
             dist.broadcast_object_list(box, src=0, group=self._world.background)
             self._result = box[0]
-        except Exception as error:  # handed over to the training
+        except (Exception, LeaseLost) as error:  # handed over to the training
             self._result = error
 
     def _gather(self) -> list[Tensor] | None:

@@ -1,4 +1,4 @@
-"""How often a run has come back, and whether it may again: read off its events, so that it holds whoever restarts it.
+"""How often a run has come back, and whether it may again: read from its events, so that it holds whoever restarts it.
 
 Rank 0 writes an event `begin` as the first thing it does. A start that ended in order has an event `requeue` or `end`
 after that; one without has died, and whether the rank, the batch script or the node did makes no difference.
@@ -7,10 +7,11 @@ after that; one without has died, and whether the rank, the batch script or the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from multitrain.monitor.slurm import BATCH_ENDED, PREEMPTED, STEP_ENDED
+from multitrain.monitor.exits import Exit
+from multitrain.monitor.slurm import BATCH_ENDED, OPERATOR, PREEMPTED, STEP_ENDED
 
 IN_PLACE = "MULTITRAIN_RESTARTS_IN_PLACE"
 """Environment variable of a rank: how often the ranks were started again inside this start of the job."""
@@ -25,7 +26,9 @@ class Start:
 
     `restart`: how often SLURM had started the job before. `in_place`: how often the ranks had been started again inside
     the allocation before. `ended`: in which order it left; None: it died. `progress`: whether it wrote a checkpoint of more
-    updates than there was one of. `final`: the error that no restart mends.
+    updates than there was one of. `final`: the error that no restart mends. `mistake`: the error that no restart mends,
+    unless the same run went well before. `trained`: whether it came to its first update. `failed_nodes`: where its ranks
+    failed first. `bad_nodes`: what preflight found. `wanted`: why it wanted to come back and could not put itself back.
     """
 
     restart: int = 0
@@ -33,38 +36,76 @@ class Start:
     ended: str | None = None
     progress: bool = False
     final: str | None = None
+    mistake: str | None = None
+    trained: bool = False
+    failed_nodes: list[str] = field(default_factory=list)
+    bad_nodes: list[str] = field(default_factory=list)
+    wanted: str | None = None
 
 
 def starts(events: Sequence[Mapping[str, Any]]) -> list[Start]:
-    """The starts since the run was last submitted, oldest first. Each line of them has ended, but for one that runs now.
+    """The starts since the run was last submitted, oldest first. Each of them has ended, except one that runs now.
 
     What rank 0 of a start tells is of that start, even after the next has begun: its node may have been lost for a while.
+    Other processes of a start (batch script, supervisors, preflight) are told apart by the job's restart count.
     """
     found: list[Start] = []
     newest = 0
     by_process: dict[tuple[Any, Any], Start] = {}
     for event in events:
-        name, update = event["event"], event.get("update")
+        name, update, restart = event["event"], event.get("update"), int(event.get("restart") or 0)
         process = (event.get("host"), event.get("pid"))
         own = by_process.get(process) or (found[-1] if found else None)
         if name == "submit":
             found, by_process = [], {}
         elif name == "begin":
-            found.append(Start(int(event.get("restart") or 0), int(event.get("in_place", 0))))
+            found.append(Start(restart, int(event.get("in_place", 0)), bad_nodes=_bad_before_it_began(found, restart)))
             by_process[process] = found[-1]
         elif name == "checkpoint" and isinstance(update, int):
             if own is not None and update > newest:
                 own.progress = True
             newest = max(newest, update)
-        elif name == "requeue" and (own is None or own.ended is not None):  # died before it could begin
-            found.append(Start(int(event.get("restart") or 0), ended=str(event.get("status"))))
-        elif own is None:
-            continue
-        elif name == "error" and event.get("final"):
-            own.final = str(event.get("reason"))
-        elif name in ("requeue", "end") and own.ended is None:
-            own.ended = str(event.get("status"))
+        elif name == "preflight" and event.get("nodes"):
+            found.append(Start(restart, bad_nodes=[str(node) for node in event["nodes"]]))
+        elif name in ("ended", "requeue") and _is_of_no_start(own, restart):  # it died before it could begin
+            found.append(Start(restart, ended=str(event.get("status")) if name == "requeue" else None))
+        elif own is not None:
+            _note(own, event)
     return found
+
+
+def _bad_before_it_began(found: list[Start], restart: int) -> list[str]:
+    """What preflight found wrong in this start of the job, which began all the same; that entry becomes the start's."""
+    if found and found[-1].restart == restart and found[-1].bad_nodes and found[-1].ended is None:
+        return found.pop().bad_nodes
+    return []
+
+
+def _is_of_no_start(own: Start | None, restart: int) -> bool:
+    return own is None or own.ended is not None or restart > own.restart
+
+
+def _note(own: Start, event: Mapping[str, Any]) -> None:
+    """What an event says of the start that it belongs to."""
+    name = event["event"]
+    if name == "error" and event.get("final"):
+        if event.get("exit_status") == Exit.MISTAKE:
+            own.mistake = str(event.get("reason"))
+        else:
+            own.final = str(event.get("reason"))
+    elif name in ("start", "resume"):
+        own.trained = True
+    elif name == "rank_failed" and not own.failed_nodes and event.get("node"):
+        own.failed_nodes.append(str(event["node"]))
+    elif name == "requeue_failed":
+        own.wanted = str(event.get("status") or own.ended or "")
+    elif name in ("requeue", "end") and own.ended is None:
+        own.ended = str(event.get("status"))
+
+
+def progressed(events: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the run has ever written a checkpoint of at least one update: its configuration is known to work."""
+    return any(e["event"] == "checkpoint" and isinstance(e.get("update"), int) and e["update"] > 0 for e in events)
 
 
 def deaths(history: Sequence[Start], in_place: int = 0) -> int:
@@ -72,9 +113,11 @@ def deaths(history: Sequence[Start], in_place: int = 0) -> int:
     comes now says that its ranks were started again inside the allocation.
     """
     following = [*(start.in_place for start in history[1:]), in_place]
-    return sum(
-        start.ended in (None, FAILED, BATCH_ENDED, STEP_ENDED) and not again for start, again in zip(history, following)
-    )
+    return sum(_died(start) and not again for start, again in zip(history, following))
+
+
+def _died(start: Start) -> bool:
+    return start.ended in (None, FAILED, BATCH_ENDED) or (start.ended == STEP_ENDED and not start.progress)
 
 
 def stalled(history: Sequence[Start]) -> int:
@@ -83,21 +126,33 @@ def stalled(history: Sequence[Start]) -> int:
     for start in reversed(history):
         if start.progress:
             break
-        count += start.ended != PREEMPTED
+        count += start.ended not in (PREEMPTED, OPERATOR)
     return count
 
 
-def refusal(history: Sequence[Start], most: int, most_stalled: int, in_place: int = 0) -> str | None:
-    """Why the run must not start another time, or None; `history` is of all starts that are over, `in_place` of the one
-    that comes now.
+def refusal(
+    history: Sequence[Start], most: int, most_stalled: int, in_place: int = 0, *, went_well: bool = False
+) -> str | None:
+    """Why the run must not start another time, or None.
+
+    Args:
+        history: all starts that are over.
+        most: deaths of the job that are allowed (``cluster.max_restarts``).
+        most_stalled: restarts in a row without a new checkpoint that are allowed (``cluster.max_stalled_restarts``).
+        in_place: of the start that comes now.
+        went_well: whether the run has ever got on. Its configuration is then right, and what looks like a mistake is a
+            disk, a file or a library that is missing where it ran: it is tried again, on other nodes, within the limits.
     """
-    if history and history[-1].final is not None:
-        return f"it ended with an error that no restart mends: {history[-1].final}"
+    last = history[-1] if history else None
+    final = last and (last.final or (None if went_well else last.mistake))
+    if final:
+        return f"it ended with an error that no restart mends: {final}"
     count = stalled(history)
     if count > most_stalled:
+        why = last.mistake if last and last.mistake else None
         return (
             f"{count} starts in a row, {count - 1} of them restarts, brought no new checkpoint "
-            f"(cluster.max_stalled_restarts={most_stalled})"
+            f"(cluster.max_stalled_restarts={most_stalled}){f'; the last one: {why}' if why else ''}"
         )
     died = deaths(history, in_place)
     if died > most:

@@ -22,6 +22,8 @@ meanwhile is delivered."""
 
 PREEMPTED, TIME_LIMIT, BATCH_ENDED, STEP_ENDED = "preempted", "time limit", "batch script ended", "ended from outside"
 """Why a job was taken away that is to come back."""
+OPERATOR, CANCELLED = "requeued by an operator", "cancelled"
+"""Why a job was taken away that SLURM has put back already, and why one is that must not come back."""
 
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """The variables that tell a rank its place in the world and where all meet."""
@@ -85,7 +87,7 @@ def master_address(environment: Mapping[str, str] = os.environ) -> str:
     if first == nodes:
         return "127.0.0.1"
     try:
-        address = _fields(_scontrol("show", "node", "-o", first)).get("NodeAddr")
+        address = fields(_scontrol("show", "node", "-o", first)).get("NodeAddr")
     except SlurmError:
         address = environment.get("SLURM_LAUNCH_NODE_IPADDR")
     return address or first
@@ -150,7 +152,7 @@ def show_job(job_id: str) -> dict[str, str]:
     Raises:
         SlurmError: it does not answer, or knows no such job (any more).
     """
-    return _fields(_scontrol("show", "job", "-o", job_id))
+    return fields(_scontrol("show", "job", "-o", job_id))
 
 
 ENDED_BY_ITSELF = {
@@ -162,37 +164,45 @@ ENDED_BY_ITSELF = {
 """Reasons of a job that is COMPLETING although nobody cancelled it; `scontrol requeue` still takes it then."""
 
 
-def taken_away(job_id: str, signals: Collection[int], *, close: float = 120.0) -> str | None:
-    """Why this job must come back after it was told to stop: ``"preempted"``, ``"time limit"``, ``"batch script ended"``,
-    ``"ended from outside"``; None: it must not.
+def taken_away(
+    job: Mapping[str, str], signals: Collection[int] = (), *, restart: int | None = None, close: float = 120.0
+) -> str | None:
+    """Why this start of a job was told to stop, or ended; None where nothing but its own processes ended it.
 
     Preemption and `scancel` send the same signals. What tells them apart is the controller: a preempted job is still
     RUNNING and has a PreemptTime; a cancelled one is COMPLETING without a Reason, or CANCELLED; one whose batch script was
-    killed is COMPLETING with one (JobLaunchFailure, of all names). SIGTERM to a batch job that simply goes on RUNNING was meant
-    for its processes: a node that shuts down, or the `srun` of an earlier start, whose node was silent for a while (seen: it
-    ends the step of the next start, which has the same name). None as well when SLURM has already put
-    the job back by itself, which it does when the grace period ends, or when it had given up the node that this is said on.
+    killed is COMPLETING with one (JobLaunchFailure, of all names). A signal to a batch job that simply goes on RUNNING was
+    meant for its processes: `scancel --signal`, a node that shuts down, or the `srun` of an earlier start, whose node was
+    silent for a while (seen: it ends the step of the next start, which has the same name). A job with more restarts than
+    this start was put back by SLURM (after a preemption, or a lost node) or by an operator (`scontrol requeue`).
 
     Args:
-        signals: all that were received so far; a warning of the time limit is SIGUSR2 (or SIGUSR1).
-        close: seconds before the job's EndTime from which any signal counts as the time limit.
-
-    Raises:
-        SlurmError: the controller does not answer. The job must then neither be requeued nor end with 0.
+        job: what :func:`show_job` says.
+        signals: all that this start has received; a warning of the time limit is SIGUSR2 (or SIGUSR1).
+        restart: of this start; of the environment when not given.
+        close: seconds before the job's EndTime from which any end counts as the time limit.
     """
-    job = show_job(job_id)
-    if int(job.get("Restarts", restart_count())) > restart_count():  # it runs elsewhere: this node was lost for a while
-        return None
-    if job.get("JobState") == "COMPLETING":
-        return ENDED_BY_ITSELF.get(job.get("Reason", ""))
-    if job.get("JobState") != "RUNNING":
-        return None
-    if job.get("PreemptTime", "None") not in ("None", "N/A"):
+    restart = restart_count() if restart is None else restart
+    state = job.get("JobState", "")
+    preempted = job.get("PreemptTime", "None") not in ("None", "N/A")
+    if int(job.get("Restarts") or restart) > restart or state in (
+        "PENDING",
+        "REQUEUED",
+        "REQUEUE_HOLD",
+        "SPECIAL_EXIT",
+    ):
+        return PREEMPTED if preempted else OPERATOR
+    if state in ("COMPLETING", "TIMEOUT", "NODE_FAIL", "FAILED"):
+        reason = {"TIMEOUT": "TimeLimit", "NODE_FAIL": "RaisedSignal"}.get(state, job.get("Reason", ""))
+        return ENDED_BY_ITSELF.get(reason, CANCELLED)
+    if state not in ("RUNNING", "SUSPENDED", "STOPPED", "CONFIGURING"):
+        return PREEMPTED if state == "PREEMPTED" else CANCELLED
+    if preempted:
         return PREEMPTED
     warned = {int(s) for s in signals} & {int(signal.SIGUSR1), int(signal.SIGUSR2)}
-    if warned or _seconds_until(job.get("EndTime")) < close:
+    if _seconds_until(job.get("EndTime")) < close or (warned and _seconds_until(job.get("EndTime")) < 4 * close):
         return TIME_LIMIT
-    return STEP_ENDED if job.get("BatchFlag", "1") == "1" else None
+    return STEP_ENDED if signals and job.get("BatchFlag", "1") == "1" else None
 
 
 def grace(partition: str | None = None) -> float | None:
@@ -203,11 +213,11 @@ def grace(partition: str | None = None) -> float | None:
     if partition is None:
         return None
     try:
-        fields = _fields(_scontrol("show", "partition", "-o", partition))
+        shown = fields(_scontrol("show", "partition", "-o", partition))
         config = dict(re.findall(r"^(\w+)\s*= (.*?)\s*$", _scontrol("show", "config"), re.MULTILINE))
-        if fields.get("PreemptMode") == "OFF" or config.get("PreemptType", "preempt/none") == "preempt/none":
+        if shown.get("PreemptMode") == "OFF" or config.get("PreemptType", "preempt/none") == "preempt/none":
             return None
-        return float(fields.get("GraceTime", "0")) + float(config.get("KillWait", "30 sec").split()[0])
+        return float(shown.get("GraceTime", "0")) + float(config.get("KillWait", "30 sec").split()[0])
     except (SlurmError, ValueError):
         return None
 
@@ -225,6 +235,26 @@ def requeue(job_id: str) -> None:
             raise
 
 
+def control(*arguments: str) -> str:
+    """The output of `scontrol`, e.g. ``control("update", "jobid=7", "ExcNodeList=n1")``.
+
+    Raises:
+        SlurmError: SLURM refused, or did not answer, three times.
+    """
+    return _scontrol(*arguments)
+
+
+def job_lives(job_id: str, restart: int) -> bool | None:
+    """Whether this start of a job may still run: None when SLURM does not answer."""
+    try:
+        job = show_job(job_id)
+    except SlurmError as error:
+        return False if "Invalid job id" in str(error) else None
+    if int(job.get("Restarts") or 0) != restart:
+        return False
+    return job.get("JobState") in ("RUNNING", "SUSPENDED", "STOPPED", "COMPLETING", "CONFIGURING", "STAGE_OUT")
+
+
 def _seconds_until(moment: str | None) -> float:
     try:
         return (datetime.fromisoformat(moment or "") - datetime.now()).total_seconds()
@@ -232,12 +262,12 @@ def _seconds_until(moment: str | None) -> float:
         return float("inf")
 
 
-def _fields(line: str) -> dict[str, str]:
-    """``Key=value Key=value …``; a value may hold blanks, the first of two equal keys counts."""
-    fields: dict[str, str] = {}
+def fields(line: str) -> dict[str, str]:
+    """What `scontrol` prints with ``-o``: ``Key=value Key=value …``; a value may hold blanks, the first of two equal keys counts."""
+    found: dict[str, str] = {}
     for key, value in re.findall(r"(?:^|\s)([A-Za-z][\w/:]*)=(.*?)(?=\s+[A-Za-z][\w/:]*=|\s*$)", line.split("\n")[0]):
-        fields.setdefault(key, value)
-    return fields
+        found.setdefault(key, value)
+    return found
 
 
 def _scontrol(*arguments: str, attempts: int = 3, timeout: float = 10.0) -> str:

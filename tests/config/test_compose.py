@@ -56,7 +56,7 @@ def test_the_reference_run_solves_to_the_published_shape() -> None:
         ("+cluster.bar=2", "unknown option 'cluster.bar'; known here: account"),
         ("nodes=two", "nodes='two': input should be a valid integer"),
         ("precision=fp8", "precision='fp8': input should be 'bf16', 'fp16' or 'fp32'"),
-        ("cluster.time_limit=-3", "cluster.time_limit=-3: input should be greater than 0"),
+        ("cluster.time_limit=-3", "cluster.time_limit: -3 is no time above zero; give minutes, or 24:00:00"),
         ("checkpoint.keep=1", "checkpoint.keep=1: input should be greater than or equal to 2"),
         ("engine.zero_stage=2", "engine.zero_stage=2: input should be 1"),
         ("experiment=k4000", "experiment=k4000: there is no such experiment; did you mean 'k400'?"),
@@ -144,3 +144,13 @@ def test_every_option_is_documented() -> None:
 def test_nearest_offers_close_names_and_otherwise_lists_them() -> None:
     assert nearest("epoch", ["epochs", "seed"]) == "did you mean 'epochs'?"
     assert nearest("zzz", ["b", "a"]) == "known here: a, b"
+
+
+@pytest.mark.parametrize(
+    ("limit", "minutes"),
+    [
+        ("1440", 1440), ("90:30", 91), ("24:00:00", 1440), ("1-00:00:00", 1440), ("2-12", 3600), ("0-01:30", 90),
+    ],
+)  # fmt: skip
+def test_time_limits_are_read_in_slurms_own_forms(limit: str, minutes: int) -> None:
+    assert compose([f"cluster.time_limit='{limit}'"]).cluster.minutes == minutes

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from multitrain.config import ClusterConfig
 from multitrain.monitor import slurm
+from multitrain.monitor.requeue import Action, Ended, decide
 
 STEP = {
     "SLURM_JOB_ID": "1234",
@@ -104,13 +106,19 @@ SOON, LATER = timedelta(seconds=30), timedelta(hours=5)
     [
         ("RUNNING", "2026-11-22T10:18:45", SOON, [signal.SIGTERM], "preempted"),
         ("RUNNING", "2026-11-22T10:18:45", LATER, [signal.SIGUSR2, signal.SIGTERM], "preempted"),
-        ("RUNNING", "None", LATER, [signal.SIGUSR2], "time limit"),
+        ("RUNNING", "None", SOON, [signal.SIGUSR2], "time limit"),
+        ("RUNNING", "None", timedelta(seconds=400), [signal.SIGUSR2], "time limit"),
+        ("RUNNING", "None", LATER, [signal.SIGUSR2], "ended from outside"),
+        ("RUNNING", "None", LATER, [], None),
+        ("SUSPENDED", "None", LATER, [], None),
+        ("TIMEOUT", "None", SOON, [], "time limit"),
         ("RUNNING", "None", SOON, [signal.SIGTERM], "time limit"),
         ("RUNNING", "None", LATER, [signal.SIGTERM], "ended from outside"),
-        ("COMPLETING", "None", SOON, [signal.SIGTERM], None),
-        ("COMPLETING", "2026-11-22T10:18:45", SOON, [signal.SIGTERM], None),
-        ("CANCELLED", "None", LATER, [signal.SIGTERM, signal.SIGUSR2], None),
-        ("PENDING", "None", LATER, [signal.SIGTERM], None),
+        ("COMPLETING", "None", SOON, [signal.SIGTERM], "cancelled"),
+        ("COMPLETING", "2026-11-22T10:18:45", SOON, [signal.SIGTERM], "cancelled"),
+        ("CANCELLED", "None", LATER, [signal.SIGTERM, signal.SIGUSR2], "cancelled"),
+        ("PENDING", "None", LATER, [signal.SIGTERM], "requeued by an operator"),
+        ("REQUEUE_HOLD", "None", LATER, [signal.SIGTERM], "requeued by an operator"),
     ],
 )
 def test_a_job_comes_back_only_when_slurm_took_it(
@@ -119,12 +127,17 @@ def test_a_job_comes_back_only_when_slurm_took_it(
     end = (datetime.now() + left).isoformat(timespec="seconds")
     answer.write_text(JOB.format(state=state, preempt=preempt, end=end) + "\n")
     assert slurm.show_job("7")["JobName"] == "a run"
-    assert slurm.taken_away("7", signals) == reason
+    assert slurm.taken_away(slurm.show_job("7"), signals) == reason
 
 
 @pytest.mark.parametrize(
     ("reason", "why"),
-    [("None", None), ("JobLaunchFailure", "batch script ended"), ("TimeLimit", "time limit"), ("NodeDown", None)],
+    [
+        ("None", "cancelled"),
+        ("JobLaunchFailure", "batch script ended"),
+        ("TimeLimit", "time limit"),
+        ("NodeDown", "cancelled"),
+    ],
 )
 def test_a_job_whose_batch_script_was_killed_is_told_from_a_cancelled_one(
     answer: Path, reason: str, why: str | None
@@ -133,26 +146,26 @@ def test_a_job_whose_batch_script_was_killed_is_told_from_a_cancelled_one(
         "Reason=None", f"Reason={reason}"
     )
     answer.write_text(line + "\n")
-    assert slurm.taken_away("7", [signal.SIGTERM]) == why
+    assert slurm.taken_away(slurm.show_job("7"), [signal.SIGTERM]) == why
 
 
-@pytest.mark.parametrize(("own", "reason"), [(None, None), ("1", "preempted")])
+@pytest.mark.parametrize(("own", "action"), [(0, Action.IS_BACK), (1, Action.COME_BACK)])
+@pytest.mark.parametrize("preempt", ["2026-11-22T10:18:45", "None"])
 def test_a_start_of_a_job_that_has_started_again_elsewhere_leaves_it_alone(
-    answer: Path, monkeypatch: pytest.MonkeyPatch, own: str | None, reason: str | None
+    answer: Path, own: int, action: Action, preempt: str
 ) -> None:
     """A node that was silent for a while is back: `scontrol requeue` there would take the nodes from the next start."""
-    if own is not None:
-        monkeypatch.setenv("SLURM_RESTART_COUNT", own)
-    line = JOB.format(state="RUNNING", preempt="2026-11-22T10:18:45", end="2026-11-22T10:18:45")
+    line = JOB.format(state="RUNNING", preempt=preempt, end="2026-11-22T10:18:45")
     assert "Restarts=0" in line
     answer.write_text(line.replace("Restarts=0", "Restarts=1") + "\n")
-    assert slurm.taken_away("7", [signal.SIGTERM]) == reason
+    ended = Ended(slurm.show_job("7"), [signal.SIGTERM], restart=own)
+    assert decide(ended, [], ClusterConfig(), went_well=True).action == action
 
 
 def test_without_an_answer_nothing_is_decided(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(slurm.SlurmError, match="scontrol"):
-        slurm.taken_away("7", [signal.SIGTERM])
+        slurm.taken_away(slurm.show_job("7"), [signal.SIGTERM])
 
 
 def test_one_job_of_an_array_is_named_as_such() -> None:

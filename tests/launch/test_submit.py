@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import pytest
 import yaml
 
 from launch import run_folder
-from launch.run_folder import ask, digest, locked, merge, snapshot, sources, write
+from launch.run_folder import ask, changed_since, claimed, merge, snapshot, sources, write
 from launch.submit import main
 from multitrain.config import ConfigError, load
 
@@ -154,7 +153,24 @@ def test_an_edited_yaml_file_does_not_change_a_run_behind_its_owners_back(tmp_pa
     assert changed == unchanged.model_copy(
         update={"nodes": 2, "cluster": unchanged.cluster.model_copy(update={"time_limit": 90})}
     )
-    assert ask(["r", "cluster=site"]).config.cluster.partition == "new"
+    again = ask(["r", "cluster=site"])
+    assert again.config == unchanged, "an unchanged word changes nothing"
+    assert ask(["r", "cluster=slurm"]).config.cluster.partition is None
+
+
+def test_what_the_checkout_would_make_of_the_same_words_today_is_said(tmp_path: Path) -> None:
+    site = tmp_path / "mine" / "cluster" / "site.yaml"
+    site.parent.mkdir(parents=True)
+    site.write_text("kind: slurm\npartition: old\n")
+    run = ask(["name=r", "cluster=site", "gpus=8"], config_dirs=["mine"])
+    write(run)
+    assert changed_since(run.path, ["cluster=site"], ["mine"]) == []
+    site.write_text("kind: slurm\npartition: new\n")
+    (note, code) = changed_since(run.path, ["cluster=site"], ["mine"])
+    assert "cluster.partition is new there and old in the run" in note
+    assert "update_code=true" in code
+    site.write_text("kind: [slurm\n")
+    assert "the run keeps its own" in changed_since(run.path, ["cluster=site"], ["mine"])[0]
 
 
 @pytest.mark.parametrize("how", ["r", "runs/r", "name=r"])
@@ -210,12 +226,33 @@ def test_what_does_not_touch_the_plan_may_change(change: str) -> None:
     assert ask(["r", change]).exists
 
 
-def test_a_run_in_progress_on_this_machine_is_not_started_twice() -> None:
+def test_a_run_in_progress_is_not_started_twice() -> None:
     run = written("name=r", "gpus=8")
-    with locked(run.path), pytest.raises(ConfigError, match=rf"process {os.getpid()} "), locked(run.path):
+    with claimed(run.path), pytest.raises(ConfigError, match=rf"process {os.getpid()} .*name="), claimed(run.path):
         pass
-    with locked(run.path):
+    with claimed(run.path):
         pass
+
+
+def test_of_two_submissions_of_a_new_name_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = ask(["name=r", "gpus=8"]), ask(["name=r", "gpus=8", "seed=1"])
+    write(first)
+    monkeypatch.setattr(run_folder.Run, "exists", False)  # as the second had seen it
+    with pytest.raises(ConfigError, match="another submission was faster"):
+        write(second)
+    assert load(first.path).seed == 0
+
+
+def test_the_class_names_of_a_run_are_its_own(tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("".join(f"class {i}\n" for i in range(400)))
+    run = written("name=r", "experiment=k400", "gpus=8", f"data.datasets.kinetics.class_names={names}")
+    names.write_text("changed\n")
+    kept = load(run.path).data.datasets["kinetics"].class_names
+    assert kept == str(run.path / "class_names" / "kinetics.txt")
+    assert Path(kept).read_text().startswith("class 0\n")
+    write(ask(["r", "nodes=2"]))
+    assert Path(kept).read_text().startswith("class 0\n")
 
 
 # ------------------------------------------------------------------------------------------------- what is written
@@ -254,19 +291,54 @@ def test_the_snapshot_has_the_sources_and_nothing_that_git_ignores(tmp_path: Pat
     assert done.returncode == 0, done.stderr  # complete: it can submit by itself
 
 
-def test_resuming_takes_the_code_of_today_and_says_so(tmp_path: Path) -> None:
+def test_a_resumed_run_goes_on_with_its_own_code_unless_told_otherwise(tmp_path: Path, root: Path) -> None:
+    """The whole resubmission is done by it: what the checkout says, or no longer says, does not matter."""
     run = written("name=r", "gpus=8")
-    run_folder.record(run, cluster="slurm", job="1")
-    old = run.path / "code" / "multitrain" / "__init__.py"
-    old.write_text("# the code of yesterday\n")
-    yesterday = digest(run.path / "code")
-    write(again := ask(["r"]))
-    run_folder.record(again, cluster="slurm", job="2")
-    assert "yesterday" not in old.read_text()
-    codes = [json.loads(line)["code"] for line in (run.path / "events.jsonl").read_text().splitlines()]
-    assert yesterday not in codes
-    assert codes[1] == digest(run.path / "code")
-    assert run_folder.jobs(run.path) == ["1", "2"]
+    (run.path / "code" / "configs" / "cluster" / "own.yaml").write_text("kind: slurm\npartition: frozen\n")
+    submit = [sys.executable, str(root / "launch" / "submit.py"), "r", "dry_run=true"]
+    own = subprocess.run([*submit, "cluster=own"], capture_output=True, text=True, check=False)
+    assert "#SBATCH --partition=frozen" in own.stdout
+    assert "note: the code of this checkout is not that of the run" in own.stderr
+    today = subprocess.run([*submit, "cluster=own", "update_code=true"], capture_output=True, text=True, check=False)
+    assert (today.returncode, "there is no such cluster" in today.stderr) == (2, True)
+
+
+def test_a_run_of_an_older_version_goes_on_with_the_code_of_this_one(tmp_path: Path, root: Path) -> None:
+    run = written("name=r", "gpus=8")
+    (run.path / "code" / "launch" / "job.sh").unlink()
+    submit = [sys.executable, str(root / "launch" / "submit.py"), "r", "dry_run=true"]
+    done = subprocess.run(submit, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "older version" in done.stderr
+    write(ask(["r"]))
+    assert (run.path / "code" / "launch" / "job.sh").is_file()
+
+
+def test_the_snapshot_has_no_hidden_file_no_link_and_only_known_groups(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    for name in ("data/a.yaml", ".kube/config.yaml", "secrets/db.yaml", "data/.hidden.yaml", "data/notes.txt"):
+        (mine / name).parent.mkdir(parents=True, exist_ok=True)
+        (mine / name).write_text("kind: x\n")
+    (mine / "data" / "link.yaml").symlink_to(mine / "secrets" / "db.yaml")
+    (mine / "model").symlink_to(mine / "secrets")
+    snapshot(tmp_path / "code", [str(mine)])
+    copied = [p for p in (tmp_path / "code" / "config_dirs").rglob("*") if p.is_file()]
+    assert [str(p.relative_to(tmp_path / "code" / "config_dirs")) for p in copied] == ["0/data/a.yaml"]
+    (mine / "data" / "big.yaml").write_text("x" * (1 << 20) + "y")
+    with pytest.raises(ConfigError, match=r"big.yaml has 1.0 MB"):
+        snapshot(tmp_path / "code2", [str(mine)])
+
+
+def test_from_scratch_is_for_runs_whose_checkpoints_are_gone(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is new"):
+        ask(["name=r", "gpus=8", "from_scratch=true"])
+    run = written("name=r", "gpus=8")
+    again = ask(["r", "from_scratch=true"])
+    assert again.from_scratch
+    assert not again.config.from_scratch
+    (run.path / "checkpoints" / "update-00000004").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="has checkpoints, up to update-00000004"):
+        ask(["r", "from_scratch=true"])
 
 
 def test_own_config_groups_are_used_remembered_and_kept(tmp_path: Path) -> None:

@@ -18,9 +18,10 @@
 #SBATCH --time=1440
 
 # setup
-hold='env --block-signal=TERM,USR1,USR2'; $hold true 2>/dev/null || hold=
-export PYTHONPATH=/shared/runs/golden/code${PYTHONPATH:+:$PYTHONPATH}
-export PYTHONFAULTHANDLER=1
+run=/shared/runs/golden
+python=(python)
+export PYTHONPATH="$run/code${PYTHONPATH:+:$PYTHONPATH}"
+. "$run/code/launch/job.sh"
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -28,12 +29,4 @@ srun --unbuffered --output /shared/runs/golden/logs/submitit/%j_%t_log.out --kil
 
 
 # teardown
-status=$?
-if [ "$status" -ne 0 ] && [ "$status" -ne 75 ]; then
-    job=$(scontrol show job -o "$SLURM_JOB_ID")
-    case $job in *" PreemptTime=2"*) preempted=preempted ;; *) preempted= ;; esac
-    case $job in *" JobState=RUNNING "*" Restarts=${SLURM_RESTART_COUNT:-0} "*)
-        python -m launch.again /shared/runs/golden "$status" $preempted && scontrol requeue "$SLURM_JOB_ID" ;;
-    esac
-fi
-exit "$status"
+finish $?

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launch import again
+from launch import requeue
+from multitrain import lease
 from multitrain.config import compose, dump
 from multitrain.monitor import restarts
 from multitrain.monitor.events import Events, read
+from multitrain.monitor.exits import Exit
+from multitrain.monitor.requeue import Decision, Ended, decide
 
 
 class Job:
@@ -28,12 +32,22 @@ class Job:
     def begin(self, in_place: int = 0) -> None:
         self.write("begin", in_place=in_place)
 
-    def ended(self, status: int = 1, *why: str) -> bool:
+    def ended(self, status: int = 1, *, signals: str = "", **record: str) -> bool:
         """The batch script asks; whether the job comes back."""
         self.monkeypatch.setenv("SLURM_JOB_ID", "1")
-        if self.restart:
-            self.monkeypatch.setenv("SLURM_RESTART_COUNT", str(self.restart))
-        back = again.main([str(self.folder), str(status), *why]) == 0
+        self.monkeypatch.setenv("SLURM_RESTART_COUNT", str(self.restart))
+        self.monkeypatch.setattr("shutil.which", lambda _: None)  # as in a container: it does with what the script says
+        shown = {
+            "JobState": "RUNNING",
+            "Restarts": str(self.restart),
+            "PreemptTime": "None",
+            "BatchFlag": "1",
+            **record,
+        }
+        text = " ".join(f"{key}={value}" for key, value in shown.items())
+        back = (
+            requeue.main([str(self.folder), str(status), "--signals", signals, "--record", text]) == requeue.NO_SCONTROL
+        )
         self.restart += back
         return back
 
@@ -102,7 +116,7 @@ def test_preemptions_are_not_deaths(job: Job) -> None:
 def test_killed_while_preempted_it_comes_back(job: Job) -> None:
     for _ in range(6):
         job.begin()
-        assert job.ended(143, "preempted")
+        assert job.ended(143, PreemptTime="2026-11-22T10:18:45")
 
 
 def test_restarts_in_place_are_no_deaths_of_the_job_but_must_get_on(job: Job) -> None:
@@ -115,10 +129,107 @@ def test_restarts_in_place_are_no_deaths_of_the_job_but_must_get_on(job: Job) ->
     assert "brought no new checkpoint" in (restarts.refusal(history, 9, 2, in_place=3) or "")
 
 
-@pytest.mark.parametrize("status", [0, 75, 2, 3])
+@pytest.mark.parametrize("status", [Exit.FINISHED, Exit.MISTAKE, Exit.GAVE_UP, Exit.HELD])
 def test_an_end_in_order_or_a_mistake_is_not_requeued(job: Job, status: int) -> None:
     job.begin()
     assert not job.ended(status)
+
+
+def test_a_stopped_run_is_not_requeued(job: Job) -> None:
+    job.begin()
+    job.write("end", status="stopped on request")
+    assert not job.ended(Exit.INTERRUPTED)
+
+
+def test_what_looks_like_a_mistake_is_tried_again_elsewhere_in_a_run_that_went_well(job: Job) -> None:
+    """Its configuration works: a folder is missing on the node, not in the configuration. Bounded all the same."""
+    job.begin()
+    job.write("checkpoint", update=5)
+    assert job.ended(137)
+    for _ in range(2):
+        job.begin()
+        job.write("error", rank=1, reason="/data: no such folder", final=True, exit_status=2)
+        job.write("rank_failed", rank=1, node="n7", exit_status=2)
+        assert job.ended(Exit.MISTAKE)
+        assert job.last["event"] == "requeue"
+    job.begin()
+    job.write("error", rank=1, reason="/data: no such folder", final=True, exit_status=2)
+    assert not job.ended(Exit.MISTAKE)
+    assert "/data: no such folder" in job.last["reason"]
+
+
+def test_a_run_that_gave_up_is_not_tried_again_however_well_it_went(job: Job) -> None:
+    job.begin()
+    job.write("checkpoint", update=5)
+    job.write("error", rank=0, reason="it diverged", final=True, exit_status=3)
+    assert not job.ended(Exit.FAILED)
+
+
+def test_the_node_that_failed_before_training_began_is_left_out(job: Job) -> None:
+    job.begin()
+    job.write("checkpoint", update=5)
+    job.write("requeue", status="preempted")
+    job.restart = 1
+    job.begin()
+    job.write("rank_failed", rank=1, node="n7", exit_status=2)
+    decision = decided(job, Exit.MISTAKE)
+    assert decision.exclude == ("n7",)
+    job.write("resume", update=5)
+    assert decided(job, Exit.FAILED).exclude == (), "one that fails while it trains may do so anywhere"
+
+
+def test_a_bad_node_of_preflight_is_left_out_and_that_is_bounded(job: Job) -> None:
+    for node in ("n1", "n2"):
+        job.write("preflight", nodes=[node], reasons=["its clock is wrong"])
+        assert decided(job, Exit.BAD_NODE).exclude == (node,)
+        assert job.ended(Exit.BAD_NODE)
+        assert (job.last["event"], job.last["status"]) == ("requeue", "bad node")
+    job.write("preflight", nodes=["n3"], reasons=["its clock is wrong"])
+    assert not job.ended(Exit.BAD_NODE)
+    assert "3 starts in a row" in job.last["reason"]
+
+
+def decided(job: Job, status: int) -> Decision:
+    told = read(job.folder / "events.jsonl")
+    record = {"JobState": "RUNNING", "Restarts": str(job.restart), "PreemptTime": "None"}
+    ended = Ended(record, exit_status=status, restart=job.restart)
+    limits = compose(["experiment=k400", "cluster.max_stalled_restarts=2"]).cluster
+    return decide(ended, restarts.starts(told), limits, went_well=restarts.progressed(told))
+
+
+def test_a_limit_shorter_than_the_start_up_gives_up_and_says_why(job: Job) -> None:
+    soon = (datetime.now() + timedelta(seconds=20)).isoformat(timespec="seconds")
+    for _ in range(2):
+        job.begin()
+        assert job.ended(137, EndTime=soon)
+        assert job.last["status"] == "time limit"
+    job.begin()
+    assert not job.ended(137, EndTime=soon)
+    assert "3 starts in a row, 2 of them restarts, brought no new checkpoint" in job.last["reason"]
+
+
+def test_a_cancelled_job_ends_and_a_job_that_an_operator_put_back_is_left_alone(job: Job) -> None:
+    job.begin()
+    assert not job.ended(137, JobState="PENDING", Restarts="1")
+    assert (job.last["event"], job.last["status"]) == ("requeue", "requeued by an operator")
+    job.restart = 1
+    job.begin()
+    assert not job.ended(137, JobState="CANCELLED")
+    assert (job.last["event"], job.last["status"]) == ("end", "cancelled")
+
+
+def test_a_signal_to_the_processes_of_a_job_is_told_from_a_failure(job: Job) -> None:
+    job.begin()
+    assert job.ended(137, signals="TERM")
+    assert job.last["status"] == "ended from outside"
+
+
+def test_a_batch_script_whose_job_runs_elsewhere_meanwhile_writes_nothing(job: Job) -> None:
+    job.begin()
+    before = (job.folder / "events.jsonl").read_bytes()
+    with lease.acquire(job.folder, job="1", restart=1):
+        assert not job.ended(137)
+    assert (job.folder / "events.jsonl").read_bytes() == before
 
 
 def test_a_mistake_on_one_rank_counts_even_when_the_others_were_killed(job: Job) -> None:
@@ -130,6 +241,13 @@ def test_a_mistake_on_one_rank_counts_even_when_the_others_were_killed(job: Job)
 
 
 def test_a_run_that_could_not_requeue_itself_is_requeued(job: Job) -> None:
+    job.begin()
+    job.write("requeue_failed", status="preempted", reason="no scontrol here")
+    assert job.ended(1)
+    assert (job.last["event"], job.last["status"]) == ("requeue", "preempted")
+
+
+def test_a_run_of_the_version_before_that_could_not_requeue_itself_is_requeued(job: Job) -> None:
     job.begin()
     job.write("requeue", status="preempted")
     job.write("requeue_failed", reason="no scontrol here")
@@ -148,7 +266,7 @@ def test_restarts_that_cannot_be_counted_end_unless_slurm_took_the_job(
     monkeypatch.setattr("multitrain.monitor.lines.append", full)
     assert not job.ended(1)
     assert "events.jsonl cannot be written (No space left on device); make room" in capsys.readouterr().out
-    assert job.ended(143, "preempted")
+    assert job.ended(143, PreemptTime="2026-11-22T10:18:45")
 
 
 def test_a_cancelled_run_stays_away(job: Job) -> None:

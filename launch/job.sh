@@ -1,0 +1,67 @@
+# What a batch script of a job does around its steps; sourced by it, from the run's own copy of the code.
+#
+#   run       the run's folder
+#   python    the Python command of the ranks, as an array of words
+#   task      "evaluate" for a test of the run's weights; training otherwise
+
+signals=
+export PYTHONFAULTHANDLER=1
+
+# Ranks start with the stop signals held back, so that none can kill one that is still importing (needs coreutils 8.31).
+hold='env --block-signal=TERM,INT,USR1,USR2'
+$hold true 2>/dev/null || hold=
+
+# Of the shell that submitted; the tasks' own come from srun.
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
+[ -z "${SLURM_MEM_PER_NODE:-}" ] || unset SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU
+
+# job_record: what the controller says of this job; nothing when it does not answer.
+job_record() { scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null; }
+
+# srun in the background, so that this script acts on a signal at once; its exit status is srun's.
+srun() {
+    local step status
+    command srun "$@" &
+    step=$!
+    wait "$step"
+    status=$?
+    while kill -0 "$step" 2>/dev/null; do
+        wait "$step"
+        status=$?
+    done
+    return "$status"
+}
+
+# A signal to this script alone asks for a checkpoint; the ranks get those of preemption and cancellation themselves.
+# At its time limit the job has seconds left, whatever the ranks do: it goes back into the queue now.
+on_signal() {
+    signals="$signals $1"
+    [ "${task:-}" = evaluate ] || touch "$run/SAVE" 2>/dev/null
+    if [ "$1" = TERM ] && job_record | grep -q ' Reason=TimeLimit '; then come_back 143 --early; fi
+}
+for name in TERM INT USR1 USR2; do
+    # shellcheck disable=SC2064
+    trap "on_signal $name" "$name"
+done
+
+# come_back STATUS [--early]: asks the one place that decides, which puts the job back when it is to come back.
+come_back() {
+    local record
+    record=$(job_record)
+    "${python[@]}" -m launch.requeue "$run" "$1" ${2:-} ${task:+--task "$task"} --signals "$signals" --record "$record"
+    case $? in
+    0) return ;;
+    69) ;; # it is to come back, and there is no scontrol where Python is
+    *) # Python cannot run on this node: a few more starts, elsewhere
+        [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ] || return
+        case $record in '' | *' JobState=RUNNING '*) ;; *) return ;; esac
+        ;;
+    esac
+    until scontrol requeue "$SLURM_JOB_ID"; do sleep 5; done
+}
+
+# finish STATUS: the end of the script.
+finish() {
+    come_back "$1"
+    exit "$1"
+}

@@ -1,0 +1,148 @@
+"""What a batch script asks when its step has ended: is the job to come back? If so, it is put back.
+
+python -m launch.requeue RUN STATUS [--signals "TERM USR1"] [--record TEXT] [--task evaluate] [--early]
+
+The decision is made in :mod:`multitrain.monitor.requeue`. Exit status: 0 all is done; 69 the job is to come back, and the
+batch script has to do it, since there is no `scontrol` where Python is (a container).
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from multitrain import lease
+from multitrain.config import ClusterConfig, ConfigError, load
+from multitrain.lease import LeaseLost
+from multitrain.monitor import requeue, restarts, slurm
+from multitrain.monitor.events import Events, read
+from multitrain.monitor.exits import Exit
+from multitrain.monitor.requeue import Action, Decision, Ended
+from multitrain.monitor.restarts import Start
+
+DONE, NO_SCONTROL = 0, 69
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Decide, act, say; the exit status for the batch script."""
+    given = _parser().parse_args(arguments)
+    run: Path = given.run
+    job = slurm.job_id()
+    if job is None:
+        print("error: this is for the batch script of a SLURM job", file=sys.stderr)
+        return Exit.MISTAKE
+    record = slurm.fields(given.record)
+    if shutil.which("scontrol"):
+        record = dict(requeue.job_record(job, until_it_answers=True) or {"JobState": "CANCELLED"})
+    ended = Ended(record, _numbers(given.signals), given.status)
+    if given.task == "evaluate":
+        return _evaluation(run, job, ended)
+    try:
+        return _training(run, job, ended, early=given.early)
+    except LeaseLost as lost:  # this node was lost for a while; the job runs elsewhere
+        print(f"multitrain: {lost}", flush=True)
+        return DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="launch.requeue", description=__doc__, allow_abbrev=False)
+    parser.add_argument("run", type=lambda text: Path(text).absolute(), help="the run's folder")
+    parser.add_argument("status", type=int, help="exit status of the step")
+    parser.add_argument("--signals", default="", help="names of the signals that the batch script received")
+    parser.add_argument("--record", default="", help="what `scontrol show job -o` says, where Python has no scontrol")
+    parser.add_argument("--task", choices=("train", "evaluate"), default="train", help="what the step did")
+    parser.add_argument("--early", action="store_true", help="the step still runs: act only if the job comes back")
+    return parser
+
+
+def _training(run: Path, job: str, ended: Ended, *, early: bool) -> int:
+    lease.guarded(lease.Guard(run, lease.start_name(job, ended.restart)))
+    events = Events(run / "events.jsonl", restart=ended.restart)
+    try:
+        cluster = load(run).cluster
+        told = read(events.path)
+    except (ConfigError, OSError) as error:  # the run's disk is not there: nothing can be counted
+        print(f"multitrain: {error}", flush=True)
+        return Exit.FAILED
+    history = restarts.starts(told)
+    if not history or history[-1].restart != ended.restart:
+        history.append(Start(ended.restart))  # it died before it could say that it began
+    said = history[-1].ended
+    decision = requeue.decide(ended, history, cluster, went_well=restarts.progressed(told))
+    if early and decision.action != Action.COME_BACK:
+        return DONE
+    if decision.status == said and decision.action != Action.COME_BACK:
+        return DONE  # the ranks have said it
+    print(f"{run.name}: {described(decision, ended)}", flush=True)
+    if decision.action == Action.COME_BACK and not _countable(events, decision):
+        return DONE
+    if decision.action == Action.COME_BACK and not shutil.which("scontrol"):
+        _writer(events)("requeue", status=decision.status, by="batch script")
+        return NO_SCONTROL
+    requeue.carry_out(decision, run, job, cluster, _writer(events), retry=True)
+    return DONE
+
+
+def _evaluation(run: Path, job: str, ended: Ended) -> int:
+    """A test goes on where it was; one that failed by itself stays away."""
+    cluster = load(run).cluster if (run / "config.yaml").is_file() else ClusterConfig()
+    decision = requeue.decide_evaluation(ended, cluster)
+    print(f"evaluation: {described(decision, ended)}", flush=True)
+    if decision.action == Action.COME_BACK and not shutil.which("scontrol"):
+        return NO_SCONTROL
+    if decision.action == Action.COME_BACK:
+        requeue.carry_out(decision, run, job, cluster, lambda *_, **__: None, retry=True)
+    return DONE
+
+
+def described(decision: Decision, ended: Ended) -> str:
+    """One line for the batch script's log."""
+    status = f"exit status {ended.exit_status}; {decision.status}"
+    if decision.action == Action.IS_BACK:
+        return f"{status}: SLURM has the job in its queue"
+    if decision.action == Action.END:
+        return f"{status}: the job does not come back{f': {decision.reason}' if decision.reason else ''}"
+    without = f", without {','.join(decision.exclude)}" if decision.exclude else ""
+    return f"{status}: the job comes back{without}"
+
+
+def _countable(events: Events, decision: Decision) -> bool:
+    """Restarts that cannot be counted have no bound; one that SLURM took the nodes from is not to blame."""
+    if decision.status in (slurm.PREEMPTED, slurm.TIME_LIMIT):
+        return True
+    try:
+        events.write("ended", status=decision.status, reason=decision.reason)
+    except OSError as error:
+        print(
+            f"{events.path} cannot be written ({error.strerror or error}); the job does not come back: make room, "
+            "and submit the run again",
+            flush=True,
+        )
+        return False
+    return True
+
+
+def _writer(events: Events) -> Callable[..., None]:
+    """Writes events; what the disk refuses goes to the batch script's log."""
+
+    def write(name: str, **facts: Any) -> None:
+        try:
+            events.write(name, **facts)
+        except OSError as error:
+            print(f"{events.path} cannot be written ({error.strerror or error}): {name} {facts}", flush=True)
+
+    return write
+
+
+def _numbers(names: str) -> list[int]:
+    known: Mapping[str, int] = {s.name.removeprefix("SIG"): int(s) for s in signal.Signals}
+    return [known[name] for name in names.split() if name in known]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

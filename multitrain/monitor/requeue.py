@@ -1,0 +1,272 @@
+"""Whether a run comes back: decided here, for training, evaluation, preflight and batch scripts alike.
+
+The decision is a function of what SLURM says of the job, the signals that this start received, the exit status of its
+ranks (if they have ended) and the history of the run's starts. Whoever asks carries it out through :func:`come_back`.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from multitrain.config import ClusterConfig
+from multitrain.monitor import restarts, slurm
+from multitrain.monitor.exits import Exit, explained
+from multitrain.monitor.restarts import Start
+from multitrain.monitor.slurm import BATCH_ENDED, CANCELLED, OPERATOR, PREEMPTED, STEP_ENDED, TIME_LIMIT, SlurmError
+
+BAD_NODE = "bad node"
+"""Status of a `requeue` after preflight has found a node that cannot work."""
+COMING_BACK = (PREEMPTED, TIME_LIMIT, BATCH_ENDED, STEP_ENDED, BAD_NODE, restarts.FAILED)
+SCRIPT = "job.sh"
+"""The batch script that a run was submitted with, in its folder: what a successor job runs."""
+PAUSE = 5.0
+"""Seconds between two questions to a controller that does not answer."""
+
+
+class Action(enum.Enum):
+    """What happens to the job."""
+
+    COME_BACK = "come back"
+    """It is put back into the queue, or a successor is submitted."""
+    IS_BACK = "is back"
+    """SLURM or an operator has put it back already."""
+    END = "end"
+    """It ends."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """`status`: why, as events say it. `reason`: more about an end. `exclude`: nodes that the next start does without."""
+
+    action: Action
+    status: str
+    reason: str | None = None
+    exclude: tuple[str, ...] = ()
+
+    @property
+    def event(self) -> str:
+        """The event that says so."""
+        return "end" if self.action == Action.END else "requeue"
+
+
+@dataclass
+class Ended:
+    """How a start of a run ended, or is about to.
+
+    `job`: what SLURM says of it. `signals`: that it received. `exit_status`: of its ranks; None while they run, have saved,
+    and ask. `restart`: times that the job was started before.
+    """
+
+    job: Mapping[str, str]
+    signals: Collection[int] = ()
+    exit_status: int | None = None
+    restart: int = field(default_factory=slurm.restart_count)
+
+
+def decide(ended: Ended, history: Sequence[Start], cluster: ClusterConfig, *, went_well: bool) -> Decision:
+    """Whether the job comes back.
+
+    Args:
+        history: the starts since the run was last submitted; the last one is the one that ended.
+        went_well: whether the run has ever got on (:func:`multitrain.monitor.restarts.progressed`).
+    """
+    last = history[-1] if history else Start(ended.restart)
+    taken = slurm.taken_away(ended.job, ended.signals, restart=ended.restart, close=close_to_limit(cluster))
+    if ended.exit_status == Exit.FINISHED:
+        return Decision(Action.END, "finished")
+    if ended.exit_status == Exit.HELD:
+        return Decision(Action.END, "held", "another start of the run holds its lease")
+    if taken == OPERATOR or (taken == PREEMPTED and _is_back(ended)):
+        return Decision(Action.IS_BACK, taken)
+    if last.ended is not None and last.ended not in COMING_BACK:  # it has ended in order, and said why
+        return Decision(Action.END, last.ended)
+    if taken == CANCELLED:
+        return Decision(Action.END, CANCELLED)
+    if taken == PREEMPTED or last.ended in COMING_BACK or last.wanted in COMING_BACK:
+        return Decision(Action.COME_BACK, taken or last.wanted or last.ended or restarts.FAILED)
+    if ended.exit_status is None:
+        return Decision(Action.COME_BACK, taken) if taken else Decision(Action.END, "interrupted")
+    return _after_failure(ended, [*history[:-1], last], cluster, taken, went_well=went_well)
+
+
+def _after_failure(
+    ended: Ended, history: list[Start], cluster: ClusterConfig, taken: str | None, *, went_well: bool
+) -> Decision:
+    """The ranks, or preflight, have ended without having saved and said so."""
+    last = history[-1]
+    status = BAD_NODE if ended.exit_status == Exit.BAD_NODE else taken or restarts.FAILED
+    last.ended = None if status == restarts.FAILED else status
+    final = {
+        Exit.GAVE_UP: "it gave up: see the ranks' logs",
+        Exit.MISTAKE: None if went_well else "a setting or a file is wrong: see the ranks' logs",
+    }.get(Exit(ended.exit_status) if ended.exit_status in list(Exit) else Exit.FAILED)
+    limits = (cluster.max_restarts, cluster.max_stalled_restarts)
+    reason = last.final or (None if went_well else last.mistake) or final
+    reason = reason or restarts.refusal(history, *limits, went_well=went_well)
+    if reason is not None:
+        return Decision(Action.END, "gave up", reason)
+    bad = [*last.bad_nodes, *(last.failed_nodes if went_well and not last.trained else ())]
+    return Decision(Action.COME_BACK, status, explained(int(ended.exit_status or 0)), tuple(dict.fromkeys(bad)))
+
+
+def decide_evaluation(ended: Ended, cluster: ClusterConfig) -> Decision:
+    """The same for a test of a run's weights, which goes on where it was: it comes back when SLURM took its nodes."""
+    taken = slurm.taken_away(ended.job, ended.signals, restart=ended.restart, close=close_to_limit(cluster))
+    if ended.exit_status == Exit.FINISHED:
+        return Decision(Action.END, "finished")
+    if taken in (OPERATOR, CANCELLED):
+        return Decision(Action.IS_BACK if taken == OPERATOR else Action.END, taken)
+    warned = ended.exit_status in (Exit.INTERRUPTED, 128 + signal.SIGUSR1, 128 + signal.SIGUSR2)
+    if taken is None and not warned:
+        return Decision(Action.END, "failed", explained(int(ended.exit_status or 0)))
+    return Decision(Action.COME_BACK, taken or STEP_ENDED)
+
+
+def _is_back(ended: Ended) -> bool:
+    return int(ended.job.get("Restarts") or 0) > ended.restart or ended.job.get("JobState") not in (
+        "RUNNING", "SUSPENDED", "STOPPED", "COMPLETING",
+    )  # fmt: skip
+
+
+def close_to_limit(cluster: ClusterConfig) -> float:
+    """Seconds before its end from which the end of a start counts as the time limit."""
+    return max(120.0, float(cluster.lead_time))
+
+
+# ------------------------------------------------------------------------------------------------------- carrying it out
+
+
+def job_record(job: str, *, until_it_answers: bool = False) -> Mapping[str, str] | None:
+    """What SLURM says of the job; None when it knows no such job any more.
+
+    Args:
+        until_it_answers: ask a controller that does not answer again until it does; SLURM ends this process when the
+            job's own time is up. A controller that is being upgraded may be away for minutes.
+
+    Raises:
+        SlurmError: there is no `scontrol` here, or (without `until_it_answers`) no answer.
+    """
+    told = False
+    while True:
+        try:
+            return slurm.show_job(job)
+        except SlurmError as error:
+            if "Invalid job id" in str(error):
+                return None
+            if not until_it_answers or not shutil.which("scontrol"):
+                raise
+            if not told:
+                print(f"multitrain: SLURM does not answer ({error}); asking again until it does", flush=True)
+                told = True
+        time.sleep(PAUSE)
+
+
+def come_back(run: Path, job: str, cluster: ClusterConfig, exclude: Sequence[str] = (), *, retry: bool = False) -> str:
+    """Put the job back into the queue, or submit its successor; a word for what was done.
+
+    SLURM ends this process within seconds after it was requeued: call it last, when all is saved.
+
+    Args:
+        exclude: nodes that the next start does without.
+        retry: ask a controller that does not answer until it does.
+
+    Raises:
+        SlurmError: SLURM refused; or there is no `scontrol` here; or (without `retry`) no answer.
+    """
+    while True:
+        try:
+            if cluster.requeue == "resubmit":
+                return f"successor job {_successor(run, job, exclude)}"
+            slurm.requeue(job)
+            if exclude:
+                _exclude(job, exclude)
+            return "requeued"
+        except SlurmError as error:
+            if not retry or not _transient(str(error)):
+                raise
+        time.sleep(PAUSE)
+
+
+def _transient(said: str) -> bool:
+    """Whether the same request may be granted later: the controller was away, or busy."""
+    final = (
+        "there is no ",
+        "Invalid",
+        "denied",
+        "disabled",
+        "not permitted",
+        "Access",
+        "not support",
+        "cannot be requeued",
+    )
+    return not any(word.lower() in said.lower() for word in final)
+
+
+def _exclude(job: str, nodes: Sequence[str]) -> None:
+    """Leave nodes out at the job's next start. One that the user excluded stays excluded. A failure costs only that."""
+    try:
+        before = slurm.show_job(job).get("ExcNodeList", "(null)")
+        listed = [before, *nodes] if before not in ("(null)", "") else list(nodes)
+        slurm.control("update", f"jobid={job}", f"ExcNodeList={','.join(listed)}")
+    except SlurmError as error:
+        print(f"multitrain: the nodes {','.join(nodes)} could not be excluded: {error}", flush=True)
+
+
+def _successor(run: Path, job: str, exclude: Sequence[str]) -> str:
+    """Submit the run's own batch script again, to start when this job has ended; the new job's id."""
+    script = run / SCRIPT
+    if not script.is_file():
+        raise SlurmError(f"there is no {script}; submit the run again")
+    more = [f"--exclude={','.join(exclude)}"] if exclude else []
+    command = ["sbatch", "--parsable", f"--dependency=afterany:{job}", *more, str(script)]
+    kept = {
+        k: v for k, v in os.environ.items() if k == "SLURM_CONF" or not k.startswith(("SLURM_", "SBATCH_", "SRUN_"))
+    }
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=kept)
+    except FileNotFoundError:
+        raise SlurmError("there is no sbatch here") from None
+    except subprocess.TimeoutExpired:
+        raise SlurmError("sbatch: no answer within 60 s") from None
+    if done.returncode:
+        raise SlurmError(f"sbatch: {' '.join(done.stderr.split())}")
+    return done.stdout.strip().partition(";")[0]
+
+
+Write = Callable[..., object]
+
+
+def carry_out(
+    decision: Decision, run: Path, job: str, cluster: ClusterConfig, write: Write, *, retry: bool = False
+) -> bool:
+    """Do what was decided, and say it in the events: `requeue` once SLURM has taken it, `requeue_failed` when it did not.
+
+    Args:
+        write: takes an event's name and fields.
+        retry: as for :func:`come_back`.
+
+    Returns:
+        Whether there is nothing left to do; False when SLURM refused.
+    """
+    facts = {"status": decision.status} | ({"exclude": list(decision.exclude)} if decision.exclude else {})
+    if decision.action != Action.COME_BACK:
+        write(decision.event, **facts, **({"reason": decision.reason} if decision.reason else {}))
+        return True
+    try:
+        done = come_back(run, job, cluster, decision.exclude, retry=retry)
+    except SlurmError as error:
+        write("requeue_failed", **facts, reason=str(error))
+        return False
+    write("requeue", **facts, **({} if done == "requeued" else {"by": done}))
+    return True
+
+
+__all__ = ["Action", "Decision", "Ended", "carry_out", "close_to_limit", "come_back", "decide", "job_record"]
