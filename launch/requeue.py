@@ -119,8 +119,8 @@ def _countable(events: Events, decision: Decision) -> bool:
         events.write("ended", status=decision.status, reason=decision.reason)
     except OSError as error:
         print(
-            f"{events.path} cannot be written ({error.strerror or error}); the job does not come back: make room, "
-            "and submit the run again",
+            f"{events.path} cannot be written ({error.strerror or error}); make room, and submit the run again: "
+            "its restarts cannot be counted, so the job does not come back",
             flush=True,
         )
         return False

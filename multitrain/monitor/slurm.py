@@ -178,7 +178,8 @@ def taken_away(
 
     Args:
         job: what :func:`show_job` says.
-        signals: all that this start has received; a warning of the time limit is SIGUSR2 (or SIGUSR1).
+        signals: all that this start has received. SIGUSR2 is the warning of the time limit that jobs are submitted with;
+            SIGUSR1 is a site's own one when the end is near, else somebody's `scancel --signal=USR1`.
         restart: of this start; of the environment when not given.
         close: seconds before the job's EndTime from which any end counts as the time limit.
     """
@@ -199,8 +200,8 @@ def taken_away(
         return PREEMPTED if state == "PREEMPTED" else CANCELLED
     if preempted:
         return PREEMPTED
-    warned = {int(s) for s in signals} & {int(signal.SIGUSR1), int(signal.SIGUSR2)}
-    if _seconds_until(job.get("EndTime")) < close or (warned and _seconds_until(job.get("EndTime")) < 4 * close):
+    left = _seconds_until(job.get("EndTime"))
+    if left < close or signal.SIGUSR2 in signals or (signal.SIGUSR1 in signals and left < 4 * close):
         return TIME_LIMIT
     return STEP_ENDED if signals and job.get("BatchFlag", "1") == "1" else None
 
