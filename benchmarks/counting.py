@@ -1,12 +1,15 @@
 """What a training step keeps, moves and launches, counted without data: any size, in seconds, on any machine.
 
 The step runs on stand-ins that have shapes and no memory (torch's FakeTensor). Torch without CUDA cannot make stand-ins "on
-CUDA", so they are "on the CPU" with CUDA's choices put in place: its autocast policy for the baseline, and our code's CUDA routes.
+CUDA", so they are "on the CPU" with CUDA's choices put in place: its autocast policy for the baseline, our code's CUDA routes, and
+cuDNN's layout for the results of convolutions, which torch otherwise takes from the processor's instructions.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import pkgutil
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,19 +19,16 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import multitrain.model
 from benchmarks.network import loss_of, trained_outputs
 from multitrain.config import ModelConfig
 from multitrain.model import MultiTrain
-from multitrain.model import attention as attention_room
-from multitrain.model import block as block_room
-from multitrain.model import block_values as values_room
-from multitrain.model import pooling as pooling_room
-from multitrain.model import products as products_room
 
 LOWERED = {torch.nn.functional.linear, torch.nn.functional.conv3d, torch.matmul, Tensor.matmul, Tensor.__matmul__}
 RAISED = {torch.nn.functional.layer_norm, torch.nn.functional.softmax, torch.softmax, Tensor.softmax}
@@ -137,14 +137,27 @@ def _no(_: Any) -> None:
     return None
 
 
+ANSWERS = {"is_cuda": _yes, "has_flash": _yes, "rounding": _no}
+"""The questions about the device that routes depend on, and what they answer on CUDA."""
+
+
+def _cudnn_layout(x: Tensor, weight: Tensor, _backend: Any) -> torch.memory_format:
+    """Layout of a convolution's results under cuDNN: channels last if the input or the filters are."""
+    layouts = suggest_memory_format(x), suggest_memory_format(weight)
+    return next((layout for layout in layouts if layout != torch.contiguous_format), torch.contiguous_format)
+
+
 @contextlib.contextmanager
 def as_on_cuda() -> Iterator[None]:
-    """Our code takes CUDA's routes, whatever the device."""
+    """Our code takes CUDA's routes and torch cuDNN's layouts, whatever the device and the processor can do."""
+    names = [name for _, name, _ in pkgutil.iter_modules(multitrain.model.__path__, "multitrain.model.")]
     with contextlib.ExitStack() as stack:
-        for room in (attention_room, block_room, values_room, pooling_room):
-            stack.enter_context(mock.patch.object(room, "is_cuda", _yes))
-        stack.enter_context(mock.patch.object(attention_room, "has_flash", _yes))
-        stack.enter_context(mock.patch.object(products_room, "rounding", _no))
+        FakeTensorMode.cache_clear()  # results that were computed with the processor's answers, and ours when we leave
+        stack.callback(FakeTensorMode.cache_clear)
+        for module in map(importlib.import_module, names):
+            for name in ANSWERS.keys() & vars(module).keys():
+                stack.enter_context(mock.patch.object(module, name, ANSWERS[name]))
+        stack.enter_context(mock.patch.object(torch._C, "_conv_determine_backend_memory_format", _cudnn_layout))
         yield
 
 
@@ -192,7 +205,7 @@ def counts_of_baseline(config: ModelConfig, datasets: dict[str, int], clips: int
     """A training step of the baseline under CUDA's autocast policy for bf16."""
     from benchmarks.baseline import model as baseline
 
-    with FakeTensorMode(), torch.random.fork_rng(devices=[]):
+    with FakeTensorMode(), as_on_cuda(), torch.random.fork_rng(devices=[]):
         model = _model(config, datasets, "none")
         state = dict(model.named_parameters())
 

@@ -6,9 +6,11 @@ from functools import partial
 from typing import NamedTuple
 
 import pytest
+import torch
 
-from benchmarks.counting import counts_of_ours, per_clip
+from benchmarks.counting import counts_of_baseline, counts_of_ours, per_clip
 from multitrain.config import ModelConfig
+from multitrain.model import products
 
 DATASETS = {"kinetics": 400, "mit": 305, "ssv2": 174}
 
@@ -45,6 +47,17 @@ def needs(config: ModelConfig, mode: str, most: Most) -> None:
 @pytest.mark.parametrize("mode", SIX_BLOCKS)
 def test_a_step_of_six_blocks_needs_no_more_than_it_did(mode: str) -> None:
     needs(ModelConfig(depth=6, stages=(2, 4)), mode, SIX_BLOCKS[mode])
+
+
+def test_counts_stand_for_cuda_whatever_the_processor_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch and our products ask the processor for bf16 instructions: neither answer is in the counts."""
+    small = ModelConfig(depth=3, stages=(1,))
+    found = []
+    for layout, slow in ((torch.channels_last_3d, ()), (torch.contiguous_format, (torch.bfloat16, torch.float16))):
+        monkeypatch.setattr(torch._C, "_conv_determine_backend_memory_format", lambda *_, answer=layout: answer)
+        monkeypatch.setattr(products, "_slow_dtypes", lambda answer=slow: answer)
+        found.append([counts_of_ours(small, DATASETS, "none", 1), counts_of_baseline(small, DATASETS, 1)])
+    assert found[0] == found[1]
 
 
 @pytest.mark.slow
