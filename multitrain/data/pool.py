@@ -107,19 +107,25 @@ class ThreadPool:
         self._answers: queue.Queue[Answer | BaseException | None] = queue.Queue(maxsize=max(1, ahead))
         self._closed = threading.Event()
         self._ended: BaseException | None = None
+        self._exhausted = False
         self._thread = threading.Thread(target=self._work, args=(iter(tasks),), name="loader", daemon=True)
         self._thread.start()
 
     def next(self, timeout: float) -> Answer | None:
         if self._ended is not None:
             raise self._ended
+        if self._exhausted:
+            raise StopIteration
         try:
             answer = self._answers.get(timeout=timeout)
         except queue.Empty:
             return None
         if isinstance(answer, Answer):
             return answer
-        self._ended = StopIteration() if answer is None else answer
+        if answer is None:  # an exception that is kept would keep, by its traceback, all that its callers hold
+            self._exhausted = True
+            raise StopIteration
+        self._ended = answer
         raise self._ended
 
     def close(self) -> None:
