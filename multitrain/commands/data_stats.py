@@ -41,11 +41,11 @@ def main(arguments: Arguments) -> int:
     parser.add_overrides("data=ssv2 data.root=/datasets")
     given = parser.parse_with_overrides(arguments)
     from multitrain.data.prepare import stats
-    from multitrain.data.prepare.crew import Journal, Shard
+    from multitrain.data.prepare.crew import Journal
 
     config = configured(given.run, given.overrides)
     index = given.index or Path(config.data.index or Path(config.runs) / ".index")
-    scans = Journal(given.checked, "check", Shard()).done if given.checked else {}
+    scans = Journal.records(given.checked, "check") if given.checked else {}
     found, measured = stats.collect(config, index, given.sample, scans)
     if given.plot:
         given.plot.parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from multitrain.config import DatasetConfig
 from multitrain.data.annotations import CatalogError, Syntax, lines
-from multitrain.data.prepare.resize import found_below
+from multitrain.data.prepare.listing import found_below
 from multitrain.files import replace_text
 from multitrain.monitor.figures import table
 

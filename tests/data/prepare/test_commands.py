@@ -18,7 +18,8 @@ from support import write_video
 
 from multitrain.cli import main
 from multitrain.data.prepare.check import Entry, judge
-from multitrain.data.prepare.resize import Copy, Encoding, Resize, clean_parts, copies, found_below
+from multitrain.data.prepare.listing import PARTS, Copy, Layout, Listed, copies, found_below
+from multitrain.data.prepare.resize import Encoding, Item, Resize
 from multitrain.data.prepare.scan import ScanFile, scan
 
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg on this machine")
@@ -177,10 +178,9 @@ def test_a_broken_source_leaves_no_copy_and_is_named(tmp_path: Path, capsys: pyt
 @needs_ffmpeg
 def test_segments_are_cut(tmp_path: Path) -> None:
     write_video(tmp_path / "v.mp4", 0, frames=90)
-    (tmp_path / "out").mkdir()
-    clean_parts(tmp_path / "out")
+    (tmp_path / "out" / PARTS).mkdir(parents=True)
     work = Resize(tmp_path, tmp_path / "out", Encoding(64), 60)
-    record = work(Copy("v.mp4", "v/0000100_0000200.mp4", (1.0, 2.0)))
+    record = work(Item(Copy("v.mp4", "v/0000100_0000200.mp4", (1.0, 2.0))))
     assert record["frames"] == 30
 
 
@@ -228,8 +228,9 @@ def test_an_interrupted_resize_goes_on_and_leaves_nothing_half_written(tmp_path:
 def test_two_sources_of_one_name_are_refused(tmp_path: Path) -> None:
     from multitrain.config import ConfigError
 
+    layout = Layout(tmp_path, tmp_path / "out")
     with pytest.raises(ConfigError, match=r"'a\.avi' and 'a\.mp4' would both become 'a\.mp4'"):
-        copies(["a.avi", "a.mp4"])
+        copies(layout, [Listed("a.avi"), Listed("a.mp4")])
     with pytest.raises(ConfigError, match="no video files"):
         found_below(tmp_path)
 
