@@ -7,6 +7,7 @@ from pathlib import Path
 
 from multitrain.commands.common import configured
 from multitrain.config.arguments import Arguments, Parser, whole_number
+from multitrain.files import output_file
 
 
 def main(arguments: Arguments) -> int:
@@ -48,7 +49,7 @@ def main(arguments: Arguments) -> int:
     scans = Journal.records(given.checked, "check") if given.checked else {}
     found, measured = stats.collect(config, index, given.sample, scans)
     if given.plot:
-        given.plot.parent.mkdir(parents=True, exist_ok=True)
-        given.plot.write_bytes(stats.picture(found, measured))
+        with output_file(given.plot, "data stats") as temporary:
+            temporary.write_bytes(stats.picture(found, measured))
     print(json.dumps(found) if given.json else stats.text(found))
     return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from multitrain.data.decode import VideoError
-from multitrain.files import replacing
+from multitrain.files import output_file
 
 if TYPE_CHECKING:
     import av
@@ -53,20 +53,25 @@ class VideoWriter:
 
 
 @contextmanager
-def write_video(path: Path, fps: float) -> Iterator[VideoWriter]:
+def write_video(path: Path, fps: float, sources: Iterable[Path] = ()) -> Iterator[VideoWriter]:
     """A writer whose file appears at `path` when all went well, and not at all otherwise.
 
     Args:
         path: the file; its format is MP4 whatever its ending says.
         fps: nominal rate, for the header.
+        sources: files that are read meanwhile.
 
     Raises:
+        ConfigError: something else is in the way.
         VideoError: the file cannot be written.
     """
     import av
 
     try:
-        with replacing(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+        with (
+            output_file(path, "overlay", sources) as temporary,
+            av.open(str(temporary), "w", format="mp4") as container,
+        ):
             writer = VideoWriter(container, fps)
             yield writer
             writer.finish()

@@ -108,6 +108,11 @@ class Journal:
         """The last record of an item in this version."""
         return next((r for r in reversed(self._done.get(item, [])) if r["version"] == version), None)
 
+    def settled(self, item: str, version: object) -> bool:
+        """Whether an item is done, in this version, for good: failures of earlier versions, too, are looked at once more."""
+        record = self.get(item, version)
+        return record is not None and ("error" not in record or bool(record.get(FINAL)))
+
     def all_of(self, item: str) -> list[dict[str, Any]]:
         """Every record of an item, in any version."""
         return self._done.get(item, [])

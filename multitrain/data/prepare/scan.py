@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from multitrain.data.decode import VideoError, open_video
+from multitrain.data.prepare.crew import FINAL
 
 _PICTURE = 8
 """Bytes of the smallest packet with a picture; XviD's packed AVIs hold smaller ones, which stand for no picture."""
@@ -81,12 +83,12 @@ class ScanFile:
     """`scan` as work for a crew: the item is a path; what is wrong comes back as ``kind`` and ``error``."""
 
     def __call__(self, path: str) -> dict[str, Any]:
-        if not Path(path).exists():
-            return {"kind": "missing", "error": "no such file"}
+        if not os.path.exists(path):
+            return {"kind": "missing", "error": "no such file", FINAL: True}
         try:
             return scan(path).record()
         except VideoError as error:
-            return {"kind": "broken", "error": error.reason}
+            return {"kind": "broken", "error": error.reason, FINAL: not isinstance(error.__cause__, OSError)}
 
 
 __all__ = ["Scan", "ScanFile", "scan"]
