@@ -322,8 +322,7 @@ def _segments(samples: Iterable[Sample]) -> str:
 
 def _check_path(path: str, files: list[Path]) -> None:
     """Raises CatalogError for a name that leads out of the folder of videos, or that no line can hold."""
-    normal = os.path.normpath(path)
-    if os.path.isabs(normal) or normal.split(os.sep)[0] in ("..", "."):
+    if os.path.isabs(path) or os.path.normpath(path) == "." or ".." in path.split(os.sep):
         raise CatalogError(
             f"{files[0]}: video {printable(path)!r} leads out of the folder of videos; correct its entry"
         )
