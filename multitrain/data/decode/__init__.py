@@ -4,7 +4,8 @@ Two backends on the same footing. `pyav` builds a table of the file's packets fi
 an edit list hides), so that a frame's number is its place in presentation order, and decodes only what the wanted frames
 need. `decord` is what the published code used: a file with an edit list gives wrong frames, AV1 gives none.
 
-Whatever a library raises about a file comes out as one `VideoError`.
+`read_whole` decodes all of a file and says what is in it or wrong with it. Whatever a library raises about a file comes out
+as one `VideoError`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Literal
 from multitrain.data.decode.decord import DecordVideo
 from multitrain.data.decode.pyav import PyAVVideo
 from multitrain.data.decode.video import Video, VideoError, check_file
+from multitrain.data.decode.whole import Whole, read_whole
 
 Backend = Literal["pyav", "decord"]
 
@@ -45,4 +47,4 @@ def prepare(backend: Backend) -> None:
         import av  # noqa: F401
 
 
-__all__ = ["Backend", "Video", "VideoError", "open_video", "prepare"]
+__all__ = ["Backend", "Video", "VideoError", "Whole", "open_video", "prepare", "read_whole"]

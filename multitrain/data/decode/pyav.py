@@ -2,124 +2,147 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from fractions import Fraction
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from multitrain.data.decode.table import Key, Shown, Table, by_count, by_time
-from multitrain.data.decode.video import Video, VideoError, check_time, may_pass
+from multitrain.data.decode.container import as_video_error, check_size, has_flag, open_container
+from multitrain.data.decode.rate import average_rate, frame_seconds
+from multitrain.data.decode.table import NO_TIME, Packets, Table, by_count, by_time
+from multitrain.data.decode.video import Video, VideoError, check_time
 
 if TYPE_CHECKING:
     import av
 
-HELD_BYTES = 256 << 20
+HELD_BYTES = 64 << 20
 """Compressed bytes kept in memory; a longer file is read again for each pass over its frames."""
+MAX_FRAMES = 1 << 22
+"""Frames of the longest video, 38 hours at 30 a second."""
+_OVERHEAD = 512
+"""Bytes that a packet takes beside its content."""
 
 
 class PyAVVideo(Video):
-    """An open video; `deadline` is a time of the monotonic clock."""
+    """An open video; `deadline` is a time of the monotonic clock.
+
+    Attributes:
+        container, stream: of libavformat.
+    """
 
     def __init__(self, path: Path, deadline: float) -> None:
         self.path, self._deadline = path, deadline
-        self._container, self._stream = self._open()
+        self.container, self.stream = open_container(path)
         try:
             self._packets: list[av.Packet] | None = []
+            self._listed = self._list()
             self._table = self._tabulate()
             self.frame_count = len(self._table.packet)
-            self.fps = self._rate()
+            self._seconds = self._times()
+            self.fps = average_rate(self.container, self.stream, len(self._listed.shown), self._seconds)
         except BaseException:
             self.close()
             raise
 
+    @property
+    def packet_count(self) -> int:
+        """Packets with content, shown or not."""
+        return len(self._listed)
+
+    @property
+    def last_tick(self) -> int:
+        """When the last packet is decoded, in units of the stream's time base; in an AVI, its place among the frames."""
+        return int(self._listed.dts[-1])
+
+    def packets(self) -> Iterator[av.Packet]:
+        """All packets with content, in file order."""
+        yield from (packet for _, packet in self._range(0, self.packet_count - 1) if packet is not None)
+
+    def everything(self) -> Iterator[av.VideoFrame]:
+        """All frames as the decoder gives them, none converted. Raises what the decoder raises."""
+        self.stream.codec_context.flush_buffers()
+        for _, packet in self._range(self._table.first, self.packet_count - 1):
+            yield from self._decode(packet)
+
     def times(self) -> list[float]:
-        pts, base = self._table.pts, self._stream.time_base
-        return super().times() if pts is None or base is None else [float((p - pts[0]) * base) for p in pts]
+        return super().times() if self._seconds is None else self._seconds.tolist()
 
     def close(self) -> None:
         self._packets = []
-        self._container.close()
-
-    def _open(self) -> tuple[av.container.InputContainer, av.VideoStream]:
-        import av
-        from av.stream import Discard
-
-        try:
-            container = av.open(str(self.path), metadata_errors="replace")
-        except av.error.InvalidDataError as error:
-            raise VideoError(self.path, "no video format that is known, or cut off before its index") from error
-        except Exception as error:
-            raise self._error(error) from error
-        stream = container.streams.best("video")
-        if stream is None or not isinstance(stream, av.VideoStream):
-            held = _listed(s.type for s in container.streams)
-            container.close()
-            raise VideoError(self.path, f"no video in it, only {held}")
-        kind = container.format.name
-        if kind.endswith("_pipe") or kind == "image2":
-            container.close()
-            raise VideoError(self.path, f"a picture ({kind.removesuffix('_pipe')}), not a video")
-        stream.codec_context.thread_count = 1
-        try:
-            stream.codec_context.open(strict=False)  # now, for dav1d reads skip_frame here and never again
-        except Exception as error:
-            container.close()
-            raise self._error(error) from error
-        for other in container.streams:
-            if other is not stream:
-                other.discard = Discard.all
-        return container, stream
-
-    def _error(self, error: BaseException) -> VideoError:
-        if isinstance(error, VideoError):
-            return error
-        return VideoError(self.path, _reason(error), transient=may_pass(error))
+        self.container.close()
 
     def _demuxed(self) -> Iterator[av.Packet]:
         """All packets with content; the end of a truncated file is its end."""
         try:
-            for packet in self._container.demux(self._stream):
+            for packet in self.container.demux(self.stream):
                 check_time(self.path, self._deadline)
                 if packet.size:
                     yield packet
         except Exception as error:
-            raise self._error(error) from error
+            raise as_video_error(self.path, error) from error
 
-    def _tabulate(self) -> Table:
-        shown: list[Shown] = []
-        keys: list[Key] = []
-        held = 0
-        for number, packet in enumerate(self._demuxed()):
-            held += packet.size
+    def _list(self) -> Packets:
+        """All packets of the file; they are kept as well where they are not too large."""
+        packets, held, codec = Packets(), 0, self.stream.codec_context.name
+        for packet in self._demuxed():
             if self._packets is not None:
                 self._packets.append(packet)
+                held += packet.size + _OVERHEAD
                 if held > HELD_BYTES:
                     self._packets = None
-            if packet.is_keyframe and packet.pts is not None:
-                keys.append(Key(number, packet.pts))
-            if not (packet.is_discard or packet.is_corrupt or _is_invisible(packet, self._stream.codec_context.name)):
-                shown.append(Shown(number, packet.pts))
-        if not shown:
+            hidden = packet.is_discard or packet.is_corrupt or _is_invisible(packet, codec)
+            packets.add(packet.pts, packet.dts, not hidden, packet.is_keyframe)
+            if len(packets) > MAX_FRAMES:
+                raise VideoError(self.path, f"more than {MAX_FRAMES} frames; cut it into shorter videos")
+        if not len(packets.shown):
             raise VideoError(self.path, "no frame in it")
-        return by_count(shown) if self._pts_mislead(shown) else by_time(shown, keys)
+        return packets
 
-    def _pts_mislead(self, shown: list[Shown]) -> bool:
-        """Whether presentation times are missing, doubled, or made up by the reader of a format that has none (AVI)."""
-        if len({s.pts for s in shown if s.pts is not None}) < len(shown):
-            return True
-        return self._container.format.name == "avi" and bool(self._stream.codec_context.has_b_frames)
+    def _tabulate(self) -> Table:
+        """The frames that a player shows: from the first on that the decoder gives, as in ffmpeg."""
+        packets = self._listed
+        avi = self.container.format.name == "avi"
+        made_up = avi and self.stream.codec_context.has_b_frames  # by the reader: an AVI has none
+        inside = packets.begins_inside()
+        if packets.timed() and not made_up:
+            return by_time(packets, self._begin()) if inside else by_time(packets)
+        raw = has_flag(self.container, "no_timestamps")  # nothing says whether a picture is shown before the first key
+        return by_count(packets, self._hidden() if inside or raw else 0)
 
-    def _rate(self) -> float:
-        """Average frames a second: the file's word, else frames by time."""
-        for rate in (self._stream.average_rate, self._stream.guessed_rate, self._stream.base_rate):
-            if rate:
-                return float(rate)
-        pts, base = self._table.pts, self._stream.time_base or Fraction(1, 1000)
-        if pts and len(pts) > 1:
-            return float((len(pts) - 1) / ((pts[-1] - pts[0]) * base))
-        return 30.0
+    def _times(self) -> np.ndarray | None:
+        """Seconds of each frame from the first; of a file that is counted, when its packets are decoded."""
+        ticks = self._table.pts
+        if ticks is None:
+            ticks = self._listed.dts[self._table.packet]
+        return None if NO_TIME in ticks else frame_seconds(self.container, self.stream, ticks)
+
+    def _begin(self) -> int:
+        """The time stamp of the first frame that the decoder gives."""
+        for _, packet in self._range(self._listed.first, len(self._listed) - 1):
+            for frame in self._decode_if_possible(packet):
+                if frame.pts is not None:
+                    return frame.pts
+        raise VideoError(self.path, "no frame can be decoded")
+
+    def _hidden(self) -> int:
+        """How many pictures of the first group the decoder does not give."""
+        first, keys, shown = self._listed.first, self._listed.keys, self._listed.shown
+        stop = int(keys[1]) if len(keys) > 1 else len(self._listed)
+        given = 0
+        self.stream.codec_context.flush_buffers()
+        for _, packet in self._range(first, stop - 1):
+            given += len(self._decode_if_possible(packet))
+        held = int(((shown >= first) & (shown < stop)).sum())
+        return max(held - given, 0)
+
+    def _decode_if_possible(self, packet: av.Packet | None) -> list[av.VideoFrame]:
+        import av
+
+        try:
+            return self._decode(packet)
+        except av.error.FFmpegError:
+            return []
 
     def _each(self, numbers: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         convert = Converter(self.path, self.frame_count)
@@ -128,7 +151,7 @@ class PyAVVideo(Video):
         except VideoError:
             raise
         except Exception as error:
-            raise self._error(error) from error
+            raise as_video_error(self.path, error) from error
 
     def _timed(self, numbers: list[int], convert: Converter) -> Iterator[tuple[int, np.ndarray]]:
         missing = set(numbers)
@@ -136,7 +159,7 @@ class PyAVVideo(Video):
             missing.discard(number)
             yield number, image
         if missing:  # e.g. a key picture that cannot be started from: decode everything from the top
-            top = [(0, max(self._table.packet[n] for n in missing))]
+            top = [(self._table.first, max(int(self._table.packet[n]) for n in missing))]
             for number, image in self._decoded(sorted(missing), top, convert, skip=False):
                 missing.discard(number)
                 yield number, image
@@ -148,26 +171,26 @@ class PyAVVideo(Video):
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Frames `numbers` as they come out of the packets of `runs` (first and last packet of each)."""
         assert self._table.pts is not None
-        by_pts = {self._table.pts[n]: n for n in numbers}
-        needed = {self._table.packet[n] for n in numbers}
+        by_pts = {int(self._table.pts[n]): n for n in numbers}
+        needed = {int(self._table.packet[n]) for n in numbers}
         try:
             for first, last in runs:
-                self._stream.codec_context.flush_buffers()
+                self.stream.codec_context.flush_buffers()
                 for number, packet in self._range(first, last):
                     if skip:
-                        self._stream.codec_context.skip_frame = "DEFAULT" if number in needed else "NONREF"
+                        self.stream.codec_context.skip_frame = "DEFAULT" if number in needed else "NONREF"
                     for frame in self._decode(packet):
                         n = by_pts.get(frame.pts) if frame.pts is not None else None
                         if n is not None:
                             yield n, convert(frame, n)
         finally:
-            self._stream.codec_context.skip_frame = "DEFAULT"
+            self.stream.codec_context.skip_frame = "DEFAULT"
 
     def _counted(self, numbers: list[int], convert: Converter) -> Iterator[tuple[int, np.ndarray]]:
         """Frames by counting what the decoder gives from the top; the last one stands for those that never come."""
         missing, count, final = set(numbers), 0, None
-        self._stream.codec_context.flush_buffers()
-        for _, packet in self._range(0, self._table.packet[-1]):
+        self.stream.codec_context.flush_buffers()
+        for _, packet in self._range(self._table.first, int(self._table.packet[-1])):
             for frame in self._decode(packet):
                 if count in missing:
                     missing.discard(count)
@@ -185,9 +208,9 @@ class PyAVVideo(Video):
         if self._packets is not None:
             yield from enumerate(self._packets[first : last + 1], start=first)
         else:
-            self._container.close()
-            self._container, self._stream = self._open()
-            self._stream.codec_context.flush_buffers()
+            self.container.close()
+            self.container, self.stream = open_container(self.path)
+            self.stream.codec_context.flush_buffers()
             for number, packet in enumerate(self._demuxed()):
                 if number > last:
                     break
@@ -198,7 +221,7 @@ class PyAVVideo(Video):
     def _decode(self, packet: av.Packet | None) -> list[av.VideoFrame]:
         check_time(self.path, self._deadline)
         try:
-            return self._stream.codec_context.decode(packet)
+            return self.stream.codec_context.decode(packet)
         except EOFError:
             return []
 
@@ -221,14 +244,18 @@ class Converter:
         if self._size is None:  # side data and its frame hold each other: asked of every frame, frames would pile up
             self._size, self._matrix = (frame.width, frame.height), _display_matrix(frame)
         width, height = self._size
+        check_size(self._path, width, height)
         rgb = self._reformatter.reformat(frame, width, height, "rgb24", interpolation="BICUBIC", threads=1)
         plane = rgb.planes[0]
         pixels = np.ndarray((height, width, 3), np.uint8, memoryview(plane), strides=(plane.line_size, 3, 1))
         return _upright(pixels, self._matrix)
 
 
-def _listed(types: Iterable[str]) -> str:
-    return ", ".join(sorted(set(types))) or "nothing"
+def upright_size(frame: av.VideoFrame) -> tuple[int, int]:
+    """(height, width) in which a frame is shown."""
+    matrix = _display_matrix(frame)
+    turned = matrix is not None and _is_turned(matrix)
+    return (frame.width, frame.height) if turned else (frame.height, frame.width)
 
 
 def _is_invisible(packet: av.Packet, codec: str) -> bool:
@@ -245,23 +272,22 @@ def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int] | None:
     return int(matrix[0]), int(matrix[1]), int(matrix[3]), int(matrix[4])
 
 
+def _is_turned(matrix: tuple[int, int, int, int]) -> bool:
+    """Whether a display matrix turns by a quarter, to the nearest."""
+    a, b, c, d = matrix
+    return abs(a) + abs(d) < abs(b) + abs(c)
+
+
 def _upright(image: np.ndarray, matrix: tuple[int, int, int, int] | None) -> np.ndarray:
     """`image` [H, W, 3] turned and mirrored as its display matrix says, to the nearest quarter turn."""
     if matrix is None:
         return image
     a, b, c, d = matrix
-    if abs(a) + abs(d) >= abs(b) + abs(c):
-        across, down = a < 0, d < 0
-    else:
+    if _is_turned(matrix):
         image, across, down = image.swapaxes(0, 1), c < 0, b < 0
+    else:
+        across, down = a < 0, d < 0
     return image[:: -1 if down else 1, :: -1 if across else 1]
 
 
-def _reason(error: BaseException) -> str:
-    """What a library says is wrong, without the path and its own decoration."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    log = getattr(error, "log", None)
-    return f"{text} ({log[2].strip()})" if log else str(text).splitlines()[-1]
-
-
-__all__ = ["HELD_BYTES", "Converter", "PyAVVideo"]
+__all__ = ["HELD_BYTES", "MAX_FRAMES", "Converter", "PyAVVideo", "upright_size"]
