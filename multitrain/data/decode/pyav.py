@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,7 +92,7 @@ class PyAVVideo(Video):
                 held += packet.size + _OVERHEAD
                 if held > HELD_BYTES:
                     self._packets = None
-            hidden = packet.is_discard or packet.is_corrupt or _is_invisible(packet, codec)
+            hidden = packet.is_discard or _is_invisible(packet, codec)
             packets.add(packet.pts, packet.dts, not hidden, packet.is_keyframe)
             if len(packets) > MAX_FRAMES:
                 raise VideoError(self.path, f"more than {MAX_FRAMES} frames; cut it into shorter videos")
@@ -104,7 +105,7 @@ class PyAVVideo(Video):
         packets = self._listed
         avi = self.container.format.name == "avi"
         made_up = avi and self.stream.codec_context.has_b_frames  # by the reader: an AVI has none
-        inside = packets.begins_inside()
+        inside = packets.begins_inside() or self._begins_with_refresh()
         if packets.timed() and not made_up:
             return by_time(packets, self._begin()) if inside else by_time(packets)
         raw = has_flag(self.container, "no_timestamps")  # nothing says whether a picture is shown before the first key
@@ -116,6 +117,13 @@ class PyAVVideo(Video):
         if ticks is None:
             ticks = self._listed.dts[self._table.packet]
         return None if NO_TIME in ticks else frame_seconds(self.container, self.stream, ticks)
+
+    def _begins_with_refresh(self) -> bool:
+        """Whether an H.264 stream begins with a picture that is restored over several (intra refresh, a cut recording)."""
+        if self.stream.codec_context.name != "h264":
+            return False
+        first = next((packet for _, packet in self._range(0, 0)), None)
+        return first is not None and not _holds_idr(bytes(first), self.stream.codec_context.extradata or b"")
 
     def _begin(self) -> int:
         """The time stamp of the first frame that the decoder gives."""
@@ -261,6 +269,18 @@ def upright_size(frame: av.VideoFrame) -> tuple[int, int]:
 def _is_invisible(packet: av.Packet, codec: str) -> bool:
     """Whether a VP8 packet only updates the decoder: bit 4 of its first byte is `show_frame` (RFC 6386, 9.1)."""
     return codec in ("vp8", "libvpx") and not bytes(packet)[0] >> 4 & 1
+
+
+def _holds_idr(packet: bytes, extradata: bytes) -> bool:
+    """Whether an H.264 packet holds a slice of an IDR picture, NAL unit type 5, which nothing before it is needed for."""
+    if extradata[:1] != b"\1":  # start codes
+        return any(found[1][0] & 31 == 5 for found in re.finditer(rb"\0\0\1(.)", packet, re.DOTALL))
+    at, size = 0, (extradata[4] & 3) + 1 if len(extradata) > 4 else 4
+    while at + size < len(packet):
+        if packet[at + size] & 31 == 5:
+            return True
+        at += size + int.from_bytes(packet[at : at + size], "big")
+    return False
 
 
 def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int] | None:
