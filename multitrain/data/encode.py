@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _TICKS = 90_000
 """Ticks a second that times are rounded to."""
+_FAST_START = {"movflags": "+faststart"}
 
 
 class VideoWriter:
@@ -79,4 +80,35 @@ def write_video(path: Path, fps: float, sources: Iterable[Path] = ()) -> Iterato
         raise VideoError(path, f"cannot be written ({error.strerror or error})") from error
 
 
-__all__ = ["VideoWriter", "write_video"]
+def retime(path: Path, target: Path, times: Sequence[float]) -> None:
+    """Copy an MP4's pictures as they are, the n-th shown at ``times[n]``.
+
+    Args:
+        times: seconds, rising; one a picture.
+
+    Raises:
+        VideoError: the copy cannot be made.
+    """
+    import av
+
+    ticks: list[int] = []
+    for seconds in times:
+        ticks.append(max(round(seconds * _TICKS), ticks[-1] + 1 if ticks else 0))
+    try:
+        with av.open(str(path)) as source, av.open(str(target), "w", format="mp4", options=_FAST_START) as out:
+            packets = [packet for packet in source.demux(video=0) if packet.size]
+            places = {pts: place for place, pts in enumerate(sorted(p.pts or 0 for p in packets))}
+            if len(places) != len(times) or len(packets) != len(times):
+                raise VideoError(path, f"{len(packets)} pictures, not {len(times)}")
+            delay = max(number - places[packet.pts or 0] for number, packet in enumerate(packets))
+            stream = out.add_stream_from_template(source.streams.video[0])
+            for number, packet in enumerate(packets):
+                packet.pts = ticks[places[packet.pts or 0]]
+                packet.dts = ticks[number - delay] if number >= delay else ticks[0] - (delay - number)
+                packet.time_base, packet.stream = Fraction(1, _TICKS), stream
+                out.mux(packet)
+    except (OSError, av.error.FFmpegError) as error:
+        raise VideoError(path, f"cannot be written ({error.strerror or error})") from error
+
+
+__all__ = ["VideoWriter", "retime", "write_video"]

@@ -274,7 +274,7 @@ def _is_invisible(packet: av.Packet, codec: str) -> bool:
 def _holds_idr(packet: bytes, extradata: bytes) -> bool:
     """Whether an H.264 packet holds a slice of an IDR picture, NAL unit type 5, which nothing before it is needed for."""
     if extradata[:1] != b"\1":  # start codes
-        return any(found[1][0] & 31 == 5 for found in re.finditer(rb"\0\0\1(.)", packet, re.DOTALL))
+        return any(found[1][0] & 31 == 5 for found in re.finditer(b"\0\0\1(.)", packet, re.DOTALL))
     at, size = 0, (extradata[4] & 3) + 1 if len(extradata) > 4 else 4
     while at + size < len(packet):
         if packet[at + size] & 31 == 5:

@@ -24,10 +24,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from multitrain.config import ConfigError
-from multitrain.data.decode import Video, VideoError, open_video
+from multitrain.data.decode import Video, VideoError, check_complete, open_video, read_whole
+from multitrain.data.encode import retime
 from multitrain.data.prepare.crew import FINAL
 from multitrain.data.prepare.listing import PARTS, Copy, located
-from multitrain.data.prepare.scan import scan
+from multitrain.data.prepare.scan import is_of_system
 from multitrain.files import stamp
 
 _STALE = 3600.0  # seconds after which a copy in the making of another machine has been given up
@@ -135,9 +136,9 @@ class Resize:
     def _failure(source: Path, error: VideoError) -> dict[str, Any]:
         """What `check` says of the file, which is plainer than what ffmpeg says; the latter when the file reads well."""
         try:
-            scan(source)
+            read_whole(source)
         except VideoError as plainer:
-            return {"error": plainer.reason, FINAL: not plainer.transient}
+            return {"error": plainer.reason, FINAL: not is_of_system(plainer)}
         return {"error": error.reason, FINAL: False}
 
     def _made(self, source: Path, part: Path, copy: Copy) -> dict[str, Any]:
@@ -149,13 +150,17 @@ class Resize:
             with self._read_back(source, part, said) as made:
                 return self._record(part, made) | ({"damage": said} if said else {})
         with open_video(source) as video:
+            if copy.segment is None:
+                check_complete(video)
             try:
                 said = self._encode(source, part, copy, strict=True)
             except VideoError:
                 said = "ffmpeg gave up"
             if said:  # of a whole file, too: of what comes before the first picture that can be decoded
-                scan(source)
+                read_whole(source)
                 said = self._encode(source, part, copy, strict=False)
+            if copy.segment is None:
+                self._keep_times(video, part)
             with self._read_back(source, part, said) as made:
                 if copy.segment is None:
                     self._compare(video, made, source)
@@ -202,16 +207,30 @@ class Resize:
         return made
 
     @staticmethod
+    def _keep_times(video: Video, part: Path) -> None:
+        """Give every frame of the copy its own time where ffmpeg has guessed another (an AVI has no times of frames)."""
+        times = video.times()
+        with open_video(part) as made:
+            if made.frame_count != len(times) or _moved(made.times(), times).max() <= _CLOSE:
+                return
+        again = part.with_name(part.name.replace("part-", "part-again-"))
+        try:
+            retime(part, again, times)
+            os.replace(again, part)
+        finally:
+            again.unlink(missing_ok=True)
+
+    @staticmethod
     def _compare(video: Video, made: Video, source: Path) -> None:
         """Raises VideoError unless all frames are in the copy, each at its own time.
 
         Packets of an AVI that only say that a picture stays give no frame of the copy.
         """
         if made.frame_count != video.frame_count:
-            if made.frame_count > video.frame_count or made.frame_count < scan(source).decoded:
+            if made.frame_count > video.frame_count or made.frame_count < read_whole(source).decoded:
                 raise VideoError(source, f"only {made.frame_count} of {video.frame_count} frames were copied")
             return
-        moved = np.abs(np.subtract(made.times(), video.times()))
+        moved = _moved(made.times(), video.times())
         if moved.max() > _CLOSE:
             raise VideoError(source, f"the time of frame {int(moved.argmax())} was moved by {1e3 * moved.max():.1f} ms")
 
@@ -241,6 +260,12 @@ class Resize:
             return False
         small = cv2.resize(original, (copied.shape[1], copied.shape[0]), interpolation=cv2.INTER_AREA)
         return float(np.abs(small.astype(np.int16) - copied).mean()) < _ALIKE
+
+
+def _moved(times: Sequence[float], original: Sequence[float]) -> np.ndarray:
+    """Seconds, float64, by which each frame's time has moved."""
+    moved: np.ndarray = np.abs(np.subtract(times, original))
+    return moved
 
 
 def clean_parts(folder: Path) -> None:

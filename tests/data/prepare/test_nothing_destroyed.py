@@ -14,7 +14,7 @@ import pytest
 from support import write_video
 
 from multitrain.cli import main
-from multitrain.data.prepare.scan import scan
+from multitrain.data.decode import read_whole
 
 pytestmark = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg on this machine")
 FAST = ["--short-side", "32", "--workers", "1", "--preset", "ultrafast"]
@@ -176,12 +176,12 @@ def test_a_foreign_file_in_the_way_is_named_and_stays_and_an_own_one_is_made_ane
     (out / "good.mp4").unlink()
     (out / "sub" / "deep.mp4").rmdir()
     assert resize(orig, out) == 1
-    assert scan(out / "good.mp4").frames == scan(out / "sub" / "deep.mp4").frames == 4
+    assert read_whole(out / "good.mp4").frames == read_whole(out / "sub" / "deep.mp4").frames == 4
     write_video(orig / "good.mp4", 9, frames=7)
     (out / "sub" / "deep.mp4").write_bytes((orig / "sub" / "deep.mp4").read_bytes())
     capsys.readouterr()
     assert resize(orig, out) == 1
-    assert scan(out / "good.mp4").frames == 7
+    assert read_whole(out / "good.mp4").frames == 7
     assert (out / "sub" / "deep.mp4").read_bytes() == (orig / "sub" / "deep.mp4").read_bytes()
     assert "deep.mp4 is in the way" in capsys.readouterr().out
 
@@ -285,7 +285,7 @@ def test_copies_of_an_earlier_version_are_taken_as_they_are(orig: Path, tmp_path
     write_video(orig / "good.mp4", 9, frames=7)
     forget(out, what)
     assert resize(orig, out) == 1
-    assert scan(out / "good.mp4").frames == 7, "and replaced when the source has changed"
+    assert read_whole(out / "good.mp4").frames == 7, "and replaced when the source has changed"
 
 
 def test_copies_of_unknown_origin_are_taken_only_when_asked_and_only_if_they_are_the_same_video(
