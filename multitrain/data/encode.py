@@ -101,11 +101,13 @@ def retime(path: Path, target: Path, times: Sequence[float]) -> None:
             if len(places) != len(times) or len(packets) != len(times):
                 raise VideoError(path, f"{len(packets)} pictures, not {len(times)}")
             delay = max(number - places[packet.pts or 0] for number, packet in enumerate(packets))
+            step = (ticks[-1] - ticks[0]) // max(len(ticks) - 1, 1)
             stream = out.add_stream_from_template(source.streams.video[0])
             for number, packet in enumerate(packets):
                 packet.pts = ticks[places[packet.pts or 0]]
                 packet.dts = ticks[number - delay] if number >= delay else ticks[0] - (delay - number)
-                packet.time_base, packet.stream = Fraction(1, _TICKS), stream
+                packet.duration, packet.time_base = step, Fraction(1, _TICKS)
+                packet.stream = stream
                 out.mux(packet)
     except (OSError, av.error.FFmpegError) as error:
         raise VideoError(path, f"cannot be written ({error.strerror or error})") from error

@@ -25,6 +25,7 @@ import numpy as np
 
 from multitrain.config import ConfigError
 from multitrain.data.decode import Video, VideoError, check_complete, open_video, read_whole
+from multitrain.data.decode.container import MAX_PIXELS, VIDEO_FORMATS
 from multitrain.data.encode import retime
 from multitrain.data.prepare.crew import FINAL
 from multitrain.data.prepare.listing import PARTS, Copy, located
@@ -190,7 +191,15 @@ class Resize:
         return [
             *(self.ffmpeg, "-nostdin", "-hide_banner", "-v", "error", "-y", "-threads", "1"),
             *(["-xerror"] if strict else []),
-            *(*cut, "-protocol_whitelist", "file", "-i", f"file:{source}", "-map", "0:V:0", "-map_metadata", "-1"),
+            *(
+                "-protocol_whitelist",
+                "file",
+                "-format_whitelist",
+                ",".join(VIDEO_FORMATS),
+                "-max_pixels",
+                str(MAX_PIXELS),
+            ),
+            *(*cut, "-i", f"file:{source}", "-map", "0:V:0", "-map_metadata", "-1"),
             *("-vf", scale, *self.timing, "-c:v", "libx264", "-threads", "1", "-pix_fmt", "yuv420p"),
             *("-crf", str(e.crf), "-preset", e.preset, *fast, "-movflags", "+faststart", f"file:{part}"),
         ]
