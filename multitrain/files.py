@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from multitrain.errors import ConfigError
-from multitrain.text import printable
+from multitrain.text import printable, quoted
 
 RECORD = ".multitrain-files"
 """Beginning of the names of records: ``.multitrain-files.jsonl``, and one a user where that one belongs to another user."""
@@ -141,12 +141,10 @@ class OutputFolder:
         _refuse_nul(text)
         normal = os.path.normpath(text)
         if not text or os.path.isabs(normal) or normal == "." or normal.split(os.sep)[0] == "..":
-            raise ConfigError(f"{printable(text)!r} leads out of {self.root}; give a name inside it")
+            raise ConfigError(f"{quoted(text)} leads out of {self.root}; give a name inside it")
         path = self.root / normal
         if path.name.startswith((RECORD, TEMPORARY)):
-            raise ConfigError(
-                f"{printable(text)!r}: {path.name} is a name that multitrain needs itself; choose another"
-            )
+            raise ConfigError(f"{quoted(text)}: {path.name} is a name that multitrain needs itself; choose another")
         for part in (*reversed(path.parents), path):
             if _is_below(part, self.root) and part != self.root and os.path.islink(part):
                 raise InTheWayError(
@@ -415,7 +413,7 @@ def _is_below(path: Path | str, folder: Path | str) -> bool:
 
 def _refuse_nul(text: str) -> None:
     if "\0" in text:
-        raise ConfigError(f"{printable(text)!r} holds a NUL character, which no file's name can")
+        raise ConfigError(f"{quoted(text)} holds a NUL character, which no file's name can")
 
 
 def _cannot(path: Path, error: OSError) -> ConfigError:

@@ -24,6 +24,13 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(_escaped, text)
 
 
+def quoted(text: str, length: int = 200) -> str:
+    """`text` for an error message: printable, in quotation marks, its middle left out beyond `length` characters."""
+    shown = printable(text)
+    half = length // 2
+    return f"'{shown if len(shown) <= length else f'{shown[:half]}…{shown[-half:]}'}'"
+
+
 def _escaped(match: re.Match[str]) -> str:
     code = ord(match[0])
     if 0xDC80 <= code <= 0xDCFF:
@@ -51,4 +58,4 @@ def csv_text(rows: Iterable[Iterable[object]]) -> str:
     return out.getvalue()
 
 
-__all__ = ["cell", "csv_text", "printable"]
+__all__ = ["cell", "csv_text", "printable", "quoted"]

@@ -157,7 +157,7 @@ class Copying:
 
     def _is_younger(self, copy: Copy, path: Path) -> bool:
         source = located(self.wanted.videos / copy.source)
-        return source.exists() and source.stat().st_mtime_ns < path.stat().st_mtime_ns
+        return os.path.exists(source) and source.stat().st_mtime_ns < path.stat().st_mtime_ns
 
     def _refuse_source(self, copy: Copy) -> None:
         source, path = located(self.wanted.videos / copy.source), self.out.target(copy.target)

@@ -19,7 +19,7 @@ from typing import Any
 from multitrain.config import nearest
 from multitrain.data.annotations import CatalogError
 from multitrain.files import OutputFolder
-from multitrain.text import printable
+from multitrain.text import printable, quoted
 
 SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = {
@@ -323,12 +323,10 @@ def _segments(samples: Iterable[Sample]) -> str:
 def _check_path(path: str, files: list[Path]) -> None:
     """Raises CatalogError for a name that leads out of the folder of videos, or that no line can hold."""
     if os.path.isabs(path) or os.path.normpath(path) == "." or ".." in path.split(os.sep):
-        raise CatalogError(
-            f"{files[0]}: video {printable(path)!r} leads out of the folder of videos; correct its entry"
-        )
+        raise CatalogError(f"{files[0]}: video {quoted(path)} leads out of the folder of videos; correct its entry")
     if printable(path) != path or path != path.strip():
         raise CatalogError(
-            f"{files[0]}: video {printable(path)!r} has control characters, or blanks at its ends, in its name; correct its entry"
+            f"{files[0]}: video {quoted(path)} has control characters, or blanks at its ends, in its name; correct its entry"
         )
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from multitrain.data.annotations import CatalogError, Line, Syntax, lines
 from multitrain.data.prepare.importing import VIDEO_ENDINGS
-from multitrain.text import printable
+from multitrain.text import quoted
 
 PARTS = ".parts"
 """Folder below the copies for journals and for copies in the making."""
@@ -75,7 +75,7 @@ class Layout:
 
     def name(self, listed: Listed) -> str:
         """The path of a video relative to the folder of videos. Raises CatalogError for one that lies elsewhere."""
-        where, shown = f"{listed.place}: " if listed.place else "", repr(printable(listed.path))
+        where, shown = f"{listed.place}: " if listed.place else "", quoted(listed.path)
         if "\0" in listed.path:
             raise CatalogError(f"{where}{shown} holds a NUL character, which no file's name can; correct the line")
         path = os.path.normpath(os.path.join(self.videos, listed.path))
@@ -156,7 +156,7 @@ def segments(layout: Layout, file: Path) -> list[Copy]:
             raise CatalogError(f"{place}: {row['start']} to {row['end']} are no seconds of a video; correct the line")
         first, ending = target.split(os.sep)[0], os.path.splitext(target)[1]
         if os.path.isabs(target) or first in ("..", PARTS) or ending != ".mp4" or "\0" in target:
-            shown = repr(printable(row["path"]))
+            shown = quoted(row["path"])
             raise CatalogError(
                 f"{place}: {shown} is no name of a copy: one ends with .mp4 and lies inside the folder of copies"
             )
@@ -257,7 +257,7 @@ class AnnotationFiles:
 def located(source: Path) -> Path:
     """The source, or the file of the same name that ends differently (downloads come as mp4, mkv or webm)."""
     others = (source.with_suffix(ending) for ending in (".mkv", ".webm", ".mp4"))
-    return source if source.exists() else next((p for p in others if p.exists()), source)
+    return source if os.path.exists(source) else next((p for p in others if os.path.exists(p)), source)
 
 
 __all__ = [
