@@ -15,8 +15,15 @@ from multitrain.files import replacing
 
 
 def encode(record: Mapping[str, Any]) -> bytes:
-    """One line of strict JSON. Floats keep every bit; NaN and infinities, which JSON lacks, become null."""
-    return (json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n").encode()
+    """One line of strict JSON. Floats keep every bit; NaN and infinities, which JSON lacks, become null.
+
+    A file name that is no UTF-8 (surrogates, as `os.fsdecode` gives them) is escaped, and is read back as it was.
+    """
+    text = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return (json.dumps(_plain(record), allow_nan=False) + "\n").encode()
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:

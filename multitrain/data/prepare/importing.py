@@ -7,6 +7,7 @@ list numbers them.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -17,7 +18,8 @@ from typing import Any
 
 from multitrain.config import nearest
 from multitrain.data.annotations import CatalogError
-from multitrain.files import replace_text
+from multitrain.files import OutputFolder
+from multitrain.text import printable, quoted
 
 SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = {
@@ -73,6 +75,9 @@ def read(form: str, files: list[Path], classes: Path | None = None) -> Imported:
     if form not in FORMATS:
         raise CatalogError(f"no format {form!r}; {nearest(form, FORMATS)}")
     found = FORMATS[form][0](files, classes)
+    for sample in found.samples:
+        for path in (sample.path, *((sample.segment[0],) if sample.segment else ())):
+            _check_path(path, files)
     if not found.samples:
         raise CatalogError(f"{files[0]}: no labelled video in it; is it the annotation file of {form}?")
     return found
@@ -263,16 +268,22 @@ def find(samples: list[Sample], videos: Path) -> tuple[list[Sample], int]:
     return out, missing
 
 
-def write(found: Imported, out: Path) -> dict[str, int]:
+def write(found: Imported, out: Path, sources: Iterable[Path] = ()) -> dict[str, int]:
     """Write ``{train,val,test}.csv`` and ``classes.txt`` into `out`, and ``segments.csv`` where videos are to be cut.
 
     A dataset whose test labels are not public is tested on its validation videos, as published work does: without test
     lines, ``test.csv`` is a copy of ``val.csv``.
 
+    Args:
+        sources: the official files, which are not written to.
+
     Returns:
         Lines by split.
+
+    Raises:
+        ConfigError: a file that `data import` did not write is in the way; nothing is written then.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    folder = OutputFolder(out, "data import", sources)
     number = {name: i for i, name in enumerate(found.classes)}
     texts = {
         split: [
@@ -284,18 +295,39 @@ def write(found: Imported, out: Path) -> dict[str, int]:
     }
     if not texts["test"]:
         texts["test"] = texts["val"]
-    replace_text(out / "classes.txt", "".join(f"{name}\n" for name in found.classes))
-    cut = [s for s in found.samples if s.segment]
-    if cut:
-        rows = [f"{s.segment[0]},{s.segment[1]:.3f},{s.segment[2]:.3f},{s.path}\n" for s in cut if s.segment]
-        replace_text(out / "segments.csv", "source,start,end,path\n" + "".join(rows))
-    for split, rows in texts.items():
-        if rows:
-            replace_text(out / f"{split}.csv", "".join(rows))
+    wanted = {"classes.txt": "".join(f"{name}\n" for name in found.classes)}
+    wanted |= {f"{split}.csv": "".join(rows) for split, rows in texts.items() if rows}
+    if cut := [s for s in found.samples if s.segment]:
+        wanted["segments.csv"] = _segments(cut)
+    for name, text in wanted.items():
+        folder.check(name, recognise=text.encode().__eq__)
+    for name, text in wanted.items():
+        folder.write_text(name, text)
     return {split: len(rows) for split, rows in texts.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------- parts
+
+
+def _segments(samples: Iterable[Sample]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["source", "start", "end", "path"])
+    for sample in samples:
+        if sample.segment:
+            source, start, end = sample.segment
+            writer.writerow([source, f"{start:.3f}", f"{end:.3f}", sample.path])
+    return text.getvalue()
+
+
+def _check_path(path: str, files: list[Path]) -> None:
+    """Raises CatalogError for a name that leads out of the folder of videos, or that no line can hold."""
+    if os.path.isabs(path) or os.path.normpath(path) == "." or ".." in path.split(os.sep):
+        raise CatalogError(f"{files[0]}: video {quoted(path)} leads out of the folder of videos; correct its entry")
+    if printable(path) != path or path != path.strip():
+        raise CatalogError(
+            f"{files[0]}: video {quoted(path)} has control characters, or blanks at its ends, in its name; correct its entry"
+        )
 
 
 def _with_names(sample: Sample, names: list[str], file: Path) -> Sample:
