@@ -24,6 +24,7 @@ import yaml
 from launch import run_folder
 from launch.run_folder import Run
 from multitrain.config import ConfigError, load
+from multitrain.config.reading import read_yaml
 from multitrain.monitor.figures import table
 from multitrain.monitor.status import status
 from multitrain.order.batch import BatchShapeError
@@ -175,7 +176,7 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
     """What is known of each run. One that never began and has no job any more was cancelled, or refused by SLURM."""
     from launch import slurm
 
-    rows = [{**row, **status(row["run"])} for row in yaml.safe_load((folder / "sweep.yaml").read_text())]
+    rows = [{**row, **status(row["run"])} for row in read_yaml(folder / "sweep.yaml")]
     jobs = {row["run"]: run_folder.jobs(Path(row["run"])) for row in rows}
     alive = slurm.active(Path(rows[0]["run"]).name, [j for row in rows for j in jobs[row["run"]]])
     for row in rows:

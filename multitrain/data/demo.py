@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from multitrain.config.reading import read_json
 from multitrain.data.random import Draws, generator
 from multitrain.files import replace_text, replacing
 
@@ -112,7 +113,7 @@ def generate(
         out / "demo.json",
         {"version": VERSION, "seed": seed, "clips": {d: dict(c) for d, c in clips.items()}},
     )
-    if marker.is_file() and json.loads(marker.read_text()) == content:
+    if marker.is_file() and read_json(marker) == content:
         return False
     marker.unlink(missing_ok=True)
     work = [Clip(str(out), d, s, i, seed) for d in clips for s, n in clips[d].items() for i in range(n)]
