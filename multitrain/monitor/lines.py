@@ -15,8 +15,15 @@ from multitrain.files import replacing
 
 
 def encode(record: Mapping[str, Any]) -> bytes:
-    """One line of strict JSON. Floats keep every bit; NaN and infinities, which JSON lacks, become null."""
-    return (json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n").encode()
+    """One line of strict JSON in UTF-8. Floats keep every bit; NaN and infinities, which JSON lacks, become null.
+
+    Bytes of file names that are not UTF-8 (surrogates) are written as escapes, which :func:`decode` reads back.
+    """
+    plain = _plain(record)
+    try:
+        return (json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    except UnicodeEncodeError:
+        return (json.dumps(plain, allow_nan=False) + "\n").encode()
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
