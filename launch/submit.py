@@ -23,6 +23,7 @@ from launch import chain, forecast, run_folder
 from launch.run_folder import ROOT, Run
 from multitrain.config import ConfigError, dump
 from multitrain.config.aliases import elsewhere
+from multitrain.config.arguments import piped
 from multitrain.config.overrides import tidy
 from multitrain.order.batch import BatchShapeError
 
@@ -329,4 +330,4 @@ def _again(run: Run) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

@@ -24,6 +24,8 @@ import yaml
 from launch import run_folder
 from launch.run_folder import Run
 from multitrain.config import ConfigError, load
+from multitrain.config.arguments import piped
+from multitrain.config.overrides import split
 from multitrain.config.reading import read_yaml
 from multitrain.monitor.figures import table
 from multitrain.monitor.status import status
@@ -90,8 +92,9 @@ def points(words: list[str]) -> list[list[str]]:
     for word in words:
         try:
             override = parser.parse_override(word)
-        except HydraException as error:
-            raise ConfigError(f"{word!r} is no option: {' '.join(str(error).split())[:160]}") from None
+        except HydraException:  # a path such as ~/data, which is one value; what is wrong is said when it is composed
+            axes.append([split(word).word])
+            continue
         if not override.is_sweep_override():
             axes.append([word])
             continue
@@ -217,4 +220,4 @@ def _show(folder: Path, *, as_json: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))
