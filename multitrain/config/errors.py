@@ -8,16 +8,16 @@ from collections.abc import Iterable
 from multitrain.errors import ConfigError
 
 
-def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+def nearest(name: str, known: Iterable[str], count: int = 3, most: int = 20) -> str:
     """A clause that offers the known names closest to `name`, e.g. ``did you mean 'micro_batch'?``.
 
-    When nothing is close, all names are listed (up to twenty).
+    When nothing is close, all names are listed (up to `most`).
     """
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=count, cutoff=0.6)
+    close = difflib.get_close_matches(name[:200], names, n=count, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"
-    listed = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+    listed = ", ".join(names[:most]) + (", …" if len(names) > most else "")
     return f"known here: {listed}"
 
 

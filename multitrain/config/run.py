@@ -27,23 +27,23 @@ class RunConfig(Settings):
     """Folder of runs."""
     experiment_name: str = "run"
     """What `name` starts with when it is not given; set by the experiment file."""
-    nodes: int = Field(1, ge=1)
+    nodes: int = Field(1, ge=1, le=100_000)
     """Nodes."""
-    gpus: int = Field(8, ge=1)
+    gpus: int = Field(8, ge=1, le=1024)
     """GPUs a node; one rank each. Without GPUs: ranks a node."""
-    updates: int | None = Field(None, ge=1)
+    updates: int | None = Field(None, ge=1, le=10**12)
     """Length of the run in updates of the weights; takes precedence over `epochs`."""
-    epochs: float = Field(50.0, gt=0)
+    epochs: float = Field(50.0, gt=0, le=10**9)
     """Length of the run in passes over the union of the datasets."""
-    effective_batch: int = Field(512, ge=1)
+    effective_batch: int = Field(512, ge=1, le=10**8)
     """Videos an update, over all ranks and accumulation steps."""
-    micro_batch: int | None = Field(None, ge=1)
+    micro_batch: int | None = Field(None, ge=1, le=10**8)
     """Videos a rank holds at once; solved for when not given."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Arithmetic of training."""
     activation_checkpointing: Literal["none", "mlp", "selective", "full"] = "none"
     """What is recomputed in the backward pass to save memory; the numbers are the same."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of everything random."""
     deterministic: bool = False
     """Deterministic kernels only: an interrupted run ends with bit-identical weights on GPUs too."""

@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from multitrain.config.reading import read_json
 from multitrain.data.random import Draws, generator
 from multitrain.errors import ConfigError
 from multitrain.files import OutputFolder
@@ -117,7 +118,7 @@ def generate(
         out / "demo.json",
         {"version": VERSION, "seed": seed, "clips": {d: dict(c) for d, c in clips.items()}},
     )
-    if marker.is_file() and json.loads(marker.read_text()) == content:
+    if marker.is_file() and read_json(marker) == content:
         return False
     folder = _output(str(out))
     folder.remove(marker.name)

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from multitrain.data.annotations import CatalogError, Syntax, count_repeats, parse
+from multitrain.data.annotations import CatalogError, Syntax, count_repeated, parse
 from multitrain.files import replacing
 
-FORMAT = 2
+FORMAT = 3
 """Version of the index file; another one is built anew."""
 
 _DIGEST = 1
@@ -142,7 +142,7 @@ def _build(content: bytes, csv: Path, syntax: Syntax) -> list[Any]:
     """The parts of the index file of `content`. Raises CatalogError."""
     parsed = parse(content, csv, syntax)
     paths = parsed.paths(content)
-    duplicates = 0 if len(set(paths)) == len(paths) else count_repeats(content, csv, syntax)
+    duplicates = count_repeated(paths, content, csv, syntax)
     digest = hashlib.blake2b(b"%d:%d:" % (_DIGEST, len(paths)), digest_size=16)
     digest.update(b"\n".join(paths))
     digest.update(parsed.labels.tobytes() + parsed.label_starts.tobytes())

@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from multitrain import lease
+from multitrain.config.reading import parse_json
 from multitrain.files import replacing
 
 
 def encode(record: Mapping[str, Any]) -> bytes:
-    """One line of strict JSON. Floats keep every bit; NaN and infinities, which JSON lacks, become null.
+    """One line of strict JSON in UTF-8. Floats keep every bit; NaN and infinities, which JSON lacks, become null.
 
-    A file name that is no UTF-8 (surrogates, as `os.fsdecode` gives them) is escaped, and is read back as it was.
+    Bytes of file names that are not UTF-8 (surrogates) are written as escapes, which :func:`decode` reads back.
     """
-    text = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n"
+    plain = _plain(record)
     try:
-        return text.encode()
+        return (json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n").encode()
     except UnicodeEncodeError:
-        return (json.dumps(_plain(record), allow_nan=False) + "\n").encode()
+        return (json.dumps(plain, allow_nan=False) + "\n").encode()
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
@@ -106,7 +107,7 @@ def drop_from(path: Path, update: int) -> int:
 def decode(line: bytes) -> dict[str, Any] | None:
     """The object on a line, None when the line is empty or torn."""
     try:
-        record = json.loads(line)
+        record = parse_json(line, "a line")
     except ValueError:
         return None
     return record if isinstance(record, dict) else None
