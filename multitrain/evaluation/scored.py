@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from multitrain.config import ConfigError
+from multitrain.config.reading import parse_json
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def read_evaluation(folder: str | Path) -> dict[str, Scored]:
     """
     folder = Path(folder)
     try:
-        results = json.loads((folder / "metrics.json").read_text())["datasets"]
+        results = parse_json((folder / "metrics.json").read_bytes(), folder / "metrics.json")["datasets"]
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(
             f"{folder}: no metrics.json, so no finished evaluation; multitrain evaluate writes one"

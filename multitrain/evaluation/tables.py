@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from multitrain.config import ConfigError
+from multitrain.config.reading import read_json
 from multitrain.evaluation import metrics
 from multitrain.evaluation.scoring import Task
 from multitrain.evaluation.shards import Scores, ShardReader
@@ -71,7 +72,7 @@ def combine(
     """`results`, and what other evaluations of the same weights, split and precision left in `folder`, in `order`."""
     found = dict(results)
     for file in sorted(folder.glob("*/metrics.json")):
-        other = json.loads(file.read_text(encoding="utf-8"))
+        other = read_json(file)
         if all(other.get(key) == header[key] for key in ("weights", "split", "precision")):
             found.setdefault(file.parent.name, other)
     place = {name: position for position, name in enumerate(order)}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from multitrain.config import ConfigError, RunConfig, dump
+from multitrain.config.reading import parse_json
 from multitrain.files import replace_text, replacing
 from multitrain.interop import pyslowfast
 from multitrain.interop.optimizer_state import Grouping
@@ -151,7 +152,7 @@ def _description_file(target: Path, description: Mapping[str, Any]) -> Path:
     """``config.json`` beside `target`, or ``NAME.json`` where that one describes another model."""
     beside = target.parent / "config.json"
     try:
-        found = json.loads(beside.read_text(encoding="utf-8"))
+        found = parse_json(beside.read_bytes(), beside)
         other = any(found.get(key) != description[key] for key in ("model", "datasets"))
     except FileNotFoundError:
         other = False

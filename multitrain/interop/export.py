@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from multitrain.config import ConfigError, RunConfig
 from multitrain.config.arguments import Parser
+from multitrain.config.reading import read_json, read_yaml
 from multitrain.files import replace_text
 from multitrain.interop.convert import Converted, convert
 from multitrain.interop.places import locate, sha256
@@ -90,8 +89,8 @@ def _results(source: Path, evaluation: Path | None) -> dict[str, dict[str, Any]]
     if folder is None:
         return {}
     try:
-        found = json.loads((folder / "metrics.json").read_text())["datasets"]
-    except (OSError, ValueError, KeyError):
+        found = read_json(folder / "metrics.json")["datasets"]
+    except (ValueError, KeyError, TypeError):
         raise ConfigError(
             f"{folder}: no metrics.json, so no finished evaluation; multitrain evaluate writes one"
         ) from None
@@ -113,9 +112,9 @@ def _command(source: Path) -> str | None:
         return None
     run = locate(source).parent.parent.parent
     try:
-        typed = yaml.safe_load((run / "overrides.yaml").read_text())
+        typed = read_yaml(run / "overrides.yaml")
         words = [str(word) for entry in typed for word in entry["overrides"]]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+    except (ConfigError, KeyError, TypeError):
         return None
     last = {word.partition("=")[0]: word for word in words}
     return shlex.join(["python", "launch/submit.py", f"name={run.name}", *last.values()])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 from multitrain.config import ConfigError
+from multitrain.config.reading import parse_json
 from multitrain.interop.matching import listed
 
 MODEL_FILE = "model.safetensors"
@@ -68,7 +68,7 @@ def _in_folder(path: Path) -> Path:
 def _damage(folder: Path) -> str | None:
     """Why the checkpoint in `folder` is not whole, or None. Every file's size; hashes of what is read here."""
     try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
+        files = parse_json((folder / "manifest.json").read_bytes(), "manifest.json")["files"]
         for name, expected in files.items():
             size = (folder / name).stat().st_size
             if size != expected["bytes"]:

@@ -14,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from multitrain.config import ConfigError, ModelConfig
+from multitrain.config.reading import parse_yaml
 from multitrain.interop.layout import pairs
 from multitrain.interop.matching import listed
 
@@ -160,12 +161,7 @@ def make_cfg(
 
 
 def parse_cfg(text: str, path: Path) -> dict[str, Any]:
-    try:
-        parsed = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"{path}: its 'cfg' is not YAML ({' '.join(str(error).split())[:160]}); the file is damaged"
-        ) from None
+    parsed = parse_yaml(text, f"{path}: its 'cfg'")
     if not isinstance(parsed, dict):
         raise ConfigError(f"{path}: its 'cfg' holds no settings; use the checkpoint as the training code wrote it")
     return parsed

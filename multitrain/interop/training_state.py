@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from multitrain.config import ConfigError, RunConfig
+from multitrain.config.reading import read_json
 from multitrain.interop import pyslowfast
 from multitrain.interop.layout import layout
 from multitrain.interop.nested import flatten, unflatten
@@ -71,7 +71,7 @@ def _of_checkpoint(place: Path, weights: Weights, run: RunConfig, grouping: Grou
     file = place.parent / "state.json"
     if not file.is_file():
         return TrainingState()
-    state = json.loads(file.read_text())
+    state = read_json(file)
     plan = state.get("plan") or {}
     epoch_size = sum(s["size"] * s.get("replicas", 1) for s in plan.get("sources", ()))
     seen = int(state.get("update", 0)) * int(plan.get("effective_batch", 0))

@@ -7,16 +7,15 @@ model's description in its header (written by `multitrain convert`), or has ``co
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import yaml
 from pydantic import ValidationError
 
 from multitrain.config import ConfigError, ModelConfig, RunConfig, load, validate
 from multitrain.config.class_names import find_class_names, read_class_names
+from multitrain.config.reading import parse_json, read_yaml
 from multitrain.interop import pyslowfast
 from multitrain.interop.foreign_run import generic_run, published_datasets, published_run
 from multitrain.interop.layout import layout
@@ -106,12 +105,7 @@ def description(place: Path) -> dict[str, Any]:
         if (place.parent / n).is_file()
     ]
     for text in texts:
-        try:
-            found = json.loads(text)
-        except ValueError as error:
-            raise ConfigError(
-                f"{place}: the description beside it is not JSON ({error}); write it again with `multitrain convert`"
-            ) from None
+        found = parse_json(text, f"{place}: the description beside it")
         if isinstance(found, dict) and "model" in found and "datasets" in found:
             return found
     raise ConfigError(
@@ -166,7 +160,7 @@ def _stored_datasets(place: Path, found: Mapping[str, Any]) -> dict[str, Mapping
     run = found.get("run")
     file = place.parent / "config.yaml"
     if run is None and file.is_file():
-        run = yaml.safe_load(file.read_text())
+        run = read_yaml(file)
     try:
         return dict(run["data"]["datasets"]) if run else {}
     except (KeyError, TypeError):

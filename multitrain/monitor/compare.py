@@ -9,6 +9,7 @@ from typing import Any
 
 from multitrain.config import ConfigError, RunConfig, load
 from multitrain.config.arguments import Arguments, Parser
+from multitrain.config.reading import read_json
 from multitrain.monitor.figures import table
 from multitrain.monitor.status import status
 
@@ -65,8 +66,8 @@ def _tests(run: Path) -> dict[str, float | None]:
     """Results of the newest checkpoint's multi-view test, by dataset."""
     for file in sorted(run.glob("evaluation/update-*/test/metrics.json"), reverse=True):
         try:
-            content = json.loads(file.read_text())
-        except (OSError, ValueError):
+            content = read_json(file)
+        except ConfigError:
             continue
         results = content.get("datasets", content.get("results", content))
         return {d: _accuracy(m) for d, m in results.items() if isinstance(m, dict) and ("top1" in m or "map" in m)}

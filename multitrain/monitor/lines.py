@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from multitrain.config.reading import parse_json
 from multitrain.files import replacing
 
 
@@ -91,7 +92,7 @@ def drop_from(path: Path, update: int) -> int:
 def decode(line: bytes) -> dict[str, Any] | None:
     """The object on a line, None when the line is empty or torn."""
     try:
-        record = json.loads(line)
+        record = parse_json(line, "a line")
     except ValueError:
         return None
     return record if isinstance(record, dict) else None
