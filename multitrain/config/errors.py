@@ -1,13 +1,11 @@
-"""The one exception for what a user typed wrong: one line that says what, where, and what would work."""
+"""What a user typed wrong: one exception, and the known names that are closest to it."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-
-class ConfigError(ValueError):
-    """A setting, file or combination that cannot work. The message is one line: what, where, and the remedy."""
+from multitrain.errors import ConfigError
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
@@ -21,3 +19,6 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"
     listed = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
     return f"known here: {listed}"
+
+
+__all__ = ["ConfigError", "nearest"]
