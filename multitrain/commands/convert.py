@@ -31,6 +31,9 @@ def main(arguments: Arguments) -> int:
         default="ddp",
         help="parameter groups in a .pyth file made of a run: as the published code has them on several GPUs, or on one",
     )
+    parser.add_argument(
+        "--copy", metavar="NAME", help="weights of a .pyth file to take instead of the trained ones, e.g. model_ema"
+    )
     given = parser.parse_args(arguments)
     from multitrain.interop.convert import convert as write
 
@@ -42,6 +45,7 @@ def main(arguments: Arguments) -> int:
         force=given.force,
         weights_only=given.weights_only,
         grouping=given.optimizer,
+        copy=given.copy,
     )
     heads = ", ".join(f"{name} ({classes})" for name, classes in done.datasets.items())
     print(f"{done.target}: {done.tensors} tensors, {done.parameters:,} parameters; heads: {heads}")

@@ -147,6 +147,8 @@ def load(
         raise ConfigError(
             f"{path}: its configuration has no data.datasets.{absent[0]}, which its weights have a head for; restore its config.yaml"
         )
+    for note in weights.report.notes:
+        warnings.warn(f"{path}: {note}", stacklevel=2)
     config = resized(weights.config, frames, crop)
     state = weights.state
     if config != weights.config:

@@ -1,0 +1,33 @@
+"""Where files of somebody else become values of ours: whatever goes wrong there is one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from multitrain.config.errors import ConfigError
+
+
+@contextmanager
+def understood(where: str, remedy: str) -> Iterator[None]:
+    """A block that makes sense of a file of somebody else's: whatever it trips over becomes one line.
+
+    Args:
+        where: the file, and what is wrong with it when the block fails.
+        remedy: what to do.
+
+    Raises:
+        ConfigError: the block failed in any way, or raised one of its own.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"{where} ({error.strerror or error}); {remedy}") from None
+    except Exception as error:  # damage makes readers fail in every way that there is
+        said = " ".join(str(error).split())[:160]
+        raise ConfigError(f"{where} ({type(error).__name__}{': ' if said else ''}{said}); {remedy}") from None
+
+
+__all__ = ["understood"]
