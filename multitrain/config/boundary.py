@@ -13,15 +13,18 @@ def understood(where: str, remedy: str) -> Iterator[None]:
     """A block that makes sense of a file of somebody else's: whatever it trips over becomes one line.
 
     Args:
-        where: the file, and what is wrong with it when the block fails.
+        where: ``FILE: what is wrong with it`` when the block fails.
         remedy: what to do.
 
     Raises:
-        ConfigError: the block failed in any way, or raised one of its own.
+        ConfigError: the block failed in any way, or raised one of its own, which then names the file.
     """
     try:
         yield
-    except ConfigError:
+    except ConfigError as error:
+        file = where.partition(": ")[0]
+        if type(error) is ConfigError and file not in str(error):
+            raise ConfigError(f"{file}: {error}") from None
         raise
     except OSError as error:
         raise ConfigError(f"{where} ({error.strerror or error}); {remedy}") from None

@@ -76,7 +76,9 @@ def without_prefixes(path: Path, state: Mapping[str, torch.Tensor]) -> dict[str,
     for name, tensor in state.items():
         bare = _bare(name)
         if bare in out:
-            raise ConfigError(f"{path}: holds {bare!r} twice, under other prefixes; keep one set of weights in the file")
+            raise ConfigError(
+                f"{path}: holds {bare!r} twice, under other prefixes; keep one set of weights in the file"
+            )
         out[bare] = tensor
     return out
 
@@ -186,7 +188,9 @@ def _said(taken: str, found: list[str]) -> list[str]:
     if not others and not _AVERAGE.search(taken):
         return []
     what = "a moving average of the weights" if _AVERAGE.search(taken) else "the trained weights"
-    more = f"; the file holds {', '.join(map(repr, others))} as well (convert with --copy to take that)" if others else ""
+    more = (
+        f"; the file holds {', '.join(map(repr, others))} as well (convert with --copy to take that)" if others else ""
+    )
     return [f"weights taken from {taken!r}, {what}{more}"]
 
 

@@ -20,7 +20,9 @@ def published_run(file: Published, path: Path) -> RunConfig:
     """
     cfg = file.settings
     own, _ = protocol.read(file.extras.get(protocol.KEY), path)
-    with understood(f"{path}: its cfg has values of other kinds than such options", "use the cfg that the training code wrote"):
+    with understood(
+        f"{path}: its cfg has values of other kinds than such options", "use the cfg that the training code wrote"
+    ):
         entries = published_datasets(cfg, file.datasets)
         for name, entry in entries.items():
             entry |= protocol.read_options(cfg, name)
@@ -92,7 +94,9 @@ def _put_together(
     for name, entry in entries.items():
         settings = dict(entry)
         if name in known and known[name].classes == entry["classes"]:
-            settings = known[name].model_dump(mode="json") | {"separator": entry.get("separator", known[name].separator)}
+            settings = known[name].model_dump(mode="json") | {
+                "separator": entry.get("separator", known[name].separator)
+            }
         datasets[name] = settings | dict(own.get(name, {}))
     values = shipped.model_dump(mode="json")
     values["model"] = model.model_dump(mode="json")

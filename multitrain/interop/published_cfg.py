@@ -82,7 +82,9 @@ def read_cfg(
     """
     path = Path(where)
     cfg = parse_cfg(text, path)
-    with understood(f"{path}: its cfg has values of other kinds than such options", "use the cfg that the training code wrote"):
+    with understood(
+        f"{path}: its cfg has values of other kinds than such options", "use the cfg that the training code wrote"
+    ):
         datasets, multi_label, single = _datasets(cfg, path)
         return _model_config(cfg, path, single=single, tensors=tensors or {}), datasets, multi_label, single
 

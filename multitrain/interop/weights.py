@@ -124,7 +124,8 @@ def _of_safetensors(place: Path, *, strict: bool) -> Weights:
     found = _described(place)
     state = _read_safetensors(place)
     require_possible(place, found.config, found.datasets, len(state))
-    report = compare(shapes(state), layout(found.config, found.datasets))
+    with understood(f"{place}: describes no network", "write it again with `multitrain convert`"):
+        report = compare(shapes(state), layout(found.config, found.datasets))
     if strict:
         where = f"{place}: its tensors are not those of the model that it describes"
         require_all(report, where, "write it again with `multitrain convert`")
