@@ -10,6 +10,7 @@ from typing import Any
 
 from multitrain.config import ConfigError, nearest
 from multitrain.config.arguments import MISTAKE
+from multitrain.text import printable
 
 FINISHED = 0
 
@@ -61,14 +62,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _verb(arguments[0], arguments[1:])
     except ConfigError as error:
         for line in getattr(error, "details", ()):
-            print(line, file=sys.stderr)
-        print(f"multitrain: {error}", file=sys.stderr, flush=True)
+            print(printable(line), file=sys.stderr)
+        print(f"multitrain: {printable(str(error))}", file=sys.stderr, flush=True)
         return MISTAKE
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output has gone, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FINISHED
+    except OSError as error:  # a file or folder that a command was given, or writes to
+        if error.filename is None:
+            raise
+        place, why = printable(str(error.filename)), error.strerror or type(error).__name__
+        print(f"multitrain: {place}: {why}; check the path and who may read and write it", file=sys.stderr, flush=True)
+        return MISTAKE
 
 
 def _verb(name: str, arguments: Sequence[str]) -> int:

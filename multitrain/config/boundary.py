@@ -1,9 +1,10 @@
-"""Where files of somebody else become values of ours: whatever goes wrong there is one line."""
+"""Where files of somebody else become values of ours, and ours go where somebody says: whatever goes wrong there is one line."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from multitrain.config.errors import ConfigError
 
@@ -33,4 +34,19 @@ def understood(where: str, remedy: str) -> Iterator[None]:
         raise ConfigError(f"{where} ({type(error).__name__}{': ' if said else ''}{said}); {remedy}") from None
 
 
-__all__ = ["understood"]
+@contextmanager
+def writing_to(place: Path) -> Iterator[None]:
+    """A block that writes to `place`, a file or folder that a user has named.
+
+    Raises:
+        ConfigError: the system refuses it.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename or place}: cannot be written ({error.strerror or error}); choose another place"
+        ) from None
+
+
+__all__ = ["understood", "writing_to"]

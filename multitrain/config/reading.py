@@ -175,7 +175,7 @@ def _nodes(event: Any, sizes: dict[str, int | None], where: object) -> int:
         if event.anchor:
             sizes[event.anchor] = 1
         if len(event.value) > LONGEST_NUMBER and not event.style and _DIGITS.fullmatch(event.value):
-            line = event.start_mark.line + 1
+            line = event.start_mark.line + 1 if event.start_mark else 1
             raise ConfigError(f"{where}:{line}: a number of {len(event.value)} digits; write a number, or quote a text")
         return 1
     return int(isinstance(event, yaml.CollectionStartEvent))

@@ -159,21 +159,29 @@ def _write_pyth(
 def _write_safetensors(source: Path, target: Path, weights: Weights, run: RunConfig, training: TrainingState) -> None:
     kept, tensors = describe(training)
     values = run.model_dump(mode="json") | {"model": weights.config.model_dump(mode="json")}
-    description = {
+    source = source if source.suffix == ".pyth" else locate(source)
+    description = describe_model(weights, values) | {"source": str(source), KEY: kept}
+    optimizer_file(target).unlink(missing_ok=True)
+    if tensors:
+        _save(optimizer_file(target), tensors, {})
+    write_model(target, weights.state, description, _description_file(target, description))
+
+
+def describe_model(weights: Weights, run: Mapping[str, Any]) -> dict[str, Any]:
+    """What a `.safetensors` file says of its model: network, datasets, names, and the configuration `run` (plain values)."""
+    return {
         "model": weights.config.model_dump(mode="json"),
         "datasets": weights.datasets,
         "multi_label": list(weights.multi_label),
         "class_names": weights.class_names,
-        "run": values,
-        "source": str(source if source.suffix == ".pyth" else locate(source)),
-        KEY: kept,
+        "run": dict(run),
     }
-    optimizer_file(target).unlink(missing_ok=True)
-    if tensors:
-        _save(optimizer_file(target), tensors, {})
-    _save(target, weights.state, {HEADER: json.dumps(description, ensure_ascii=False)})
-    text = json.dumps(description, indent=1, ensure_ascii=False) + "\n"
-    replace_text(_description_file(target, description), text)
+
+
+def write_model(target: Path, state: Mapping[str, torch.Tensor], description: Mapping[str, Any], beside: Path) -> None:
+    """Writes tensors with their description in the header, and the description as a JSON file `beside`."""
+    _save(target, state, {HEADER: json.dumps(description, ensure_ascii=False)})
+    replace_text(beside, json.dumps(description, indent=1, ensure_ascii=False) + "\n")
 
 
 def _description_file(target: Path, description: Mapping[str, Any]) -> Path:
@@ -204,9 +212,15 @@ def _complete_folder(folder: Path, weights: Weights, run: RunConfig) -> None:
 def _save(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
     from safetensors.torch import save_file
 
-    state = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    state = {name: _alone(tensor) for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         save_file(state, temporary, metadata=metadata)
 
 
-__all__ = ["Converted", "convert"]
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` in memory of its own: the format takes no views of other tensors."""
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole and tensor.is_contiguous() else tensor.contiguous().clone()
+
+
+__all__ = ["Converted", "convert", "describe_model", "write_model"]

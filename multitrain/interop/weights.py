@@ -166,7 +166,8 @@ def _stored_datasets(place: Path, found: Mapping[str, Any]) -> dict[str, Mapping
     if run is None and file.is_file():
         run = read_yaml(file)
     try:
-        return {name: entry for name, entry in run["data"]["datasets"].items() if isinstance(entry, dict)}
+        entries: dict[str, Any] = run["data"]["datasets"]  # type: ignore[index]
+        return {name: entry for name, entry in entries.items() if isinstance(entry, dict)}
     except (AttributeError, KeyError, TypeError):
         return {}
 
