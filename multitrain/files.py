@@ -155,8 +155,11 @@ class OutputFolder:
         self._refuse_source(path)
         return path
 
-    def check(self, name: str | Path) -> Path:
+    def check(self, name: str | Path, recognise: Callable[[bytes], bool] | None = None) -> Path:
         """Where `name` is, when it may be written: nothing is there, or what this command made.
+
+        Args:
+            recognise: whether a file of which the record knows nothing was made by an earlier version, by its content.
 
         Raises:
             InTheWayError: something else is there.
@@ -172,12 +175,17 @@ class OutputFolder:
             raise InTheWayError(
                 f"{printable(str(path))} is in the way: it is no file; move it away, or choose another output"
             )
-        if not self._is_own(path):
+        if not (self._is_own(path) or (recognise and not self._stamps(path) and recognise(path.read_bytes()))):
             raise InTheWayError(
                 f"{printable(str(path))} is in the way: {self.maker} did not write it, or it was changed since; move it away, or "
                 "choose another output"
             )
         return path
+
+    def is_own(self, name: str | Path) -> bool:
+        """Whether `name` is a file that this command made, as it made it. Raises ConfigError as `target`."""
+        path = self.target(name)
+        return path.is_file() and self._is_own(path)
 
     def folder(self, name: str | Path) -> Path:
         """The folder `name`, made when missing. Raises ConfigError."""
@@ -222,7 +230,7 @@ class OutputFolder:
             raise _cannot(path, error) from None
         if there == content:
             return path
-        if there is not None and recognise is not None and not self._stamps(path) and recognise(there):
+        if there is not None and recognise is not None and not self._is_own(self.check(name, recognise)):
             self._record.add(self._name(path), stamp(path))
         with self.writing(name) as temporary:
             temporary.write_bytes(content)

@@ -6,6 +6,7 @@ import sys
 
 from multitrain.commands.common import MODEL
 from multitrain.config.arguments import Arguments, Parser, whole_number
+from multitrain.text import printable
 
 
 def main(arguments: Arguments) -> int:
@@ -48,7 +49,7 @@ def main(arguments: Arguments) -> int:
         copy=given.copy,
     )
     heads = ", ".join(f"{name} ({classes})" for name, classes in done.datasets.items())
-    print(f"{done.target}: {done.tensors} tensors, {done.parameters:,} parameters; heads: {heads}")
+    print(printable(f"{done.target}: {done.tensors} tensors, {done.parameters:,} parameters; heads: {heads}"))
     for note in done.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(printable(f"note: {note}"), file=sys.stderr)
     return 0

@@ -51,18 +51,23 @@ def shareable_words(words: Iterable[str]) -> list[str]:
     return kept
 
 
-def without_places(value: Any) -> Any:
-    """`value` with every absolute path in its texts replaced by the last part of it, and names of this user and machine by ``…``."""
+def without_places(value: Any, names: Iterable[str] = ()) -> Any:
+    """`value` with every absolute path in its texts replaced by the last part of it, and names of machines and users by ``…``.
+
+    Args:
+        value: a text, or lists and dictionaries of texts and other plain values.
+        names: machines and users, beside this one and this machine.
+    """
     if isinstance(value, dict):
-        return {without_places(key): without_places(inner) for key, inner in value.items()}
+        return {without_places(key, names): without_places(inner, names) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [without_places(inner) for inner in value]
+        return [without_places(inner, names) for inner in value]
     if not isinstance(value, str):
         return value
     if value.startswith(("/", "~", "../")):
         return PurePosixPath(value).name
     text = _PATH.sub(lambda match: PurePosixPath(match[0]).name or "…", value)
-    for name in _names():
+    for name in (*names, *_names()):
         text = re.sub(rf"(?<![\w-]){re.escape(name)}(?![\w-])", "…", text)
     return text
 
@@ -78,7 +83,7 @@ def _names() -> list[str]:
     except (KeyError, OSError):  # no such user in the system's table
         user = ""
     host = socket.gethostname()
-    found = {user, host, host.partition(".")[0], Path(os.path.expanduser("~")).name}
+    found = {user, host, host.partition(".")[0], Path(os.path.expanduser("~")).name, os.environ.get("USER", "")}
     return sorted(found - {"", "root", "localhost", "run", "runs", "data", "model"}, key=len, reverse=True)
 
 
