@@ -36,6 +36,7 @@ import yaml
 from multitrain import lease
 from multitrain.config import ConfigError, RunConfig, compose, config_folder, dump, load, nearest, validate
 from multitrain.config.class_names import LOOKED_FOR, find_class_names, read_class_names
+from multitrain.config.reading import parse_yaml, read_yaml
 from multitrain.files import replace_text
 from multitrain.monitor import slurm
 from multitrain.monitor.events import Events, read
@@ -177,7 +178,7 @@ def _key(override: str) -> str:
 def _folder(typed: list[str], plain: list[str], config_dirs: Sequence[str], default_name: str | None) -> Path:
     """The run's folder: of the run that a plain word names, or of the `name` that was typed, or a new one."""
     given = {_key(o): o.partition("=")[2].strip("'\"") for o in typed}
-    usual = yaml.safe_load((config_folder() / "config.yaml").read_text()).get("runs", "runs")
+    usual = read_yaml(config_folder() / "config.yaml").get("runs", "runs")
     runs = Path(given.get("runs") or usual).absolute()
     name = None if given.get("name") in (None, "", "null") else given["name"]
     if plain:
@@ -211,11 +212,11 @@ def _history(path: Path) -> list[dict[str, Any]]:
     """What was typed for a run so far, one entry a submission."""
     file = path / "overrides.yaml"
     try:
-        entries = yaml.safe_load(file.read_text())
+        entries = parse_yaml(file.read_text(), file)
         return [{**entry, "overrides": [str(o) for o in entry["overrides"]]} for entry in entries or []]
     except FileNotFoundError:
         raise ConfigError(f"{file} is missing, so the run cannot be resumed by name; restore it") from None
-    except (yaml.YAMLError, TypeError, KeyError) as error:
+    except (OSError, TypeError, KeyError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} cannot be read ({' '.join(str(error).split())}); restore it") from None
 
 

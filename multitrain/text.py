@@ -15,6 +15,9 @@ _UNPRINTABLE = re.compile(
 _FORMULA = re.compile(r"[=@\t\r]|[-+](?=.*[(|!=@])", re.DOTALL)
 """How a cell begins that a spreadsheet computes. A leading ``-`` or ``+`` alone (video ids, numbers) calls nothing."""
 
+_MARKDOWN = re.compile(r"[\\`|<>&\[\]]")
+_ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
+
 
 def printable(text: str) -> str:
     """`text` on one line, with everything that a terminal would obey written as an escape (``\\x1b``, ``\\n``, ``\\u202e``).
@@ -58,4 +61,9 @@ def csv_text(rows: Iterable[Iterable[object]]) -> str:
     return out.getvalue()
 
 
-__all__ = ["cell", "csv_text", "printable", "quoted"]
+def markdown(text: str) -> str:
+    """`text` for a Markdown document: printable, and nothing in it is a tag, a table's border, a link or code."""
+    return _MARKDOWN.sub(lambda match: _ENTITIES.get(match[0]) or f"\\{match[0]}", printable(text))
+
+
+__all__ = ["cell", "csv_text", "markdown", "printable", "quoted"]

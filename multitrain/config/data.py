@@ -48,6 +48,12 @@ class DatasetConfig(Settings):
             raise ValueError("needs 'classes' (a number) or 'class_names' (a file with one name a line)")
         return self
 
+    def short_side(self, crop: int) -> int:
+        """Short side in pixels that test frames are resized to before a crop of `crop`²: see `test_short_side`."""
+        if self.test_short_side is not None:
+            return self.test_short_side
+        return round(crop * 256 / 224) if self.sampling == "stride" and self.spatial_views == 1 else crop
+
 
 class DataConfig(Settings):
     """The datasets, their mixture, and how clips are read from files."""

@@ -87,7 +87,7 @@ class ShardWriter:
 
     def _create(self, ending: str) -> int:
         self._stem.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(f"{self._stem}{ending}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+        return os.open(f"{self._stem}{ending}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
 
 
 class ShardReader:
