@@ -7,6 +7,7 @@ import ctypes
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from types import FrameType
 
 from launch.rank import python_path, training
 from launch.supervisor import restartable
+from multitrain import lease
 from multitrain.config import ConfigError, RunConfig
 from multitrain.monitor.exits import explained, killed_for_memory
 from multitrain.monitor.restarts import IN_PLACE
@@ -62,6 +64,7 @@ def run(
         "MASTER_ADDR": "127.0.0.1",
         "OMP_NUM_THREADS": str(config.cluster.cpus_per_gpu),
         "PYTHONFAULTHANDLER": "1",
+        lease.START: f"process {os.getpid()} on {socket.gethostname()} at {time.time():.3f}",
         "PYTHONPATH": python_path(folder / "code"),
         **devices,
     }

@@ -414,7 +414,7 @@ def claimed(path: Path) -> Iterator[None]:
             path,
             job=job,
             restart=restart,
-            alive=lambda holder: slurm.job_lives(str(holder.job), holder.restart),
+            alive=lambda holder: slurm.job_lives(str(holder.job), holder.restart, holder.cluster),
             patience=lease.PATIENCE if job else 0.0,
         )
     except lease.LeaseHeld as error:

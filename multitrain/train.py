@@ -83,7 +83,7 @@ def _acquire(run: Path) -> Lease:
         run,
         job=job,
         restart=slurm.restart_count(),
-        alive=lambda holder: slurm.job_lives(str(holder.job), holder.restart),
+        alive=lambda holder: slurm.job_lives(str(holder.job), holder.restart, holder.cluster),
         patience=lease.PATIENCE if job else 10.0,
     )
     lease.guarded(held)
