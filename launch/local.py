@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
+import secrets
 import shlex
 import signal
 import subprocess
@@ -14,18 +14,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
+from launch.child import PATIENCE, AwakeClock, Pulse, prepare
 from launch.rank import python_path, training
-from launch.supervisor import restartable
 from multitrain.config import ConfigError, RunConfig
-from multitrain.monitor.exits import explained, killed_for_memory
+from multitrain.monitor.exits import Exit, explained, killed_for_memory
 from multitrain.monitor.restarts import IN_PLACE
-from multitrain.monitor.slurm import STOP_SIGNALS, block_stop_signals, free_port
+from multitrain.monitor.slurm import free_port
+from multitrain.monitor.supervised import PULSE_FD, STORE_KEY
 
-INTERRUPTED = 75
+INTERRUPTED = Exit.INTERRUPTED
 """Exit code of a rank, and of a run, that saved and can be resumed."""
-
-PATIENCE = 5.0
-"""Seconds that the other ranks have to end by themselves after one has failed."""
 
 TAIL = 20
 """Lines of a failed rank's log that are shown."""
@@ -69,9 +67,10 @@ def run(
     with _stop_requests() as requests:
         for attempt in range(restarts + 1):
             place = {**common, "MASTER_PORT": str(free_port()), IN_PLACE: str(attempt)}
+            place[STORE_KEY] = secrets.token_hex(32)
             with _Ranks(command, folder, place, config.gpus) as ranks:
                 code = _watch(ranks, requests, say)
-            if requests or not restartable(code) or attempt == restarts:
+            if requests or not Exit.restartable(code) or attempt == restarts:
                 return code
             say(f"restart {attempt + 1} of {restarts}, from the newest checkpoint")
     raise AssertionError("unreachable")
@@ -90,9 +89,15 @@ class _Ranks:
         self.logs[0].parent.mkdir(exist_ok=True)
         self.shown = self.logs[0].stat().st_size if self.logs[0].exists() else 0
         self.processes: list[subprocess.Popen[bytes]] = []
+        self.reasons: dict[int, str] = {}
+        """Ranks that were killed here because they gave no sign of life."""
+        self._clock = AwakeClock()
+        self._pulses = [Pulse(self._clock) for _ in range(count)]
         self.killed_before = killed_for_memory()
         for rank, log in enumerate(self.logs):
             environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            pulse = self._pulses[rank]
+            environment[PULSE_FD] = str(pulse.write_end)
             with open(log, "ab") as output:
                 process = subprocess.Popen(
                     command,
@@ -102,8 +107,10 @@ class _Ranks:
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,  # Ctrl-C reaches the launcher only, which passes it on once
-                    preexec_fn=_prepare_rank,
+                    preexec_fn=prepare,
+                    pass_fds=(pulse.write_end,),
                 )
+            pulse.started()
             self.processes.append(process)
 
     def __enter__(self) -> _Ranks:
@@ -111,6 +118,15 @@ class _Ranks:
 
     def __exit__(self, *_: object) -> None:
         self.kill()
+        for pulse in self._pulses:
+            pulse.close()
+
+    def watch(self) -> None:
+        """Kill a rank that gives no sign of life. To be called often."""
+        self._clock()
+        for rank, (process, pulse) in enumerate(zip(self.processes, self._pulses)):
+            if process.poll() is None and (reason := pulse.watch(process)) is not None:
+                self.reasons.setdefault(rank, reason)
 
     def codes(self) -> list[int | None]:
         """Exit codes as a shell would show them (128 + signal); None for a rank that runs."""
@@ -157,7 +173,8 @@ def _watch(ranks: _Ranks, requests: list[int], say: Callable[[str], None]) -> in
     passed_on = 0
     while None in (codes := ranks.codes()):
         ranks.show()
-        failed = [rank for rank, code in enumerate(codes) if code not in (None, 0, INTERRUPTED)]
+        ranks.watch()
+        failed = [rank for rank, code in enumerate(codes) if code is not None and not Exit.in_order(code)]
         if failed:
             return _end_after_failure(ranks, failed[0], say)
         if len(requests) > passed_on:
@@ -170,12 +187,12 @@ def _watch(ranks: _Ranks, requests: list[int], say: Callable[[str], None]) -> in
                 ranks.terminate()
         time.sleep(0.05)
     ranks.show()
-    failed = [rank for rank, code in enumerate(codes) if code not in (0, INTERRUPTED)]
+    failed = [rank for rank, code in enumerate(codes) if code is not None and not Exit.in_order(code)]
     if failed and passed_on > 1:
         return 128 + requests[0]
     if failed:
         return _end_after_failure(ranks, failed[0], say)
-    return INTERRUPTED if INTERRUPTED in codes else 0
+    return Exit.INTERRUPTED if Exit.INTERRUPTED in codes else Exit.FINISHED
 
 
 def _end_after_failure(ranks: _Ranks, rank: int, say: Callable[[str], None]) -> int:
@@ -188,7 +205,8 @@ def _end_after_failure(ranks: _Ranks, rank: int, say: Callable[[str], None]) -> 
     ranks.show()
     if rank != 0:  # rank 0's log is on the terminal already
         say(f"last lines of rank {rank}:\n{ranks.tail(rank)}")
-    say(f"rank {rank} {explained(code, ranks.killed_before)}; its log: {ranks.logs[rank]}")
+    text = ranks.reasons.get(rank) or explained(code, ranks.killed_before)
+    say(f"rank {rank} {text}; its log: {ranks.logs[rank]}")
     return code
 
 
@@ -207,18 +225,6 @@ def _stop_requests() -> Iterator[list[int]]:
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)
-
-
-_LIBC = ctypes.CDLL(None, use_errno=True)
-_PR_SET_PDEATHSIG = 1
-
-
-def _prepare_rank() -> None:
-    """In the new process: die with the launcher, hold back stop signals until the rank's handlers stand."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    for name in STOP_SIGNALS:
-        signal.signal(name, signal.SIG_DFL)
-    block_stop_signals()
 
 
 def _devices(ranks: int) -> dict[str, str]:

@@ -57,7 +57,7 @@ def test_rooms_import_only_from_floors_below(root: Path) -> None:
 
 
 def test_launch_imports_config_order_and_monitor_only(root: Path) -> None:
-    allowed = {"config", "order", "monitor", ""}
+    allowed = {"config", "lease", "order", "monitor", ""}
     for path in root.glob("launch/**/*.py"):
         for name in imports(path):
             if name.startswith("multitrain"):
