@@ -58,7 +58,11 @@ def secret(run: Path | None, environment: Mapping[str, str] = os.environ) -> byt
         return _parsed(given, f"the environment variable {SECRET}")
     if run is None:
         raise ChannelError(f"{SECRET} is not set, and no folder of a run is given")
-    path = run / FILE
+    return secret_of(run / FILE)
+
+
+def secret_of(path: Path) -> bytes:
+    """The secret in a file, which is made when it is not there. Raises ChannelError: the file is not ours alone."""
     try:
         with contextlib.suppress(FileExistsError):
             file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)

@@ -15,9 +15,9 @@ def training(run: Path) -> tuple[str, ...]:
     return ("-m", "multitrain.train", str(run))
 
 
-def supervised(arguments: tuple[str, ...], restarts: int) -> tuple[str, ...]:
+def supervised(run: Path, arguments: tuple[str, ...], restarts: int) -> tuple[str, ...]:
     """The arguments of Python that run `arguments` under :mod:`launch.supervisor`, with so many restarts in place."""
-    return ("-m", "launch.supervisor", str(restarts), *arguments) if restarts else arguments
+    return ("-m", "launch.supervisor", str(run), str(restarts), *arguments)
 
 
 class Rank:

@@ -96,7 +96,7 @@ def submit(run: Path, config: RunConfig, arguments: tuple[str, ...] | None = Non
         changes["additional_parameters"] = executor.parameters["additional_parameters"] | more
     if changes:
         executor.update_parameters(**changes)
-    ranks = arguments or supervised(training(run), config.cluster.restarts_in_place)
+    ranks = arguments or supervised(run, training(run), config.cluster.restarts_in_place)
     with _sbatch():
         return str(executor.submit(Rank(run, ranks)).job_id)
 
@@ -133,7 +133,7 @@ def submit_array(folder: Path, name: str, runs: Sequence[tuple[Path, RunConfig]]
         srun_args=[*arguments, f"{logs}/%A_%a-rank%t.log"],
         additional_parameters=executor.parameters["additional_parameters"] | {"output": f"{logs}/%A_%a.log"},
     )
-    ranks = [Rank(run, supervised(training(run), c.cluster.restarts_in_place)) for run, c in runs]
+    ranks = [Rank(run, supervised(run, training(run), c.cluster.restarts_in_place)) for run, c in runs]
     with _sbatch():
         with executor.batch():
             jobs = [executor.submit(rank) for rank in ranks]

@@ -31,9 +31,9 @@ from launch import channel
 from launch.channel import Channel, ChannelError, Server
 from launch.child import AwakeClock, Child
 from launch.hub import Hub
+from launch.records import record
 from multitrain import lease
 from multitrain.monitor import slurm
-from multitrain.monitor.events import Events
 from multitrain.monitor.exits import Exit
 from multitrain.monitor.slurm import PLACE, STOP_SIGNALS, job_id, rank_environment, restart_count
 from multitrain.monitor.supervised import STORE_FD, STORE_KEY
@@ -244,13 +244,15 @@ class Supervisor:
         self._told += 1
         if self._told > TOLD:
             return
-        try:
-            lease.Guard(self._run, self._start_name()).check()
-            events = Events(self._run / "events.jsonl", restart=restart_count() if job_id() else None)
-            node = self._nodes.get(rank)
-            events.write("rank_failed", rank=rank, node=node, exit_status=code, text=text, first=self._told == 1)
-        except (lease.LeaseLost, OSError) as error:
-            print(f"multitrain: not written to {self._run}/events.jsonl: {error}", file=sys.stderr, flush=True)
+        record(
+            self._run,
+            "rank_failed",
+            rank=rank,
+            node=self._nodes.get(rank),
+            exit_status=code,
+            text=text,
+            first=self._told == 1,
+        )
 
     # ------------------------------------------------------------------------------------------------------- connections
 

@@ -33,7 +33,7 @@ scontrol update "jobid=$SLURM_JOB_ID" "name=$(basename "$run")"
 export PYTHONPATH=$run/code${PYTHONPATH:+:$PYTHONPATH}
 restarts=$(sed -n 's/^  restarts_in_place: //p' "$run/config.yaml")
 "${step[@]}" --chdir="$run/code" --output="$run/logs/%j-rank%t.log" \
-    $hold "$python" -u -m launch.supervisor "${restarts:-0}" -m multitrain.train "$run"
+    $hold "$python" -u -m launch.supervisor "$run" "${restarts:-0}" -m multitrain.train "$run"
 status=$?
 
 # The run requeues itself when SLURM takes its nodes; this is for ranks that died, or could not.
