@@ -250,14 +250,14 @@ def connect(
     deadline: float,
     hello: Message,
     *,
-    pause: Callable[[], None] = lambda: time.sleep(0.2),
+    pause: Callable[[], None] = lambda: time.sleep(0.05),
 ) -> Channel:
     """A connection to the server of the run, which has proved itself; `hello` is its first message.
 
     Args:
         first: port that the server tries first.
         deadline: ``time.monotonic()`` at which to give up.
-        pause: called between two rounds; may raise to end it.
+        pause: called after each that fails; may raise to end it.
 
     Raises:
         ChannelError: nobody who knows the secret answers there.
@@ -270,13 +270,13 @@ def connect(
                 channel = _greet(key, address, port)
             except (OSError, ValueError) as error:
                 reasons[port] = printable(str(error), 200)
+                pause()
                 continue
             channel.send(**hello)
             return channel
         if time.monotonic() >= deadline:
             said = "; ".join(f"port {port}: {reason}" for port, reason in list(reasons.items())[:3])
             raise ChannelError(f"rank 0 at {address} did not answer ({said})")
-        pause()
 
 
 def _greet(key: bytes, address: str, port: int) -> Channel:

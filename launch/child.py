@@ -185,9 +185,14 @@ class Child:
             self._reason = self._pulse.watch(process) or self._reason
 
 
+def die_with_parent() -> None:
+    """In a new process: whatever ends the one that started it ends it as well."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
 def prepare() -> None:
     """In the new process: die with the parent; hold back stop signals until the rank's handlers stand."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    die_with_parent()
     for number in (*STOP_SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
     block_stop_signals()

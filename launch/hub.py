@@ -42,7 +42,7 @@ class Hub:
         died, ending = not Exit.in_order(code), self._deadline is not None
         last = self.attempt >= self._restarts or stopping or bool(self._in_order) or not Exit.restartable(code)
         if last if died else ending:
-            return self.give_up(f"rank {rank} {text}")
+            return self.give_up(f"rank {rank} {text}", code)
         if len(self._ended) == self._size and not self._in_order and not self._over:
             self.attempt += 1
             self._ended, self._deadline = set(), None
@@ -70,13 +70,13 @@ class Hub:
             return None
         return self.give_up(f"not all ranks ended within {REJOIN:.0f} s")
 
-    def give_up(self, why: str) -> dict[str, Any] | None:
-        """End all, once."""
+    def give_up(self, why: str, status: int = Exit.FAILED) -> dict[str, Any] | None:
+        """End all, once; `status`: of the rank that is the reason."""
         self._deadline = None
         if self._over:
             return None
         self._over = True
-        return {"do": "end", "why": why}
+        return {"do": "end", "why": why, "status": int(status)}
 
     @property
     def done(self) -> bool:

@@ -29,12 +29,18 @@ TAIL = 20
 """Lines of a failed rank's log that are shown."""
 
 
+def say(text: str) -> None:
+    """A line on standard error, as far as that takes one."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
 def run(
     folder: Path,
     config: RunConfig,
     arguments: tuple[str, ...] | None = None,
     *,
-    say: Callable[[str], None] | None = None,
+    say: Callable[[str], None] = say,
 ) -> int:
     """Run all ranks of the run in `folder` to their end, rank 0's output on the terminal.
 
@@ -50,8 +56,7 @@ def run(
     Raises:
         ConfigError: fewer GPUs than ranks.
     """
-    say = say or _say
-    devices = _devices(config.gpus)
+    visible = devices(config.gpus)
     python = shlex.split(config.cluster.python) if config.cluster.python else [sys.executable]
     command = [*python, "-u", *(arguments or training(folder))]
     common = {
@@ -61,10 +66,10 @@ def run(
         "OMP_NUM_THREADS": str(config.cluster.cpus_per_gpu),
         "PYTHONFAULTHANDLER": "1",
         "PYTHONPATH": python_path(folder / "code"),
-        **devices,
+        **visible,
     }
     restarts = config.cluster.restarts_in_place
-    with _stop_requests() as requests:
+    with stop_requests() as requests:
         for attempt in range(restarts + 1):
             place = {**common, "MASTER_PORT": str(free_port()), IN_PLACE: str(attempt)}
             place[STORE_KEY] = secrets.token_hex(32)
@@ -163,11 +168,6 @@ class _Ranks:
         return "\n".join(f"    {line}" for line in lines[-TAIL:])
 
 
-def _say(text: str) -> None:
-    with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
-
-
 def _watch(ranks: _Ranks, requests: list[int], say: Callable[[str], None]) -> int:
     """Wait for the ranks; returns the exit code of the run."""
     passed_on = 0
@@ -211,7 +211,7 @@ def _end_after_failure(ranks: _Ranks, rank: int, say: Callable[[str], None]) -> 
 
 
 @contextlib.contextmanager
-def _stop_requests() -> Iterator[list[int]]:
+def stop_requests() -> Iterator[list[int]]:
     """A list that grows by every SIGINT, SIGTERM or SIGHUP while the context lasts."""
     received: list[int] = []
 
@@ -227,7 +227,7 @@ def _stop_requests() -> Iterator[list[int]]:
             signal.signal(name, handler)
 
 
-def _devices(ranks: int) -> dict[str, str]:
+def devices(ranks: int) -> dict[str, str]:
     """CUDA_VISIBLE_DEVICES with one GPU a rank, the rank's own being number LOCAL_RANK; nothing on a machine without GPUs.
 
     Raises:

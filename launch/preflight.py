@@ -246,7 +246,7 @@ def follow(place: dict[str, str], key: bytes, patience: float = PATIENCE) -> int
         int(place["MASTER_PORT"]),
         time.monotonic() + patience,
         {"rank": rank, "node": node.name()},
-        pause=lambda: time.sleep(random.uniform(0.1, 0.5)),
+        pause=lambda: time.sleep(random.uniform(0.02, 0.1)),
     )
     while (message := link.wait(time.monotonic() + 4 * patience)) is not None and message.get("do") != "end":
         if message.get("do") == "time":

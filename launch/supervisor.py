@@ -39,7 +39,12 @@ from multitrain.monitor.slurm import PLACE, STOP_SIGNALS, job_id, rank_environme
 from multitrain.monitor.supervised import STORE_FD, STORE_KEY
 
 JOIN = 300.0
-"""Seconds within which all supervisors must have met; MULTITRAIN_JOIN has another number."""
+"""Seconds within which all supervisors must have met."""
+JOIN_SECONDS = "MULTITRAIN_JOIN"
+"""Environment variable: another number."""
+HUB_STATUS = "MULTITRAIN_HUB_STATUS"
+"""Environment variable: when it is set, a supervisor ends with the status for which rank 0's supervisor has ended all, so that all
+machines decide alike whether to go on."""
 TICK = 0.1
 STOPS = (*STOP_SIGNALS, signal.SIGINT)
 """Signals that end a run in order. They reach the rank as well."""
@@ -77,6 +82,7 @@ class Supervisor:
         self._link: Channel | None = None
         self._nodes = {self.rank: _node()}
         self._code: int | None = None
+        self._status: int | None = None  # for which rank 0's supervisor has ended all
         self._ending = False
         self._stopping = False  # the hub: of any rank
         self._told = 0
@@ -104,7 +110,7 @@ class Supervisor:
                 self._tell(self._hub.overdue())
                 if self._grace:
                     self._tell({"do": "leave", "seconds": self._grace.pop()})
-        return _shell_code(self._code)
+        return _shell_code(self._code if self._status is None else self._status)
 
     def _finished(self) -> bool:
         if self._hub is not None:
@@ -199,6 +205,8 @@ class Supervisor:
             if do == "end":
                 self._ending = True
                 self._code = int(Exit.FAILED) if self._code is None else self._code
+                if os.environ.get(HUB_STATUS):
+                    self._status = channel.integer(message, "status", -128, 255) if "status" in message else Exit.FAILED
 
     def _environment(self, message: channel.Message, listening: socket.socket | None) -> dict[str, str]:
         found = {
@@ -273,7 +281,7 @@ class Supervisor:
         """
         if self.size == 1:
             return True
-        seconds = float(os.environ.get("MULTITRAIN_JOIN") or JOIN)
+        seconds = float(os.environ.get(JOIN_SECONDS) or JOIN)
         try:
             if self._hub is not None:
                 return self._gather(seconds)
@@ -289,7 +297,7 @@ class Supervisor:
         self._note_signals()
         if self._child.stop is not None:
             raise _Stopped
-        time.sleep(0.2)
+        time.sleep(0.05)
 
     def _gather(self, seconds: float) -> bool:
         """The hub: wait for all others."""
