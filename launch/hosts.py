@@ -30,7 +30,7 @@ from launch import channel
 from launch.child import die_with_parent
 from launch.local import devices, say, stop_requests
 from launch.rank import python_path, supervised, training
-from launch.supervisor import HUB_STATUS, JOIN_SECONDS
+from launch.supervisor import HELD_BACK, HUB_STATUS, JOIN_SECONDS
 from multitrain.config import ConfigError, RunConfig, load
 from multitrain.monitor.exits import Exit
 
@@ -138,7 +138,7 @@ class _Supervisors:
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
-                    preexec_fn=die_with_parent,
+                    preexec_fn=_prepare,
                 )
             self._processes.append(process)
 
@@ -175,6 +175,12 @@ class _Supervisors:
             with contextlib.suppress(OSError, ValueError):
                 sys.stdout.buffer.write(new)
                 sys.stdout.flush()
+
+
+def _prepare() -> None:
+    """In a new process: end with this one; hold back the signals that must not end it while it still imports."""
+    die_with_parent()
+    signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
 
 
 def _watch(ranks: _Supervisors, requests: list[int]) -> int:
