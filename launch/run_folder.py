@@ -462,6 +462,30 @@ def write(run: Run) -> None:
         shutil.rmtree(new, ignore_errors=True)
 
 
+FIRST_HOST = 30.0
+"""Seconds that another machine of `cluster=hosts` waits for what the first one writes, where they share the folder of runs."""
+
+
+def wait_for_first_host(run: Run) -> None:
+    """On the other machines: the run's folder as machine 0 writes it, or one of its own where they share no folder.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    deadline = time.monotonic() + FIRST_HOST
+    while time.monotonic() < deadline:
+        with contextlib.suppress(ConfigError):
+            if _machine_independent(load(run.path)) == _machine_independent(run.config):
+                return
+        time.sleep(0.5)
+    write(run)
+
+
+def _machine_independent(config: RunConfig) -> Flat:
+    own = (("cluster", "node"),)
+    return {leaf: v for leaf, v in _flat(config).items() if leaf not in own and leaf[-1] != "class_names"}
+
+
 def _appear(new: Path, path: Path) -> None:
     try:
         new.rename(path)

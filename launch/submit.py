@@ -114,20 +114,29 @@ def _submit(words: list[str], config_dirs: list[str]) -> int:
             print(f"note: not used, since the script says it all: {', '.join(hidden)} of this shell", file=sys.stderr)
     if run.config.dry_run:
         return _dry_run(run)
+    if run.config.cluster.kind == "hosts" and run.config.cluster.node:
+        run_folder.wait_for_first_host(run)
+        return _run_here(run)
     with contextlib.ExitStack() as claim:
         resumed = run.exists
-        if resumed:
-            claim.enter_context(run_folder.claimed(run.path))
-            _refuse_active(run.path)
-        _check_weights(run)
-        _check_data(run)
-        run_folder.write(run)
-        if not resumed:
-            claim.enter_context(run_folder.claimed(run.path))
+        _write_claimed(run, claim)
         if run.config.cluster.kind == "slurm":
             return _to_slurm(run, resumed)
         run_folder.record(run, cluster=run.config.cluster.kind)
     return _run_here(run)  # its ranks hold the lease
+
+
+def _write_claimed(run: Run, claim: contextlib.ExitStack, job: str | None = None) -> None:
+    """Check and write the run's folder, holding its lease until `claim` is closed."""
+    resumed = run.exists
+    if resumed:
+        claim.enter_context(run_folder.claimed(run.path))
+        _refuse_active(run.path, but=job)
+    _check_weights(run)
+    _check_data(run)
+    run_folder.write(run)
+    if not resumed:
+        claim.enter_context(run_folder.claimed(run.path))
 
 
 def _resume_by_its_own_code(words: list[str], config_dirs: list[str]) -> None:
@@ -229,21 +238,22 @@ def _then(run: Run, job: str) -> int:
 
 
 def _run_here(run: Run) -> int:
-    from launch import local
+    from launch import hosts, local
     from launch.rank import training
 
+    on_hosts = run.config.cluster.kind == "hosts"
+    log = hosts.rank_log(run.path, 0) if on_hosts else local.rank_log(run.path)
     print(f"run     {run.path}")
     print(f"batch   {_batch(run)}")
-    print("".join(f"{line.removeprefix('# ')}\n" for line in forecast.here(run.config)), end="")
-    print(f"log     {local.rank_log(run.path)}", flush=True)
-    if run.config.preflight:
+    print(f"log     {log}", flush=True)
+    if run.config.preflight and not on_hosts:
         code = local.run(run.path, run.config, ("-m", "launch.preflight", "--dir", str(run.path)))
         if code:
             return code
-    code = local.run(run.path, run.config, training(run.path))
+    code = hosts.run(run.path, run.config) if on_hosts else local.run(run.path, run.config, training(run.path))
     if code == local.INTERRUPTED:
         print(f"resume  {_again(run)}")
-    if code == 0 and run.config.then == "eval":
+    if code == 0 and run.config.then == "eval" and not run.config.cluster.node:
         return chain.run_here(run.path, run.config)
     return code
 
@@ -259,15 +269,7 @@ def _prepare(words: list[str], config_dirs: list[str]) -> int:
     run = run_folder.ask(words, config_dirs=config_dirs, default_name=f"job{job}" if job else None)
     if not (job and run.exists and job in run_folder.jobs(run.path)):  # else a requeued job: all is written
         with contextlib.ExitStack() as claim:
-            resumed = run.exists
-            if resumed:
-                claim.enter_context(run_folder.claimed(run.path))
-                _refuse_active(run.path, but=job)
-            _check_weights(run)
-            _check_data(run)
-            run_folder.write(run)
-            if not resumed:
-                claim.enter_context(run_folder.claimed(run.path))
+            _write_claimed(run, claim, job)
             slurm.write_script(run.path, run.config)
             run_folder.record(run, cluster="slurm", job=job)
             if job:

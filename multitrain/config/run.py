@@ -90,8 +90,9 @@ class RunConfig(Settings):
         datasets = self.data.datasets
         if self.cluster.kind == "local" and self.nodes != 1:
             raise ValueError(
-                f"nodes={self.nodes} with cluster=local, which is this machine only; use nodes=1, or cluster=slurm"
+                f"nodes={self.nodes} with cluster=local, which is this machine only; use nodes=1, or cluster=slurm or hosts"
             )
+        self._consistent_hosts()
         if self.loss.informative_weight > 0 and not self.model.expander:
             raise ValueError(
                 "loss.informative_weight is positive but model.expander=false; set model.expander=true or loss.informative_weight=0"
@@ -119,6 +120,25 @@ class RunConfig(Settings):
         if self.mixes and any(d.multi_label for d in datasets.values()) and self.augment.mix_across_datasets:
             raise ValueError("augment.mix_across_datasets=true cannot mix multi-label datasets; set it to false")
         return self
+
+    def _consistent_hosts(self) -> None:
+        cluster = self.cluster
+        if cluster.kind != "hosts":
+            return
+        if cluster.hosts and len(cluster.hosts) != self.nodes:
+            raise ValueError(
+                f"cluster.hosts names {len(cluster.hosts)} machines and nodes={self.nodes}; make them equal"
+            )
+        if not cluster.hosts and cluster.rendezvous is None:
+            raise ValueError(
+                "cluster=hosts needs cluster.rendezvous=ADDRESS:PORT of machine 0 and cluster.node, or cluster.hosts"
+            )
+        if not cluster.hosts and cluster.node is None:
+            raise ValueError(f"cluster=hosts needs cluster.node, the number of this machine: 0 to {self.nodes - 1}")
+        if cluster.node is not None and cluster.node >= self.nodes:
+            raise ValueError(
+                f"cluster.node={cluster.node} of nodes={self.nodes}; they count from 0 to {self.nodes - 1}"
+            )
 
     @property
     def mixes(self) -> bool:
