@@ -43,7 +43,7 @@ def main(arguments: Arguments) -> int:
     from multitrain.data.prepare import stats
     from multitrain.data.prepare.crew import Journal, Shard
 
-    config = configured(given.run, given.overrides)
+    config = configured(given.run, given.overrides, given.config_dir)
     index = given.index or Path(config.data.index or Path(config.runs) / ".index")
     scans = Journal(given.checked, "check", Shard()).done if given.checked else {}
     found, measured = stats.collect(config, index, given.sample, scans)
