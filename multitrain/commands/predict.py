@@ -18,7 +18,6 @@ def main(arguments: Arguments) -> int:
         "predict",
         "Which action is in a video file?",
         "multitrain predict multitrain_release.v1.pyth clip.mp4",
-        "multitrain predict first clip.mp4 other.mp4        the run `first` in runs/",
     )
     parser.add_model(MODEL)
     parser.add_argument("videos", nargs="*", metavar="VIDEO", help="video files")
