@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
 from multitrain.commands.common import MODEL, device
 from multitrain.config import ConfigError, RunConfig, nearest
 from multitrain.config.arguments import Arguments, Parser, whole_number
+from multitrain.config.reading import read_bytes, refuse_utf16
 
 
 def main(arguments: Arguments) -> int:
@@ -88,10 +90,13 @@ def main(arguments: Arguments) -> int:
 
 
 def _lines(file: Path) -> list[str]:
+    """Lines that are not blank, of any bytes."""
     try:
-        return [line for line in file.read_text().splitlines() if line.strip()]
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read ({error.strerror}); it holds one video file a line") from None
+        content = read_bytes(file)
+        refuse_utf16(content, file)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; it holds one video file a line") from None
+    return [line for line in os.fsdecode(content.removeprefix(b"\xef\xbb\xbf")).splitlines() if line.strip()]
 
 
 def _listed(config: RunConfig, name: str, split: str, index: Path, most: int | None, names: list[str] | None) -> list:  # type: ignore[type-arg]

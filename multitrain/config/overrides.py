@@ -90,6 +90,9 @@ def group_word(override: Override, folders: Sequence[Path], has_default: bool) -
     """
     key, text = override.key, override.text
     if override.deletes or key.startswith("hydra"):
+        if isinstance(_hydra(text or "", override.word), (_Unreadable, _Several)):
+            remedy = f"write ~{key}" if override.deletes else f"write {key}='…', with the value in quotation marks"
+            raise ConfigError(f"{shown(override.word, 100)}: cannot be read; {remedy}")
         return override.word
     group = key.split("@")[0]
     known = sorted({p.stem for f in folders for p in (f / group).glob("*.yaml")})
@@ -168,8 +171,8 @@ class _Unreadable:
     """Not in Hydra's grammar."""
 
 
-def _hydra(text: str) -> Any:
-    """A value in Hydra's grammar, or why there is none."""
+def _hydra(text: str, word: str | None = None) -> Any:
+    """A value in Hydra's grammar, or why there is none; `word`: the whole override that it is the value of."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -180,7 +183,7 @@ def _hydra(text: str) -> Any:
     if deepest > DEEPEST_WORD:
         return _Unreadable()
     try:
-        parsed = OverridesParser.create().parse_override(f"k={text}")
+        parsed = OverridesParser.create().parse_override(word or f"k={text}")
         return _Several() if parsed.is_sweep_override() else parsed.value()
     except (HydraException, ValueError, TypeError, RecursionError):
         return _Unreadable()
