@@ -126,9 +126,8 @@ def value_of(override: Override) -> Any:
     """
     key, text = override.key, override.text or ""
     kinds = _members(_annotation(key))
-    is_text = bool(kinds) and all(kind is str or isinstance(kind, str) for kind in kinds - {type(None)})
     read = _hydra(text)
-    if is_text:
+    if is_text(key):
         return read if read is None or isinstance(read, str) else text
     if not isinstance(read, (_Several, _Unreadable)):
         return read
@@ -143,6 +142,12 @@ def value_of(override: Override) -> Any:
         )
         raise ConfigError(f"{key}={shown(text, 80)}: several values; {remedy}")
     return text
+
+
+def is_text(key: str) -> bool:
+    """Whether an option is text by the schema, so that what is typed is taken as it stands."""
+    kinds = _members(_annotation(key)) - {type(None)}
+    return bool(kinds) and all(kind is str or isinstance(kind, str) for kind in kinds)
 
 
 def _bracketed(key: str, text: str) -> Any:
@@ -239,4 +244,4 @@ def apply(config: Any, override: Override) -> None:
         del node[last]
 
 
-__all__ = ["Override", "apply", "group_word", "is_group", "split", "tidy", "value_of"]
+__all__ = ["Override", "apply", "group_word", "is_group", "is_text", "split", "tidy", "value_of"]
