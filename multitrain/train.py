@@ -76,7 +76,7 @@ def _begin(config: RunConfig, run: Path) -> None:
         reason = restarts.refusal(history, cluster.max_restarts, cluster.max_stalled_restarts, in_place)
         if reason is not None:
             raise GaveUp(f"{reason}; see {run}/logs, mend the cause, and submit the run again")
-    Events(run / "events.jsonl").write("begin", in_place=in_place)
+    Events(run / "events.jsonl", restart=slurm.restart_count()).write("begin", in_place=in_place)
 
 
 def build(

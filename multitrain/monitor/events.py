@@ -17,8 +17,8 @@ class Events:
     Args:
         path: the file, e.g. ``RUN/events.jsonl``.
         job: scheduler's job id; of the environment when not given, null outside a job.
-        restart: times that the job was started before, in every event of a start the same: ``SLURM_RESTART_COUNT`` when
-            not given; outside SLURM the number of starts that the file tells of.
+        restart: times that the run was started before; ``SLURM_RESTART_COUNT`` when not given, else the number of
+            starts that the file tells of.
         host: name of the machine; this one's when not given.
     """
 
@@ -59,6 +59,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _restarts(path: Path) -> int:
-    if slurm.job_id() is not None:
-        return slurm.restart_count()
+    count = os.environ.get("SLURM_RESTART_COUNT", "")
+    if count.isdigit():
+        return int(count)
     return sum(record.get("event") in ("start", "resume") for record in lines.read(path))

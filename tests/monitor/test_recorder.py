@@ -14,10 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from multitrain.config import validate
 from multitrain.monitor import Recorder, events, lines, metrics
 from multitrain.monitor.progress import Progress, duration
-from tests import support
 
 
 def record(update: int, loss: float | None = None) -> dict[str, object]:
@@ -162,25 +160,6 @@ def test_without_a_scheduler_restarts_are_counted_from_the_events(
         book = events.Events(tmp_path / "e")
         assert book.restart == expected
         book.write("resume" if expected else "start")
-
-
-@pytest.mark.parametrize("variables", [{}, {"SLURM_JOB_ID": "41"}, {"SLURM_JOB_ID": "41", "SLURM_RESTART_COUNT": "3"}])
-def test_all_events_of_a_start_have_one_count_of_restarts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
-) -> None:
-    from multitrain.train import _begin
-
-    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    config = validate(support.settings(tmp_path))
-    for start in range(3):
-        _begin(config, tmp_path)
-        events.Events(tmp_path / "events.jsonl").write("resume" if start else "start")
-        begin, begun = events.read(tmp_path / "events.jsonl")[-2:]
-        assert begin["restart"] == begun["restart"]
-        assert begin["restart"] == (int(variables.get("SLURM_RESTART_COUNT", 0)) if variables else start)
 
 
 def test_lines_of_many_processes_never_mix(tmp_path: Path) -> None:
