@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
 from multitrain.commands.common import MODEL, device
 from multitrain.config import ConfigError, RunConfig, nearest
 from multitrain.config.arguments import Arguments, Parser, whole_number
-from multitrain.config.reading import read_bytes, refuse_utf16
 
 
 def main(arguments: Arguments) -> int:
@@ -55,14 +53,14 @@ def main(arguments: Arguments) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(overrides=[])
     given = parser.parse_with_overrides(arguments)
-    given.model, given.videos = parser.model_and_words(given, given.videos)
+    given.checkpoint, given.videos = parser.model_and_words(given, given.videos)
     if given.out.suffix not in (".npz", ".parquet"):
         raise ConfigError(f"--out {given.out}: features are written as .npz or .parquet")
     from multitrain.evaluation import embed as e
     from multitrain.evaluation.predictor import load
     from multitrain.evaluation.settings import with_overrides
 
-    model = load(given.model)
+    model = load(given.checkpoint)
     config = with_overrides(model.run, given.overrides, config_dirs=given.config_dir)
     model.run = config
     items = [e.Item(v) for v in given.videos]
@@ -90,13 +88,10 @@ def main(arguments: Arguments) -> int:
 
 
 def _lines(file: Path) -> list[str]:
-    """Lines that are not blank, of any bytes."""
     try:
-        content = read_bytes(file)
-        refuse_utf16(content, file)
-    except ConfigError as error:
-        raise ConfigError(f"{error}; it holds one video file a line") from None
-    return [line for line in os.fsdecode(content.removeprefix(b"\xef\xbb\xbf")).splitlines() if line.strip()]
+        return [line for line in file.read_text().splitlines() if line.strip()]
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror}); it holds one video file a line") from None
 
 
 def _listed(config: RunConfig, name: str, split: str, index: Path, most: int | None, names: list[str] | None) -> list:  # type: ignore[type-arg]

@@ -38,14 +38,14 @@ def main(arguments: Arguments) -> int:
     )
     parser.add_overrides("data.root=/datasets, where class names are looked for")
     given = parser.parse_with_overrides(arguments)
-    given.model, given.videos = parser.model_and_words(given, given.videos, needs="VIDEO")
+    given.checkpoint, given.videos = parser.model_and_words(given, given.videos, needs="VIDEO")
     from multitrain.data.decode import VideoError
     from multitrain.evaluation.overlay import write_overlay
     from multitrain.evaluation.predictor import load
     from multitrain.evaluation.settings import with_overrides
 
     names = dict(pair(text, "--classes") for text in given.classes)
-    model = load(given.model, class_names=names).to(device(given.device))
+    model = load(given.checkpoint, class_names=names).to(device(given.device))
     model.reconfigure(with_overrides(model.run, given.overrides, config_dirs=given.config_dir))
     overlays = _overlays(given.overlay, given.videos)
     status = 0

@@ -15,7 +15,6 @@ from pydantic import ValidationError
 
 from multitrain.config import ConfigError, ModelConfig, RunConfig, load, validate
 from multitrain.config.class_names import find_class_names, read_class_names
-from multitrain.config.paths import find_run
 from multitrain.config.reading import parse_json, read_yaml
 from multitrain.interop import pyslowfast
 from multitrain.interop.foreign_run import generic_run, published_datasets, published_run
@@ -60,7 +59,7 @@ def read_weights(path: str | Path, *, strict: bool = True) -> Weights:
 
 def read_model(path: str | Path, *, strict: bool = True) -> tuple[Weights, RunConfig]:
     """:func:`read_weights` and :func:`run_config` at once: what lies at `path` is opened and verified only once."""
-    path = find_run(path)
+    path = Path(path)
     if path.suffix == ".pyth" and not path.is_dir():
         file = pyslowfast.read_published(path, strict=strict)
         run = published_run(file)
@@ -78,7 +77,7 @@ def run_config(path: str | Path) -> RunConfig:
     Raises:
         ConfigError: no configuration is stored there.
     """
-    path = find_run(path)
+    path = Path(path)
     if path.suffix == ".pyth" and not path.is_dir():
         return published_run(pyslowfast.read_published(path))
     return _stored_run(locate(path))
