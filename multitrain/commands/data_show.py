@@ -43,7 +43,7 @@ def main(arguments: Arguments) -> int:
     from multitrain.data.catalog import open_catalogs, plan_of
     from multitrain.data.show import clips_of, write
 
-    config = configured(given.run, given.overrides)
+    config = configured(given.run, given.overrides, given.config_dir)
     index = given.index or Path(config.data.index or Path(config.runs) / ".index")
     catalogs = open_catalogs(config.data, "train", index)
     shown = clips_of(config, catalogs, plan_of(config, catalogs), given.update, given.videos)

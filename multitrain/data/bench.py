@@ -155,7 +155,7 @@ def main(arguments: Arguments) -> int:
         parser.error(f"--gpu {given.gpu:g}: a GPU trains on more than 0 clips a second, and not on infinitely many")
     if given.run is not None and given.overrides:
         parser.error("a run's configuration is what it is: give --run or KEY=VALUE")
-    config = load(given.run) if given.run is not None else compose(given.overrides)
+    config = load(given.run) if given.run is not None else compose(given.overrides, config_dirs=given.config_dir)
     try:
         cost = measure_run(config, given.videos)
     except UnreadableError as error:

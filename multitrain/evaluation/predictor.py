@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from multitrain.config import ConfigError, DatasetConfig, ModelConfig, RunConfig, nearest
+from multitrain.config.class_names import read_class_names
 from multitrain.data.views import load_views, short_side
 from multitrain.interop.matching import Report
 from multitrain.interop.positions import resize_positions, resized
@@ -189,9 +190,11 @@ def _given_names(given: Mapping[str, str | Path | Sequence[str]], weights: Weigh
             )
         classes = weights.datasets[name]
         if isinstance(source, (str, Path)):
-            names = read_names({"class_names": str(source)}, classes)
-            if names is None:
-                raise ConfigError(f"{source}: not a file of {classes} class names, one a line, which {name} has")
+            names = read_class_names(Path(source))
+            if len(names) != classes:
+                raise ConfigError(
+                    f"{source}: not a file of {classes} class names, which {name} has; it has {len(names)}"
+                )
         else:
             names = [str(n) for n in source]
             if len(names) != classes:

@@ -242,9 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "multitrain export runs/first first-model --evaluation runs/evaluation/first-kinetics",
         "multitrain export runs/first first-model --upload lab/first-model",
     )
-    parser.add_argument(
-        "source", metavar="MODEL", help="a run's or checkpoint's folder, a .pyth or a .safetensors file"
-    )
+    parser.add_model("a run's folder or its name in runs, a checkpoint's folder, a .pyth or a .safetensors file")
     parser.add_argument("target", metavar="FOLDER", help="new folder")
     parser.add_argument("--evaluation", metavar="DIR", help="folder of a finished test (default: the checkpoint's own)")
     parser.add_argument("--force", action="store_true", help="replace files that are there")
@@ -255,6 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.public and given.private:
         parser.error("--public and --private; give one of them")
+    given.source, _ = parser.model_and_words(given, [])
     done = export(given.source, given.target, evaluation=given.evaluation, force=given.force)
     address = upload(done.folder, given.upload, private=not given.public) if given.upload else None
     if given.json:

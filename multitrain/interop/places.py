@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 from multitrain.config import ConfigError
 from multitrain.config.boundary import understood
+from multitrain.config.paths import find_run
 from multitrain.config.reading import parse_json, read_text
 from multitrain.interop.matching import listed
 
@@ -19,13 +21,15 @@ def locate(path: Path) -> Path:
     Raises:
         ConfigError: there is none; the message says what was found and, for a damaged one, which is whole.
     """
+    path = find_run(path)
     if path.name == "latest" and path.is_file() and not path.is_dir():
         path = path.parent / read_text(path, 1 << 12).strip()
     if path.is_dir():
         return _in_folder(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise ConfigError(
-            f"{path}: no such file or folder; give a .pyth or .safetensors file, a run's folder or a checkpoint's folder"
+            f"{path}: no such file or folder, nor a run of that name; give a .pyth or .safetensors file, a run's folder or name, "
+            "or a checkpoint's folder"
         )
     if path.suffix != ".safetensors":
         raise ConfigError(
