@@ -10,7 +10,7 @@ frames; behind it, each filter works on the part that the next one needs, the la
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import cv2
@@ -43,23 +43,25 @@ Step = Operation | np.ndarray | Filter
 """A statistic, a table (uint8 [256, 1] for all channels or [256, 3] for each) or a filter."""
 
 
-def crops(frames: np.ndarray, operations: Sequence[Operation], crop: Box) -> Iterator[np.ndarray]:
-    """The crop of every augmented frame, one after another.
+class Cropper:
+    """Makes the crop of augmented frames of one size."""
 
-    frames: uint8 [T, H, W, 3]; yields uint8 [crop.height, crop.width, 3], not to be written to: it may be part of a frame.
-    """
-    height, width = frames.shape[1:3]
-    steps = [_step(op, width, height) for op in operations]
-    whole = 1 + max((i for i, step in enumerate(steps) if isinstance(step, Operation)), default=-1)
-    regions = _regions(steps[whole:], crop)
-    for frame in frames:
+    def __init__(self, height: int, width: int, operations: Sequence[Operation], crop: Box) -> None:
+        self._frame = Box(0, 0, height, width)
+        steps = [_step(op, width, height) for op in operations]
+        whole = 1 + max((i for i, step in enumerate(steps) if isinstance(step, Operation)), default=-1)
+        self._whole, self._partly = steps[:whole], steps[whole:]
+        self._regions = _regions(self._partly, crop)
+
+    def __call__(self, frame: np.ndarray) -> np.ndarray:
+        """frame: uint8 [H, W, 3]; returns uint8 [crop.height, crop.width, 3], not to be written to: it may be part of it."""
         image = _Pending(frame)
-        for step in steps[:whole]:
-            image.take(step, Box(0, 0, height, width), Box(0, 0, height, width))
-        image.cut(regions[0])
-        for step, source, target in zip(steps[whole:], regions, regions[1:]):
+        for step in self._whole:
+            image.take(step, self._frame, self._frame)
+        image.cut(self._regions[0])
+        for step, source, target in zip(self._partly, self._regions, self._regions[1:]):
             image.take(step, source, target)
-        yield image.pixels()
+        return image.pixels()
 
 
 def _regions(steps: Sequence[Step], crop: Box) -> list[Box]:
