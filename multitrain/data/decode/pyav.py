@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ HELD_BYTES = 64 << 20
 """Compressed bytes kept in memory; a longer file is read again for each pass over its frames."""
 MAX_FRAMES = 1 << 22
 """Frames of the longest video, 38 hours at 30 a second."""
+_LARGE = 1 << 22
+"""Pixels of a frame that is worth looking for in memory."""
 _OVERHEAD = 512
 """Bytes that a packet takes beside its content."""
 
@@ -253,6 +256,7 @@ class Converter:
         self._reformatter = VideoReformatter()  # one for all frames: setting it up costs as much as a frame
         self._size: tuple[int, int] | None = None
         self._matrix: tuple[int, int, int, int] | None = None
+        self._hanging = False
 
     def __call__(self, frame: av.VideoFrame, number: int) -> np.ndarray:
         """uint8 [H, W, 3]; the memory is the frame's own."""
@@ -260,6 +264,10 @@ class Converter:
             raise VideoError(self._path, f"frame {number} of {self._count} is damaged")
         if self._size is None:  # side data and its frame hold each other: asked of every frame, frames would pile up
             self._size, self._matrix = (frame.width, frame.height), _display_matrix(frame)
+            self._hanging = frame.width * frame.height > _LARGE
+        elif self._hanging:
+            gc.collect()  # the first one, which nobody else holds by now
+            self._hanging = False
         width, height = self._size
         check_size(self._path, width, height)
         rgb = self._reformatter.reformat(frame, width, height, "rgb24", interpolation="BICUBIC", threads=1)
