@@ -38,7 +38,12 @@ def open_video(path: Path | str, backend: Backend = "pyav", timeout: float | Non
     path = Path(path)
     check_file(path)
     deadline = math.inf if timeout is None else time.monotonic() + timeout
-    return DecordVideo(path, deadline) if backend == "decord" else PyAVVideo(path, deadline)
+    if backend == "decord":
+        video = DecordVideo(path, deadline)
+        if not video.begins_inside:
+            return video
+        video.close()
+    return PyAVVideo(path, deadline)
 
 
 def prepare(backend: Backend) -> None:
