@@ -117,6 +117,18 @@ class Journal:
         """Every record of an item, in any version."""
         return self._done.get(item, [])
 
+    def claim(self) -> None:
+        """Raises ConfigError now when records could not be added later."""
+        try:
+            os.close(os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666))
+        except OSError as error:
+            raise self._refused(error) from None
+
+    def _refused(self, error: OSError) -> ConfigError:
+        return ConfigError(
+            f"{self._file}: cannot be written ({error.strerror}); the same command goes on when it can, or with another folder"
+        )
+
     def add(self, item: str, version: object, record: dict[str, Any]) -> None:
         """Note that an item is done; on disk when this returns. Raises ConfigError when that cannot be."""
         entry = {"item": item, "version": version, **record}
@@ -124,7 +136,7 @@ class Journal:
         try:
             lines.append(self._file, entry)
         except OSError as error:
-            raise ConfigError(f"{self._file}: cannot be written ({error.strerror}); the same command goes on") from None
+            raise self._refused(error) from None
 
 
 def _is_journal(file: Path) -> bool:
