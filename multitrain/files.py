@@ -302,13 +302,18 @@ class _Record:
     """What a folder's files are recognised by, for one maker; read as far as it has grown since the last look."""
 
     def __init__(self, folder: Path, maker: str) -> None:
-        self._folder, self._maker = folder, maker
+        self._maker = maker
+        self._mine = (folder / f"{RECORD}.jsonl", folder / f"{RECORD}-{os.getuid()}.jsonl")
+        self._folder = folder
+        self._others: list[Path] | None = None
         self._stamps: dict[str, list[Stamp]] = {}
         self._read_to: dict[str, int] = {}
 
     def of(self, name: str) -> list[Stamp]:
         """The stamps of a file, of all the times that it was made."""
-        for file in sorted(self._folder.glob(f"{RECORD}*.jsonl")):
+        if self._others is None:  # once: the folder may hold a million files
+            self._others = sorted(set(self._folder.glob(f"{RECORD}-*.jsonl")) - {*self._mine})
+        for file in (*self._mine, *self._others):
             self._read(file)
         return self._stamps.get(name, [])
 
@@ -332,7 +337,7 @@ class _Record:
         line = (
             b"\n" + json.dumps({"name": name, "by": self._maker, **made}).encode() + b"\n"
         )  # ends a torn line, if any
-        for file in (self._folder / f"{RECORD}.jsonl", self._folder / f"{RECORD}-{os.getuid()}.jsonl"):
+        for file in self._mine:
             try:
                 handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             except PermissionError:
