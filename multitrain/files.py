@@ -249,10 +249,13 @@ class OutputFolder:
             ConfigError: as `writing`.
         """
         path = self.check(name)
+        known = os.path.lexists(path)
         self._make_parents(path)
         try:
             (note or (lambda made: self._record.add(self._name(path), made)))(stamp(temporary))
-            _move(temporary, path)
+            while not _move(temporary, path, replace=known):  # another process has been quicker
+                self.check(name)
+                known = True
         except OSError as error:
             raise _cannot(path, error) from None
         return path
@@ -395,20 +398,21 @@ def _in_the_making(folder: Path) -> Iterator[_New]:
             path.unlink()
 
 
-def _move(temporary: Path, path: Path) -> None:
-    """Give `temporary` its name. What has come there since it was looked at is not replaced, where the disk has hard links."""
-    if os.path.lexists(path):
+def _move(temporary: Path, path: Path, *, replace: bool) -> bool:
+    """Give `temporary` its name; False when something has it, unless that is to be replaced (or the disk has no hard links)."""
+    if not replace:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            if not os.path.samefile(temporary, path):  # else the answer of a server was lost, and it was asked again
+                return False
+        except OSError:
+            replace = True
+    if replace:
         os.replace(temporary, path)
-        return
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        if not os.path.samefile(temporary, path):
-            raise InTheWayError(f"{path} is in the way: it has just come into being; move it away") from None
-    except OSError:  # no hard links here
-        os.replace(temporary, path)
-        return
-    os.unlink(temporary)
+    else:
+        os.unlink(temporary)
+    return True
 
 
 def _is_below(path: Path | str, folder: Path | str) -> bool:
