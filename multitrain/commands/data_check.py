@@ -62,6 +62,8 @@ def main(arguments: Arguments) -> int:
     journal = Journal(out.root, "check", shard)
     mine = shard.of(files)
     todo = [f for f in mine if not journal.settled(f, version(Path(f)))]
+    if todo:
+        journal.claim()
     if len(todo) < len(mine):
         print(f"{len(mine) - len(todo)} of {len(mine)} are done already", file=sys.stderr)
     stop = StopSignals()
