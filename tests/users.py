@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -33,34 +34,71 @@ def meeting_place() -> Iterator[Path]:
 
 
 _AS = """
-import os, sys, importlib
+import importlib, json, os, sys
 user, group, umask = map(int, sys.argv[1:4])
 for name in sys.argv[4].split(","):  # the interpreter's own files may be closed to the user
     importlib.import_module(name)
 os.umask(umask); os.setgroups([]); os.setgid(group); os.setuid(user)
 from multitrain.cli import main
-sys.exit(main(sys.argv[5:]))
+for words in json.loads(sys.argv[5]):
+    status = main(words)
+    if status:
+        print("failed:", words, file=sys.stderr)
+        sys.exit(status)
 """
-_LIGHT = "pwd,json,encodings.idna,encodings.utf_8_sig,encodings.cp437,encodings.latin_1,encodings.utf_16,multitrain.cli,multitrain.monitor.status,multitrain.monitor.compare,multitrain.config,multitrain.text"
-_HEAVY = (
-    f"{_LIGHT},torch,safetensors.torch,numpy,av,cv2,hydra,multitrain.evaluation.report,multitrain.evaluation.evaluator,zoneinfo,"
-    "multitrain.evaluation.predictor,multitrain.interop.export,multitrain.commands.evaluate,multitrain.commands.convert,"
-    "multitrain.data.loader,multitrain.data.catalog,multitrain.engine.checkpoint,matplotlib.backends.backend_agg,hydra.compose,"
-    "PIL.PngImagePlugin,hydra.core.global_hydra,hydra.core.override_parser.overrides_parser,numpy.lib.format,zipfile,"
-    "multitrain.data.decode.pyav,unittest.mock,torch._dynamo,multitrain.interop.convert,multiprocessing.synchronize,"
-    "hydra._internal.core_plugins.file_config_source,hydra._internal.core_plugins.importlib_resources_config_source,"
-    "hydra._internal.core_plugins.structured_config_source,hydra._internal.core_plugins.basic_launcher,"
-    "hydra._internal.core_plugins.basic_sweeper,hydra._internal.core_plugins.zsh_completion"
-)
+_LIGHT = [
+    "pwd",
+    "encodings.idna",
+    "encodings.utf_8_sig",
+    "encodings.cp437",
+    "encodings.latin_1",
+    "encodings.utf_16",
+    "multitrain.monitor.status",
+    "multitrain.monitor.compare",
+]
+_HEAVY = [
+    "torch",
+    "torch._dynamo",
+    "safetensors.torch",
+    "numpy.lib.format",
+    "zipfile",
+    "av",
+    "cv2",
+    "zoneinfo",
+    "unittest.mock",
+    "PIL.PngImagePlugin",
+    "multiprocessing.synchronize",
+    "matplotlib.backends.backend_agg",
+    "hydra.compose",
+    "hydra.core.global_hydra",
+    "hydra.core.override_parser.overrides_parser",
+    "hydra._internal.core_plugins.file_config_source",
+    "hydra._internal.core_plugins.importlib_resources_config_source",
+    "hydra._internal.core_plugins.structured_config_source",
+    "hydra._internal.core_plugins.basic_launcher",
+    "hydra._internal.core_plugins.basic_sweeper",
+    "hydra._internal.core_plugins.zsh_completion",
+    "multitrain.commands.evaluate",
+    "multitrain.commands.convert",
+    "multitrain.data.decode.pyav",
+    "multitrain.data.loader",
+    "multitrain.engine.checkpoint",
+    "multitrain.evaluation.evaluator",
+    "multitrain.evaluation.predictor",
+    "multitrain.evaluation.report",
+    "multitrain.interop.convert",
+    "multitrain.interop.export",
+]
+"""What has to be imported before the interpreter's own files are closed to the user."""
 
 
 def run_as(
-    user: int, arguments: list[str], folder: Path, umask: int = 0o022, timeout: float = 300, heavy: bool = False
+    user: int, commands: list[list[str]], folder: Path, umask: int = 0o022, heavy: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """``multitrain ARGUMENTS`` by `user` of the group :data:`LAB`, in `folder`.
+    """``multitrain WORDS`` for each of `commands`, until one fails, by `user` of the group :data:`LAB`, in `folder`.
 
     Args:
-        heavy: the verb needs torch.
+        heavy: a verb needs torch.
     """
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "HOME", "XDG_"))}
     environment |= {
@@ -69,14 +107,13 @@ def run_as(
         "PYTHONDONTWRITEBYTECODE": "1",
         "MPLCONFIGDIR": "/tmp",
     }
-    modules = _HEAVY if heavy else _LIGHT
+    modules = ",".join([*_LIGHT, *(_HEAVY if heavy else [])])
     done = subprocess.run(
-        [sys.executable, "-c", _AS, str(user), str(LAB), str(umask), modules, *arguments],
+        [sys.executable, "-c", _AS, str(user), str(LAB), str(umask), modules, json.dumps(commands)],
         cwd=folder,
         env=environment,
         capture_output=True,
         text=True,
-        timeout=timeout,
         check=False,
     )
     assert "Traceback" not in done.stderr, done.stderr[-3000:]

@@ -133,7 +133,7 @@ def test_a_private_run_is_named_and_the_others_are_shown() -> None:
         private.mkdir()
         (private / "config.yaml").write_text("name: private\n")
         private.chmod(0o700)
-        done = users.run_as(users.ALICE, ["status", "--runs", str(place / "runs"), "--json"], place)
+        done = users.run_as(users.ALICE, [["status", "--runs", str(place / "runs"), "--json"]], place)
         assert done.returncode == 0, done.stderr
         found = {row["name"]: row for row in map(json.loads, done.stdout.splitlines())}
         assert found["tiny"]["update"] == 2
@@ -141,5 +141,5 @@ def test_a_private_run_is_named_and_the_others_are_shown() -> None:
         assert found["private"]["state"] == "unreadable"
         assert found["private"]["last_error"] == "Permission denied; it belongs to root"
         for words in (["status", str(private)], ["status", "--runs", str(private)], ["compare", str(private)]):
-            done = users.run_as(users.ALICE, words, place)
+            done = users.run_as(users.ALICE, [words], place)
             assert (done.stdout + done.stderr).count("Permission denied") == 1, done.stderr
