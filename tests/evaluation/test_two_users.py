@@ -15,6 +15,8 @@ from multitrain.engine import checkpoint as checkpoints
 from multitrain.model import MultiTrain
 from tests import support, users
 
+OTHER = 61999
+"""The group of the folder that is shared."""
 DATASETS = {"stride": 5, "segment": 3, "with.dot": 4}
 
 
@@ -57,57 +59,38 @@ def everything(run: Path) -> dict[Path, int]:
     return {p: p.stat().st_mtime_ns for p in sorted(run.parent.rglob("*"))}
 
 
-@pytest.mark.parametrize("writable", [False, True], ids=["read only", "writable for the group"])
-def test_another_users_run_is_used_and_not_written_into(shared_run: Path, desk: Path, writable: bool) -> None:
+@pytest.mark.parametrize(("writable", "umask"), [(False, 0o077), (True, 0o002)], ids=["closed", "open"])
+def test_another_users_run_is_used_and_not_written_into_and_files_have_the_mode_and_group_of_the_place(
+    shared_run: Path, desk: Path, writable: bool, umask: int
+) -> None:
     for place in (shared_run.parent, *shared_run.parent.rglob("*")):
         place.chmod(0o2775 if place.is_dir() and writable else 0o755 if place.is_dir() else 0o644)
+    lab = desk / "lab"
+    lab.mkdir()
+    os.chown(lab, users.BOB, OTHER)
+    lab.chmod(0o2777)
     before = everything(shared_run)
     run = str(shared_run)
     commands = [
-        ["evaluate", run, "--dataset", "segment", "data.workers=0", "eval.workers=0"],
+        ["evaluate", run, "--dataset", "segment", "data.workers=0"],
+        ["evaluate", run, "--dataset", "segment", "data.workers=0", "--out", "lab/test"],
         ["report", run, "--evaluation", "evaluation/tiny/update-00000001/test", "--clips", "0"],
-        ["export", run, "given-away"],
-        ["convert", run, "mine.pyth"],
+        ["report", run, "--out", "lab/report", "--clips", "0"],
+        ["export", run, "lab/export"],
+        ["convert", run, "lab/a.safetensors"],
+        ["convert", run, "lab/a.pyth"],
         ["compare", run, run],
         ["status", run],
     ]
-    done = users.run_as(users.BOB, commands, desk, heavy=True)
+    done = users.run_as(users.BOB, commands, desk, umask, heavy=True)
     assert done.returncode == 0, done.stderr
     assert everything(shared_run) == before
     assert (desk / "report/tiny/report.html").is_file()
     assert (desk / "evaluation/tiny/update-00000001/test/metrics.json").is_file()
-
-
-@pytest.mark.parametrize("umask", [0o077, 0o002])
-def test_what_a_group_makes_together_has_the_mode_and_group_that_the_folder_says(
-    shared_run: Path, desk: Path, umask: int
-) -> None:
-    other = 61999
-    lab = desk / "lab"
-    lab.mkdir()
-    os.chown(lab, users.BOB, other)
-    lab.chmod(0o2777)
-    commands = [
-        [
-            "evaluate",
-            str(shared_run),
-            "--dataset",
-            "segment",
-            "--out",
-            str(lab / "test"),
-            "data.workers=0",
-            "eval.workers=0",
-        ],
-        ["report", str(shared_run), "--out", str(lab / "report"), "--clips", "0"],
-        ["export", str(shared_run), str(lab / "export")],
-        ["convert", str(shared_run), str(lab / "a.safetensors")],
-    ]
-    done = users.run_as(users.BOB, commands, desk, umask, heavy=True)
-    assert done.returncode == 0, done.stderr
     made = [p for p in lab.rglob("*") if p.is_file() and ".index" not in p.parts]
     assert len(made) > 10
     assert {p.name: oct(p.stat().st_mode & 0o777) for p in made} == {p.name: oct(0o666 & ~umask) for p in made}
-    assert {p.stat().st_gid for p in made} == {other}
+    assert {p.stat().st_gid for p in made} == {OTHER}
 
 
 @pytest.mark.parametrize("verb", ["report", "evaluate", "export", "convert", "embed", "nearest"])
