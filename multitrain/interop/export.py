@@ -16,7 +16,7 @@ from multitrain.config.reading import read_yaml
 from multitrain.files import replace_text
 from multitrain.interop.convert import describe_model, write_model
 from multitrain.interop.matching import listed
-from multitrain.interop.places import MODEL_FILE, locate, sha256
+from multitrain.interop.places import MODEL_FILE, is_of_a_run, locate, sha256
 from multitrain.interop.sharing import shareable, shareable_words
 from multitrain.interop.weights import Weights, read_model
 from multitrain.monitor.results import read_results
@@ -77,8 +77,7 @@ def _check_target(source: Path, target: Path, force: bool) -> None:
     with writing_to(target):
         if target.exists() and not target.is_dir():
             raise ConfigError(f"{target}: is a file; give a new folder")
-        run = any((target / name).exists() for name in ("checkpoints", "config.yaml", "events.jsonl", "state.json"))
-        if run or (source.exists() and target.exists() and target.samefile(source)):
+        if is_of_a_run(target) or (source.exists() and target.exists() and target.samefile(source)):
             raise ConfigError(
                 f"{target}: is a run's or a checkpoint's folder, which is never written into; give another"
             )

@@ -97,6 +97,12 @@ def _difference(folder: Path) -> str | None:
     return None
 
 
+def is_of_a_run(folder: Path) -> bool:
+    """Whether `folder` is a run's, its folder of checkpoints, or a checkpoint: nothing else is ever written there."""
+    marks = ("checkpoints", "events.jsonl", "state.json")
+    return any((folder / mark).exists() for mark in marks) or next(folder.glob("update-*"), None) is not None
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file."""
     digest = hashlib.sha256()
@@ -106,4 +112,4 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-__all__ = ["MODEL_FILE", "locate", "sha256"]
+__all__ = ["MODEL_FILE", "is_of_a_run", "locate", "sha256"]
