@@ -17,7 +17,6 @@ from multitrain.config.class_names import read_class_names
 from multitrain.data import decode
 from multitrain.data.catalog import Catalog
 from multitrain.data.prepare import importing
-from multitrain.data.prepare.resize import segments
 from multitrain.engine import checkpoint as checkpoints
 from multitrain.evaluation.scored import read_evaluation
 from multitrain.interop.pyslowfast import read_published
@@ -51,7 +50,6 @@ def _texts() -> Iterator[tuple[str, Reader]]:
         "multi-label csv": partial(_catalog, True),
         "class list": partial(_file, "classes.txt", read_class_names),
         "class list json": partial(_file, "classes.json", read_class_names),
-        "segments": partial(_file, "segments.csv", segments),
         "yaml group": _group,
         "overrides": lambda folder, data: compose(words(data)),
     }
@@ -188,6 +186,7 @@ def _commands(material: Material) -> Iterator[tuple[str, Reader]]:
             call = partial(_in_copy, run, Path(file), partial(_verb_of_run, verb))
             yield f"{verb} {file}", Reader([(run / file).read_bytes()], call, 50 if verb == "report" else 2)
     yield "data check csv", Reader([b"stride.mp4 0\nother.mp4 1\n", b"a.mp4 0\n"], partial(_check, material))
+    yield "data resize segments", Reader([TEXTS["segments"][0].encode()], _resize, 5)
     yield "data import csv", Reader([TEXTS["kinetics"][0].encode()], _import_verb)
     yield "convert .pyth", Reader([material.pyth.read_bytes()], _convert, 5)
 
@@ -227,6 +226,14 @@ def _check(material: Material, folder: Path, data: bytes) -> int:
     group = f"datasets: {{mine: {{annotations: {folder}, videos: {folder}, classes: 5}}}}\n"
     (folder / "data/mine.yaml").write_text(group)
     return main("data", "check", "data=mine", "--config-dir", folder, "--workers", "1", "--out", folder / "out")
+
+
+def _resize(folder: Path, data: bytes) -> int:
+    """Without a video to cut: the lines are read, and each one fails."""
+    (folder / "videos").mkdir()
+    (folder / "segments.csv").write_bytes(data)
+    flags = ["--segments", folder / "segments.csv", "--workers", "1"]
+    return main("data", "resize", folder / "videos", folder / "out", *flags)
 
 
 def _import_verb(folder: Path, data: bytes) -> int:
