@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ CONTEXT = 0.8 * GB
 """CUDA's context and its libraries' work space; an estimate, for no count sees it."""
 ROOM = 0.92
 """Share of a GPU's memory that a forecast may fill: the allocator cannot use every byte."""
+SMALL = 0.05
+"""Work of a clip ÷ that of the default network below which the time of a step does not follow from it."""
 FULL_PRECISION = 1.7
 """Activations in fp32 ÷ in bf16: most double, masks and statistics do not."""
 
@@ -38,7 +41,7 @@ class Forecast:
     fixed_bytes: float
     """Weights, gradients, this rank's share of the optimizer, buffers, and CUDA's own."""
     gpu_clips: float
-    """Clips a second that a GPU is expected to train on."""
+    """Clips a second that a GPU is expected to train on; a guess for networks much smaller than the published ones."""
     core_clips: float
     """Clips a second that one core makes."""
 
@@ -72,25 +75,69 @@ def forecast(config: RunConfig, shape: BatchShape) -> Forecast:
 def lines(config: RunConfig, shape: BatchShape) -> list[str]:
     """The forecast as comment lines for a person; warnings last, each with what to do."""
     f, cluster = forecast(config, shape), config.cluster
-    cores = cluster.cpus_per_gpu
-    needed = f.gpu_clips / cores
-    where = "" if cluster.gpu_clips else ", estimated; cluster.gpu_clips=N says better"
+    cores = f"{cluster.cpus_per_gpu} core{'s' if cluster.cpus_per_gpu > 1 else ''}"
+    needed = f.gpu_clips / cluster.cpus_per_gpu
+    holder = "rank" if on_cpus(config) else "GPU"
     said = [
-        f"# memory {f.bytes / GB:.1f} GB a GPU at the peak, predicted: {f.clips} clips × {f.clip_bytes / GB:.2f} GB "
-        f"+ {f.fixed_bytes / GB:.1f} GB (activation_checkpointing={config.activation_checkpointing})",
-        f"# loader {needed:.1f} clips a second from each of {cores} cores a GPU, which trains on {f.gpu_clips:.0f} a second"
-        f"{where}; a core makes about {f.core_clips:.0f} (multitrain data bench measures yours)",
+        f"# memory {f.bytes / GB:.1f} GB a {holder} at the peak, predicted: {f.clips} clips × {f.clip_bytes / GB:.2f} GB "
+        f"+ {f.fixed_bytes / GB:.1f} GB (activation_checkpointing={config.activation_checkpointing})"
     ]
-    if cluster.gpu_memory is not None and f.bytes > ROOM * cluster.gpu_memory * GB:
-        said.append(
-            f"# warning: {f.bytes / GB:.1f} GB do not fit cluster.gpu_memory={cluster.gpu_memory:g} GB; {_smaller(config, f)}"
-        )
+    made = f"a core makes about {f.core_clips:.0f} (multitrain data bench measures yours)"
+    if on_cpus(config):
+        return [*said, f"# loader the ranks compute on CPU cores, slower than clips are made: {made}", *here(config)]
+    if cluster.gpu_clips is None and work(config.model) < SMALL * work(ModelConfig()):
+        return [
+            *said,
+            *_memory_warning(config, f),
+            f"# loader no estimate for so small a network; {made}",
+            *here(config),
+        ]
+    where = "" if cluster.gpu_clips else ", estimated; cluster.gpu_clips=N says better"
+    said.append(
+        f"# loader {needed:.1f} clips a second from each of {cores} a GPU, which trains on {f.gpu_clips:.0f} a second"
+        f"{where}; {made}"
+    )
+    said += _memory_warning(config, f)
     if needed > f.core_clips:
         said.append(
-            f"# warning: {cores} cores cannot feed a GPU; use cluster.cpus_per_gpu={math.ceil(f.gpu_clips / f.core_clips)}, "
+            f"# warning: {cores} cannot feed a GPU; use cluster.cpus_per_gpu={math.ceil(f.gpu_clips / f.core_clips)}, "
             "or videos that decode faster (docs/performance.md)"
         )
+    return said + here(config)
+
+
+def on_cpus(config: RunConfig) -> bool:
+    """Whether the ranks will compute on CPU cores, as far as this machine can know."""
+    if config.cluster.kind == "local":
+        return not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg"))
+    return config.cluster.gpu_request == "none"
+
+
+def here(config: RunConfig) -> list[str]:
+    """What this machine cannot give a run with ``cluster=local``, a comment line each."""
+    if config.cluster.kind != "local":
+        return []
+    cores = len(os.sched_getaffinity(0))
+    loaders = config.gpus * config.data.workers
+    said = []
+    if on_cpus(config):
+        said.append(
+            f"# note: no GPU on this machine: {config.gpus} rank{'s' if config.gpus > 1 else ''} train on its {cores} cores"
+        )
+    if loaders + config.gpus > max(cores, config.gpus + 1):
+        fits = max(0, (cores - config.gpus) // config.gpus)
+        said.append(
+            f"# warning: {config.gpus} ranks × data.workers={config.data.workers} = {loaders} loader processes on {cores} cores; "
+            f"use data.workers={max(1, fits)}" + (f" and gpus={max(1, cores // 2)}" if config.gpus > cores else "")
+        )
     return said
+
+
+def _memory_warning(config: RunConfig, f: Forecast) -> list[str]:
+    memory = config.cluster.gpu_memory
+    if memory is None or f.bytes <= ROOM * memory * GB:
+        return []
+    return [f"# warning: {f.bytes / GB:.1f} GB do not fit cluster.gpu_memory={memory:g} GB; {_smaller(config, f)}"]
 
 
 def _smaller(config: RunConfig, f: Forecast) -> str:
@@ -128,10 +175,12 @@ def sizes(model: ModelConfig) -> Sizes:
     """The sizes of one clip in bf16."""
     first = min(model.stages, default=model.depth)
     blocks = _blocks(model)
+    read = [tokens for tokens, _, _ in blocks]
+    read.append(model.frames // 2 * _grid(model, model.depth) ** 2)
     return Sizes(
         inputs=2 * 3 * model.frames * model.crop**2
         + sum(tokens * d_in * (4 if i <= first else 2) for i, (tokens, d_in, _) in enumerate(blocks)),
-        outputs=sum(tokens // (4 if i in model.stages else 1) * d_out for i, (tokens, _, d_out) in enumerate(blocks)),
+        outputs=sum(after * d_out for after, (_, _, d_out) in zip(read[1:], blocks)),
         largest=max(tokens * max(d_in, d_out) for tokens, d_in, d_out in blocks),
     )
 
@@ -143,14 +192,20 @@ def work(model: ModelConfig) -> float:
 
 def _blocks(model: ModelConfig) -> list[tuple[int, int, int]]:
     """Of each block: tokens that it reads, and channels in and out."""
-    side, dim, found = model.crop // 4, model.width, []
+    dim, found = model.width, []
     for block in range(model.depth):
         out = 2 * dim if block in model.stages else dim
-        found.append((model.frames // 2 * side**2, dim, out))
-        if block in model.stages:
-            side //= 2
+        found.append((model.frames // 2 * _grid(model, block) ** 2, dim, out))
         dim = out
     return found
+
+
+def _grid(model: ModelConfig, block: int) -> int:
+    """Side of the grid of tokens that a block reads; a side that cannot be halved is rounded up, as the model does."""
+    side = model.crop // 4
+    for stage in model.stages:
+        side = -(-side // 2) if stage < block else side
+    return side
 
 
 def parameters(model: ModelConfig, classes: list[int]) -> int:

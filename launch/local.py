@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
+import secrets
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,21 +15,26 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
+from launch.child import PATIENCE, AwakeClock, Pulse, prepare
 from launch.rank import python_path, training
-from launch.supervisor import restartable
+from multitrain import lease
 from multitrain.config import ConfigError, RunConfig
-from multitrain.monitor.exits import explained, killed_for_memory
+from multitrain.monitor.exits import Exit, explained, killed_for_memory
 from multitrain.monitor.restarts import IN_PLACE
-from multitrain.monitor.slurm import STOP_SIGNALS, block_stop_signals, free_port
+from multitrain.monitor.slurm import free_port
+from multitrain.monitor.supervised import PULSE_FD, STORE_KEY
 
-INTERRUPTED = 75
+INTERRUPTED = Exit.INTERRUPTED
 """Exit code of a rank, and of a run, that saved and can be resumed."""
-
-PATIENCE = 5.0
-"""Seconds that the other ranks have to end by themselves after one has failed."""
 
 TAIL = 20
 """Lines of a failed rank's log that are shown."""
+
+
+def say(text: str) -> None:
+    """A line on standard error, as far as that takes one."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def run(
@@ -36,7 +42,7 @@ def run(
     config: RunConfig,
     arguments: tuple[str, ...] | None = None,
     *,
-    say: Callable[[str], None] | None = None,
+    say: Callable[[str], None] = say,
 ) -> int:
     """Run all ranks of the run in `folder` to their end, rank 0's output on the terminal.
 
@@ -52,8 +58,7 @@ def run(
     Raises:
         ConfigError: fewer GPUs than ranks.
     """
-    say = say or _say
-    devices = _devices(config.gpus)
+    visible = devices(config.gpus)
     python = shlex.split(config.cluster.python) if config.cluster.python else [sys.executable]
     command = [*python, "-u", *(arguments or training(folder))]
     common = {
@@ -62,16 +67,18 @@ def run(
         "MASTER_ADDR": "127.0.0.1",
         "OMP_NUM_THREADS": str(config.cluster.cpus_per_gpu),
         "PYTHONFAULTHANDLER": "1",
+        lease.START: f"process {os.getpid()} on {socket.gethostname()} at {time.time():.3f}",
         "PYTHONPATH": python_path(folder / "code"),
-        **devices,
+        **visible,
     }
     restarts = config.cluster.restarts_in_place
-    with _stop_requests() as requests:
+    with stop_requests() as requests:
         for attempt in range(restarts + 1):
             place = {**common, "MASTER_PORT": str(free_port()), IN_PLACE: str(attempt)}
+            place[STORE_KEY] = secrets.token_hex(32)
             with _Ranks(command, folder, place, config.gpus) as ranks:
                 code = _watch(ranks, requests, say)
-            if requests or not restartable(code) or attempt == restarts:
+            if requests or not Exit.restartable(code) or attempt == restarts:
                 return code
             say(f"restart {attempt + 1} of {restarts}, from the newest checkpoint")
     raise AssertionError("unreachable")
@@ -90,9 +97,15 @@ class _Ranks:
         self.logs[0].parent.mkdir(exist_ok=True)
         self.shown = self.logs[0].stat().st_size if self.logs[0].exists() else 0
         self.processes: list[subprocess.Popen[bytes]] = []
+        self.reasons: dict[int, str] = {}
+        """Ranks that were killed here because they gave no sign of life."""
+        self._clock = AwakeClock()
+        self._pulses = [Pulse(self._clock) for _ in range(count)]
         self.killed_before = killed_for_memory()
         for rank, log in enumerate(self.logs):
             environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            pulse = self._pulses[rank]
+            environment[PULSE_FD] = str(pulse.write_end)
             with open(log, "ab") as output:
                 process = subprocess.Popen(
                     command,
@@ -102,8 +115,10 @@ class _Ranks:
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,  # Ctrl-C reaches the launcher only, which passes it on once
-                    preexec_fn=_prepare_rank,
+                    preexec_fn=prepare,
+                    pass_fds=(pulse.write_end,),
                 )
+            pulse.started()
             self.processes.append(process)
 
     def __enter__(self) -> _Ranks:
@@ -111,6 +126,15 @@ class _Ranks:
 
     def __exit__(self, *_: object) -> None:
         self.kill()
+        for pulse in self._pulses:
+            pulse.close()
+
+    def watch(self) -> None:
+        """Kill a rank that gives no sign of life. To be called often."""
+        self._clock()
+        for rank, (process, pulse) in enumerate(zip(self.processes, self._pulses)):
+            if process.poll() is None and (reason := pulse.watch(process)) is not None:
+                self.reasons.setdefault(rank, reason)
 
     def codes(self) -> list[int | None]:
         """Exit codes as a shell would show them (128 + signal); None for a rank that runs."""
@@ -147,17 +171,13 @@ class _Ranks:
         return "\n".join(f"    {line}" for line in lines[-TAIL:])
 
 
-def _say(text: str) -> None:
-    with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
-
-
 def _watch(ranks: _Ranks, requests: list[int], say: Callable[[str], None]) -> int:
     """Wait for the ranks; returns the exit code of the run."""
     passed_on = 0
     while None in (codes := ranks.codes()):
         ranks.show()
-        failed = [rank for rank, code in enumerate(codes) if code not in (None, 0, INTERRUPTED)]
+        ranks.watch()
+        failed = [rank for rank, code in enumerate(codes) if code is not None and not Exit.in_order(code)]
         if failed:
             return _end_after_failure(ranks, failed[0], say)
         if len(requests) > passed_on:
@@ -170,12 +190,12 @@ def _watch(ranks: _Ranks, requests: list[int], say: Callable[[str], None]) -> in
                 ranks.terminate()
         time.sleep(0.05)
     ranks.show()
-    failed = [rank for rank, code in enumerate(codes) if code not in (0, INTERRUPTED)]
+    failed = [rank for rank, code in enumerate(codes) if code is not None and not Exit.in_order(code)]
     if failed and passed_on > 1:
         return 128 + requests[0]
     if failed:
         return _end_after_failure(ranks, failed[0], say)
-    return INTERRUPTED if INTERRUPTED in codes else 0
+    return Exit.INTERRUPTED if Exit.INTERRUPTED in codes else Exit.FINISHED
 
 
 def _end_after_failure(ranks: _Ranks, rank: int, say: Callable[[str], None]) -> int:
@@ -188,12 +208,13 @@ def _end_after_failure(ranks: _Ranks, rank: int, say: Callable[[str], None]) -> 
     ranks.show()
     if rank != 0:  # rank 0's log is on the terminal already
         say(f"last lines of rank {rank}:\n{ranks.tail(rank)}")
-    say(f"rank {rank} {explained(code, ranks.killed_before)}; its log: {ranks.logs[rank]}")
+    text = ranks.reasons.get(rank) or explained(code, ranks.killed_before)
+    say(f"rank {rank} {text}; its log: {ranks.logs[rank]}")
     return code
 
 
 @contextlib.contextmanager
-def _stop_requests() -> Iterator[list[int]]:
+def stop_requests() -> Iterator[list[int]]:
     """A list that grows by every SIGINT, SIGTERM or SIGHUP while the context lasts."""
     received: list[int] = []
 
@@ -209,19 +230,7 @@ def _stop_requests() -> Iterator[list[int]]:
             signal.signal(name, handler)
 
 
-_LIBC = ctypes.CDLL(None, use_errno=True)
-_PR_SET_PDEATHSIG = 1
-
-
-def _prepare_rank() -> None:
-    """In the new process: die with the launcher, hold back stop signals until the rank's handlers stand."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    for name in STOP_SIGNALS:
-        signal.signal(name, signal.SIG_DFL)
-    block_stop_signals()
-
-
-def _devices(ranks: int) -> dict[str, str]:
+def devices(ranks: int) -> dict[str, str]:
     """CUDA_VISIBLE_DEVICES with one GPU a rank, the rank's own being number LOCAL_RANK; nothing on a machine without GPUs.
 
     Raises:

@@ -4,9 +4,10 @@ multitrain preflight [--dir DIR]                 this machine, one process a GPU
 srun multitrain preflight --dir DIR              every rank of an allocation
 python launch/submit.py … preflight=true         before the run starts, in the same job
 
-Each rank looks at its own GPU, cores, shared memory, disks and libraries, and tells rank 0 through a plain socket, which
-compares their clocks as well. With --collective, processes beside them then all-reduce through NCCL (gloo without GPUs).
-Exit status: 0 all is well (or only slower than it could be), 1 a rank is missing or cannot work, 2 a wrong option.
+Each rank looks at its own GPU, cores, shared memory, disks and libraries, and tells rank 0 through an authenticated connection,
+which compares their clocks as well. With --collective, processes beside them then all-reduce through NCCL (gloo without GPUs).
+Exit status: 0 all is well (or only slower than it could be); 5 a node cannot work, and others can; 1 something else is wrong;
+2 a wrong option; 75 a stop signal came. For the folder of a run, what ends it is in the run's events as well.
 """
 
 from __future__ import annotations
@@ -22,16 +23,22 @@ import contextlib
 import json
 import os
 import random
-import socket
+import secrets
+import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from types import FrameType
 from typing import Any
 
-from launch import node, verdict
+from launch import channel, node, verdict
+from launch.channel import Channel, ChannelError, Server
+from launch.records import record
 from launch.verdict import Finding
-from multitrain.monitor.slurm import free_port, in_step, rank_environment
+from multitrain.monitor.exits import Exit
+from multitrain.monitor.slurm import STOP_SIGNALS, free_port, in_step, job_id, rank_environment, restart_count
+from multitrain.monitor.supervised import STORE_KEY
 
 PATIENCE = 120.0
 """Seconds that every step of it may take."""
@@ -40,27 +47,82 @@ PINGS = 5
 Row = dict[str, Any]
 
 
-class Silence(Exception):
-    """The other side is gone, or says nothing in time."""
+class Interrupted(BaseException):
+    """A stop signal has come; nothing that handles errors goes on."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table on rank 0; 1 when a rank is missing or cannot work."""
+    """Print the table on rank 0; the exit status, see above."""
     given = _parser().parse_args(arguments)
+    try:
+        _stop_at_once()
+        return _main(given, sys.argv[1:] if arguments is None else arguments)
+    except Interrupted as stop:
+        print(f"preflight: stopped by {stop}", file=sys.stderr, flush=True)
+        return Exit.INTERRUPTED
+    except ChannelError as error:
+        print(f"preflight: rank {os.environ.get('RANK', '0')} on {node.name()}: {error}", file=sys.stderr, flush=True)
+        return Exit.FAILED
+
+
+def _main(given: argparse.Namespace, arguments: Sequence[str]) -> int:
     if "RANK" not in os.environ and not in_step():
         ranks = given.ranks or node.gpus_here() or 1
         if ranks > 1:
-            return _here(ranks, sys.argv[1:] if arguments is None else arguments)
+            return _here(ranks, arguments)
     place = rank_environment()
-    if place["RANK"] != "0":
-        return follow(place, given.patience)
-    result = lead(place, _wanted(given), given.patience)
+    with _key(given.dir, place) as key:
+        if place["RANK"] != "0":
+            return follow(place, key, given.patience)
+        result = lead(place, key, _wanted(given), given.patience)
     print(json.dumps(result.as_json(), indent=1) if given.json else verdict.table(result.rows), flush=True)
     for finding in result.findings:
         print(f"preflight: {'' if finding.fatal else 'warning: '}{finding.text}", file=sys.stderr)
     if (bad := verdict.advice(result.findings, result.rows)) and in_step():
         print(f"preflight: leave it out with cluster.exclude={bad} (sbatch --exclude={bad})", file=sys.stderr)
-    return 1 if any(f.fatal for f in result.findings) else 0
+    fatal = [f for f in result.findings if f.fatal]
+    if not fatal:
+        return Exit.FINISHED
+    nodes = bad.split(",") if bad else []
+    if (given.dir / "config.yaml").is_file():
+        record(given.dir.absolute(), "preflight", nodes=nodes, reasons=[f.text for f in fatal])
+    return Exit.BAD_NODE if nodes else Exit.FAILED
+
+
+def _stop_at_once() -> None:
+    """Whatever it is doing, a stop signal ends a preflight; the launcher has held back those that came until now."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        for again in stops:
+            signal.signal(again, signal.SIG_IGN)
+        raise Interrupted(signal.Signals(number).name)
+
+    stops = (*STOP_SIGNALS, signal.SIGINT)
+    for number in stops:
+        signal.signal(number, stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
+
+
+@contextlib.contextmanager
+def _key(folder: Path, place: dict[str, str]) -> Iterator[bytes]:
+    """By which the ranks of this preflight know each other: from the run's secret, or from one in `folder` for as long as it
+    lasts.
+
+    Raises:
+        ChannelError: there is none.
+    """
+    start = job_id() or "", str(restart_count()), os.environ.get("SLURM_STEP_ID", "")
+    if place["WORLD_SIZE"] == "1":
+        yield secrets.token_bytes(32)
+    elif channel.SECRET in os.environ or (folder / "config.yaml").is_file():
+        yield channel.derived(channel.secret(folder), "preflight", *start)
+    else:
+        path = folder / f".preflight-{'.'.join(start)}.{place['MASTER_PORT']}"
+        try:
+            yield channel.derived(channel.secret_of(path), "preflight", *start)
+        finally:
+            if place["RANK"] == "0":
+                path.unlink(missing_ok=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -140,44 +202,19 @@ def _wanted(given: argparse.Namespace) -> Wanted:
 # ------------------------------------------------------------------------------------------------------- rank 0 and the rest
 
 
-class Link:
-    """One JSON object a line over a socket."""
+def lead(place: dict[str, str], key: bytes, wanted: Wanted, patience: float = PATIENCE) -> Result:
+    """Rank 0: gather all ranks, their clocks, their rows, and the result of the all-reduce.
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-        self._file = connection.makefile("r", encoding="utf-8")
-
-    def send(self, **message: Any) -> None:
-        """Send one message; a peer that is gone is noticed when it should answer."""
-        with contextlib.suppress(OSError):
-            self._connection.sendall(json.dumps(message).encode() + b"\n")
-
-    def receive(self, deadline: float) -> dict[str, Any]:
-        """The next message.
-
-        Raises:
-            Silence: none came before `deadline` (``time.monotonic()``), or the other side is gone.
-        """
-        try:
-            self._connection.settimeout(max(0.01, deadline - time.monotonic()))
-            line = self._file.readline()
-            if line:
-                message: dict[str, Any] = json.loads(line)
-                return message
-        except (OSError, ValueError):
-            pass
-        raise Silence
-
-
-def lead(place: dict[str, str], wanted: Wanted, patience: float = PATIENCE) -> Result:
-    """Rank 0: gather all ranks, their clocks, their rows, and the result of the all-reduce."""
+    Raises:
+        ChannelError: no port can be had.
+    """
     world = int(place["WORLD_SIZE"])
-    links, nodes = _gather(place, world, time.monotonic() + patience)
+    links, nodes = _gather(place, key, world, time.monotonic() + patience)
     skews = {rank: _skew(link, patience) for rank, link in links.items()}
     for link in links.values():
         link.send(do="look", folder=wanted.folder, videos=wanted.videos)
     rows = {0: node.look(place, Path(wanted.folder), wanted.videos) | {"skew_ms": 0.0}}
-    rows |= _answers(links, time.monotonic() + patience)
+    rows |= {r: row for r, answer in _answers(links, time.monotonic() + patience).items() if (row := _row(answer, r))}
     for rank, skew in skews.items():
         if rank in rows and skew is not None:
             rows[rank]["skew_ms"] = skew
@@ -189,80 +226,107 @@ def lead(place: dict[str, str], wanted: Wanted, patience: float = PATIENCE) -> R
         if any(f.fatal for f in findings):
             findings.append(Finding("the all-reduce was left out because of this"))
         else:
-            findings += _collective(links, place, rows, patience)
+            findings += _collective(links, place, key, rows, patience)
             findings += [f for f in verdict.judge(ordered) if f not in findings]
     for link in links.values():
         link.send(do="end")
     return Result(ordered, findings)
 
 
-def follow(place: dict[str, str], patience: float = PATIENCE) -> int:
-    """Every other rank: do what rank 0 says until it says that this was all."""
-    address = (place["MASTER_ADDR"], int(place["MASTER_PORT"]))
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            link = Link(socket.create_connection(address, timeout=5.0))
-            break
-        except OSError as error:
-            if time.monotonic() > deadline:
-                where = f"rank {place['RANK']} on {node.name()}"
-                print(f"preflight: {where} cannot reach rank 0 at {address[0]}:{address[1]} ({error})", file=sys.stderr)
-                return 1
-            time.sleep(random.uniform(0.1, 0.5))
-    link.send(rank=int(place["RANK"]), node=node.name(), job=os.environ.get("SLURM_JOB_ID"))
-    try:
-        while (message := link.receive(time.monotonic() + 4 * patience))["do"] != "end":
-            if message["do"] == "time":
-                link.send(time=time.time())
-            elif message["do"] == "look":
-                link.send(**node.look(place, Path(message["folder"]), message["videos"]))
-            elif message["do"] == "collective":
-                link.send(**_all_reduce(place, message["port"], patience))
-    except Silence:
-        print(f"preflight: rank {place['RANK']} on {node.name()}: rank 0 has left", file=sys.stderr)
-        return 1
-    return 0
+def follow(place: dict[str, str], key: bytes, patience: float = PATIENCE) -> int:
+    """Every other rank: do what rank 0 says until it says that this was all.
+
+    Raises:
+        ChannelError: rank 0 is not to be reached.
+    """
+    rank = int(place["RANK"])
+    link = channel.connect(
+        key,
+        place["MASTER_ADDR"],
+        int(place["MASTER_PORT"]),
+        time.monotonic() + patience,
+        {"rank": rank, "node": node.name()},
+        pause=lambda: time.sleep(random.uniform(0.02, 0.1)),
+    )
+    while (message := link.wait(time.monotonic() + 4 * patience)) is not None and message.get("do") != "end":
+        if message.get("do") == "time":
+            link.send(time=time.time())
+        elif message.get("do") == "look":
+            videos = [v for v in message.get("videos") or [] if isinstance(v, str)]
+            link.send(**node.look(place, Path(str(message.get("folder"))), videos))
+        elif message.get("do") == "collective":
+            salt, port = str(message.get("salt")), channel.integer(message, "port", 1, 65535)
+            link.send(**_all_reduce(place, channel.derived(key, "store", salt), port, patience))
+    if message is None:
+        print(f"preflight: rank {rank} on {node.name()}: rank 0 has left", file=sys.stderr)
+        return Exit.FAILED
+    return Exit.FINISHED
 
 
-def _gather(place: dict[str, str], world: int, deadline: float) -> tuple[dict[int, Link], dict[int, str]]:
+def _gather(
+    place: dict[str, str], key: bytes, world: int, deadline: float
+) -> tuple[dict[int, Channel], dict[int, str]]:
     """Connections to the other ranks, those that come in time, and their nodes."""
-    links: dict[int, Link] = {}
     nodes: dict[int, str] = {}
     if world == 1:
-        return links, nodes
-    with socket.create_server(("", int(place["MASTER_PORT"])), backlog=world) as server:
-        while len(links) < world - 1 and time.monotonic() < deadline:
-            server.settimeout(max(0.01, deadline - time.monotonic()))
-            with contextlib.suppress(OSError, Silence):
-                link = Link(server.accept()[0])
-                hello = link.receive(time.monotonic() + 10.0)
-                if hello.get("job") == os.environ.get("SLURM_JOB_ID") and "rank" in hello:
-                    links[hello["rank"]], nodes[hello["rank"]] = link, hello["node"]
-    return dict(sorted(links.items())), nodes
+        return {}, nodes
+    server = Server(key, world, int(place["MASTER_PORT"]), loopback=place.get("LOCAL_WORLD_SIZE") == str(world))
+    while len(server.channels) < world - 1 and time.monotonic() < deadline:
+        for rank, message in server.poll(min(1.0, max(0.01, deadline - time.monotonic()))):
+            if message is not None and isinstance(message.get("node"), str):
+                nodes[rank] = channel.text(message, "node", 80)
+    server.stop_listening()
+    return dict(sorted(server.channels.items())), nodes
 
 
-def _skew(link: Link, patience: float) -> float | None:
+TEXTS = ("node", "gpu", "affinity", "model", "driver")
+NUMBERS = ("gpus", "cpus", "cores", "shm_free_GB", "used_GB", "read_MB_s", "write_MB_s", "rename_ms")
+LISTS = ("missing", "problems")
+
+
+def _row(answer: channel.Message, rank: int) -> Row | None:
+    """The row that rank `rank` has sent; None when it is none."""
+    versions = answer.get("versions")
+    lists = [answer.get(name) for name in LISTS]
+    if not isinstance(versions, dict) or any(not isinstance(found, list) for found in lists):
+        return None
+    row: Row = {
+        "rank": rank,
+        "versions": {channel.printable(k): channel.printable(str(v)) for k, v in versions.items()},
+    }
+    row |= {name: [channel.printable(str(text)) for text in answer[name][:100]] for name in LISTS}
+    try:
+        row |= {name: channel.text(answer, name) for name in TEXTS}
+    except ValueError:
+        return None
+    for name in NUMBERS:
+        value = answer.get(name)
+        if value is not None and type(value) not in (int, float):
+            return None
+        row[name] = value
+    return row
+
+
+def _skew(link: Channel, patience: float) -> float | None:
     """Milliseconds that the rank's clock is ahead of ours, to half the time that the fastest of some questions took."""
     best: tuple[float, float] | None = None
-    with contextlib.suppress(Silence):
-        for _ in range(PINGS):
-            begin, asked = time.perf_counter(), time.time()
-            link.send(do="time")
-            told = link.receive(time.monotonic() + patience)["time"]
-            taken = time.perf_counter() - begin
-            if best is None or taken < best[0]:
-                best = taken, told - asked - taken / 2
+    told: Any
+    for _ in range(PINGS):
+        begin, asked = time.perf_counter(), time.time()
+        link.send(do="time")
+        told = (link.wait(time.monotonic() + patience) or {}).get("time")
+        taken = time.perf_counter() - begin
+        if type(told) not in (int, float):
+            break
+        if best is None or taken < best[0]:
+            best = taken, told - asked - taken / 2
     return None if best is None else round(1e3 * best[1], 2)
 
 
-def _answers(links: dict[int, Link], deadline: float) -> dict[int, Row]:
+def _answers(links: dict[int, Channel], deadline: float) -> dict[int, Row]:
     """What the ranks answer; those that do not are left out."""
-    found = {}
-    for rank, link in links.items():
-        with contextlib.suppress(Silence):
-            found[rank] = link.receive(deadline)
-    return found
+    answers = {rank: link.wait(deadline) for rank, link in links.items()}
+    return {rank: answer for rank, answer in answers.items() if answer is not None}
 
 
 def _planned(world: int) -> dict[int, str]:
@@ -283,28 +347,39 @@ def _planned(world: int) -> dict[int, str]:
 # ---------------------------------------------------------------------------------------------------------- all-reduce
 
 
-def _collective(links: dict[int, Link], place: dict[str, str], rows: dict[int, Row], patience: float) -> list[Finding]:
+def _collective(
+    links: dict[int, Channel], place: dict[str, str], key: bytes, rows: dict[int, Row], patience: float
+) -> list[Finding]:
     """All ranks all-reduce; their speeds go into their rows."""
-    port = free_port()
+    port, salt = free_port(), secrets.token_hex(16)
     for link in links.values():
-        link.send(do="collective", port=port)
-    answers = {0: _all_reduce(place, port, patience), **_answers(links, time.monotonic() + patience + 30.0)}
+        link.send(do="collective", port=port, salt=salt)
+    answers = {0: _all_reduce(place, channel.derived(key, "store", salt), port, patience)}
+    answers |= _answers(links, time.monotonic() + patience + 30.0)
     findings = []
     for rank, row in rows.items():
         answer = answers.get(rank, {"error": "no answer"})
-        row |= {key: value for key, value in answer.items() if key != "error"}
+        row |= {name: answer[name] for name in SPEEDS if type(answer.get(name)) in (int, float)}
         if "error" in answer:
-            text = f"the all-reduce failed on rank {rank} on {row['node']}: {answer['error']}"
+            said = channel.printable(str(answer["error"]))
+            text = f"the all-reduce failed on rank {rank} on {row['node']}: {said}"
             findings.append(Finding(text, row["node"] if len(answers) < len(rows) else None))
     return findings
 
 
-def _all_reduce(place: dict[str, str], port: int, patience: float) -> dict[str, Any]:
+SPEEDS = ("allreduce_GB_s", "link_GB_s")
+
+
+def _all_reduce(place: dict[str, str], key: bytes, port: int, patience: float) -> dict[str, Any]:
     """What `multitrain.engine.bandwidth` says, in a process of its own: this one does without torch, and outlives a hang."""
     arguments = [place[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")]
     command = [sys.executable, "-m", "multitrain.engine.bandwidth", *arguments, str(port), str(patience)]
+    environment = {**os.environ, **place, "MASTER_PORT": str(port), STORE_KEY: key.hex()}
+    environment.pop(channel.SECRET, None)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=patience + 30.0, check=False)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=patience + 30.0, check=False
+        )
     except subprocess.TimeoutExpired:
         return {"error": f"no end within {patience + 30.0:g} s"}
     lines = done.stdout.strip().splitlines()
@@ -321,7 +396,7 @@ def _all_reduce(place: dict[str, str], port: int, patience: float) -> dict[str, 
 def _here(ranks: int, arguments: Sequence[str]) -> int:
     """Outside a job: one process a GPU of this machine; the exit code of rank 0."""
     common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-    common["MASTER_PORT"] = str(free_port())
+    common |= {"MASTER_PORT": str(free_port()), channel.SECRET: secrets.token_hex(32)}
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "launch.preflight", *arguments],
@@ -329,7 +404,14 @@ def _here(ranks: int, arguments: Sequence[str]) -> int:
         )
         for rank in range(ranks)
     ]
-    codes = [process.wait() for process in processes]
+    try:
+        codes = [process.wait() for process in processes]
+    except Interrupted:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
+        raise
     return codes[0]
 
 

@@ -36,6 +36,7 @@ import yaml
 from multitrain import lease
 from multitrain.config import ConfigError, RunConfig, compose, config_folder, dump, load, nearest, validate
 from multitrain.config.class_names import LOOKED_FOR, find_class_names, read_class_names
+from multitrain.config.reading import parse_yaml, read_yaml
 from multitrain.files import replace_text
 from multitrain.monitor import slurm
 from multitrain.monitor.events import Events, read
@@ -177,7 +178,7 @@ def _key(override: str) -> str:
 def _folder(typed: list[str], plain: list[str], config_dirs: Sequence[str], default_name: str | None) -> Path:
     """The run's folder: of the run that a plain word names, or of the `name` that was typed, or a new one."""
     given = {_key(o): o.partition("=")[2].strip("'\"") for o in typed}
-    usual = yaml.safe_load((config_folder() / "config.yaml").read_text()).get("runs", "runs")
+    usual = read_yaml(config_folder() / "config.yaml").get("runs", "runs")
     runs = Path(given.get("runs") or usual).absolute()
     name = None if given.get("name") in (None, "", "null") else given["name"]
     if plain:
@@ -211,11 +212,11 @@ def _history(path: Path) -> list[dict[str, Any]]:
     """What was typed for a run so far, one entry a submission."""
     file = path / "overrides.yaml"
     try:
-        entries = yaml.safe_load(file.read_text())
+        entries = parse_yaml(file.read_text(), file)
         return [{**entry, "overrides": [str(o) for o in entry["overrides"]]} for entry in entries or []]
     except FileNotFoundError:
         raise ConfigError(f"{file} is missing, so the run cannot be resumed by name; restore it") from None
-    except (yaml.YAMLError, TypeError, KeyError) as error:
+    except (OSError, TypeError, KeyError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} cannot be read ({' '.join(str(error).split())}); restore it") from None
 
 
@@ -413,7 +414,7 @@ def claimed(path: Path) -> Iterator[None]:
             path,
             job=job,
             restart=restart,
-            alive=lambda holder: slurm.job_lives(str(holder.job), holder.restart),
+            alive=lambda holder: slurm.job_lives(str(holder.job), holder.restart, holder.cluster),
             patience=lease.PATIENCE if job else 0.0,
         )
     except lease.LeaseHeld as error:
@@ -459,6 +460,30 @@ def write(run: Run) -> None:
         raise ConfigError(f"cannot write {error.filename or run.path}: {error.strerror}; choose runs=FOLDER") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+FIRST_HOST = 30.0
+"""Seconds that another machine of `cluster=hosts` waits for what the first one writes, where they share the folder of runs."""
+
+
+def wait_for_first_host(run: Run) -> None:
+    """On the other machines: the run's folder as machine 0 writes it, or one of its own where they share no folder.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    deadline = time.monotonic() + FIRST_HOST
+    while time.monotonic() < deadline:
+        with contextlib.suppress(ConfigError):
+            if _machine_independent(load(run.path)) == _machine_independent(run.config):
+                return
+        time.sleep(0.5)
+    write(run)
+
+
+def _machine_independent(config: RunConfig) -> Flat:
+    own = (("cluster", "node"),)
+    return {leaf: v for leaf, v in _flat(config).items() if leaf not in own and leaf[-1] != "class_names"}
 
 
 def _appear(new: Path, path: Path) -> None:

@@ -16,11 +16,17 @@ import contextlib
 import os
 import subprocess
 import tempfile
+from typing import NoReturn
+
+import yaml
 
 from launch import chain, forecast, run_folder
 from launch.rank import python_path
 from launch.run_folder import ROOT, Run
 from multitrain.config import ConfigError, dump
+from multitrain.config.aliases import elsewhere
+from multitrain.config.arguments import piped
+from multitrain.config.overrides import tidy
 from multitrain.order.batch import BatchShapeError
 
 EXAMPLES = """\
@@ -38,21 +44,39 @@ The same name again resumes a run: options add up, the last value of each counts
 """
 
 
+SHOWN = ("job", "all")
+"""What `--cfg` prints: the configuration, or that with what follows from it."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0 submitted or finished, 2 refused; of a local run also 75 (interrupted) or a failed rank's."""
     options, words = _parser().parse_known_args(arguments)
     try:
         unknown = [w for w in words if w.startswith("-")]
         if unknown:
-            raise ConfigError(f"unknown flag {unknown[0]!r}; options are key=value, see --help")
+            hint = elsewhere(unknown[0])
+            remedy = f", e.g. {hint}" if hint else ", see --help"
+            raise ConfigError(f"unknown flag {unknown[0]!r}; options are key=value{remedy}")
+        if options.cfg not in (None, *SHOWN):  # the word after a bare --cfg
+            words, options.cfg = [options.cfg, *words], SHOWN[0]
+        words = [tidy(word) for word in words]
+        if options.cfg:
+            return _show_config(words, options)
         return _prepare(words, options.config_dir) if options.prepare else _submit(words, options.config_dir)
     except (ConfigError, BatchShapeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {' '.join(message.split())}; see --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="submit.py",
         usage="python launch/submit.py [RUN] [key=value …]",
         description="Submit a training run to SLURM, or run it here with cluster=local. Returns at once.",
@@ -68,6 +92,14 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="write the run's folder, submit nothing, print its path (for sbatch scripts)",
     )
+    parser.add_argument(
+        "--cfg",
+        nargs="?",
+        const=SHOWN[0],
+        metavar="job|all",
+        help="print the composed configuration as YAML, submit nothing: `job` as RUN/config.yaml will have it, "
+        "`all` with what follows from it as well (folder, ranks, micro-batch, parameters)",
+    )
     return parser
 
 
@@ -82,20 +114,29 @@ def _submit(words: list[str], config_dirs: list[str]) -> int:
             print(f"note: not used, since the script says it all: {', '.join(hidden)} of this shell", file=sys.stderr)
     if run.config.dry_run:
         return _dry_run(run)
+    if run.config.cluster.kind == "hosts" and run.config.cluster.node:
+        run_folder.wait_for_first_host(run)
+        return _run_here(run)
     with contextlib.ExitStack() as claim:
         resumed = run.exists
-        if resumed:
-            claim.enter_context(run_folder.claimed(run.path))
-            _refuse_active(run.path)
-        _check_weights(run)
-        _check_data(run)
-        run_folder.write(run)
-        if not resumed:
-            claim.enter_context(run_folder.claimed(run.path))
+        _write_claimed(run, claim)
         if run.config.cluster.kind == "slurm":
             return _to_slurm(run, resumed)
         run_folder.record(run, cluster=run.config.cluster.kind)
     return _run_here(run)  # its ranks hold the lease
+
+
+def _write_claimed(run: Run, claim: contextlib.ExitStack, job: str | None = None) -> None:
+    """Check and write the run's folder, holding its lease until `claim` is closed."""
+    resumed = run.exists
+    if resumed:
+        claim.enter_context(run_folder.claimed(run.path))
+        _refuse_active(run.path, but=job)
+    _check_weights(run)
+    _check_data(run)
+    run_folder.write(run)
+    if not resumed:
+        claim.enter_context(run_folder.claimed(run.path))
 
 
 def _resume_by_its_own_code(words: list[str], config_dirs: list[str]) -> None:
@@ -132,6 +173,31 @@ def _dry_run(run: Run) -> int:
             print(
                 f"# then   tests of {', '.join(run.config.data.datasets)}, one job each, after training has ended well"
             )
+    sys.stdout.flush()
+    _check_weights(run)
+    with tempfile.TemporaryDirectory() as folder:
+        _check_data(run, index=Path(folder))
+    return 0
+
+
+def _show_config(words: list[str], options: argparse.Namespace) -> int:
+    """Print the configuration that the words make, and nothing else."""
+    run = run_folder.ask(words, config_dirs=options.config_dir)
+    print(dump(run.config), end="")
+    if options.cfg == "all":
+        shape, classes = run.shape, [d.classes for d in run.config.data.datasets.values()]
+        known = [count for count in classes if count is not None]
+        follows = {
+            "run": str(run.path),
+            "resumes": run.exists,
+            "index": str(run.index),
+            "ranks": shape.world_size,
+            "micro_batch": shape.micro_batch,
+            "accumulation": shape.accumulation,
+            "clips_an_update": shape.effective_batch * run.config.augment.copies,
+            "parameters": forecast.parameters(run.config.model, known) if len(known) == len(classes) else None,
+        }
+        print(yaml.safe_dump({"resolved": follows}, sort_keys=False), end="")
     return 0
 
 
@@ -172,20 +238,22 @@ def _then(run: Run, job: str) -> int:
 
 
 def _run_here(run: Run) -> int:
-    from launch import local
+    from launch import hosts, local
     from launch.rank import training
 
+    on_hosts = run.config.cluster.kind == "hosts"
+    log = hosts.rank_log(run.path, 0) if on_hosts else local.rank_log(run.path)
     print(f"run     {run.path}")
     print(f"batch   {_batch(run)}")
-    print(f"log     {local.rank_log(run.path)}", flush=True)
-    if run.config.preflight:
+    print(f"log     {log}", flush=True)
+    if run.config.preflight and not on_hosts:
         code = local.run(run.path, run.config, ("-m", "launch.preflight", "--dir", str(run.path)))
         if code:
             return code
-    code = local.run(run.path, run.config, training(run.path))
+    code = hosts.run(run.path, run.config) if on_hosts else local.run(run.path, run.config, training(run.path))
     if code == local.INTERRUPTED:
         print(f"resume  {_again(run)}")
-    if code == 0 and run.config.then == "eval":
+    if code == 0 and run.config.then == "eval" and not run.config.cluster.node:
         return chain.run_here(run.path, run.config)
     return code
 
@@ -201,15 +269,7 @@ def _prepare(words: list[str], config_dirs: list[str]) -> int:
     run = run_folder.ask(words, config_dirs=config_dirs, default_name=f"job{job}" if job else None)
     if not (job and run.exists and job in run_folder.jobs(run.path)):  # else a requeued job: all is written
         with contextlib.ExitStack() as claim:
-            resumed = run.exists
-            if resumed:
-                claim.enter_context(run_folder.claimed(run.path))
-                _refuse_active(run.path, but=job)
-            _check_weights(run)
-            _check_data(run)
-            run_folder.write(run)
-            if not resumed:
-                claim.enter_context(run_folder.claimed(run.path))
+            _write_claimed(run, claim, job)
             slurm.write_script(run.path, run.config)
             run_folder.record(run, cluster="slurm", job=job)
             if job:
@@ -255,10 +315,10 @@ def _refuse_active(path: Path, but: str | None = None) -> None:
 
 
 def _check_weights(run: Run) -> None:
-    """A wrong path to initial weights is found here, not hours later on the nodes.
+    """Initial weights that a run cannot start from are found here, not hours later on the nodes.
 
     Raises:
-        ConfigError: there is nothing at `init_from`, or it is of this run.
+        ConfigError: there is nothing at `init_from`, it is of this run, it is damaged, or it does not fit the network.
     """
     path = run.config.init_from
     if path is None or run.exists:
@@ -268,29 +328,44 @@ def _check_weights(run: Run) -> None:
             f"init_from={path}: lies in this run's own folder; to resume the run leave init_from out, to start another from "
             "it give that one another name (name=…)"
         )
-    if run.config.cluster.check_data and not Path(path).exists():
+    if not run.config.cluster.check_data:
+        return
+    if not os.path.exists(path):
         raise ConfigError(
-            f"init_from={path}: no such file or folder; give a .pyth, a .safetensors, or a run's or checkpoint's folder"
+            f"init_from={path}: no such file or folder; give a .pyth, a .safetensors, a run's or checkpoint's folder, or a run's name"
         )
+    _asked("multitrain.commands.fits", run, said_first=f"init_from={path}: ")
 
 
-def _check_data(run: Run) -> None:
-    """Read the annotation files in a process of its own, since reading them needs what submitting does without.
+def _check_data(run: Run, index: Path | None = None) -> None:
+    """Read the annotation files, and look for some of their videos.
+
+    Args:
+        index: folder for the index files; the run's own when not given.
 
     Raises:
         ConfigError: what is wrong with them, in one line.
     """
-    if not run.config.cluster.check_data:
-        return
+    if run.config.cluster.check_data:
+        _asked("multitrain.data.catalog", run, "--index", str(index or run.index))
+
+
+def _asked(module: str, run: Run, *arguments: str, said_first: str = "") -> None:
+    """Ask a module about the run's configuration in a process of its own, since it needs what submitting does without.
+
+    Raises:
+        ConfigError: what it refuses, in one line.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"
         file.write_text(dump(run.config))
-        command = [sys.executable, "-m", "multitrain.data.catalog", str(file), "--index", str(run.index)]
+        command = [sys.executable, "-m", module, str(file), *arguments]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"the data check ended with exit code {done.returncode}"]
-        raise ConfigError(said[-1].removeprefix("error: "))
+        said = done.stderr.strip().splitlines() or [f"the check ended with exit code {done.returncode} ({module})"]
+        message = said[-1].removeprefix("error: ")
+        raise ConfigError(said_first + message)
     sys.stderr.write(done.stderr)
 
 
@@ -306,4 +381,4 @@ def _again(run: Run) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

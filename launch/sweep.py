@@ -24,6 +24,9 @@ import yaml
 from launch import run_folder
 from launch.run_folder import Run
 from multitrain.config import ConfigError, load
+from multitrain.config.arguments import piped
+from multitrain.config.overrides import split
+from multitrain.config.reading import read_yaml
 from multitrain.monitor.figures import table
 from multitrain.monitor.status import status
 from multitrain.order.batch import BatchShapeError
@@ -89,8 +92,9 @@ def points(words: list[str]) -> list[list[str]]:
     for word in words:
         try:
             override = parser.parse_override(word)
-        except HydraException as error:
-            raise ConfigError(f"{word!r} is no option: {' '.join(str(error).split())[:160]}") from None
+        except HydraException:  # a path such as ~/data, which is one value; what is wrong is said when it is composed
+            axes.append([split(word).word])
+            continue
         if not override.is_sweep_override():
             axes.append([word])
             continue
@@ -176,7 +180,7 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
     """What is known of each run. One that never began and has no job any more was cancelled, or refused by SLURM."""
     from launch import slurm
 
-    rows = [{**row, **status(row["run"])} for row in yaml.safe_load((folder / "sweep.yaml").read_text())]
+    rows = [{**row, **status(row["run"])} for row in read_yaml(folder / "sweep.yaml")]
     jobs = {row["run"]: run_folder.jobs(Path(row["run"])) for row in rows}
     alive = {j for run, ids in jobs.items() for j in slurm.active(Path(run), ids)}
     for row in rows:
@@ -217,4 +221,4 @@ def _show(folder: Path, *, as_json: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from multitrain.config import ConfigError, nearest
-from multitrain.config.arguments import MISTAKE
+from multitrain.config.arguments import MISTAKE, piped
+from multitrain.config.reading import shown
 
 FINISHED = 0
 
@@ -48,7 +48,10 @@ ELSEWHERE = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit status: 0, 2 for a mistake, 75 for an evaluation that was interrupted."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    return piped(lambda: _main(sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def _main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
         return FINISHED if arguments else MISTAKE
@@ -62,13 +65,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         for line in getattr(error, "details", ()):
             print(line, file=sys.stderr)
-        print(f"multitrain: {error}", file=sys.stderr, flush=True)
+        print(f"multitrain: {shown(error, 2000)}", file=sys.stderr, flush=True)
         return MISTAKE
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of our output has gone, e.g. `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FINISHED
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        where = f"{shown(error.filename)}: " if error.filename else ""
+        print(
+            f"multitrain: {where}{error.strerror or error}; check the path, its permissions and the space left",
+            file=sys.stderr,
+        )
+        return MISTAKE
 
 
 def _verb(name: str, arguments: Sequence[str]) -> int:

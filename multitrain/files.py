@@ -1,31 +1,438 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and output folders in which nothing of anybody else's is touched.
+
+Guarantee 9: no command deletes or overwrites a file that it did not create itself. Every command that writes where a user says
+goes through :class:`OutputFolder` (or :func:`output_file`, for a single file). It knows what it made by a record in the folder,
+``.multitrain-files.jsonl``: one line a file, with its size and a digest, written before the file appears, so that a command
+killed at any instant recognises its own files afterwards. A file that is not in the record, or was changed since, is in the
+way: an error names it.
+
+`replacing` is for files that belong to the caller by construction (in a run's folder, under the name of a digest).
+
+New files get the mode and the group that the system gives to a new file there (umask, setgid, default ACL), whatever a library
+that wrote them has set. Standard library only.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
+import json
 import os
-from collections.abc import Iterator
+import shutil
+import stat
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
+
+from multitrain.errors import ConfigError
+from multitrain.text import printable, quoted
+
+RECORD = ".multitrain-files"
+"""Beginning of the names of records: ``.multitrain-files.jsonl``, and one a user where that one belongs to another user."""
+
+TEMPORARY = ".multitrain-"
+"""Beginning of the names of files in the making."""
+
+_WHOLE = 8 << 20  # bytes up to which a file's digest is of all of it; of a longer one, of three parts
+_PART = 1 << 20
+
+Stamp = dict[str, Any]
+"""What a file is recognised by: ``bytes`` and ``digest``; by its size alone where an earlier version noted no digest."""
+
+
+class InTheWayError(ConfigError):
+    """Something that the command did not create stands where it has to write. The message names it."""
+
+
+# ------------------------------------------------------------------------------------------------------ single files
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`; what the block writes there takes its place, unless the block raises.
 
-    Readers see the old file or the new one. Not made durable: see `engine/checkpoint.py` for what has to outlive a crash.
+    Readers see the old file or the new one. Whatever stands at `path` is replaced: for files that a user names, take
+    `output_file` or `OutputFolder`. Not made durable: see `engine/checkpoint.py` for what has to outlive a crash.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _in_the_making(path.parent) as new:
+        yield new.path
+        new.settle()
+        os.replace(new.path, path)
 
 
 def replace_text(path: Path, text: str) -> None:
     """The file's text, in UTF-8; names that are not go out as they came in (surrogateescape)."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+        temporary.write_bytes(_encoded(text))
 
 
-__all__ = ["replace_text", "replacing"]
+@contextmanager
+def output_file(path: Path, maker: str, sources: Iterable[Path] = ()) -> Iterator[Path]:
+    """`OutputFolder.writing` for one file that a user has named; folders above it are made.
+
+    Raises:
+        ConfigError: as `OutputFolder`.
+    """
+    with OutputFolder(path.parent, maker, sources).writing(path.name) as temporary:
+        yield temporary
+
+
+def remove_tree(folder: Path, inside: Path) -> None:
+    """Delete a folder that lies below `inside`, without following any link.
+
+    Raises:
+        ConfigError: `folder` is a link, or lies elsewhere; nothing is deleted then.
+        OSError: it cannot be deleted.
+    """
+    root, parent = os.path.realpath(inside), os.path.realpath(folder.parent)
+    if os.path.islink(folder):
+        raise InTheWayError(f"{folder} is a link, which is neither followed nor deleted; remove it yourself")
+    if folder.name in ("", ".", "..") or not _is_below(parent, root):
+        raise InTheWayError(f"{folder} does not lie inside {inside}; it is not deleted")
+    shutil.rmtree(os.path.join(parent, folder.name))
+
+
+# ---------------------------------------------------------------------------------------------------- output folders
+
+
+class OutputFolder:
+    """A folder that a command writes into: it replaces and deletes what the same command made there, and nothing else.
+
+    Names are relative to the folder. A name that leads out of it, or over a link below it, is refused; the folder itself may be
+    reached over links.
+
+    Args:
+        root: the folder; made with the first file.
+        maker: the command, e.g. ``data resize``: what another one made is foreign to it.
+        sources: files and folders that are read: no output may be one of them or lie below one (unless the whole output
+            folder does).
+        known: stamps that something else than the record holds for a name, e.g. a journal.
+
+    Raises:
+        ConfigError: the folder cannot be one, or is one of the sources.
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        maker: str,
+        sources: Iterable[Path | str] = (),
+        known: Callable[[str], Iterable[Stamp]] = lambda name: (),
+    ) -> None:
+        _refuse_nul(os.fspath(root))
+        self.root, self.maker, self._known = Path(os.path.realpath(root)), maker, known
+        self._sources = {os.path.realpath(s) for s in sources}
+        self._record = _Record(self.root, maker)
+        if str(self.root) in self._sources:
+            raise InTheWayError(f"{root} is what {maker} reads; choose another folder for what it writes")
+        try:
+            if not stat.S_ISDIR(self.root.stat().st_mode):
+                raise InTheWayError(f"{root} is no folder; choose another place")
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise _cannot(self.root, error) from None
+
+    def target(self, name: str | Path) -> Path:
+        """Where `name` is, whether or not there is anything. Raises ConfigError for a name that leads elsewhere."""
+        text = os.fspath(name)
+        _refuse_nul(text)
+        normal = os.path.normpath(text)
+        if not text or os.path.isabs(normal) or normal == "." or normal.split(os.sep)[0] == "..":
+            raise ConfigError(f"{quoted(text)} leads out of {self.root}; give a name inside it")
+        path = self.root / normal
+        if path.name.startswith((RECORD, TEMPORARY)):
+            raise ConfigError(f"{quoted(text)}: {path.name} is a name that multitrain needs itself; choose another")
+        for part in (*reversed(path.parents), path):
+            if _is_below(part, self.root) and part != self.root and os.path.islink(part):
+                raise InTheWayError(
+                    f"{printable(str(part))} is a link, which is not followed; remove it, or choose another folder"
+                )
+        self._refuse_source(path)
+        return path
+
+    def check(self, name: str | Path, recognise: Callable[[bytes], bool] | None = None) -> Path:
+        """Where `name` is, when it may be written: nothing is there, or what this command made.
+
+        Args:
+            recognise: whether a file of which the record knows nothing was made by an earlier version, by its content.
+
+        Raises:
+            InTheWayError: something else is there.
+        """
+        path = self.target(name)
+        try:
+            found = os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return path
+        except OSError as error:
+            raise _cannot(path, error) from None
+        if not stat.S_ISREG(found.st_mode):
+            raise InTheWayError(
+                f"{printable(str(path))} is in the way: it is no file; move it away, or choose another output"
+            )
+        if not (self._is_own(path) or (recognise and not self._stamps(path) and recognise(path.read_bytes()))):
+            raise InTheWayError(
+                f"{printable(str(path))} is in the way: {self.maker} did not write it, or it was changed since; move it away, or "
+                "choose another output"
+            )
+        return path
+
+    def is_own(self, name: str | Path) -> bool:
+        """Whether `name` is a file that this command made, as it made it. Raises ConfigError as `target`."""
+        path = self.target(name)
+        return path.is_file() and self._is_own(path)
+
+    def folder(self, name: str | Path) -> Path:
+        """The folder `name`, made when missing. Raises ConfigError."""
+        path = self.target(name)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _cannot(path, error) from None
+        return path
+
+    @contextmanager
+    def writing(self, name: str | Path) -> Iterator[Path]:
+        """A temporary path; what the block writes there becomes the file `name`, unless the block raises.
+
+        Raises:
+            ConfigError: something foreign is in the way (before the block runs), or the folder cannot be written.
+        """
+        path = self.check(name)
+        self._make_parents(path)
+        with contextlib.ExitStack() as stack:
+            try:
+                new = stack.enter_context(_in_the_making(path.parent))
+            except OSError as error:
+                raise _cannot(path, error) from None
+            yield new.path
+            new.settle()
+            self.place(new.path, name)
+
+    def write_bytes(self, name: str | Path, content: bytes, recognise: Callable[[bytes], bool] | None = None) -> Path:
+        """The file `name` with this content; one that has it already is left alone, whoever made it. Returns its path.
+
+        Args:
+            recognise: whether a file that the record does not know was made by an earlier version, by its content.
+
+        Raises:
+            ConfigError: as `writing`.
+        """
+        path = self.target(name)
+        try:
+            there = path.read_bytes() if path.is_file() else None
+        except OSError as error:
+            raise _cannot(path, error) from None
+        if there == content:
+            return path
+        if there is not None and recognise is not None and not self._is_own(self.check(name, recognise)):
+            self._record.add(self._name(path), stamp(path))
+        with self.writing(name) as temporary:
+            temporary.write_bytes(content)
+        return path
+
+    def write_text(self, name: str | Path, text: str, recognise: Callable[[bytes], bool] | None = None) -> Path:
+        """`write_bytes` of the text in UTF-8; names that are not UTF-8 go out as they came in (surrogateescape)."""
+        return self.write_bytes(name, _encoded(text), recognise)
+
+    def place(self, temporary: Path, name: str | Path, note: Callable[[Stamp], None] | None = None) -> Path:
+        """Move a finished file to `name`: noted first, then moved, so that a kill between the two loses nothing.
+
+        Args:
+            temporary: on the same file system.
+            note: keeps the stamp instead of the record; `known` has to give it back.
+
+        Raises:
+            ConfigError: as `writing`.
+        """
+        path = self.check(name)
+        self._make_parents(path)
+        try:
+            (note or (lambda made: self._record.add(self._name(path), made)))(stamp(temporary))
+            _move(temporary, path)
+        except OSError as error:
+            raise _cannot(path, error) from None
+        return path
+
+    def remove(self, name: str | Path) -> bool:
+        """Delete a file that this command made; whether there was one. Raises InTheWayError for one that it did not."""
+        path = self.check(name)
+        try:
+            path.unlink()
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise _cannot(path, error) from None
+        return True
+
+    def _name(self, path: Path) -> str:
+        return os.path.relpath(path, self.root)
+
+    def _stamps(self, path: Path) -> list[Stamp]:
+        name = self._name(path)
+        return [*self._record.of(name), *self._known(name)]
+
+    def _is_own(self, path: Path) -> bool:
+        of_size = [s for s in self._stamps(path) if s["bytes"] == path.stat().st_size]
+        if any("digest" not in s for s in of_size):
+            return True
+        try:
+            return bool(of_size) and stamp(path)["digest"] in [s["digest"] for s in of_size]
+        except OSError:
+            return False  # unreadable: somebody else's
+
+    def _make_parents(self, path: Path) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _cannot(path, error) from None
+
+    def _refuse_source(self, path: Path) -> None:
+        for part in (path, *path.parents):
+            if str(part) in self._sources and not _is_below(self.root, part):
+                raise InTheWayError(
+                    f"{printable(str(path))} is in the way: it is, or lies in, what {self.maker} reads; choose another output"
+                )
+
+
+class _Record:
+    """What a folder's files are recognised by, for one maker; read as far as it has grown since the last look."""
+
+    def __init__(self, folder: Path, maker: str) -> None:
+        self._folder, self._maker = folder, maker
+        self._stamps: dict[str, list[Stamp]] = {}
+        self._read_to: dict[str, int] = {}
+
+    def of(self, name: str) -> list[Stamp]:
+        """The stamps of a file, of all the times that it was made."""
+        for file in sorted(self._folder.glob(f"{RECORD}*.jsonl")):
+            self._read(file)
+        return self._stamps.get(name, [])
+
+    def _read(self, file: Path) -> None:
+        try:
+            with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as handle:
+                handle.seek(self._read_to.get(file.name, 0))
+                content = handle.read()
+        except OSError:
+            return  # unreadable: its files are foreign, so they are left alone
+        whole = content.rfind(b"\n") + 1
+        self._read_to[file.name] = self._read_to.get(file.name, 0) + whole
+        for line in content[:whole].splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                entry = json.loads(line)
+                if entry["by"] == self._maker and isinstance(entry["bytes"], int) and isinstance(entry["digest"], str):
+                    self._stamps.setdefault(str(entry["name"]), []).append(entry)
+
+    def add(self, name: str, made: Stamp) -> None:
+        """Note a file; raises ConfigError when that cannot be."""
+        line = (
+            b"\n" + json.dumps({"name": name, "by": self._maker, **made}).encode() + b"\n"
+        )  # ends a torn line, if any
+        for file in (self._folder / f"{RECORD}.jsonl", self._folder / f"{RECORD}-{os.getuid()}.jsonl"):
+            try:
+                handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            except PermissionError:
+                continue  # another user's
+            except OSError as error:
+                raise _cannot(file, error) from None
+            with open(handle, "ab", buffering=0) as out:
+                out.write(line)
+            return
+        raise _cannot(self._folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
+def stamp(path: Path) -> Stamp:
+    """What a file is recognised by: its size, and a digest of its content (of three parts of a file above 8 MiB)."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        for start in (0,) if size <= _WHOLE else (0, (size - _PART) // 2, size - _PART):
+            file.seek(start)
+            digest.update(file.read(_WHOLE if size <= _WHOLE else _PART))
+    return {"bytes": size, "digest": digest.hexdigest()}
+
+
+# ------------------------------------------------------------------------------------------------------------- parts
+
+
+class _New(NamedTuple):
+    """A file in the making, and the mode and group that the system gave it."""
+
+    path: Path
+    mode: int
+    group: int
+
+    def settle(self) -> None:
+        """Undo the mode and group that a library has given the file, where that is allowed."""
+        now = self.path.lstat()
+        with contextlib.suppress(PermissionError):
+            if now.st_gid != self.group:
+                os.chown(self.path, -1, self.group)
+            if stat.S_IMODE(now.st_mode) != self.mode:
+                self.path.chmod(self.mode)
+
+
+@contextmanager
+def _in_the_making(folder: Path) -> Iterator[_New]:
+    """A new, empty file beside what it is to become; gone after the block, unless it got its name."""
+    path = folder / f"{TEMPORARY}{os.urandom(8).hex()}.tmp"
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    found = os.fstat(handle)
+    os.close(handle)
+    try:
+        yield _New(path, stat.S_IMODE(found.st_mode), found.st_gid)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+
+
+def _move(temporary: Path, path: Path) -> None:
+    """Give `temporary` its name. What has come there since it was looked at is not replaced, where the disk has hard links."""
+    if os.path.lexists(path):
+        os.replace(temporary, path)
+        return
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        if not os.path.samefile(temporary, path):
+            raise InTheWayError(f"{path} is in the way: it has just come into being; move it away") from None
+    except OSError:  # no hard links here
+        os.replace(temporary, path)
+        return
+    os.unlink(temporary)
+
+
+def _is_below(path: Path | str, folder: Path | str) -> bool:
+    """Whether `path` is `folder` or lies in it, by their names."""
+    return str(path) == str(folder) or str(path).startswith(str(folder).rstrip(os.sep) + os.sep)
+
+
+def _refuse_nul(text: str) -> None:
+    if "\0" in text:
+        raise ConfigError(f"{quoted(text)} holds a NUL character, which no file's name can")
+
+
+def _cannot(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"{printable(str(error.filename or path))}: cannot be written ({error.strerror or error}); choose another output"
+    )
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", errors="surrogateescape")
+
+
+__all__ = [
+    "RECORD",
+    "InTheWayError",
+    "OutputFolder",
+    "output_file",
+    "remove_tree",
+    "replace_text",
+    "replacing",
+    "stamp",
+]

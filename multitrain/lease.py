@@ -34,7 +34,7 @@ HEARTBEAT = 5.0
 """Seconds between two steps of the holder's counter."""
 SILENT = 60.0
 """Seconds without a step after which a holder that nobody else knows anything about counts as gone."""
-PATIENCE = 60.0
+PATIENCE = 30.0
 """Seconds that a start waits for a holder that lives: it may be about to save and end."""
 LOST = 4
 """Exit status of a process whose lease was taken over, and of a start that could not have it."""
@@ -56,10 +56,11 @@ class LeaseLost(BaseException):
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lease. `start`: the start of the run that it belongs to. `restart`: of the SLURM job."""
+    """Who holds a lease. `start`: the start of the run that it belongs to. `restart`: of the SLURM job `job` of `cluster`."""
 
     start: str
     job: str | None
+    cluster: str | None
     restart: int
     host: str
     user: str
@@ -352,8 +353,8 @@ def _state(folder: Path, generation: int) -> State:
 def _holder(text: str) -> Holder | None:
     try:
         found = json.loads(text)
-        return Holder(**{field.name: found[field.name] for field in fields(Holder)})
-    except (ValueError, KeyError, TypeError, RecursionError):
+        return Holder(**{field.name: found.get(field.name) for field in fields(Holder)})
+    except (ValueError, AttributeError, TypeError, RecursionError):
         return None
 
 
@@ -380,6 +381,7 @@ def _described(job: str | None, restart: int, user: str) -> Holder:
     return Holder(
         start=start_name(job, restart),
         job=job,
+        cluster=os.environ.get("SLURM_CLUSTER_NAME") if job else None,
         restart=restart,
         host=socket.gethostname(),
         user=user,
@@ -396,7 +398,8 @@ def _free(state: State, me: Holder, alive: Alive | None) -> bool:
         return True
     if state.holder is None:
         return False
-    if me.job is not None and state.holder.job == me.job and state.holder.restart < me.restart:
+    same_job = me.job is not None and (me.job, me.cluster) == (state.holder.job, state.holder.cluster)
+    if same_job and state.holder.restart < me.restart:
         return True  # SLURM starts a job again only where the start before is over, or lost
     return _lives(state.holder, alive) is False
 

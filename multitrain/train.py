@@ -25,7 +25,7 @@ from multitrain.engine.interruption import Interruption, Request
 from multitrain.engine.watchdog import Watchdog
 from multitrain.lease import Guard, Lease, LeaseHeld, LeaseLost
 from multitrain.monitor import requeue, restarts, slurm
-from multitrain.monitor.events import Events, read
+from multitrain.monitor.events import Events, read, starts_before
 from multitrain.monitor.exits import Exit
 from multitrain.monitor.requeue import Action, Decision, Ended
 
@@ -83,7 +83,7 @@ def _acquire(run: Path) -> Lease:
         run,
         job=job,
         restart=slurm.restart_count(),
-        alive=lambda holder: slurm.job_lives(str(holder.job), holder.restart),
+        alive=lambda holder: slurm.job_lives(str(holder.job), holder.restart, holder.cluster),
         patience=lease.PATIENCE if job else 10.0,
     )
     lease.guarded(held)
@@ -104,7 +104,8 @@ def _begin(config: RunConfig, run: Path) -> None:
         reason = restarts.refusal(restarts.starts(told), *limits, went_well=restarts.progressed(told))
         if reason is not None:
             raise GaveUp(f"{reason}; see {run}/logs, mend the cause, and submit the run again")
-    Events(run / "events.jsonl", restart=slurm.restart_count()).write("begin", in_place=in_place)
+    restart = slurm.restart_count() if slurm.job_id() else starts_before(told)
+    Events(run / "events.jsonl", restart=restart).write("begin", in_place=in_place)
     _refuse_lost_checkpoints(run, told)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 FLOORS = [
+    {"errors", "text"},
     {"files", "lease"},
     {"config", "order"},
     {"loss", "model", "monitor"},
@@ -57,7 +58,7 @@ def test_rooms_import_only_from_floors_below(root: Path) -> None:
 
 
 def test_launch_imports_config_order_and_monitor_only(root: Path) -> None:
-    allowed = {"config", "files", "lease", "order", "monitor", ""}
+    allowed = {"config", "order", "monitor", "errors", "files", "lease", "text", ""}
     for path in root.glob("launch/**/*.py"):
         for name in imports(path):
             if name.startswith("multitrain"):

@@ -6,6 +6,7 @@ import sys
 
 from multitrain.commands.common import MODEL
 from multitrain.config.arguments import Arguments, Parser, whole_number
+from multitrain.text import printable
 
 
 def main(arguments: Arguments) -> int:
@@ -31,6 +32,9 @@ def main(arguments: Arguments) -> int:
         default="ddp",
         help="parameter groups in a .pyth file made of a run: as the published code has them on several GPUs, or on one",
     )
+    parser.add_argument(
+        "--copy", metavar="NAME", help="weights of a .pyth file to take instead of the trained ones, e.g. model_ema"
+    )
     given = parser.parse_args(arguments)
     from multitrain.interop.convert import convert as write
 
@@ -42,9 +46,10 @@ def main(arguments: Arguments) -> int:
         force=given.force,
         weights_only=given.weights_only,
         grouping=given.optimizer,
+        copy=given.copy,
     )
     heads = ", ".join(f"{name} ({classes})" for name, classes in done.datasets.items())
-    print(f"{done.target}: {done.tensors} tensors, {done.parameters:,} parameters; heads: {heads}")
+    print(printable(f"{done.target}: {done.tensors} tensors, {done.parameters:,} parameters; heads: {heads}"))
     for note in done.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(printable(f"note: {note}"), file=sys.stderr)
     return 0

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 
 from multitrain.config import ConfigError, nearest
 from multitrain.config.arguments import MISTAKE, Arguments
+from multitrain.text import printable
 
 VERBS: dict[str, tuple[str, str]] = {
     "import": ("multitrain.commands.data_import", "Official annotation files as `path label` files and class names."),
@@ -40,7 +42,13 @@ def main(arguments: Arguments) -> int:
             first, rest = "index", list(arguments)
         else:
             raise ConfigError(f"data {first!r}: no such verb; {nearest(first, VERBS)}")
-    status: int = importlib.import_module(VERBS[first][0]).main(rest)
+    try:
+        status: int = importlib.import_module(VERBS[first][0]).main(rest)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        where = printable(os.fsdecode(error.filename)) + ": " if isinstance(error.filename, (str, bytes)) else ""
+        raise ConfigError(f"{where}{error.strerror or error}; data {first} needs to read or write it") from None
     return status
 
 

@@ -10,7 +10,7 @@ from multitrain.commands.common import StopSignals, configured
 from multitrain.commands.data_resize import add_work_options
 from multitrain.config import ConfigError
 from multitrain.config.arguments import Arguments, Parser, whole_number
-from multitrain.files import replace_text
+from multitrain.files import OutputFolder
 
 
 def main(arguments: Arguments) -> int:
@@ -46,7 +46,7 @@ def main(arguments: Arguments) -> int:
     parser.set_defaults(overrides=[])
     given = parser.parse_with_overrides(arguments)
     from multitrain.data.prepare import check as c
-    from multitrain.data.prepare.crew import INTERRUPTED, Bar, Journal, Shard, version, work_through
+    from multitrain.data.prepare.crew import FINAL, INTERRUPTED, Bar, Journal, Shard, version, work_through
     from multitrain.data.prepare.scan import ScanFile
 
     shard = Shard.parse(given.shard)
@@ -56,15 +56,18 @@ def main(arguments: Arguments) -> int:
     entries = [e for f in given.folders for e in c.in_folder(Path(f))] if given.folders else c.listed(datasets)
     files = sorted({str(Path(e.file).absolute()) for e in entries})
     entries = [e._replace(file=str(Path(e.file).absolute())) for e in entries]
-    journal = Journal(given.out, "check", shard)
+    out = OutputFolder(given.out, "data check")
+    out.check(c.TABLE, recognise=c.is_table)
+    clean = c.clean_folder(datasets, given.write_clean) if given.write_clean else None
+    journal = Journal(out.root, "check", shard)
     mine = shard.of(files)
-    todo = [f for f in mine if journal.get(f, version(Path(f))) is None]
+    todo = [f for f in mine if not journal.settled(f, version(Path(f)))]
     if len(todo) < len(mine):
         print(f"{len(mine) - len(todo)} of {len(mine)} are done already", file=sys.stderr)
     stop = StopSignals()
     bar: Bar[str] = Bar("check", len(todo))
     for file, record in work_through(todo, ScanFile(), workers=given.workers, timeout=given.timeout, stop=stop):
-        journal.add(file, version(Path(file)), record)
+        journal.add(file, version(Path(file)), {FINAL: True, **record} if "error" in record else record)
         bar.add(bad="error" in record)
     bar.close()
     if stop():
@@ -79,14 +82,14 @@ def main(arguments: Arguments) -> int:
         )
         return 0
     report = c.judge(entries, scans, given.min_frames)
-    replace_text(given.out / "check.csv", report.csv())
-    if given.write_clean:
-        for name, count in c.write_clean(report, datasets, given.write_clean).items():
+    table = out.write_text(c.TABLE, report.csv(), recognise=c.is_table)
+    if clean:
+        for name, count in c.write_clean(report, datasets, clean).items():
             print(f"{name}: {count} lines left out", file=sys.stderr)
     if given.json:
         counts = [{"dataset": d, "split": s, **n} for (d, s), n in report.counts().items()]
-        print(json.dumps({"counts": counts, "findings": len(report.findings), "csv": str(given.out / "check.csv")}))
+        print(json.dumps({"counts": counts, "findings": len(report.findings), "csv": str(table)}))
     else:
         print(report.table())
-        print(f"all findings: {given.out / 'check.csv'}")
+        print(f"all findings: {table}")
     return 1 if report.findings else 0

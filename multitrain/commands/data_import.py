@@ -42,7 +42,7 @@ def main(arguments: Arguments) -> int:
             if given.present:
                 located = [s for s in located if (given.videos / s.path).is_file()]
             found.samples = [*located, *(s for s in found.samples if s.segment)]
-    written = write(found, given.out)
+    written = write(found, given.out, [*given.files, *filter(None, [given.classes])])
     if given.json:
         print(json.dumps({"classes": len(found.classes), "videos": written, "missing": missing, "notes": found.notes}))
         return 0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from multitrain.commands.common import configured
 from multitrain.config.arguments import Arguments, Parser, whole_number
+from multitrain.files import output_file
 
 
 def main(arguments: Arguments) -> int:
@@ -41,14 +42,14 @@ def main(arguments: Arguments) -> int:
     parser.add_overrides("data=ssv2 data.root=/datasets")
     given = parser.parse_with_overrides(arguments)
     from multitrain.data.prepare import stats
-    from multitrain.data.prepare.crew import Journal, Shard
+    from multitrain.data.prepare.crew import Journal
 
     config = configured(given.run, given.overrides)
     index = given.index or Path(config.data.index or Path(config.runs) / ".index")
-    scans = Journal(given.checked, "check", Shard()).done if given.checked else {}
+    scans = Journal.records(given.checked, "check") if given.checked else {}
     found, measured = stats.collect(config, index, given.sample, scans)
     if given.plot:
-        given.plot.parent.mkdir(parents=True, exist_ok=True)
-        given.plot.write_bytes(stats.picture(found, measured))
+        with output_file(given.plot, "data stats") as temporary:
+            temporary.write_bytes(stats.picture(found, measured))
     print(json.dumps(found) if given.json else stats.text(found))
     return 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from multitrain.commands.common import MODEL, device
 from multitrain.config import ConfigError, RunConfig, nearest
 from multitrain.config.arguments import Arguments, Parser, whole_number
+from multitrain.text import printable
 
 
 def main(arguments: Arguments) -> int:
@@ -58,7 +59,10 @@ def main(arguments: Arguments) -> int:
     from multitrain.evaluation import embed as e
     from multitrain.evaluation.predictor import load
     from multitrain.evaluation.settings import with_overrides
+    from multitrain.files import OutputFolder, output_file
 
+    for target in filter(None, (given.out, given.plot)):
+        OutputFolder(target.parent, e.MAKER, [given.checkpoint, *given.videos]).check(target.name)
     model = load(given.checkpoint)
     config = with_overrides(model.run, given.overrides)
     model.run = config
@@ -75,10 +79,11 @@ def main(arguments: Arguments) -> int:
     found = e.embed(model, items, views=given.views, progress=_progress)
     e.write(found, given.out)
     if given.plot:
-        given.plot.parent.mkdir(parents=True, exist_ok=True)
-        given.plot.write_bytes(e.map_of(found))
+        drawn = e.map_of(found)
+        with output_file(given.plot, e.MAKER, e.sources(found)) as temporary:
+            temporary.write_bytes(drawn)
     for path, reason in found.unreadable.items():
-        print(f"multitrain: {path}: {reason}", file=sys.stderr)
+        print(printable(f"multitrain: {path}: {reason}"), file=sys.stderr)
     if given.json:
         print(json.dumps({"out": str(given.out), "videos": len(found.items), "unreadable": found.unreadable}))
     else:
@@ -88,7 +93,7 @@ def main(arguments: Arguments) -> int:
 
 def _lines(file: Path) -> list[str]:
     try:
-        return [line for line in file.read_text().splitlines() if line.strip()]
+        return [line for line in file.read_text(errors="surrogateescape").splitlines() if line.strip()]
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read ({error.strerror}); it holds one video file a line") from None
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from multitrain.commands.common import MODEL, StopSignals, device
 from multitrain.config import ClusterConfig, ConfigError, RunConfig
 from multitrain.config.arguments import Arguments, Parser
+from multitrain.text import printable
 
 if TYPE_CHECKING:
     from multitrain.evaluation.evaluator import Evaluation
@@ -115,14 +116,15 @@ def _require_same_network(stored: RunConfig, config: RunConfig) -> None:
 
 
 def _default_out(model: str, split: str) -> Path:
-    """``RUN/evaluation/CHECKPOINT/SPLIT`` for weights of a run, else ``evaluation/FILE/SPLIT`` in the working folder."""
+    """``RUN/evaluation/CHECKPOINT/SPLIT`` for weights of a run of this user, else below ``evaluation/`` in the working folder."""
     path = Path(model)
     if path.suffix in (".pyth", ".safetensors") and path.parent.name[:7] != "update-":
         return Path("evaluation") / path.stem / split
+    from multitrain.evaluation.beside import beside
     from multitrain.interop.places import locate
 
     checkpoint = locate(path).parent
-    return checkpoint.parent.parent / "evaluation" / checkpoint.name / split
+    return beside(checkpoint.parent.parent, "evaluation", checkpoint.name, split)
 
 
 _last_line = 0.0
@@ -142,9 +144,12 @@ def _print_evaluation(done: Evaluation) -> None:
         lost = result["unreadable"]
         if lost:
             print(
-                f"{name}: {len(lost)} of {result['videos']} videos could not be read (first: {lost[0]['path']}: {lost[0]['reason']}); "
-                f"to try them again, delete {done.folder}/{name}/shards/*.unreadable.jsonl and run the same command",
+                printable(
+                    f"{name}: {len(lost)} of {result['videos']} videos could not be read "
+                    f"(first: {lost[0]['path']}: {lost[0]['reason']}); "
+                    f"to try them again, delete {done.folder}/{name}/shards/*.unreadable.jsonl and run the same command"
+                ),
                 file=sys.stderr,
             )
-    print(done.table)
+    print(printable(done.table))
     print(f"scores and figures: {done.folder}", file=sys.stderr)

@@ -36,6 +36,7 @@ def main(arguments: Arguments) -> int:
     given = parser.parse_args(list(arguments))
     from multitrain.evaluation import nearest as n
     from multitrain.evaluation.predictor import load
+    from multitrain.files import output_file
     from multitrain.monitor.figures import table
 
     model = load(given.model, class_names=dict(pair(text, "--classes") for text in given.classes))
@@ -47,8 +48,9 @@ def main(arguments: Arguments) -> int:
     found = {(a, b): n.matches(model, a, b, given.top) for a, b in pairs}
     if given.plot:
         names = {d: [model.label(d, i) for i in range(k)] for d, k in model.datasets.items()}
-        given.plot.parent.mkdir(parents=True, exist_ok=True)
-        given.plot.write_bytes(n.heat_map(model, pairs, names))
+        drawn = n.heat_map(model, pairs, names)
+        with output_file(given.plot, "nearest", [given.model]) as temporary:
+            temporary.write_bytes(drawn)
     if given.json:
         listed = [
             {**asdict(m), "source_name": model.label(a, m.source_class), "target_name": model.label(b, m.target_class)}

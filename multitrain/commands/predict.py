@@ -10,6 +10,7 @@ from pathlib import Path
 from multitrain.commands.common import MODEL, device
 from multitrain.config import ConfigError
 from multitrain.config.arguments import MISTAKE, Arguments, Parser, pair, whole_number
+from multitrain.text import printable
 
 
 def main(arguments: Arguments) -> int:
@@ -54,7 +55,7 @@ def main(arguments: Arguments) -> int:
             if video in overlays:
                 write_overlay(video, overlays[video], found, model.run.data.decoder)
         except VideoError as error:
-            print(f"multitrain: {error}", file=sys.stderr, flush=True)
+            print(printable(f"multitrain: {error}"), file=sys.stderr, flush=True)
             status = MISTAKE
             continue
         if given.json:
@@ -90,9 +91,10 @@ def _overlays(target: Path | None, videos: Sequence[str]) -> dict[str, Path]:
 
 
 def _predictions(video: str, found: dict[str, list[tuple[str, float]]]) -> str:
-    width = max(len(name) for name in found)
+    names = {name: printable(name) for name in found}
+    width = max(len(name) for name in names.values())
     rows = [
-        f"  {name:<{width}}  " + ", ".join(f"{label} {100 * p:.1f}%" for label, p in best)
+        f"  {names[name]:<{width}}  " + ", ".join(f"{printable(label)} {100 * p:.1f}%" for label, p in best)
         for name, best in found.items()
     ]
-    return "\n".join([video, *rows])
+    return "\n".join([printable(video), *rows])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -60,9 +63,22 @@ class Parser(argparse.ArgumentParser):
         return given
 
 
+def piped(main: Callable[[], int]) -> int:
+    """The exit status of `main`, for an entry point. That the reader of its output has gone (``| head``) is no error."""
+    try:
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):  # a stdout without a file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
 def whole_number(text: str) -> int:
     """A whole number from 1 up, for `type=`."""
-    if not text.isdigit() or int(text) < 1:
+    if not (text.isascii() and text.isdigit()) or len(text) > 18 or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
     return int(text)
 
@@ -75,4 +91,4 @@ def pair(text: str, option: str) -> tuple[str, str]:
     return name, value
 
 
-__all__ = ["MISTAKE", "Arguments", "Parser", "pair", "whole_number"]
+__all__ = ["MISTAKE", "Arguments", "Parser", "pair", "piped", "whole_number"]

@@ -11,10 +11,16 @@ from multitrain.config.base import Settings
 
 
 class ClusterConfig(Settings):
-    """How ranks are placed: through SLURM, or as processes of this machine."""
+    """How ranks are placed: through SLURM, as processes of this machine, or on several machines without SLURM."""
 
-    kind: Literal["slurm", "local"] = "slurm"
-    """`slurm` submits a job; `local` starts one process a rank on this machine, through the same code path."""
+    kind: Literal["slurm", "local", "hosts"] = "slurm"
+    """`slurm` submits a job; `local` starts one process a rank on this machine; `hosts` does so on several machines."""
+    rendezvous: str | None = None
+    """`hosts`: where the ranks meet, `address:port` of machine 0. With `hosts` given: the first of them, and a port of the run's."""
+    node: int | None = Field(None, ge=0)
+    """`hosts`: number of this machine, from 0. The same command is typed on every machine, with another number."""
+    hosts: list[str] = Field(default_factory=list)
+    """`hosts`: names of the machines for `ssh`. Then the command is typed once, and starts all of them."""
     partition: str | None = None
     """SLURM partition; the cluster's default when not given."""
     account: str | None = None
@@ -67,6 +73,23 @@ class ClusterConfig(Settings):
     after that the job goes back into the queue. 0: always back into the queue."""
     check_data: bool = True
     """Read the annotation files at submission, so that a wrong one is refused at once. Off where the login node cannot see them."""
+
+    @field_validator("rendezvous")
+    @classmethod
+    def _is_address(cls, value: str | None) -> str | None:
+        if value is not None:
+            match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+):([0-9]{1,5})", value)
+            if match is None or not 0 < int(match.group(2)) < 65536:
+                raise ValueError(f"{value!r} is no address:port; e.g. 10.0.1.6:23456")
+        return value
+
+    @field_validator("hosts")
+    @classmethod
+    def _are_hosts(cls, value: list[str]) -> list[str]:
+        for host in value:
+            if re.fullmatch(r"[A-Za-z0-9_@.:\[\]][A-Za-z0-9_@.:\[\]-]*", host) is None:
+                raise ValueError(f"{host!r} is no name of a machine")
+        return value
 
     @property
     def minutes(self) -> int:

@@ -6,7 +6,11 @@ one `ConfigError` of one line.
 
 from __future__ import annotations
 
+import copy
+import difflib
 import functools
+import os
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +19,11 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from multitrain.config.aliases import elsewhere
 from multitrain.config.errors import ConfigError, nearest
+from multitrain.config.overrides import apply, group_word, is_group, split
+from multitrain.config.paths import expanded, find_run
+from multitrain.config.reading import DEEPEST, read_yaml, shown
 from multitrain.config.run import RunConfig
 
 
@@ -45,26 +53,93 @@ def compose(overrides: Sequence[str] = (), *, config_dirs: Sequence[str | Path] 
 
 def compose_mapping(overrides: Sequence[str] = (), *, config_dirs: Sequence[str | Path] = ()) -> dict[str, Any]:
     """Like :func:`compose`, before the schema has checked it: plain nested dictionaries, interpolations resolved."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    folder = config_folder()
-    folders = [folder, *(Path(d).resolve() for d in config_dirs)]
-    groups = {p.name for f in folders if f.is_dir() for p in f.iterdir() if p.is_dir()}
-    arguments = [forced(o, groups) for o in overrides]
-    if config_dirs:
-        arguments.append("hydra.searchpath=[" + ",".join(f"'file://{f}'" for f in folders[1:]) + "]")
-    GlobalHydra.instance().clear()
+    folders = config_folders(config_dirs)
+    groups = {p.name for f in folders for p in f.iterdir() if p.is_dir()}
+    chosen, set_here = [], []
+    for override in map(split, overrides):
+        if is_group(override.key, groups):
+            chosen.append(group_word(override, folders, has_default=(folders[0] / override.key).is_dir()))
+        else:
+            set_here.append(override)
+    if len(folders) > 1:
+        scheme = checked_source()
+        chosen.append("hydra.searchpath=[" + ",".join(_quoted(f"{scheme}://{f}") for f in folders[1:]) + "]")
+    at = ""
     try:
-        with initialize_config_dir(str(folder), version_base="1.3"):
-            composed = hydra_compose("config", overrides=arguments)
-        return typing.cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True))
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        raise ConfigError(_explain(error, folders)) from error
+        composed = _composed(tuple(chosen)) if len(folders) == 1 else _compose_groups(chosen)
+        for override in set_here:
+            at = override.word
+            apply(composed, override)
+        at = ""
+        return expanded(typing.cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True)))
+    except ConfigError:
+        raise
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(_explain(error, folders, at)) from error
+
+
+def _compose_groups(chosen: Sequence[str]) -> Any:
+    """What the chosen groups make, before options are set: an OmegaConf DictConfig, interpolations unresolved."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        return hydra_compose("config", overrides=list(chosen))
+
+
+_shipped = functools.lru_cache(maxsize=64)(_compose_groups)  # the shipped files do not change under a process
+
+
+def _composed(chosen: tuple[str, ...]) -> Any:
+    return copy.deepcopy(_shipped(chosen))
+
+
+def config_folders(config_dirs: Sequence[str | Path]) -> list[Path]:
+    """The shipped folder of config groups, and the user's own. Raises ConfigError for one that is not there."""
+    folders = [config_folder()]
+    for given in config_dirs:
+        folder = Path(given).expanduser().absolute()
+        if not folder.is_dir():
+            what = "is a file; give the folder" if folder.exists() else "no such folder; give the one"
+            raise ConfigError(f"--config-dir {given}: {what} that holds your groups, e.g. {given}/data/mine.yaml")
+        if not os.access(folder, os.R_OK | os.X_OK):
+            raise ConfigError(f"--config-dir {given}: you may not read this folder; check its permissions")
+        folders.append(folder)
+    return folders
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+@functools.cache
+def checked_source() -> str:
+    """Hydra's name for folders whose files are read within the limits of :mod:`multitrain.config.reading`."""
+    from hydra._internal.core_plugins.file_config_source import FileConfigSource
+    from hydra.core.plugins import Plugins
+    from hydra.plugins.config_source import ConfigResult
+
+    class CheckedConfigSource(FileConfigSource):
+        @staticmethod
+        def scheme() -> str:
+            return "checked"
+
+        def load_config(self, config_path: str) -> ConfigResult:
+            file = Path(self.path) / self._normalize_file_name(config_path)
+            if file.exists():
+                found = read_yaml(file)
+                if not isinstance(found, (dict, type(None))):
+                    raise ConfigError(f"{file}: holds no settings; write name: value lines")
+            return super().load_config(config_path)
+
+    Plugins.instance().register(CheckedConfigSource)
+    return CheckedConfigSource.scheme()
 
 
 def validate(mapping: Mapping[str, Any]) -> RunConfig:
@@ -80,19 +155,12 @@ def validate(mapping: Mapping[str, Any]) -> RunConfig:
 
 
 def load(path: str | Path) -> RunConfig:
-    """The configuration of a run: `path` is its folder or its `config.yaml`."""
-    path = Path(path)
+    """The configuration of a run: `path` is its folder, its `config.yaml`, or its name in `runs`."""
+    path = find_run(path)
     file = path / "config.yaml" if path.is_dir() else path
-    try:
-        mapping = yaml.safe_load(file.read_text())
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{file}: no such file; a run's folder holds config.yaml, written when it is submitted"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{file}: not YAML ({_flat(error)}); restore it from the run's checkpoint folder or submit anew"
-        ) from None
+    if not file.exists():
+        raise ConfigError(f"{file}: no such file; a run's folder holds config.yaml, written when it is submitted")
+    mapping = read_yaml(file)
     if not isinstance(mapping, dict):
         raise ConfigError(f"{file}: holds no settings; restore it, or submit the run again")
     try:
@@ -153,16 +221,25 @@ def _one_line(error: ValidationError) -> str:
     """The first three problems of a validation, each with its dotted name, value and remedy."""
     problems = []
     for e in error.errors()[:3]:
-        where = ".".join(str(p) for p in e["loc"])
+        where = shown(".".join(str(p) for p in e["loc"]), 100)
         message = _flat(e["msg"].removeprefix("Value error, "))
+        if e["type"] == "int_parsing_size":
+            message = "a number of so many digits is too large"
         if e["type"] == "extra_forbidden":
-            message = f"unknown option {where!r}; {_nearest_field(e['loc'])}"
+            loc = _typed_at(e["loc"], e["input"])
+            message = (
+                f"unknown option {shown('.'.join(map(str, loc)), 100)!r}; {_nearest_field(e['loc'], str(loc[-1]))}"
+            )
         elif e["type"] == "missing":
             message = f"{where} is missing; {_described(e['loc'])}"
         elif e["type"] == "value_error":
             message = f"{where}: {message}" if where else message
+        elif e["type"] in ("tuple_type", "list_type"):
+            message = f"{where}={shown(repr(e['input']), 80)}: is a list; write {where}=[VALUE,VALUE]"
+        elif e["type"] in ("model_type", "dict_type"):
+            message = f"{where}={shown(repr(e['input']), 80)}: {where} holds several options; set one of them: {where}.NAME=VALUE"
         else:
-            message = f"{where}={e['input']!r}: {message[0].lower() + message[1:]}"
+            message = f"{where}={shown(repr(e['input']), 80)}: {message[0].lower() + message[1:].partition(', unable to parse')[0]}"
         problems.append(message)
     more = len(error.errors()) - len(problems)
     return "; ".join(problems) + (f" (and {more} more)" if more else "")
@@ -174,15 +251,30 @@ def _schema_path(loc: tuple[str | int, ...]) -> list[str]:
     return ["<name>" if i == 2 and parts[:2] == ["data", "datasets"] else p for i, p in enumerate(parts)]
 
 
-def _nearest_field(loc: tuple[str | int, ...]) -> str:
-    """Options like the unknown one at `loc`: among its siblings, else anywhere by the last part of their names."""
-    *parent, name = _schema_path(loc)
+def _typed_at(loc: tuple[str | int, ...], value: Any) -> tuple[str | int, ...]:
+    """The whole name of an unknown option, ``TRAIN.BATCH_SIZE``, of which the schema knows the first part only."""
+    while isinstance(value, dict) and len(value) == 1 and len(loc) < DEEPEST:
+        ((name, value),) = value.items()
+        loc = (*loc, str(name))
+    return loc
+
+
+def _nearest_field(loc: tuple[str | int, ...], name: str) -> str:
+    """Options like the unknown one at `loc`, called `name`: anywhere by the last part of their names, as other codes call
+    them, else among its siblings."""
+    *parent, _ = _schema_path(loc)
     known = _fields(RunConfig)
     siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == ".".join(parent)]
-    elsewhere = sorted(k for k in known if k.rpartition(".")[2] == name)
-    if elsewhere:
-        return "did you mean " + " or ".join(map(repr, elsewhere[:3])) + "?"
-    return nearest(name, siblings)
+    same = sorted(k for k in known if k.rpartition(".")[2] == name.lower().replace("-", "_"))
+    if same:
+        return "did you mean " + " or ".join(map(repr, same[:3])) + "?"
+    if (hint := elsewhere(name)) is not None:
+        return f"use {hint}"
+    closest = difflib.get_close_matches(name[:200], sorted({k.rpartition(".")[2] for k in known}), n=1, cutoff=0.75)
+    if closest and closest[0] not in siblings:
+        found = sorted(k for k in known if k.rpartition(".")[2] in closest)
+        return "did you mean " + " or ".join(map(repr, found[:3])) + "?"
+    return nearest(name, siblings, most=len(siblings))
 
 
 def _described(loc: tuple[str | int, ...]) -> str:
@@ -195,23 +287,47 @@ def _described(loc: tuple[str | int, ...]) -> str:
         text = model.model_fields[str(loc[-1])].description
         if text:
             return _flat(text)
-    return "give it a value"
+    folder = config_folder() / str(loc[-1])
+    known = sorted(p.stem for p in folder.glob("*.yaml"))
+    return f"choose one: {', '.join(f'{loc[-1]}={name}' for name in known)}" if known else "give it a value"
 
 
-def _explain(error: Exception, folders: Sequence[Path]) -> str:
-    """A Hydra or YAML error in one line, with the remedy."""
+def _explain(error: Exception, folders: Sequence[Path], at: str) -> str:
+    """An error of Hydra, OmegaConf or YAML in one line, with the remedy; `at`: the word at which it came up."""
     missing = getattr(error, "missing_cfg_file", None)
     if missing is not None:
-        group, _, name = str(missing).rpartition("/")
-        group = group.removeprefix("/")
-        known = sorted({p.stem for f in folders for p in (f / group).glob("*.yaml")})
-        if name and known:
-            return f"{group}={name}: there is no such {group}; {nearest(name, known)}"
-    return _flat(error)
+        return _no_such_choice(str(missing), folders)
+    text = _flat(error).partition(" See https://hydra.cc")[0]
+    where = at.partition("=")[0] or str(getattr(error, "full_key", None) or "")
+    if found := re.search(r"Environment variable '(\w+)' not found", text):
+        option = where or "an option"
+        return f"{option}: the environment variable {found[1]} is not set; export {found[1]}=…, or give {option}=…"
+    if found := re.match(r"Could not (?:override|append to config|delete).*?'(hydra[^']*)'", text):
+        return f"{found[1]}: Hydra has no such option here; leave it out"
+    if found := re.search(r"Interpolation key '([^']*)' not found", text):
+        return f"{where}: ${{{found[1]}}} names no option; correct it, or write \\${{ for these two characters"
+    if type(error).__module__.startswith("omegaconf") and ("${" in at or "nterpolation" in text):
+        return f"{shown(at or where, 100)}: '${{' begins the name of another option, as in ${{data.root}}; correct it, or write \\${{"
+    if type(error).__module__.startswith("omegaconf") or not at:
+        return shown(f"{at}: {text}" if at else text, 300)
+    return f"{shown(at, 100)}: cannot be read; write key=value, with the value in quotation marks when it has special characters"
+
+
+def _no_such_choice(missing: str, folders: Sequence[Path]) -> str:
+    group, _, name = missing.rpartition("/")
+    group = group.removeprefix("/")
+    known = sorted({p.stem for f in folders for p in (f / group).glob("*.yaml")})
+    for folder in folders[1:]:
+        if (folder / f"{name}.yaml").is_file():
+            return f"{group}={name}: {folder}/{name}.yaml is not in a group; move it to {folder}/{group}/{name}.yaml"
+    if name and known:
+        hint = "" if len(folders) > 1 else "; choices of your own need --config-dir DIR (DIR/data/mine.yaml)"
+        return f"{group}={name}: there is no such {group}; {nearest(name, known)}{hint if group == 'data' else ''}"
+    return f"{missing}: no such file in {', '.join(map(str, folders))}; correct the name in the 'defaults' list that asks for it"
 
 
 def _flat(value: object) -> str:
     return " ".join(str(value).split())
 
 
-__all__ = ["compose", "compose_mapping", "config_folder", "dump", "forced", "load", "validate"]
+__all__ = ["compose", "compose_mapping", "config_folder", "config_folders", "dump", "forced", "load", "validate"]

@@ -16,7 +16,7 @@ class DatasetConfig(Settings):
     """Folder with `train.csv`, `val.csv` and `test.csv`; each line is `path label`."""
     videos: str
     """Folder that the paths in the annotation files start from."""
-    classes: int | None = Field(None, ge=1)
+    classes: int | None = Field(None, ge=1, le=10**7)
     """Number of classes. Not needed when `class_names` is given."""
     class_names: str | None = None
     """File with one class name a line; line n (from 0) is label n. `name,label` lines and JSON are read too. Without it, names
@@ -26,7 +26,7 @@ class DatasetConfig(Settings):
     (Something-Something)."""
     flip: bool = True
     """Whether a mirrored video keeps its label; false where left and right matter (Something-Something)."""
-    replicas: int = Field(1, ge=1)
+    replicas: int = Field(1, ge=1, le=10**6)
     """How often the dataset counts in one pass over the union."""
     weight: float | None = Field(None, gt=0)
     """Share in the mixture when `data.proportions=weights`; any positive scale."""
@@ -34,7 +34,7 @@ class DatasetConfig(Settings):
     """Several labels a line, separated by commas; trained with binary cross-entropy, measured by mAP."""
     separator: str = " "
     """What stands between path and label; the label is what follows its last occurrence, so paths may contain it."""
-    temporal_views: int = Field(1, ge=1)
+    temporal_views: int = Field(1, ge=1, le=1000)
     """Clips per video at test time (K400 5, MiT 2, SSv2 1)."""
     spatial_views: Literal[1, 3] = 1
     """Crops per clip at test time: 1 centre, or 3 (left, centre, right, or top, centre, bottom)."""
@@ -47,6 +47,12 @@ class DatasetConfig(Settings):
         if self.classes is None and self.class_names is None:
             raise ValueError("needs 'classes' (a number) or 'class_names' (a file with one name a line)")
         return self
+
+    def short_side(self, crop: int) -> int:
+        """Short side in pixels that test frames are resized to before a crop of `crop`²: see `test_short_side`."""
+        if self.test_short_side is not None:
+            return self.test_short_side
+        return round(crop * 256 / 224) if self.sampling == "stride" and self.spatial_views == 1 else crop
 
 
 class DataConfig(Settings):

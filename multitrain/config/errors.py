@@ -1,23 +1,24 @@
-"""The one exception for what a user typed wrong: one line that says what, where, and what would work."""
+"""What a user typed wrong: one exception, and the known names that are closest to it."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-
-class ConfigError(ValueError):
-    """A setting, file or combination that cannot work. The message is one line: what, where, and the remedy."""
+from multitrain.errors import ConfigError
 
 
-def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+def nearest(name: str, known: Iterable[str], count: int = 3, most: int = 20) -> str:
     """A clause that offers the known names closest to `name`, e.g. ``did you mean 'micro_batch'?``.
 
-    When nothing is close, all names are listed (up to twenty).
+    When nothing is close, all names are listed (up to `most`).
     """
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=count, cutoff=0.6)
+    close = difflib.get_close_matches(name[:200], names, n=count, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"
-    listed = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+    listed = ", ".join(names[:most]) + (", …" if len(names) > most else "")
     return f"known here: {listed}"
+
+
+__all__ = ["ConfigError", "nearest"]

@@ -12,21 +12,21 @@ from multitrain.config.base import Settings
 class ModelConfig(Settings):
     """An MViT video transformer with one head per dataset (Liang et al., NeurIPS 2022)."""
 
-    frames: int = Field(32, ge=2, multiple_of=2)
+    frames: int = Field(32, ge=2, le=4096, multiple_of=2)
     """Frames a clip (T)."""
-    crop: int = Field(224, ge=32, multiple_of=4)
+    crop: int = Field(224, ge=32, le=8192, multiple_of=4)
     """Height and width of a clip in pixels (S). A grid of S/4 that cannot be halved at a stage change is rounded up."""
-    depth: int = Field(24, ge=1)
+    depth: int = Field(24, ge=1, le=1000)
     """Number of transformer blocks."""
-    width: int = Field(96, ge=8)
+    width: int = Field(96, ge=8, le=65536)
     """Channels of the first stage; doubled at every stage change."""
-    heads: int = Field(1, ge=1)
+    heads: int = Field(1, ge=1, le=4096)
     """Attention heads of the first stage; doubled at every stage change."""
     stages: tuple[int, ...] = (2, 5, 21)
     """Blocks (from 0) that halve the grid and double channels and heads."""
-    kv_stride: int = Field(8, ge=1)
+    kv_stride: int = Field(8, ge=1, le=8192)
     """Spatial stride of keys and values in the first stage; halved at every stage change."""
-    mlp_ratio: float = Field(4.0, gt=0)
+    mlp_ratio: float = Field(4.0, gt=0, le=1000)
     """Hidden width of a block's MLP ÷ its channels."""
     pool_q_everywhere: bool = True
     """Pool queries in every block, not only at stage changes."""
@@ -36,7 +36,7 @@ class ModelConfig(Settings):
     """Stochastic-depth rate of the last block; grows linearly from 0."""
     head: Literal["mlp", "linear"] = "mlp"
     """Heads of two layers, or of one."""
-    head_hidden: int = Field(2048, ge=1)
+    head_hidden: int = Field(2048, ge=1, le=1_000_000)
     """Hidden width of an MLP head."""
     head_dropout: float = Field(0.5, ge=0, lt=1)
     """Dropout before the last layer of a head."""
@@ -46,7 +46,7 @@ class ModelConfig(Settings):
     """Cross-dataset projections, one matrix for each ordered pair of datasets."""
     expander: bool = True
     """The expander whose output the informative loss looks at."""
-    expander_hidden: int = Field(4096, ge=1)
+    expander_hidden: int = Field(4096, ge=1, le=1_000_000)
     """Hidden width of the expander."""
 
     @model_validator(mode="after")

@@ -27,23 +27,23 @@ class RunConfig(Settings):
     """Folder of runs."""
     experiment_name: str = "run"
     """What `name` starts with when it is not given; set by the experiment file."""
-    nodes: int = Field(1, ge=1)
+    nodes: int = Field(1, ge=1, le=100_000)
     """Nodes."""
-    gpus: int = Field(8, ge=1)
+    gpus: int = Field(8, ge=1, le=1024)
     """GPUs a node; one rank each. Without GPUs: ranks a node."""
-    updates: int | None = Field(None, ge=1)
+    updates: int | None = Field(None, ge=1, le=10**12)
     """Length of the run in updates of the weights; takes precedence over `epochs`."""
-    epochs: float = Field(50.0, gt=0)
+    epochs: float = Field(50.0, gt=0, le=10**9)
     """Length of the run in passes over the union of the datasets."""
-    effective_batch: int = Field(512, ge=1)
+    effective_batch: int = Field(512, ge=1, le=10**8)
     """Videos an update, over all ranks and accumulation steps."""
-    micro_batch: int | None = Field(None, ge=1)
+    micro_batch: int | None = Field(None, ge=1, le=10**8)
     """Videos a rank holds at once; solved for when not given."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Arithmetic of training."""
     activation_checkpointing: Literal["none", "mlp", "selective", "full"] = "none"
     """What is recomputed in the backward pass to save memory; the numbers are the same."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of everything random."""
     deterministic: bool = False
     """Deterministic kernels only: an interrupted run ends with bit-identical weights on GPUs too."""
@@ -90,8 +90,9 @@ class RunConfig(Settings):
         datasets = self.data.datasets
         if self.cluster.kind == "local" and self.nodes != 1:
             raise ValueError(
-                f"nodes={self.nodes} with cluster=local, which is this machine only; use nodes=1, or cluster=slurm"
+                f"nodes={self.nodes} with cluster=local, which is this machine only; use nodes=1, or cluster=slurm or hosts"
             )
+        self._consistent_hosts()
         if self.loss.informative_weight > 0 and not self.model.expander:
             raise ValueError(
                 "loss.informative_weight is positive but model.expander=false; set model.expander=true or loss.informative_weight=0"
@@ -119,6 +120,25 @@ class RunConfig(Settings):
         if self.mixes and any(d.multi_label for d in datasets.values()) and self.augment.mix_across_datasets:
             raise ValueError("augment.mix_across_datasets=true cannot mix multi-label datasets; set it to false")
         return self
+
+    def _consistent_hosts(self) -> None:
+        cluster = self.cluster
+        if cluster.kind != "hosts":
+            return
+        if cluster.hosts and len(cluster.hosts) != self.nodes:
+            raise ValueError(
+                f"cluster.hosts names {len(cluster.hosts)} machines and nodes={self.nodes}; make them equal"
+            )
+        if not cluster.hosts and cluster.rendezvous is None:
+            raise ValueError(
+                "cluster=hosts needs cluster.rendezvous=ADDRESS:PORT of machine 0 and cluster.node, or cluster.hosts"
+            )
+        if not cluster.hosts and cluster.node is None:
+            raise ValueError(f"cluster=hosts needs cluster.node, the number of this machine: 0 to {self.nodes - 1}")
+        if cluster.node is not None and cluster.node >= self.nodes:
+            raise ValueError(
+                f"cluster.node={cluster.node} of nodes={self.nodes}; they count from 0 to {self.nodes - 1}"
+            )
 
     @property
     def mixes(self) -> bool:

@@ -14,8 +14,14 @@ from typing import NamedTuple
 import numpy as np
 
 from multitrain.config import ConfigError, DatasetConfig
+from multitrain.config.reading import refuse_utf16
 
 _LARGEST_LABEL = 10**9
+LONGEST_PATH = 4096
+"""Bytes of a path that an operating system takes."""
+LONGEST_LINE = 1 << 16
+"""Bytes of a line; thousands of labels fit."""
+_QUOTE = 34
 
 
 class CatalogError(ConfigError):
@@ -75,14 +81,65 @@ def parse(content: bytes, csv: Path, syntax: Syntax) -> Annotations:
     """All lines of a file's `content`.
 
     Raises:
-        CatalogError: no line at all, or one that is not a path and a label.
+        CatalogError: no text, no line at all, or one that is not a path and a label.
     """
+    _refuse_no_text(content, csv)
     parsed = None if syntax.multi_label else _parse_fast(content, syntax.separator)
     if parsed is None:
         parsed = _parse_slowly(content, csv, syntax)
     if not len(parsed.starts):
         raise CatalogError(f"{csv}: no line in it; write 'path label' lines, or take the dataset out of data.datasets")
+    lengths = parsed.stops - parsed.starts
+    if lengths.max() > LONGEST_PATH:
+        start = int(parsed.starts[lengths.argmax()])
+        raise CatalogError(_too_long(csv, _line_at(content, start), int(lengths.max())))
     return parsed
+
+
+def _refuse_no_text(content: bytes, csv: Path) -> None:
+    """Raises CatalogError for what looks like lines and is none: UTF-16, NUL bytes, carriage returns alone."""
+    try:
+        refuse_utf16(content, csv)
+    except ConfigError as error:
+        raise CatalogError(str(error)) from None
+    nul = content.find(b"\0")
+    if nul >= 0:
+        raise CatalogError(
+            f"{csv}:{_line_at(content, nul)}: a NUL byte in the line, which no path can hold; remove it "
+            f"(tr -d '\\000' < {csv.name})"
+        )
+    if content.count(b"\r") != content.count(b"\r\n"):
+        alone = next(i for i, part in enumerate(content.split(b"\n"), start=1) if b"\r" in part.removesuffix(b"\r"))
+        raise CatalogError(
+            f"{csv}:{alone}: lines that end with a carriage return alone; save it with Unix or Windows line ends"
+        )
+
+
+def _too_long(csv: Path, line: int, size: int) -> str:
+    return f"{csv}:{line}: a path of {size} bytes, and none can be longer than {LONGEST_PATH}; correct the line"
+
+
+def _line_at(content: bytes, offset: int) -> int:
+    return content.count(b"\n", 0, offset) + 1
+
+
+def count_repeated(paths: list[bytes], content: bytes, csv: Path, syntax: Syntax) -> int:
+    """Number of lines that repeat the video of an earlier line, be its path spelled another way (``a//b``, ``./a``).
+
+    Raises:
+        CatalogError: a video with two different labels.
+    """
+    odd = any(mark in content for mark in (b"//", b"./"))
+    different = {one_spelling(p) for p in paths} if odd else set(paths)
+    return 0 if len(different) == len(paths) else count_repeats(content, csv, syntax)
+
+
+def one_spelling(path: bytes) -> bytes:
+    """A path without doubled slashes, ``.`` and ``..``."""
+    if b"//" not in path and b"./" not in path:
+        return path
+    plain = os.path.normpath(path)
+    return plain[1:] if plain.startswith(b"//") else plain
 
 
 def count_repeats(content: bytes, csv: Path, syntax: Syntax) -> int:
@@ -90,12 +147,13 @@ def count_repeats(content: bytes, csv: Path, syntax: Syntax) -> int:
     seen: dict[bytes, Line] = {}
     repeats = 0
     for line in lines(content, csv, syntax):
-        first = seen.setdefault(line.path, line)
+        first = seen.setdefault(one_spelling(line.path), line)
         if first.labels != line.labels:
             here, there = (",".join(map(str, x.labels)) for x in (line, first))
+            as_spelled = "" if first.path == line.path else f" (as {_shown(first.path)}, the same video)"
             raise CatalogError(
-                f"{csv}:{line.number}: {os.fsdecode(line.path)!r} has label {here} here and {there} in line {first.number}; "
-                "keep one of the two lines"
+                f"{csv}:{line.number}: {_shown(line.path)} has label {_short(here)} here and {_short(there)} in line "
+                f"{first.number}{as_spelled}; keep one of the two lines"
             )
         repeats += first is not line
     return repeats
@@ -103,13 +161,20 @@ def count_repeats(content: bytes, csv: Path, syntax: Syntax) -> int:
 
 def lines(content: bytes, csv: Path, syntax: Syntax) -> Iterator[Line]:
     """Every line that is not blank. Raises CatalogError at one that is not a path and a label."""
+    _refuse_no_text(content, csv)
     end = 0
     for number, raw in enumerate(content.split(b"\n"), start=1):
         start, end = end, end + len(raw) + 1
+        if len(raw) > LONGEST_LINE:
+            raise CatalogError(f"{csv}:{number}: a line of {len(raw)} bytes is no 'path label'; is it the right file?")
         text = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw  # the byte order mark of some editors
         start += len(raw) - len(text.lstrip())
         path, found, tail = text.strip().rpartition(syntax.separator)
         path = path.rstrip()
+        if path[:1] == b'"' and path[-1:] == b'"' and len(path) > 2:
+            path, tail, start = _unquoted(path, csv, number), tail.strip().strip(b'"'), start + 1
+        if len(path) > LONGEST_PATH:
+            raise CatalogError(_too_long(csv, number, len(path)))
         if found and path:
             yield Line(number, path, _labels(tail, csv, number, syntax), start)
         elif text.strip():
@@ -118,17 +183,29 @@ def lines(content: bytes, csv: Path, syntax: Syntax) -> Iterator[Line]:
             raise CatalogError(f"{csv}:{number}: {_shown(text)} is not {expected!r}; {remedy}")
 
 
+def _unquoted(path: bytes, csv: Path, number: int) -> bytes:
+    """A path as pandas and spreadsheets quote it, without its quotation marks."""
+    inner = path[1:-1]
+    if b'"' in inner:
+        raise CatalogError(
+            f"{csv}:{number}: {_shown(path)} is quoted and has quotation marks within; write the path without those around it"
+        )
+    return inner
+
+
 def _labels(text: bytes, csv: Path, number: int, syntax: Syntax) -> list[int]:
     labels = set()
     for token in text.split(b",") if syntax.multi_label else [text]:
         token = token.strip()
-        if not token.isdigit() or int(token) > _LARGEST_LABEL:
+        if not token.isdigit() or len(token.lstrip(b"0")) > 10 or int(token) > _LARGEST_LABEL:
             remedy = "labels are whole numbers from 0 up"
             if not syntax.multi_label and b"," in text:
                 remedy += "; for several labels a video set the dataset's multi_label=true"
             elif number == 1:
                 remedy += "; a header line has to go"
-            raise CatalogError(f"{csv}:{number}: label {_shown(token)} is no whole number; {remedy}")
+            raise CatalogError(
+                f"{csv}:{number}: label {_shown(token)} is no whole number up to {_LARGEST_LABEL:,}; {remedy}"
+            )
         labels.add(int(token))
     return sorted(labels)
 
@@ -141,8 +218,11 @@ def _separator_remedy(line: bytes, separator: bytes) -> str:
 
 
 def _shown(text: bytes) -> str:
-    shown = text.decode("utf-8", "replace").strip()
-    return repr(shown if len(shown) <= 80 else shown[:77] + "…")
+    return repr(_short(text.decode("utf-8", "replace").strip()))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "…"
 
 
 def _parse_fast(content: bytes, separator: bytes) -> Annotations | None:
@@ -165,7 +245,7 @@ def _parse_fast(content: bytes, separator: bytes) -> Annotations | None:
     digits = stops - cuts - 1
     if np.any(cuts <= starts) or digits.min() < 1 or digits.max() > 9:
         return None
-    if np.any(text[starts] <= 32) or np.any(text[cuts - 1] <= 32):
+    if np.any(text[starts] <= 32) or np.any(text[cuts - 1] <= 32) or np.any(text[starts] == _QUOTE):
         return None
     labels = np.zeros(len(starts), np.int32)
     for place in range(int(digits.max())):
@@ -193,4 +273,14 @@ def _parse_slowly(content: bytes, csv: Path, syntax: Syntax) -> Annotations:
     )
 
 
-__all__ = ["Annotations", "CatalogError", "Line", "Syntax", "count_repeats", "lines", "parse"]
+__all__ = [
+    "Annotations",
+    "CatalogError",
+    "Line",
+    "Syntax",
+    "count_repeated",
+    "count_repeats",
+    "lines",
+    "one_spelling",
+    "parse",
+]

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -21,13 +22,20 @@ import numpy as np
 
 from multitrain.config import ConfigError, DataConfig, DatasetConfig, RunConfig, load, nearest
 from multitrain.config.class_names import find_class_names, read_class_names
+from multitrain.config.reading import shown
 from multitrain.data.annotations import CatalogError, Syntax, lines
 from multitrain.data.index import indexed, read_index
+from multitrain.data.presence import Looked, absent, frames_column
 from multitrain.order import Plan, Source
 
 Split = Literal["train", "val", "test"]
 
-_PROBED = 4  # videos at the top of a csv of which one must exist
+_PROBED = 4
+"""Videos at the top of a csv of which one must exist."""
+_LOOKED_AT = 300
+"""Videos, spread over a csv, that are looked for at submission."""
+_PATIENCE = 2.0
+"""Seconds that looking for them may take for each csv, on a slow disk; at least :data:`_PROBED` are looked for."""
 
 _log = logging.getLogger(__name__)
 
@@ -154,11 +162,13 @@ class Catalog:
     def _check_labels(self, syntax: Syntax) -> None:
         if self._largest < self.classes:
             return
+        from_one = self._largest == self.classes and bool(self._labels.min() == 1)
+        remedy = "labels seem to be numbered from 1: subtract 1 from each; else " if from_one else ""
         for line in lines(self.csv.read_bytes(), self.csv, syntax):
             if line.labels[-1] >= self.classes:
                 raise CatalogError(
-                    f"{self.csv}:{line.number}: label {line.labels[-1]} of {os.fsdecode(line.path)!r} with classes={self.classes}, "
-                    f"whose labels are 0 to {self.classes - 1}; correct the line, or the number of classes of {self.name!r}"
+                    f"{self.csv}:{line.number}: label {line.labels[-1]} of {shown(os.fsdecode(line.path))!r} with classes={self.classes}, "
+                    f"whose labels are 0 to {self.classes - 1}; {remedy}correct the line, or the number of classes of {self.name!r}"
                 )
         raise CatalogError(f"{self.csv}: changed while it was read; try again")
 
@@ -168,13 +178,70 @@ class Catalog:
                 f"{self.videos}: no such folder of videos; set data.datasets.{name}.videos to the folder that "
                 f"the paths in {self.csv} start from"
             )
-        probed = range(min(_PROBED, len(self)))
-        if not any(self.path(i).exists() for i in probed):
-            what = f"none of the first {len(probed)} videos exists" if len(probed) > 1 else "the video does not exist"
+        found = self.look(_PROBED, spread=False)
+        if found.missing == found.looked:
+            raise CatalogError(self._nothing_there(found, f"none of the first {found.looked} videos exists"))
+
+    def look(self, most: int = _LOOKED_AT, *, spread: bool = True, patience: float = _PATIENCE) -> Looked:
+        """Look for up to `most` videos on the disk, spread evenly over the csv, for about `patience` seconds."""
+        count = min(most, len(self))
+        rows = [i * len(self) // count for i in range(count)] if spread else list(range(count))
+        rows = rows[::2] + rows[1::2]  # so that a half of them is spread as well
+        deadline = time.monotonic() + patience
+        missing, example, looked = 0, None, 0
+        for i in rows:
+            if looked >= _PROBED and time.monotonic() > deadline:
+                break
+            looked += 1
+            if (reason := absent(self.path(i))) is not None:
+                missing += 1
+                if example is None or i < example[0]:
+                    example = (i, reason)
+        return Looked(len(self), looked, missing, *(example or (0, "")))
+
+    def refuse_missing(self, cap: float) -> None:
+        """Say how many of the videos that were looked for are missing.
+
+        Raises:
+            CatalogError: so many that training would stop, since more than `cap` (`data.skip_cap`) cannot be read.
+        """
+        found = self.look()
+        if not found.missing:
+            return
+        many = f"{found.missing} of the {found.looked} videos looked at ({100 * found.missing / found.looked:.0f} %) are missing"
+        if found.missing == found.looked:
+            many = f"none of the {found.looked} videos looked at exists"
+        if found.more_than(cap):
             raise CatalogError(
-                f"{self.csv}:1: {what}, e.g. {self.path(0)}; set data.datasets.{name}.videos (now {self.videos}) "
-                "to the folder that the paths start from"
+                self._nothing_there(found, many, f"; data.skip_cap={cap:g} lets no more than that share pass")
             )
+        _log.warning(
+            "%s: %s, e.g. %s; `multitrain data check` looks at all, and --write-clean leaves them out",
+            self.csv, many, shown(self.path(found.example)),
+        )  # fmt: skip
+
+    def _nothing_there(self, found: Looked, what: str, why: str = "") -> str:
+        what = what if len(self) > 1 else "the video does not exist"
+        line = self._line(found.example)
+        path = self.path(found.example)
+        known = frames_column(self.relative_path(found.example), self.videos)
+        if known is not None:
+            return f"{self.csv}:{line}: {what}: lines are 'path frames label', as {known} says; keep 'path label'"
+        if found.reason == "unreadable":
+            return f"{self.csv}:{line}: {what}: {shown(path)} may not be read; check the permissions of its folders"
+        if found.reason == "folder":
+            return f"{self.csv}:{line}: {what}: {shown(path)} is a folder; pictures of frames are not read, name video files"
+        return (
+            f"{self.csv}:{line}: {what}, e.g. {shown(path)}{why}; set data.datasets.{self.name}.videos (now {self.videos}) "
+            "to the folder that the paths start from, or leave the lines out (multitrain data check --write-clean)"
+        )
+
+    def _line(self, i: int) -> int:
+        """Number of the line of video `i` in the csv, blank lines counted."""
+        row = self._row(i)
+        with self.csv.open("rb") as file:
+            numbers = (n for n, text in enumerate(file, start=1) if text.strip().removeprefix(b"\xef\xbb\xbf"))
+            return next((n for place, n in enumerate(numbers) if place == row), row + 1)
 
 
 def open_catalogs(data: DataConfig, split: Split, index_dir: Path | str, stride: int = 1) -> dict[str, Catalog]:
@@ -249,8 +316,12 @@ def _class_names(dataset: DatasetConfig, classes: int) -> list[str] | None:
     names = find_class_names(Path(dataset.annotations), classes)
     file = Path(dataset.annotations) / "classes.txt"
     if names is None and file.is_file():
-        count = len(_read_names(file))
-        _log.warning("%s: %d names but classes=%d; classes are shown by number", file, count, classes)
+        try:
+            _log.warning(
+                "%s: %d names but classes=%d; classes are shown by number", file, len(_read_names(file)), classes
+            )
+        except CatalogError as error:
+            _log.warning("%s; classes are shown by number", error)
     return names
 
 
@@ -262,7 +333,8 @@ def _annotation_file(dataset: DatasetConfig, name: str, split: Split) -> Path:
     option = f"data.datasets.{name}.annotations"
     if not folder.is_dir():
         raise CatalogError(
-            f"{folder}: no such folder of annotations; set {option} to the folder with {split}.csv ('path label' a line)"
+            f"{folder}: no such folder of annotations; set data.root (or export MULTITRAIN_DATA) to the folder of the datasets, "
+            f"or {option} to the folder with {split}.csv ('path label' a line)"
         )
     found = [p.name for p in folder.iterdir() if p.suffix in (".csv", ".txt", ".tsv", ".json")]
     hint = f" ({nearest(csv.name, found)})" if found else ""
@@ -274,14 +346,21 @@ def _annotation_file(dataset: DatasetConfig, name: str, split: Split) -> Path:
 def summary(config: RunConfig, index_dir: Path | str) -> dict[str, Any]:
     """What a run would read: its sources, the size of an epoch in videos, and the validation videos a dataset.
 
+    A few hundred videos, spread over each annotation file, are looked for on the disk.
+
     Raises:
-        CatalogError: an annotation file of the run cannot be used.
+        CatalogError: an annotation file of the run cannot be used, or too many of its videos are missing.
     """
     train = open_catalogs(config.data, "train", index_dir)
-    validation = {}
+    validation, tests = {}, {}
+    val: dict[str, Catalog] = {}
     if config.eval.every is not None:
         val = open_catalogs(config.data, "val", index_dir, config.eval.val_stride)
         validation = {name: len(catalog) for name, catalog in val.items()}
+    if config.then == "eval":
+        tests = open_catalogs(config.data, "test", index_dir)
+    for catalog in (*train.values(), *val.values(), *tests.values()):
+        catalog.refuse_missing(config.data.skip_cap)
     listed = sources(config.data, train)
     return {
         "sources": [

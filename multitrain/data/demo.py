@@ -23,14 +23,17 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from multitrain.config.reading import read_json
 from multitrain.data.random import Draws, generator
-from multitrain.files import replace_text, replacing
+from multitrain.errors import ConfigError
+from multitrain.files import OutputFolder
 
 SIZE = 64
 """Height and width of a video in pixels."""
@@ -106,18 +109,22 @@ def generate(
 
     Returns:
         Whether anything was made.
+
+    Raises:
+        ConfigError: something that is not of the demo is in the way.
     """
     out, clips = Path(out), clips or CLIPS
     marker, content = (
         out / "demo.json",
         {"version": VERSION, "seed": seed, "clips": {d: dict(c) for d, c in clips.items()}},
     )
-    if marker.is_file() and json.loads(marker.read_text()) == content:
+    if marker.is_file() and read_json(marker) == content:
         return False
-    marker.unlink(missing_ok=True)
+    folder = _output(str(out))
+    folder.remove(marker.name)
     work = [Clip(str(out), d, s, i, seed) for d in clips for s, n in clips[d].items() for i in range(n)]
     for dataset in clips:
-        _write_annotations(out / dataset, dataset, [c for c in work if c.dataset == dataset], clips[dataset])
+        _write_annotations(folder, dataset, [c for c in work if c.dataset == dataset], clips[dataset])
     processes = processes or len(os.sched_getaffinity(0))
     if processes == 1:
         for clip in work:
@@ -126,15 +133,19 @@ def generate(
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
             for _ in pool.map(write_clip, work, chunksize=20):
                 pass
-    replace_text(marker, json.dumps(content) + "\n")
+    folder.write_text(marker.name, json.dumps(content) + "\n")
     return True
+
+
+@lru_cache(maxsize=4)
+def _output(folder: str) -> OutputFolder:
+    return OutputFolder(folder, "demo")
 
 
 def write_clip(clip: Clip) -> None:
     """Draw one clip and encode it as H.264 in MP4."""
-    path = Path(clip.folder) / clip.dataset / "videos" / clip.path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _encode(path, draw(clip))
+    with _output(clip.folder).writing(f"{clip.dataset}/videos/{clip.path}") as temporary:
+        _encode(temporary, draw(clip))
 
 
 def draw(clip: Clip) -> np.ndarray:
@@ -259,7 +270,7 @@ def _encode(path: Path, frames: np.ndarray) -> None:
     import av
 
     options = {"preset": "superfast", "crf": "20", "threads": "1"}
-    with replacing(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+    with av.open(str(path), "w", format="mp4") as container:
         stream: Any = container.add_stream("libx264", rate=Fraction(RATE), options=options)
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         for image in frames:
@@ -267,13 +278,12 @@ def _encode(path: Path, frames: np.ndarray) -> None:
         container.mux(stream.encode())
 
 
-def _write_annotations(folder: Path, dataset: str, clips: Sequence[Clip], splits: Mapping[str, int]) -> None:
-    annotations = folder / "annotations"
-    annotations.mkdir(parents=True, exist_ok=True)
-    (folder / "videos").mkdir(exist_ok=True)
-    replace_text(annotations / "classes.txt", "".join(name + "\n" for name in CLASSES[dataset]))
+def _write_annotations(out: OutputFolder, dataset: str, clips: Sequence[Clip], splits: Mapping[str, int]) -> None:
+    out.folder(f"{dataset}/videos")
+    out.write_text(f"{dataset}/annotations/classes.txt", "".join(name + "\n" for name in CLASSES[dataset]))
     for split in splits:
-        replace_text(annotations / f"{split}.csv", "".join(f"{c.path} {c.label}\n" for c in clips if c.split == split))
+        lines = "".join(f"{c.path} {c.label}\n" for c in clips if c.split == split)
+        out.write_text(f"{dataset}/annotations/{split}.csv", lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -291,7 +301,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for d, splits in CLIPS.items()
     }
     began = time.monotonic()
-    made = generate(options.out, seed=options.seed, clips=clips, processes=options.processes)
+    try:
+        made = generate(options.out, seed=options.seed, clips=clips, processes=options.processes)
+    except (ConfigError, OSError) as error:
+        print(f"multitrain.data.demo: {error}", file=sys.stderr)
+        return 2
     count = sum(sum(splits.values()) for splits in clips.values())
     what = f"made {count} videos in {time.monotonic() - began:.0f} s" if made else f"{count} videos are there already"
     print(f"{what}: {options.out}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from multitrain.data.decode import VideoError
-from multitrain.files import replacing
+from multitrain.files import output_file
 
 if TYPE_CHECKING:
     import av
 
 _TICKS = 90_000
 """Ticks a second that times are rounded to."""
+_FAST_START = {"movflags": "+faststart"}
 
 
 class VideoWriter:
@@ -53,20 +54,25 @@ class VideoWriter:
 
 
 @contextmanager
-def write_video(path: Path, fps: float) -> Iterator[VideoWriter]:
+def write_video(path: Path, fps: float, sources: Iterable[Path] = ()) -> Iterator[VideoWriter]:
     """A writer whose file appears at `path` when all went well, and not at all otherwise.
 
     Args:
         path: the file; its format is MP4 whatever its ending says.
         fps: nominal rate, for the header.
+        sources: files that are read meanwhile.
 
     Raises:
+        ConfigError: something else is in the way.
         VideoError: the file cannot be written.
     """
     import av
 
     try:
-        with replacing(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+        with (
+            output_file(path, "overlay", sources) as temporary,
+            av.open(str(temporary), "w", format="mp4") as container,
+        ):
             writer = VideoWriter(container, fps)
             yield writer
             writer.finish()
@@ -74,4 +80,37 @@ def write_video(path: Path, fps: float) -> Iterator[VideoWriter]:
         raise VideoError(path, f"cannot be written ({error.strerror or error})") from error
 
 
-__all__ = ["VideoWriter", "write_video"]
+def retime(path: Path, target: Path, times: Sequence[float]) -> None:
+    """Copy an MP4's pictures as they are, the n-th shown at ``times[n]``.
+
+    Args:
+        times: seconds, rising; one a picture.
+
+    Raises:
+        VideoError: the copy cannot be made.
+    """
+    import av
+
+    ticks: list[int] = []
+    for seconds in times:
+        ticks.append(max(round(seconds * _TICKS), ticks[-1] + 1 if ticks else 0))
+    try:
+        with av.open(str(path)) as source, av.open(str(target), "w", format="mp4", options=_FAST_START) as out:
+            packets = [packet for packet in source.demux(video=0) if packet.size]
+            places = {pts: place for place, pts in enumerate(sorted(p.pts or 0 for p in packets))}
+            if len(places) != len(times) or len(packets) != len(times):
+                raise VideoError(path, f"{len(packets)} pictures, not {len(times)}")
+            delay = max(number - places[packet.pts or 0] for number, packet in enumerate(packets))
+            step = (ticks[-1] - ticks[0]) // max(len(ticks) - 1, 1)
+            stream = out.add_stream_from_template(source.streams.video[0])
+            for number, packet in enumerate(packets):
+                packet.pts = ticks[places[packet.pts or 0]]
+                packet.dts = ticks[number - delay] if number >= delay else ticks[0] - (delay - number)
+                packet.duration, packet.time_base = step, Fraction(1, _TICKS)
+                packet.stream = stream
+                out.mux(packet)
+    except (OSError, av.error.FFmpegError) as error:
+        raise VideoError(path, f"cannot be written ({error.strerror or error})") from error
+
+
+__all__ = ["VideoWriter", "retime", "write_video"]

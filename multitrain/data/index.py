@@ -7,19 +7,20 @@ has not changed is opened in milliseconds, without being read.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from multitrain.data.annotations import CatalogError, Syntax, count_repeats, parse
+from multitrain.data.annotations import CatalogError, Syntax, count_repeated, parse
+from multitrain.files import replacing
 
-FORMAT = 2
+FORMAT = 3
 """Version of the index file; another one is built anew."""
 
 _DIGEST = 1
@@ -54,14 +55,15 @@ def indexed(csv: Path, syntax: Syntax, folder: Path) -> Path:
             "index": index.name,
         }
         if len(content) == before.st_size and time.time() - before.st_mtime > _SETTLED:
-            _write(note, [json.dumps(stamp).encode()])
+            with contextlib.suppress(PermissionError):  # another user's folder: only saves time
+                _write(note, [json.dumps(stamp).encode()])
         return index
     except OSError as error:
         where = error.filename or folder
         if Path(os.fsdecode(where)) == csv:
             raise CatalogError(f"{csv}: cannot be read ({error.strerror}); check its permissions") from error
         raise CatalogError(
-            f"{folder}: index of {csv} cannot be written ({error.strerror}); set data.index to a folder that can be"
+            f"{where}: index of {csv} cannot be written ({error.strerror}); set data.index to a folder that can be"
         ) from error
 
 
@@ -119,27 +121,28 @@ def read_index(index: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
 
 
 def _write(file: Path, parts: list[Any]) -> None:
-    """Write under a temporary name, then rename: readers see nothing or all of it."""
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(handle, "wb") as out:
-            for part in parts:
-                out.write(part)
-            out.flush()
-            os.fsync(out.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    """Write under a temporary name, then rename: readers see nothing or all of it.
+
+    The name is a digest of what is indexed, so whatever has it is an index or the torn beginning of one; but no link is
+    replaced.
+
+    Raises:
+        OSError: it cannot be written, or a link stands in its place.
+    """
+    if file.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(file))
+    with replacing(file) as temporary, open(temporary, "wb") as out:
+        for part in parts:
+            out.write(part)
+        out.flush()
+        os.fsync(out.fileno())
 
 
 def _build(content: bytes, csv: Path, syntax: Syntax) -> list[Any]:
     """The parts of the index file of `content`. Raises CatalogError."""
     parsed = parse(content, csv, syntax)
     paths = parsed.paths(content)
-    duplicates = 0 if len(set(paths)) == len(paths) else count_repeats(content, csv, syntax)
+    duplicates = count_repeated(paths, content, csv, syntax)
     digest = hashlib.blake2b(b"%d:%d:" % (_DIGEST, len(paths)), digest_size=16)
     digest.update(b"\n".join(paths))
     digest.update(parsed.labels.tobytes() + parsed.label_starts.tobytes())

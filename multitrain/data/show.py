@@ -18,8 +18,10 @@ from multitrain.data.catalog import Catalog
 from multitrain.data.clips import Task, TrainJob
 from multitrain.data.mix import prepare
 from multitrain.data.spatial import MEAN, STD
+from multitrain.files import output_file
 from multitrain.monitor.figures import COLOURS, INK, figure, png
 from multitrain.order import Plan
+from multitrain.text import printable
 
 _FRAMES = 8
 """Frames of a clip that are shown."""
@@ -124,6 +126,7 @@ def picture(shown: Sequence[Shown], title: str) -> bytes:
         lines = [f"{clip.path}", ", ".join(clip.labels), f"loss sees:  {weights}", *([clip.note] if clip.note else [])]
         row[1].text(0, 0.98, clip.dataset, va="top", weight="bold", color=colour, size=10)
         for place, line in enumerate(lines):
+            line = printable(line)
             short = line if len(line) <= 78 else line[:77] + "…"
             weight = "bold" if place == 1 else "normal"
             row[1].text(0, 0.74 - 0.22 * place, short, va="top", size=8.5, color=INK, weight=weight)
@@ -132,9 +135,9 @@ def picture(shown: Sequence[Shown], title: str) -> bytes:
 
 
 def write(path: Path, shown: Sequence[Shown], title: str) -> None:
-    """Write the picture to `path`, folders made when missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(picture(shown, title))
+    """Write the picture to `path`, folders made when missing. Raises ConfigError: something else is in the way."""
+    with output_file(path, "data show") as temporary:
+        temporary.write_bytes(picture(shown, title))
 
 
 __all__ = ["Shown", "clips_of", "picture", "write"]

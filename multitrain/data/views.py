@@ -19,7 +19,6 @@ from multitrain.data.frames import view_indices
 from multitrain.data.guard import Lease
 from multitrain.data.spatial import MEAN, STD, Box, resize_crop, short_side_size, uniform_crop, union
 
-_PUBLISHED_SHORT_SIDE = 256 / 224
 _PLANES = [0, 0, 1, 1, 2, 2]
 """OpenCV's way to say: channel 0 to plane 0, 1 to 1, 2 to 2."""
 
@@ -50,11 +49,7 @@ def short_side(dataset: DatasetConfig, model: ModelConfig) -> int:
     Unless `test_short_side` says otherwise, as published: 256 for a crop of 224 (and in proportion) with one crop of a
     `stride` dataset, else the crop itself.
     """
-    if dataset.test_short_side is not None:
-        return dataset.test_short_side
-    if dataset.sampling == "stride" and dataset.spatial_views == 1:
-        return round(model.crop * _PUBLISHED_SHORT_SIDE)
-    return model.crop
+    return dataset.short_side(model.crop)
 
 
 def views_shape(dataset: DatasetConfig, model: ModelConfig) -> tuple[int, ...]:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from multitrain.engine.store import listens_here_only, rendezvous
+
 ELEMENTS = 16 << 20
 """fp32 elements that are added up on a GPU, 64 MiB; a sixteenth of them on a CPU."""
 TIMES = 5
@@ -30,9 +32,11 @@ def bandwidth(rank: int, world: int, local: int, address: str, port: int, patien
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    store = rendezvous(rank, world, listens_here_only(world), patience)
     dist.init_process_group(
         "nccl" if cuda else "gloo",
-        init_method=f"tcp://{address}:{port}",
+        store=store,
+        init_method=f"tcp://{address}:{port}" if store is None else None,
         rank=rank,
         world_size=world,
         timeout=timedelta(seconds=patience),

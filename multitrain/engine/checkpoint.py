@@ -28,6 +28,7 @@ from torch import Tensor
 
 from multitrain import lease
 from multitrain.config import ConfigError
+from multitrain.config.reading import parse_json
 
 FORMAT = 1
 _NAME = re.compile(r"update-(\d{8,})$")
@@ -74,13 +75,13 @@ def listed(checkpoints: Path) -> list[Path]:
 def verify(folder: Path) -> str | None:
     """Why `folder` is no whole checkpoint, or None when every file is as its manifest says."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = parse_json((folder / "manifest.json").read_bytes(), "it")
         files = {
             name: (int(manifest["files"][name]["bytes"]), str(manifest["files"][name]["sha256"])) for name in FILES
         }
     except FileNotFoundError:
         return "manifest.json is missing (it is written last)"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         return f"manifest.json cannot be read ({error})"
     for name, (size, digest) in files.items():
         try:
@@ -121,7 +122,7 @@ def read(folder: Path) -> Checkpoint:
     reason = verify(folder)
     if reason is not None:
         raise CheckpointError(f"{folder}: {reason}; use an older checkpoint of the run")
-    state = json.loads((folder / "state.json").read_text())
+    state = _read_state(folder)
     if state.get("format") != FORMAT:
         raise CheckpointError(
             f"{folder}: format {state.get('format')!r}, this version reads format {FORMAT}; use the version that wrote it"
@@ -131,6 +132,13 @@ def read(folder: Path) -> Checkpoint:
         safetensors.torch.load_file(folder / "optimizer.safetensors"),
         state,
     )
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    state = parse_json((folder / "state.json").read_bytes(), folder / "state.json")
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{folder / 'state.json'}: no object; use an older checkpoint of the run")
+    return state
 
 
 def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -143,7 +151,7 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     reason = verify(path)
     if reason is not None:
         raise CheckpointError(f"{path}: {reason}; use an older checkpoint of the run")
-    return safetensors.torch.load_file(path / "model.safetensors"), json.loads((path / "state.json").read_text())
+    return safetensors.torch.load_file(path / "model.safetensors"), _read_state(path)
 
 
 def write(checkpoints: Path, checkpoint: Checkpoint, config_text: str) -> Path:

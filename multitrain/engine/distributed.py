@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from multitrain.config import ConfigError
+from multitrain.engine.store import listens_here_only, rendezvous
 from multitrain.monitor import slurm
 
 
@@ -91,7 +92,8 @@ def join(expected_size: int, timeout: int, threads: int) -> World:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+    store = rendezvous(rank, size, listens_here_only(size), timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
     control, background = (dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) for _ in range(2))
     return World(rank, size, local_rank, device, control, background)
 
@@ -103,4 +105,5 @@ def _alone() -> dict[str, str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    return alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

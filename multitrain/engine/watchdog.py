@@ -13,20 +13,28 @@ from collections.abc import Callable
 from pathlib import Path
 
 from multitrain.monitor.events import Events
+from multitrain.monitor.exits import Exit
+from multitrain.monitor.supervised import PULSE_FD, STACKS
 
 FIRST = 3
 """Until the first update is done, the limit is this many times longer: files are indexed, libraries warm up."""
 PEERS = 5.0
 """Seconds between the stacks and the end, for the other ranks, which hang for the same reason, to write theirs."""
-STATUS = 1
+GAP = 5.0
+"""Seconds that a nap may last beyond what was asked; one that lasts longer was time in which the process stood still."""
 
 
 class Watchdog:
     """Ends the process when :meth:`beat` has not been called for `limit` seconds.
 
     All threads' stacks go to standard error, which is the rank's log, and an event `hung` to the run's events; then the
-    process ends with status 1, without a collective. Should not even this thread get to run, because a library holds the
-    interpreter, `faulthandler`'s own timer, which needs no interpreter, does the same half a minute later.
+    process ends with status 1, without a collective. Time in which the whole process stood still does not count: SLURM suspends
+    jobs, and laptops are closed.
+
+    Should not even this thread get to run, because a library holds the interpreter, then whoever started the rank notices: once a
+    second this thread writes to the pipe MULTITRAIN_PULSE_FD how long the rank may be silent, and a rank that is silent for longer
+    is asked for its stacks by a signal, which needs no interpreter, and killed. Its supervisor stands still when it does. Without a
+    pipe `faulthandler`'s own timer does the same half a minute after the limit, stopped or not.
 
     Args:
         run: the run's folder.
@@ -42,7 +50,11 @@ class Watchdog:
         self._end = end
         self._allowed = FIRST * limit if limit else 0.0
         self._last = time.monotonic()
+        pulse = os.environ.pop(PULSE_FD, None)
+        self._pulse = int(pulse) if pulse is not None else None
         if limit is not None:
+            if self._pulse is not None:
+                faulthandler.register(STACKS, all_threads=True)
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def beat(self) -> None:
@@ -56,8 +68,8 @@ class Watchdog:
 
     def _watch(self) -> None:
         while (left := self._last + self._allowed - time.monotonic()) > 0:
-            faulthandler.dump_traceback_later(left + PEERS + 30.0, exit=True)
-            time.sleep(min(left, 1.0))
+            self._show_life(left)
+            self._nap(min(left, 1.0))
         faulthandler.cancel_dump_traceback_later()
         text = f"no progress for {time.monotonic() - self._last:.0f} s (engine.hang_limit={self._limit:g})"
         self._say(f"{text}; where its threads are:", *stacks())
@@ -66,7 +78,22 @@ class Watchdog:
         except OSError as error:
             self._say(f"{self._run}/events.jsonl cannot be written: {error}")
         time.sleep(PEERS)
-        self._end(STATUS)
+        self._end(Exit.FAILED)
+
+    def _show_life(self, left: float) -> None:
+        if self._pulse is None:
+            faulthandler.dump_traceback_later(left + PEERS + 30.0, exit=True)
+            return
+        with contextlib.suppress(OSError):  # nobody reads, or not now
+            os.write(self._pulse, f"{self._allowed:g}\n".encode())
+
+    def _nap(self, seconds: float) -> None:
+        """Sleep; should the process stand still meanwhile, move the last progress by as much."""
+        begun = time.monotonic()
+        time.sleep(seconds)
+        now = time.monotonic()
+        if now - begun > seconds + GAP:
+            self._last = min(self._last + now - begun - seconds, now)
 
     def _say(self, *lines: str) -> None:
         """All lines to standard error by one system call, each with the rank: ranks that share a log hang at the same time."""

@@ -13,12 +13,15 @@ import torch
 from multitrain.config import ConfigError
 from multitrain.data.decode import VideoError
 from multitrain.data.views import load_views
-from multitrain.files import replacing
+from multitrain.files import output_file
 from multitrain.monitor.figures import COLOURS, figure, png
+from multitrain.text import printable
 
 if TYPE_CHECKING:
     from multitrain.evaluation.predictor import Predictor
 
+MAKER = "embed"
+"""Whose files an output may replace: see :mod:`multitrain.files`."""
 _NAMED = 24
 """Classes up to which a map shows their names."""
 
@@ -80,13 +83,12 @@ def write(found: Embeddings, out: Path) -> None:
     """Write path, dataset, label and features of each video to a ``.npz`` or ``.parquet`` file, whole or not at all.
 
     Raises:
-        ConfigError: another kind of file, or pyarrow is not installed.
+        ConfigError: another kind of file, something of somebody else in its place, or pyarrow is not installed.
     """
-    columns = {name: [getattr(i, name) for i in found.items] for name in ("path", "dataset", "label")}
-    out.parent.mkdir(parents=True, exist_ok=True)
+    columns = {name: [printable(getattr(i, name)) for i in found.items] for name in ("path", "dataset", "label")}
     if out.suffix == ".npz":
         arrays: dict[str, Any] = {n: np.array(c, str) for n, c in columns.items()}
-        with replacing(out) as temporary, open(temporary, "wb") as file:
+        with output_file(out, MAKER, sources(found)) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, features=found.features, **arrays)
     elif out.suffix == ".parquet":
         try:
@@ -97,10 +99,15 @@ def write(found: Embeddings, out: Path) -> None:
                 f"{out}: .parquet needs pyarrow; pip install 'multitrain[parquet]', or write .npz"
             ) from None
         table = pyarrow.table({**columns, "features": list(found.features)})
-        with replacing(out) as temporary:
+        with output_file(out, MAKER, sources(found)) as temporary:
             parquet.write_table(table, temporary)
     else:
         raise ConfigError(f"{out}: features are written as .npz or .parquet")
+
+
+def sources(found: Embeddings) -> list[Path]:
+    """The videos, which no output may replace."""
+    return [Path(path) for path in (*(item.path for item in found.items), *found.unreadable)]
 
 
 def flattened(features: np.ndarray) -> np.ndarray:
@@ -134,4 +141,4 @@ def map_of(found: Embeddings) -> bytes:
     return png(drawn)
 
 
-__all__ = ["Embeddings", "Item", "embed", "flattened", "map_of", "write"]
+__all__ = ["MAKER", "Embeddings", "Item", "embed", "flattened", "map_of", "sources", "write"]

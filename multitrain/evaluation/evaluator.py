@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from multitrain.config import ConfigError, DatasetConfig, RunConfig, nearest
+from multitrain.config.boundary import writing_to
 from multitrain.evaluation import tables
+from multitrain.evaluation.beside import is_ours
 from multitrain.evaluation.scoring import (
     POLL_SECONDS,
     Precision,
@@ -103,14 +105,17 @@ def evaluate(
     """
     from multitrain.data.catalog import Catalog
 
-    index = Path(config.data.index or Path(config.runs) / ".index")
+    out, runs = Path(out_dir), Path(config.runs)
+    index = Path(config.data.index or (runs if is_ours(runs) else out) / ".index")
     tasks = []
     for name in datasets:
         chosen = _known(name, config.data.datasets, "dataset")
         catalog = Catalog.open(config.data.datasets[chosen], chosen, split, index)
         tasks.append(_task(model, chosen, head, config.data.datasets[chosen], catalog))
     precision = precision or config.eval.precision or "fp32"
-    out = Path(out_dir)
+    with writing_to(out):
+        out.mkdir(parents=True, exist_ok=True)
+        tables.require_own(out, [task.key for task in tasks])
     weights = _digest(model)
     headers = {t.key: _header(t, config, model, split, precision, weights) for t in tasks}
     for task in tasks:

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from multitrain.data.decode import Backend, open_video
 from multitrain.data.encode import write_video
+from multitrain.text import printable
 
 _TOGETHER = 16
 """Frames decoded at once."""
@@ -47,7 +48,7 @@ def write_overlay(
 
 def caption(predictions: Mapping[str, Sequence[tuple[str, float]]], height: int, width: int) -> np.ndarray:
     """The lines of text on transparent ground, for frames of height × width: uint8 [h, w, 4], h ≤ height, w ≤ width."""
-    lines = [f"{name}: {label} {100 * p:.1f}%" for name, best in predictions.items() for label, p in best]
+    lines = [printable(f"{name}: {label} {100 * p:.1f}%") for name, best in predictions.items() for label, p in best]
     size = float(max(8, min(height // 16, (height - 4) // max(len(lines), 1) - 2)))
     font = ImageFont.load_default(size)
     boxes = [font.getbbox(line) for line in lines]

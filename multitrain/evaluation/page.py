@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from multitrain.text import printable
+
 _STYLE = """
 :root{color-scheme:light}
 body{font:15px/1.5 system-ui,sans-serif;color:#24292f;background:#f6f8fa;margin:0}
@@ -47,22 +49,22 @@ class Section:
 def page(name: str, sections: Sequence[Section]) -> str:
     """The whole document."""
     shown = [s for s in sections if s.body]
-    links = "".join(f'<a href="#{_anchor(s.title)}">{html.escape(s.title)}</a>' for s in shown if s.title)
+    links = "".join(f'<a href="#{_anchor(s.title)}">{_escaped(s.title)}</a>' for s in shown if s.title)
     boxes = "".join(_box(s) for s in shown)
     made = f"{datetime.now():%Y-%m-%d %H:%M}"
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(name)} – MultiTrain</title>'
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_escaped(name)} – MultiTrain</title>'
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style>'
-        f'<main><h1>{html.escape(name)}</h1><p class="note">MultiTrain report, {made}</p><nav>{links}</nav>{boxes}</main></html>\n'
+        f'<main><h1>{_escaped(name)}</h1><p class="note">MultiTrain report, {made}</p><nav>{links}</nav>{boxes}</main></html>\n'
     )
 
 
 def facts(values: Mapping[str, str], state: str = "") -> str:
     """Name and value in two columns; the value of ``state`` as a badge."""
-    rows = {name: html.escape(value) for name, value in values.items() if value}
+    rows = {name: _escaped(value) for name, value in values.items() if value}
     if state:
-        rows = {"state": f'<span class="state {html.escape(state)}">{html.escape(state)}</span>', **rows}
-    return "<dl>" + "".join(f"<dt>{html.escape(name)}</dt><dd>{value}</dd>" for name, value in rows.items()) + "</dl>"
+        rows = {"state": f'<span class="state {_escaped(state)}">{_escaped(state)}</span>', **rows}
+    return "<dl>" + "".join(f"<dt>{_escaped(name)}</dt><dd>{value}</dd>" for name, value in rows.items()) + "</dl>"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, last_is_html: bool = False) -> str:
@@ -71,10 +73,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, last_is_html:
         return ""
     numbers = [all(_is_number(row[c]) for row in rows) for c in range(len(header))]
     kinds = [' class="n"' if n else "" for n in numbers]
-    head = "".join(f"<th{k}>{html.escape(h)}</th>" for k, h in zip(kinds, header, strict=True))
+    head = "".join(f"<th{k}>{_escaped(h)}</th>" for k, h in zip(kinds, header, strict=True))
     out = []
     for row in rows:
-        cells = [html.escape(cell) for cell in row]
+        cells = [_escaped(cell) for cell in row]
         if last_is_html:
             cells[-1] = row[-1]
         out.append("<tr>" + "".join(f"<td{k}>{c}</td>" for k, c in zip(kinds, cells, strict=True)) + "</tr>")
@@ -88,12 +90,12 @@ def bar(percent: float, mark: float) -> str:
 
 def picture(png: bytes, title: str) -> str:
     """A PNG file, embedded."""
-    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    return f'<img alt="{_escaped(title)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
 def heading(text: str) -> str:
     """A heading inside a section."""
-    return f"<h3>{html.escape(text)}</h3>"
+    return f"<h3>{_escaped(text)}</h3>"
 
 
 def beside(parts: Sequence[str]) -> str:
@@ -105,12 +107,18 @@ def folded(title: str, text: str) -> str:
     """Text that a click unfolds; empty without text."""
     if not text.strip():
         return ""
-    return f"<details><summary>{html.escape(title)}</summary><pre>{html.escape(text)}</pre></details>"
+    lines = "\n".join(_escaped(line) for line in text.splitlines())
+    return f"<details><summary>{_escaped(title)}</summary><pre>{lines}</pre></details>"
+
+
+def _escaped(text: str) -> str:
+    """`text` for HTML; it may come from a stranger."""
+    return html.escape(printable(text))
 
 
 def _box(section: Section) -> str:
-    title = f"<h2>{html.escape(section.title)}</h2>" if section.title else ""
-    note = f'<p class="note">{html.escape(section.note)}</p>' if section.note else ""
+    title = f"<h2>{_escaped(section.title)}</h2>" if section.title else ""
+    note = f'<p class="note">{_escaped(section.note)}</p>' if section.note else ""
     anchor = f' id="{_anchor(section.title)}"' if section.title else ""
     return f"<section{anchor}>{title}{note}{section.body}</section>"
 

@@ -60,7 +60,7 @@ class Predictor(MultiTrain):
 
         Raises:
             VideoError: the file cannot be read; it says why.
-            ConfigError: `views` is not known.
+            ConfigError: `views` is not known, or the network answers with NaN.
         """
         if views not in ("centre", "test"):
             raise ConfigError(f"views={views!r}: {nearest(views, ['centre', 'test'])}")
@@ -83,6 +83,7 @@ class Predictor(MultiTrain):
                         clips = torch.from_numpy(load_views(path, settings, self.run.data, self.config))
                         features[same] = self.features(clips.to(self.pos_embed_spatial.device))
                     out[name] = self.probabilities(name, self.heads.of(name)(features[same])).mean(0).cpu()
+                    _require_numbers(path, name, out[name])
         finally:
             self.train(was_training)
         return out
@@ -147,6 +148,8 @@ def load(
         raise ConfigError(
             f"{path}: its configuration has no data.datasets.{absent[0]}, which its weights have a head for; restore its config.yaml"
         )
+    for note in weights.report.notes:
+        warnings.warn(f"{path}: {note}", stacklevel=2)
     config = resized(weights.config, frames, crop)
     state = weights.state
     if config != weights.config:
@@ -167,6 +170,14 @@ def load(
         warnings.warn(f"{path}: {weights.report}: {', '.join(weights.report.fresh)}", stacklevel=2)
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True, strict=strict)
     return model.eval()
+
+
+def _require_numbers(path: str | Path, dataset: str, probabilities: torch.Tensor) -> None:
+    """Raises ConfigError when a network's answer is no probability: its weights overflow."""
+    if not bool(torch.isfinite(probabilities).all()):
+        raise ConfigError(
+            f"{path}: the head of {dataset} answers with NaN; the weights are unusable, use an older checkpoint"
+        )
 
 
 def _given_names(given: Mapping[str, str | Path | Sequence[str]], weights: Weights) -> dict[str, list[str]]:

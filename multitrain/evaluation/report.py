@@ -15,17 +15,23 @@ from typing import Any
 
 import numpy as np
 
-from multitrain.config import RunConfig, dump, load
+from multitrain.config import ConfigError, RunConfig, dump, load, validate
 from multitrain.config.arguments import Parser
+from multitrain.config.boundary import writing_to
+from multitrain.config.reading import read_yaml
 from multitrain.evaluation import page, pictures
+from multitrain.evaluation.beside import beside
 from multitrain.evaluation.page import Section
 from multitrain.evaluation.pictures import Example, History
 from multitrain.evaluation.scored import Scored, confused, hardest, newest_evaluation, read_evaluation
-from multitrain.files import replace_text, replacing
+from multitrain.files import OutputFolder
+from multitrain.interop.sharing import shareable, shareable_words, without_places
 from multitrain.monitor import events, lines, metrics
+from multitrain.monitor.figures import table as aligned
 from multitrain.monitor.interruptions import interruptions
 from multitrain.monitor.progress import duration
 from multitrain.monitor.status import status
+from multitrain.text import markdown, printable
 
 
 @dataclass(frozen=True)
@@ -48,19 +54,24 @@ def write_report(
     Args:
         run_dir: the run's folder.
         evaluation: folder with the ``metrics.json`` of a test; the newest one in the run when not given.
-        out: folder to write to; ``RUN/report`` when not given.
+        out: folder to write to; ``RUN/report`` when not given, and ``report/RUN`` in the working folder for a run of
+            another user, whose folder is never written into.
         clips: test videos of each dataset that are shown.
 
     Raises:
-        ConfigError: no run there, no evaluation where one was named, or matplotlib missing.
+        ConfigError: no run there, no evaluation where one was named, a file of somebody else in the way, or matplotlib
+            missing.
     """
     run_dir = Path(run_dir)
     config = load(run_dir)
     folder = Path(evaluation) if evaluation else newest_evaluation(run_dir)
     tested = read_evaluation(folder) if folder else {}
     history = read_history(run_dir, {name: t.chance for name, t in tested.items()})
-    out = Path(out) if out else run_dir / "report"
-    out.mkdir(parents=True, exist_ok=True)
+    place = OutputFolder(out or beside(run_dir, "report"), "report", [run_dir])
+    for file in ("report.html", "report.md", *(f"{name}.png" for name in PICTURES)):
+        place.check(file, _is_report)
+    with writing_to(place.root):
+        place.root.mkdir(parents=True, exist_ok=True)
     examples, notes = pick_examples(run_dir, config, tested, clips)
     shown = {"curves": pictures.curves(history)} if history.metrics else {}
     if examples:
@@ -69,25 +80,37 @@ def write_report(
     if matrices:
         shown["confusion"] = pictures.confusion(matrices, {name: tested[name].class_names for name in matrices})
     for name, png in shown.items():
-        with replacing(out / f"{name}.png") as temporary:
-            temporary.write_bytes(png)
+        place.write_bytes(f"{name}.png", png, _is_report)
     state = status(run_dir)
-    summary = summarise(config, history, state)
+    hidden = _hosts(run_dir)
+    summary = {key: without_places(text, hidden) for key, text in summarise(config, history, state).items()}
     title = run_dir.resolve().name
     sections = [
         Section("", page.facts(summary, str(state["state"]))),
         Section("Accuracy", _accuracy(tested), _ACCURACY),
         Section("Training", _picture(shown, "curves"), _CURVES),
-        Section("Interruptions", _interruptions(history), _INTERRUPTIONS),
+        Section("Interruptions", _interruptions(history, hidden), _INTERRUPTIONS),
         Section("Clips", _picture(shown, "clips"), _CLIPS),
         Section("Confusion", _picture(shown, "confusion") + _confusions(tested), _CONFUSION),
         Section("Hardest classes", _hardest(tested), _HARDEST),
-        Section("Not read", _not_read(run_dir, tested, notes), _NOT_READ),
-        Section("Settings", _settings(run_dir, config)),
+        Section("Not read", _not_read(run_dir, tested, notes, hidden), _NOT_READ),
+        Section("Settings", _settings(run_dir, config, hidden), _SETTINGS),
     ]
-    replace_text(out / "report.md", _markdown(title, summary, tested))
-    replace_text(out / "report.html", page.page(title, sections))
-    return Report(out / "report.html", accuracy_table(tested), notes)
+    place.write_text("report.md", _markdown(title, summary, tested), _is_report)
+    written = place.write_text("report.html", page.page(title, sections), _is_report)
+    return Report(written, accuracy_table(tested), notes)
+
+
+PICTURES = ("curves", "clips", "confusion")
+"""Names of the files of the pictures."""
+
+
+def _is_report(content: bytes) -> bool:
+    """Whether a file of ours, of which no record was kept, is at a place where a report goes."""
+    head = content[:4096]
+    return (
+        b"MultiTrain</title>" in head or b"Matplotlib" in head or (head.startswith(b"# ") and b"* experiment: " in head)
+    )
 
 
 def read_history(run_dir: Path, chance: Mapping[str, float]) -> History:
@@ -105,15 +128,8 @@ def accuracy_table(tested: Mapping[str, Scored]) -> str:
     """Accuracy against chance as aligned text, one line a dataset."""
     if not tested:
         return ""
-    rows = _rows(tested)
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    aligned = [
-        "  ".join(
-            cell.ljust(w) if c == 0 else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in aligned)
+    header, *rows = _rows(tested)
+    return aligned(header, rows)
 
 
 _HEADER = ("dataset", "test videos", "classes", "top-1 %", "top-5 %", "mAP %", "chance %")
@@ -201,20 +217,17 @@ def _chosen(tested: Scored, count: int) -> list[int]:
 
 
 def _markdown(name: str, summary: Mapping[str, str], tested: Mapping[str, Scored]) -> str:
-    lines = [f"# {name}", "", *(f"* {key}: {value}" for key, value in summary.items()), ""]
+    lines = [f"# {markdown(name)}", "", *(f"* {key}: {markdown(value)}" for key, value in summary.items()), ""]
     if tested:
         head, *rows = _rows(tested)
         lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        lines += ["| " + " | ".join(map(markdown, row)) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
 # -- sections ---------------------------------------------------------------------------------------------------------
 
-_ACCURACY = (
-    "Test videos were never trained on, and are not those of the validation curves. "
-    "Chance is always guessing the most frequent class."
-)
+_ACCURACY = "Chance is always guessing the most frequent class."
 _CURVES = (
     "Thin lines are single updates, thick ones moving means. Numbered dashed lines mark where the run was interrupted; "
     "the table below says why."
@@ -248,13 +261,13 @@ def _accuracy(tested: Mapping[str, Scored]) -> str:
     return page.table([*header, "top-1, and chance in red"], texts, last_is_html=True)
 
 
-def _interruptions(history: History) -> str:
+def _interruptions(history: History, hidden: Sequence[str]) -> str:
     rows = [
         (
             str(number),
             str(i["time"] or "")[:19].replace("T", " "),
             str(i["update"]),
-            str(i["reason"]),
+            without_places(str(i["reason"]), hidden),
             "–" if i["away_seconds"] is None else duration(i["away_seconds"]),
             str(i["redone"] or 0),
             str(i["world_size"] or "–"),
@@ -291,7 +304,7 @@ def _hardest(tested: Mapping[str, Scored]) -> str:
     return page.beside(parts)
 
 
-def _not_read(run_dir: Path, tested: Mapping[str, Scored], notes: Sequence[str]) -> str:
+def _not_read(run_dir: Path, tested: Mapping[str, Scored], notes: Sequence[str], hidden: Sequence[str]) -> str:
     skipped = list(lines.read(run_dir / "skipped.jsonl"))
     counts = Counter(str(r.get("dataset")) for r in skipped)
     rows = [("training", str(r.get("dataset")), str(r.get("path")), _flat(r.get("reason"))) for r in skipped[:LISTED]]
@@ -302,17 +315,58 @@ def _not_read(run_dir: Path, tested: Mapping[str, Scored], notes: Sequence[str])
     if not rows:
         return page.facts({"all of them": "every video that was asked for was read"})
     totals = {name: str(count) for name, count in counts.items() if count}
-    return page.facts(totals) + page.table(("in", "dataset", "video", "why"), rows)
+    return page.facts(totals) + page.table(("in", "dataset", "video", "why"), without_places(rows, hidden))
 
 
-def _settings(run_dir: Path, config: RunConfig) -> str:
+_SETTINGS = (
+    "Folders, machines, accounts and users are left out, so that the page can be given away; the run's folder has them."
+)
+
+
+def _settings(run_dir: Path, config: RunConfig, hidden: Sequence[str]) -> str:
     """What the run is, folded: configuration, what was typed, environment, events."""
-    happened = (run_dir / "events.jsonl").read_text(errors="replace") if (run_dir / "events.jsonl").is_file() else ""
-    texts = {"Configuration": dump(config)}
-    for title, name in (("What was typed", "overrides.yaml"), ("Environment", "env.txt")):
-        texts[title] = (run_dir / name).read_text(errors="replace") if (run_dir / name).is_file() else ""
-    texts["Events"] = "\n".join(happened.splitlines()[-200:])
+    classes = {name: dataset.classes or 1 for name, dataset in config.data.datasets.items()}
+    texts = {
+        "Configuration": dump(validate(shareable(config, classes))),
+        "What was typed": _typed(run_dir),
+        "Environment": without_places(_text(run_dir / "env.txt"), hidden),
+        "Events": "\n".join(_event(e, hidden) for e in events.read(run_dir / "events.jsonl")[-EVENTS:]),
+    }
     return "".join(page.folded(title, text) for title, text in texts.items())
+
+
+EVENTS = 200
+"""Events that are shown, the newest ones."""
+
+
+def _typed(run_dir: Path) -> str:
+    """The options of each submission, without those that say where."""
+    try:
+        return "\n".join(
+            " ".join(shareable_words(str(word) for word in entry["overrides"]))
+            for entry in read_yaml(run_dir / "overrides.yaml")
+        )
+    except (ConfigError, KeyError, TypeError):
+        return ""
+
+
+def _event(event: Mapping[str, Any], hidden: Sequence[str]) -> str:
+    kept = {k: v for k, v in event.items() if k not in ("host", "pid", "job", "overrides")}
+    return json.dumps(without_places(kept, hidden), ensure_ascii=False)
+
+
+def _hosts(run_dir: Path) -> list[str]:
+    """The machines that a run has been on, by their whole and short names."""
+    names = {str(e["host"]) for e in events.read(run_dir / "events.jsonl") if e.get("host")}
+    return sorted(names | {name.partition(".")[0] for name in names}, key=len, reverse=True)
+
+
+def _text(file: Path, largest: int = 1 << 20) -> str:
+    """The beginning of a text; empty where there is none."""
+    if not file.is_file():
+        return ""
+    with file.open("rb") as opened:
+        return opened.read(largest).decode(errors="replace")
 
 
 def _flat(text: Any) -> str:
@@ -330,7 +384,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run", metavar="RUN", help="the run's folder")
     parser.add_argument("--evaluation", metavar="DIR", help="folder of a finished test (default: the run's newest)")
-    parser.add_argument("--out", metavar="DIR", help="folder to write to (default: RUN/report)")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder to write to (default: RUN/report; of another user's run report/RUN here)"
+    )
     parser.add_argument(
         "--clips", type=int, default=4, metavar="N", help="test videos of each dataset shown (default 4)"
     )
@@ -341,7 +397,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps({"page": str(report.page), "table": report.table, "notes": report.notes}, ensure_ascii=False))
         return 0
     for note in report.notes:
-        print(f"not shown: {note}")
+        print(printable(f"not shown: {note}"))
     if report.table:
         print(report.table)
     print(report.page)

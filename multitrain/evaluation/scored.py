@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from multitrain.config import ConfigError
+from multitrain.config.boundary import understood
+from multitrain.monitor.results import read_results
 
 
 @dataclass(frozen=True)
@@ -116,18 +118,38 @@ def read_evaluation(folder: str | Path) -> dict[str, Scored]:
     """The datasets of a finished evaluation that were scored by their own head.
 
     Raises:
-        ConfigError: there is no finished evaluation.
+        ConfigError: there is no finished evaluation, or its files are damaged.
     """
     folder = Path(folder)
-    try:
-        results = json.loads((folder / "metrics.json").read_text())["datasets"]
-    except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(
-            f"{folder}: no metrics.json, so no finished evaluation; multitrain evaluate writes one"
-        ) from None
-    tested = {}
-    for name, result in results.items():
-        if result["head"] == result["dataset"]:
-            with np.load(folder / name / "scores.npz") as file:
-                tested[name] = Scored(name, result, file["labels"], file["scores"], file["paths"])
-    return tested
+    own = {name: r for name, r in read_results(folder).items() if r.get("head") == r.get("dataset")}
+    return {name: _read_scores(folder / name / "scores.npz", name, result) for name, result in own.items()}
+
+
+LARGEST = 1 << 30
+"""Bytes of the scores of one dataset, unpacked."""
+
+
+def _read_scores(file: Path, name: str, result: Mapping[str, Any]) -> Scored:
+    with understood(f"{file}: damaged", "run `multitrain evaluate` again"):
+        with zipfile.ZipFile(file) as parts:
+            if sum(part.file_size for part in parts.infolist()) > LARGEST:
+                raise ConfigError(f"{file}: unpacks to more than {LARGEST >> 20} MB; run `multitrain evaluate` again")
+        with np.load(file) as arrays:
+            labels, scores, paths = arrays["labels"], arrays["scores"], arrays["paths"]
+        found = Scored(name, result, labels, scores.astype(np.float32, copy=False), paths.astype(str, copy=False))
+        _require_consistent(found)
+    return found
+
+
+def _require_consistent(found: Scored) -> None:
+    """Raises ValueError or IndexError when labels, scores, paths and figures are not of the same videos and classes."""
+    count, classes = found.scores.shape
+    several = found.labels.ndim == 2
+    if len(found.labels) != count or len(found.paths) != count or (several and found.labels.shape[1] != classes):
+        raise ValueError("labels, scores and paths are not of the same videos")
+    if not several and count and not (found.labels.min() >= 0 and found.labels.max() < classes):
+        raise ValueError("a label is no class")
+    if len(found.class_names) != classes or found.result["videos"] < found.result["scored"] or classes < 1:
+        raise ValueError("the figures are of other classes or videos")
+    if any(not (0 <= t < classes and 0 <= p < classes and n >= 0) for t, p, n in found.result.get("confusion", ())):
+        raise IndexError("a confused class is none")

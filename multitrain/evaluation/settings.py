@@ -2,43 +2,43 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from multitrain.config import ConfigError, RunConfig, config_folder, validate
-from multitrain.config.compose import compose_mapping
+from multitrain.config import ConfigError, RunConfig, validate
+from multitrain.config.compose import compose_mapping, config_folders
+from multitrain.config.overrides import split, value_of
+from multitrain.config.paths import expanded
 
 
-def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """`config` with ``key=value`` changes in Hydra's grammar.
+def with_overrides(config: RunConfig, overrides: Sequence[str], *, config_dirs: Sequence[str | Path] = ()) -> RunConfig:
+    """`config` with ``key=value`` changes in the grammar of :mod:`multitrain.config.overrides`.
 
-    ``data.root=DIR`` also moves the datasets' folders that lie under the stored root. A shipped group, e.g.
-    ``data=ssv2``, replaces the whole group.
+    ``data.root=DIR`` also moves the datasets' folders that lie under the stored root. A group, e.g. ``data=ssv2``, replaces
+    the whole group.
+
+    Args:
+        config_dirs: folders with config groups of the user's own.
 
     Raises:
         ConfigError: one line that names the option, its value, and what would work.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
     values = config.model_dump(mode="json")
-    parser = OverridesParser.create()
-    for text in overrides:
-        if "=" not in text:
-            raise ConfigError(f"{text!r} is no override; write key=value, e.g. data.root=/datasets or eval.workers=4")
-        try:
-            parsed = parser.parse_override(text)
-        except HydraException as error:
-            raise ConfigError(f"{text!r} is no override: {' '.join(str(error).split())[:160]}") from None
-        key, value = parsed.key_or_group.lstrip("+"), parsed.value()
-        if (config_folder() / key).is_dir():
-            values[key] = compose_mapping([text])[key]
+    folders = config_folders(config_dirs)
+    for override in map(split, overrides):
+        if override.deletes:
+            raise ConfigError(f"{override.word}: a stored option cannot be taken away; give it another value")
+        if any((folder / override.key).is_dir() for folder in folders):
+            values[override.key] = compose_mapping([override.word], config_dirs=config_dirs).get(override.key)
             continue
-        if key == "data.root":
-            _move(values["data"], str(value))
-        _set(values, key, value)
-    return validate(values)
+        value = value_of(override)
+        if override.key == "data.root" and isinstance(value, str):
+            value = os.path.expanduser(value)
+            _move(values["data"], value)
+        _set(values, override.key, value)
+    return validate(expanded(values))
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from multitrain.config import ConfigError
+from multitrain.config.reading import parse_json
 
 _FRAME = struct.Struct("<II")
 _INDEX = struct.Struct("<q")
@@ -86,7 +87,7 @@ class ShardWriter:
 
     def _create(self, ending: str) -> int:
         self._stem.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(f"{self._stem}{ending}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+        return os.open(f"{self._stem}{ending}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
 
 
 class ShardReader:
@@ -142,7 +143,7 @@ class ShardReader:
                 break
             (index,) = _INDEX.unpack_from(payload)
             if index == _HEADER_INDEX:
-                self._check(file, json.loads(payload[_INDEX.size :]))
+                self._check(file, parse_json(payload[_INDEX.size :], file))
             else:
                 self.scores.setdefault(
                     index, np.frombuffer(payload, dtype="<f4", offset=_INDEX.size).astype(np.float32)
@@ -155,7 +156,7 @@ class ShardReader:
         whole = content[: content.rfind(b"\n") + 1]
         for line in whole.splitlines():
             try:
-                failure = json.loads(line)
+                failure = parse_json(line, file)
                 self.unreadable[int(failure["index"])] = failure
             except (ValueError, KeyError, TypeError):  # a line damaged by a crash: the video is tried again
                 continue

@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 
 from multitrain.config import ConfigError
+from multitrain.config.boundary import understood
+from multitrain.config.reading import read_json
 from multitrain.evaluation import metrics
 from multitrain.evaluation.scoring import Task
 from multitrain.evaluation.shards import Scores, ShardReader
 from multitrain.files import replace_text, replacing
+from multitrain.monitor.results import FILE, checked
 
 _log = logging.getLogger(__name__)
 
@@ -70,12 +73,30 @@ def combine(
 ) -> dict[str, dict[str, Any]]:
     """`results`, and what other evaluations of the same weights, split and precision left in `folder`, in `order`."""
     found = dict(results)
-    for file in sorted(folder.glob("*/metrics.json")):
-        other = json.loads(file.read_text(encoding="utf-8"))
+    for file in sorted(folder.glob(f"*/{FILE}")):
+        with understood(f"{file}: holds values that no test writes", "move it away"):
+            other = checked(read_json(file))
         if all(other.get(key) == header[key] for key in ("weights", "split", "precision")):
             found.setdefault(file.parent.name, other)
     place = {name: position for position, name in enumerate(order)}
     return dict(sorted(found.items(), key=lambda item: (place.get(item[1]["dataset"], len(place)), item[0])))
+
+
+def require_own(folder: Path, keys: Sequence[str]) -> None:
+    """Raises ConfigError when a file that an evaluation would replace in `folder` is none that an evaluation wrote."""
+    for inside in (folder, *(folder / key for key in keys)):
+        file = inside / FILE
+        if inside.is_symlink() and inside != folder:
+            raise ConfigError(f"{inside}: is a link, which is not followed; choose another --out")
+        if not (file.exists() or file.is_symlink()):
+            others = [n for n in ("table.txt", "scores.npz", "confusion.png") if (inside / n).exists()]
+            if others and not (inside / "shards").is_dir():
+                raise ConfigError(f"{inside / others[0]}: no evaluation wrote it; choose another --out")
+            continue
+        with understood(f"{file}: no evaluation wrote it", "choose another --out"):
+            found = read_json(file)
+            if file.is_symlink() or not {"datasets", "weights"} & set(found):
+                raise ConfigError(f"{file}: no evaluation wrote it; choose another --out")
 
 
 def write_combined(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> None:

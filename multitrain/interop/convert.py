@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from multitrain.config import ConfigError, RunConfig, dump
+from multitrain.config.reading import parse_json
 from multitrain.files import replace_text, replacing
-from multitrain.interop import pyslowfast
+from multitrain.interop import protocol, pyslowfast
 from multitrain.interop.optimizer_state import Grouping
 from multitrain.interop.places import MODEL_FILE, locate, sha256
 from multitrain.interop.positions import resize_positions, resized
@@ -46,6 +47,7 @@ def convert(
     force: bool = False,
     weights_only: bool = False,
     grouping: Grouping = "ddp",
+    copy: str | None = None,
 ) -> Converted:
     """Writes the weights at `source` as `target`.
 
@@ -58,16 +60,21 @@ def convert(
         weights_only: leave out the optimizer's state.
         grouping: how a `.pyth` file's optimizer state is grouped when it is made of a run's; ``ddp`` for training on
             several GPUs with the published code, ``single`` for one.
+        copy: of a `.pyth` file, the set of weights to take instead of the trained ones, e.g. ``model_ema``; the
+            optimizer's state, which is not of these, is left out.
 
     Raises:
-        ConfigError: nothing to read, a target that exists, an ending that is not known, a clip size that cannot be.
+        ConfigError: nothing to read, a target that exists or holds the source, an ending that is not known, a clip size
+            that cannot be.
     """
     source, target = Path(source), Path(target)
-    _check_target(target, force)
-    stored, run = read_model(source)
+    _check_target(source, target, force)
+    stored, run = read_model(source, copy=copy)
     weights = stored
-    notes: list[str] = []
+    notes = list(stored.report.notes)
     training = read_training_state(source, stored, run, grouping)
+    if copy is not None:
+        training = TrainingState(epoch=training.epoch, cfg=training.cfg)
     config = resized(stored.config, frames, crop)
     if config != stored.config:
         weights = stored._replace(
@@ -75,6 +82,7 @@ def convert(
         )
         training = TrainingState(epoch=training.epoch)
         old = stored.config
+        run = _for_crop(run, old.crop, config.crop)
         notes.append(
             f"position tables interpolated from {old.frames} × {old.crop}² to {config.frames} × {config.crop}²; "
             "the optimizer's state is left out"
@@ -93,24 +101,43 @@ def convert(
     return Converted(target, len(weights.state), count, weights.datasets, tuple(notes))
 
 
-def _check_target(target: Path, force: bool) -> None:
+def _check_target(source: Path, target: Path, force: bool) -> None:
     if target.suffix not in (".pyth", ".safetensors", "") and not target.is_dir():
         raise ConfigError(
             f"{target}: its ending says no known format; end it in .pyth or .safetensors, or give a folder without one"
         )
+    if source.exists() and target.exists() and source.samefile(target):
+        raise ConfigError(f"{target}: is what is read; choose another name")
+    if target.is_symlink():
+        raise ConfigError(f"{target}: is a link, which is never written through; choose another name, or remove it")
     if target.exists() and not force and not (target.is_dir() and not any(target.iterdir())):
         raise ConfigError(f"{target}: exists already; choose another name, or add --force to replace it")
     if target.is_dir() != (target.suffix not in (".pyth", ".safetensors")) and target.exists():
         raise ConfigError(f"{target}: is {'a folder' if target.is_dir() else 'a file'} already; choose another name")
-    if target.is_dir() and (target / "checkpoints").is_dir():
+    if target.is_dir() and ((target / "checkpoints").exists() or target.name.startswith("update-")):
         raise ConfigError(f"{target}: is a run's folder, which is never written into; choose another name")
     if not target.absolute().parent.is_dir():
         raise ConfigError(f"{target}: there is no folder {target.parent}; create it first")
 
 
+def _for_crop(run: RunConfig, old: int, new: int) -> RunConfig:
+    """`run` with the short sides that it names in proportion to another crop."""
+    datasets = {
+        name: d.model_copy(update={"test_short_side": round(d.test_short_side * new / old)}) if d.test_short_side else d
+        for name, d in run.data.datasets.items()
+    }
+    return run.model_copy(update={"data": run.data.model_copy(update={"datasets": datasets})})
+
+
 def _write_pyth(
     target: Path, weights: Weights, run: RunConfig, training: TrainingState, grouping: Grouping
 ) -> list[str]:
+    """Writes the file; returns what it cannot hold, or the published code not load."""
+    extras = dict(training.extras)
+    made = training.cfg is None or protocol.KEY in extras
+    if made:
+        extras[protocol.KEY] = protocol.describe(run, list(weights.datasets), weights.class_names)
+    tested = next((run.data.datasets[name] for name in weights.datasets if name in run.data.datasets), None)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         pyslowfast.write_pyth(
@@ -121,37 +148,47 @@ def _write_pyth(
             multi_label=weights.multi_label,
             sampling_rate=run.data.sampling_rate,
             target_fps=run.data.target_fps,
+            tested=tested,
             grouping=grouping,
-            **training._asdict(),
+            **training._replace(extras=extras)._asdict(),
         )
-    return [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+    notes = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+    return notes + (protocol.lost(run, list(weights.datasets), weights.config.crop) if made else [])
 
 
 def _write_safetensors(source: Path, target: Path, weights: Weights, run: RunConfig, training: TrainingState) -> None:
     kept, tensors = describe(training)
     values = run.model_dump(mode="json") | {"model": weights.config.model_dump(mode="json")}
-    description = {
+    source = source if source.suffix == ".pyth" else locate(source)
+    description = describe_model(weights, values) | {"source": str(source), KEY: kept}
+    optimizer_file(target).unlink(missing_ok=True)
+    if tensors:
+        _save(optimizer_file(target), tensors, {})
+    write_model(target, weights.state, description, _description_file(target, description))
+
+
+def describe_model(weights: Weights, run: Mapping[str, Any]) -> dict[str, Any]:
+    """What a `.safetensors` file says of its model: network, datasets, names, and the configuration `run` (plain values)."""
+    return {
         "model": weights.config.model_dump(mode="json"),
         "datasets": weights.datasets,
         "multi_label": list(weights.multi_label),
         "class_names": weights.class_names,
-        "run": values,
-        "source": str(source if source.suffix == ".pyth" else locate(source)),
-        KEY: kept,
+        "run": dict(run),
     }
-    optimizer_file(target).unlink(missing_ok=True)
-    if tensors:
-        _save(optimizer_file(target), tensors, {})
-    _save(target, weights.state, {HEADER: json.dumps(description, ensure_ascii=False)})
-    text = json.dumps(description, indent=1, ensure_ascii=False) + "\n"
-    replace_text(_description_file(target, description), text)
+
+
+def write_model(target: Path, state: Mapping[str, torch.Tensor], description: Mapping[str, Any], beside: Path) -> None:
+    """Writes tensors with their description in the header, and the description as a JSON file `beside`."""
+    _save(target, state, {HEADER: json.dumps(description, ensure_ascii=False)})
+    replace_text(beside, json.dumps(description, indent=1, ensure_ascii=False) + "\n")
 
 
 def _description_file(target: Path, description: Mapping[str, Any]) -> Path:
     """``config.json`` beside `target`, or ``NAME.json`` where that one describes another model."""
     beside = target.parent / "config.json"
     try:
-        found = json.loads(beside.read_text(encoding="utf-8"))
+        found = parse_json(beside.read_bytes(), beside)
         other = any(found.get(key) != description[key] for key in ("model", "datasets"))
     except FileNotFoundError:
         other = False
@@ -175,9 +212,15 @@ def _complete_folder(folder: Path, weights: Weights, run: RunConfig) -> None:
 def _save(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
     from safetensors.torch import save_file
 
-    state = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    state = {name: _alone(tensor) for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         save_file(state, temporary, metadata=metadata)
 
 
-__all__ = ["Converted", "convert"]
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` in memory of its own: the format takes no views of other tensors."""
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole and tensor.is_contiguous() else tensor.contiguous().clone()
+
+
+__all__ = ["Converted", "convert", "describe_model", "write_model"]

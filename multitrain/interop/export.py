@@ -6,17 +6,24 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
-
-import yaml
 
 from multitrain.config import ConfigError, RunConfig
 from multitrain.config.arguments import Parser
+from multitrain.config.boundary import writing_to
+from multitrain.config.reading import read_yaml
 from multitrain.files import replace_text
-from multitrain.interop.convert import Converted, convert
-from multitrain.interop.places import locate, sha256
-from multitrain.interop.weights import read_model
+from multitrain.interop.convert import describe_model, write_model
+from multitrain.interop.matching import listed
+from multitrain.interop.places import MODEL_FILE, locate, sha256
+from multitrain.interop.sharing import shareable, shareable_words
+from multitrain.interop.weights import Weights, read_model
+from multitrain.monitor.results import read_results
+from multitrain.text import markdown, printable
+
+FILES = ("model.safetensors", "config.json", "class_names.json", "README.md")
+"""All that an export writes, and all that is uploaded."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +35,17 @@ class Exported:
     datasets: Mapping[str, int]
     results: Mapping[str, Mapping[str, Any]]
     """Figures of the test by dataset; empty when there was none."""
+    others: tuple[str, ...] = ()
+    """What else lies in the folder; not part of the export, and never uploaded."""
 
 
 def export(
     source: str | Path, target: str | Path, *, evaluation: str | Path | None = None, force: bool = False
 ) -> Exported:
     """Write ``model.safetensors``, ``config.json``, ``class_names.json`` and ``README.md`` (the model card) to a new folder.
+
+    No optimizer, and nothing that names a machine, an account, a user or a folder: the configuration in it is
+    :func:`multitrain.interop.sharing.shareable`.
 
     Args:
         source: anything that holds a model: a run, a checkpoint folder, a `.pyth`, a `.safetensors`.
@@ -43,28 +55,51 @@ def export(
         force: write into a folder that has files of these names.
 
     Raises:
-        ConfigError: no model there, or the folder is in use.
+        ConfigError: no model there, the folder is in use, is a run's, or cannot be written.
     """
     source, target = Path(source), Path(target)
-    names = ("model.safetensors", "config.json", "class_names.json", "README.md")
-    taken = [n for n in names if (target / n).exists()]
+    _check_target(source, target, force)
+    weights, run = read_model(source)
+    results = _results(source, Path(evaluation) if evaluation else None)
+    with writing_to(target):
+        target.mkdir(parents=True, exist_ok=True)
+        description = describe_model(weights, shareable(run, weights.datasets))
+        write_model(target / MODEL_FILE, weights.state, description, target / "config.json")
+        known = {name: weights.class_names[name] for name in weights.datasets if name in weights.class_names}
+        replace_text(target / "class_names.json", json.dumps(known, indent=1, ensure_ascii=False) + "\n")
+        replace_text(target / "README.md", _card(source, target, run, weights, results, known))
+        others = sorted(p.name for p in target.iterdir() if p.name not in FILES)
+    return Exported(target, FILES, weights.datasets, results, tuple(others))
+
+
+def _check_target(source: Path, target: Path, force: bool) -> None:
+    """Raises ConfigError for a folder that something else lives in: a run, a checkpoint, files of these names."""
+    with writing_to(target):
+        if target.exists() and not target.is_dir():
+            raise ConfigError(f"{target}: is a file; give a new folder")
+        run = any((target / name).exists() for name in ("checkpoints", "config.yaml", "events.jsonl", "state.json"))
+        if run or (source.exists() and target.exists() and target.samefile(source)):
+            raise ConfigError(
+                f"{target}: is a run's or a checkpoint's folder, which is never written into; give another"
+            )
+        if target.is_dir() and source.is_file() and target.samefile(source.absolute().parent) and source.name in FILES:
+            raise ConfigError(f"{target}: holds the weights that are read; give another folder")
+        taken = [n for n in FILES if (target / n).exists() or (target / n).is_symlink()]
+    odd = [n for n in taken if (target / n).is_symlink() or not (target / n).is_file()]
+    if odd:
+        raise ConfigError(f"{target / odd[0]}: is a folder or a link, which is not replaced; move it away")
     if taken and not force:
         raise ConfigError(
             f"{target}: has {', '.join(taken)} already; choose another folder, or add --force to replace them"
         )
-    weights, run = read_model(source)
-    results = _results(source, Path(evaluation) if evaluation else None)
-    target.mkdir(parents=True, exist_ok=True)
-    (target / "config.json").unlink(missing_ok=True)
-    written = convert(source, target / "model.safetensors", force=True)
-    known = {name: weights.class_names[name] for name in weights.datasets if name in weights.class_names}
-    replace_text(target / "class_names.json", json.dumps(known, indent=1, ensure_ascii=False) + "\n")
-    replace_text(target / "README.md", _card(source, target, run, written, results, known))
-    return Exported(target, names, weights.datasets, results)
 
 
-def upload(folder: Path, repository: str, *, private: bool = False) -> str:
-    """Put an exported folder on the Hugging Face Hub; returns its address.
+def upload(folder: Path, repository: str, *, private: bool = True) -> str:
+    """Put the files of an export, and no other of the folder, on the Hugging Face Hub; returns the address.
+
+    Args:
+        folder: see :func:`export`.
+        repository: ``OWNER/NAME``; a new one is private unless `private` is False.
 
     Raises:
         ConfigError: huggingface_hub is not installed, or the hub refused, in its own words.
@@ -76,7 +111,7 @@ def upload(folder: Path, repository: str, *, private: bool = False) -> str:
     hub = HfApi()
     try:
         hub.create_repo(repository, private=private, exist_ok=True)
-        return str(hub.upload_folder(repo_id=repository, folder_path=str(folder)))
+        return str(hub.upload_folder(repo_id=repository, folder_path=str(folder), allow_patterns=list(FILES)))
     except Exception as error:  # of many libraries: network, credentials, quota
         said = " ".join(str(error).split())[:300]
         raise ConfigError(
@@ -87,14 +122,7 @@ def upload(folder: Path, repository: str, *, private: bool = False) -> str:
 def _results(source: Path, evaluation: Path | None) -> dict[str, dict[str, Any]]:
     """Figures of a test by dataset, of the datasets that were scored by their own head."""
     folder = evaluation or _own_test(source)
-    if folder is None:
-        return {}
-    try:
-        found = json.loads((folder / "metrics.json").read_text())["datasets"]
-    except (OSError, ValueError, KeyError):
-        raise ConfigError(
-            f"{folder}: no metrics.json, so no finished evaluation; multitrain evaluate writes one"
-        ) from None
+    found = read_results(folder) if folder else {}
     return {name: r for name, r in found.items() if r.get("head") == r.get("dataset")}
 
 
@@ -113,26 +141,31 @@ def _command(source: Path) -> str | None:
         return None
     run = locate(source).parent.parent.parent
     try:
-        typed = yaml.safe_load((run / "overrides.yaml").read_text())
+        typed = [entry for entry in read_yaml(run / "overrides.yaml") if isinstance(entry, dict)]
         words = [str(word) for entry in typed for word in entry["overrides"]]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        folders = [str(folder) for entry in typed for folder in entry.get("config_dirs") or ()]
+    except (ConfigError, KeyError, TypeError):
         return None
     last = {word.partition("=")[0]: word for word in words}
-    return shlex.join(["python", "launch/submit.py", f"name={run.name}", *last.values()])
+    own = [word for f in dict.fromkeys(folders) for word in ("--config-dir", PurePosixPath(f).name)]
+    return printable(
+        shlex.join(["python", "launch/submit.py", f"name={run.name}", *shareable_words(last.values()), *own])
+    )
 
 
 def _card(
     source: Path,
     folder: Path,
     run: RunConfig,
-    written: Converted,
+    weights: Weights,
     results: Mapping[str, Mapping[str, Any]],
     known: Mapping[str, Sequence[str]],
 ) -> str:
-    model, classes = run.model, sum(written.datasets.values())
-    heads = ", ".join(f"{name} ({count})" for name, count in written.datasets.items())
+    model, classes = weights.config, sum(weights.datasets.values())
+    heads = ", ".join(f"{markdown(name)} ({count})" for name, count in weights.datasets.items())
+    parameters = sum(t.numel() for t in weights.state.values())
     command = _command(source)
-    unnamed = [name for name in written.datasets if name not in known]
+    unnamed = [markdown(name) for name in weights.datasets if name not in known]
     lines = [
         "---",
         "library_name: multitrain",
@@ -140,10 +173,10 @@ def _card(
         "tags: [video, action-recognition, multi-dataset]",
         "---",
         "",
-        f"# {folder.resolve().name}",
+        f"# {markdown(folder.resolve().name)}",
         "",
-        f"One video transformer with {len(written.datasets)} head{'s' if len(written.datasets) != 1 else ''}: {heads}; "
-        f"{classes} classes together. {written.parameters:,} parameters, {model.depth} blocks, clips of {model.frames} frames "
+        f"One video transformer with {len(weights.datasets)} head{'s' if len(weights.datasets) != 1 else ''}: {heads}; "
+        f"{classes} classes together. {parameters:,} parameters, {model.depth} blocks, clips of {model.frames} frames "
         f"(every {run.data.sampling_rate} at {run.data.target_fps:g} frames a second) of {model.crop}×{model.crop} pixels.",
         "",
         "## Results",
@@ -167,7 +200,7 @@ def _card(
         "",
         "## Files",
         "",
-        f"* `model.safetensors`: {written.tensors} tensors, SHA-256 `{sha256(folder / 'model.safetensors')}`",
+        f"* `model.safetensors`: {len(weights.state)} tensors, SHA-256 `{sha256(folder / 'model.safetensors')}`",
         "* `config.json`: network, datasets and the configuration of the run",
         "* `class_names.json`: names by label"
         + (f" (not known for {', '.join(unnamed)}: their classes are numbers)" if unnamed else ""),
@@ -187,7 +220,13 @@ def _table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
         views = " × ".join(str(v) for v in r.get("views") or ()) or "–"
         figures = ["–" if r.get(k) is None else f"{r[k]:.2f}" for k in kept]
         rows.append(
-            [name, str(r.get("split", "–")), views, f"{r.get('scored', '–')} of {r.get('videos', '–')}", *figures]
+            [
+                markdown(name),
+                markdown(str(r.get("split", "–"))),
+                views,
+                f"{r.get('scored', '–')} of {r.get('videos', '–')}",
+                *figures,
+            ]
         )
     head, *body = ["| " + " | ".join(row) + " |" for row in rows]
     return [head, "|" + " --- |" * len(rows[0]), *body]
@@ -210,16 +249,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--evaluation", metavar="DIR", help="folder of a finished test (default: the checkpoint's own)")
     parser.add_argument("--force", action="store_true", help="replace files that are there")
     parser.add_argument("--upload", metavar="OWNER/NAME", help="put it on the Hugging Face Hub as well")
-    parser.add_argument("--private", action="store_true", help="with --upload: a private repository")
+    parser.add_argument("--public", action="store_true", help="with --upload: a repository that everybody sees")
+    parser.add_argument("--private", action="store_true", help="with --upload: a private repository (the default)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args(arguments)
+    if given.public and given.private:
+        parser.error("--public and --private; give one of them")
     done = export(given.source, given.target, evaluation=given.evaluation, force=given.force)
-    address = upload(done.folder, given.upload, private=given.private) if given.upload else None
+    address = upload(done.folder, given.upload, private=not given.public) if given.upload else None
     if given.json:
         said = {"folder": str(done.folder), "files": done.files, "datasets": dict(done.datasets), "address": address}
         print(json.dumps(said, ensure_ascii=False))
         return 0
     print(f"{done.folder}: {', '.join(done.files)}")
+    if done.others:
+        print(f"also there, but not part of the export and not uploaded: {printable(listed(done.others))}")
     if not done.results:
         print("the card has no results: multitrain evaluate first, then export again with --force")
     if address:
@@ -227,4 +271,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-__all__ = ["Exported", "export", "main", "upload"]
+__all__ = ["FILES", "Exported", "export", "main", "upload"]

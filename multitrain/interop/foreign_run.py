@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
-from multitrain.config import DatasetConfig, ModelConfig, RunConfig, compose, validate
+from multitrain.config import ModelConfig, RunConfig, compose, validate
+from multitrain.config.boundary import understood
+from multitrain.interop import protocol
 from multitrain.interop.pyslowfast import Published
 
 
-def published_run(file: Published) -> RunConfig:
-    """The run configuration that a `.pyth` file's YAML text amounts to."""
+def published_run(file: Published, path: Path) -> RunConfig:
+    """The run configuration that a `.pyth` file amounts to: its YAML text, and what a run of ours left beside it.
+
+    Raises:
+        ConfigError: options of other kinds than the published code writes.
+    """
     cfg = file.settings
-    entries = published_datasets(cfg, file.datasets)
-    for name, entry in entries.items():
-        entry["multi_label"] = name in file.multi_label
-        entry["separator"] = cfg.get("DATA", {}).get("PATH_LABEL_SEPARATOR") or " "
-    data = cfg.get("DATA", {})
-    reading = {"sampling_rate": data.get("SAMPLING_RATE", 3), "target_fps": data.get("TARGET_FPS", 30)}
-    run = _put_together(file.config, entries, reading)
-    return _with_short_side(run, int((data.get("TRAIN_JITTER_SCALES") or [256])[0]))
+    own, _ = protocol.read(file.extras.get(protocol.KEY), path)
+    with understood(
+        f"{path}: its cfg has values of other kinds than such options", "use the cfg that the training code wrote"
+    ):
+        entries = published_datasets(cfg, file.datasets)
+        for name, entry in entries.items():
+            entry |= protocol.read_options(cfg, name)
+            entry["multi_label"] = name in file.multi_label
+        data = cfg.get("DATA", {})
+        reading = {"sampling_rate": data.get("SAMPLING_RATE", 3), "target_fps": data.get("TARGET_FPS", 30)}
+        run = _put_together(file.config, entries, reading, own)
+        return run if own else _with_short_side(run, int((data.get("TRAIN_JITTER_SCALES") or [256])[0]))
 
 
 def published_datasets(cfg: Mapping[str, Any], datasets: Mapping[str, int]) -> dict[str, dict[str, Any]]:
@@ -62,24 +73,34 @@ def generic_run(model: ModelConfig, classes_of: Mapping[str, int], multi_label: 
         }
         for name, classes in classes_of.items()
     }
-    return _put_together(model, entries, {})
+    return _put_together(model, entries, {}, {})
 
 
 def _put_together(
-    model: ModelConfig, entries: Mapping[str, Mapping[str, Any]], reading: Mapping[str, Any]
+    model: ModelConfig,
+    entries: Mapping[str, Mapping[str, Any]],
+    reading: Mapping[str, Any],
+    own: Mapping[str, Mapping[str, Any]],
 ) -> RunConfig:
-    """The shipped configuration with this network and these datasets; shipped entries where name and class count agree."""
+    """The shipped configuration with this network and these datasets; shipped entries where name and class count agree.
+
+    Args:
+        entries, reading: settings by dataset and of all data.
+        own: settings by dataset that precede the shipped entries'.
+    """
     shipped = compose()
     known = shipped.data.datasets
-    datasets = {
-        name: known[name].model_copy(update={"separator": entry.get("separator", known[name].separator)})
-        if name in known and known[name].classes == entry["classes"]
-        else DatasetConfig.model_validate(dict(entry))
-        for name, entry in entries.items()
-    }
+    datasets = {}
+    for name, entry in entries.items():
+        settings = dict(entry)
+        if name in known and known[name].classes == entry["classes"]:
+            settings = known[name].model_dump(mode="json") | {
+                "separator": entry.get("separator", known[name].separator)
+            }
+        datasets[name] = settings | dict(own.get(name, {}))
     values = shipped.model_dump(mode="json")
     values["model"] = model.model_dump(mode="json")
-    values["data"] |= {"datasets": {n: d.model_dump(mode="json") for n, d in datasets.items()}, **reading}
+    values["data"] |= {"datasets": datasets, **reading}
     values["augment"]["mix_probability"] = 0.0
     values["loss"] |= {"informative_weight": 0.0, "projection_weight": 0.0}
     return validate(values)

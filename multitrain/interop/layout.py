@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from multitrain.config import ConfigError, ModelConfig
 from multitrain.interop.matching import Shape
 from multitrain.model.heads import escape
+
+
+def require_possible(path: Path, config: ModelConfig, datasets: Mapping[str, int], tensors: int) -> None:
+    """Raises ConfigError for a description of more blocks or heads than the file has tensors: every one has at least one.
+
+    Costs nothing, whatever the numbers; :func:`layout` takes time and memory in proportion to them.
+    """
+    if max(config.depth, len(datasets)) > tensors:
+        raise ConfigError(
+            f"{path}: describes {config.depth} blocks and {len(datasets)} heads, but holds {tensors} tensors; copy it again"
+        )
 
 
 def layout(config: ModelConfig, datasets: Mapping[str, int]) -> dict[str, Shape]:
@@ -103,4 +115,4 @@ def pairs(config: ModelConfig, datasets: Mapping[str, int]) -> list[tuple[str, s
     return [(source, target) for target in datasets for source in datasets if source != target]
 
 
-__all__ = ["layout", "name_map", "pairs"]
+__all__ = ["layout", "name_map", "pairs", "require_possible"]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 from multitrain.config import ConfigError
+from multitrain.config.boundary import understood
+from multitrain.config.reading import parse_json, read_text
 from multitrain.interop.matching import listed
 
 MODEL_FILE = "model.safetensors"
@@ -19,7 +20,7 @@ def locate(path: Path) -> Path:
         ConfigError: there is none; the message says what was found and, for a damaged one, which is whole.
     """
     if path.name == "latest" and path.is_file() and not path.is_dir():
-        path = path.parent / path.read_text().strip()
+        path = path.parent / read_text(path, 1 << 12).strip()
     if path.is_dir():
         return _in_folder(path)
     if not path.exists():
@@ -68,7 +69,18 @@ def _in_folder(path: Path) -> Path:
 def _damage(folder: Path) -> str | None:
     """Why the checkpoint in `folder` is not whole, or None. Every file's size; hashes of what is read here."""
     try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
+        with understood("manifest.json: cannot be used", "write it again"):
+            return _difference(folder)
+    except ConfigError as error:
+        return str(error)
+
+
+def _difference(folder: Path) -> str | None:
+    """How the files in `folder` differ from what its manifest says, or None."""
+    try:
+        files = parse_json((folder / "manifest.json").read_bytes(), "manifest.json")["files"]
+        if MODEL_FILE not in files:
+            return f"manifest.json does not list {MODEL_FILE}"
         for name, expected in files.items():
             size = (folder / name).stat().st_size
             if size != expected["bytes"]:
@@ -78,8 +90,6 @@ def _damage(folder: Path) -> str | None:
                 return f"{name} does not match its SHA-256"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"manifest.json cannot be read ({type(error).__name__}: {error})"
     return None
 
 

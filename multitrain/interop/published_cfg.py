@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import ValidationError
 
-from multitrain.config import ConfigError, ModelConfig
+from multitrain.config import ConfigError, DatasetConfig, ModelConfig
+from multitrain.config.boundary import understood
+from multitrain.config.reading import parse_yaml
 from multitrain.interop.layout import pairs
 from multitrain.interop.matching import listed
+from multitrain.interop.protocol import options_of
 
 if TYPE_CHECKING:
     import torch
@@ -79,8 +82,11 @@ def read_cfg(
     """
     path = Path(where)
     cfg = parse_cfg(text, path)
-    datasets, multi_label, single = _datasets(cfg, path)
-    return _model_config(cfg, path, single=single, tensors=tensors or {}), datasets, multi_label, single
+    with understood(
+        f"{path}: its cfg has values of other kinds than such options", "use the cfg that the training code wrote"
+    ):
+        datasets, multi_label, single = _datasets(cfg, path)
+        return _model_config(cfg, path, single=single, tensors=tensors or {}), datasets, multi_label, single
 
 
 def make_cfg(
@@ -89,14 +95,19 @@ def make_cfg(
     multi_label: Collection[str] = (),
     sampling_rate: int = 3,
     target_fps: float = 30.0,
+    tested: DatasetConfig | None = None,
 ) -> str:
-    """YAML text from which the published code builds this model; numbers have the types that its schema checks."""
+    """YAML text from which the published code builds this model; numbers have the types that its schema checks.
+
+    Args:
+        tested: the dataset whose test protocol is written; the published code has one for all.
+    """
     single = len(datasets) == 1 and config.head == "linear"
     stages = list(config.stages)
     act = ["sigmoid" if d in multi_label else "softmax" for d in datasets]
     loss = ["bce_logit" if d in multi_label else "soft_cross_entropy" for d in datasets]
     count = len(datasets)
-    settings = {
+    settings: dict[str, dict[str, Any]] = {
         "DATA": {
             "NUM_FRAMES": config.frames,
             "SAMPLING_RATE": sampling_rate,
@@ -156,16 +167,13 @@ def make_cfg(
         "TRAIN": {"DATASET": next(iter(datasets)) if single else "multi_dataset_seq"},
         "TEST": {"DATASET": next(iter(datasets))},
     }
+    for section, options in (options_of(tested, config.crop) if tested else {}).items():
+        settings[section] |= options
     return yaml.safe_dump(settings, allow_unicode=True)
 
 
 def parse_cfg(text: str, path: Path) -> dict[str, Any]:
-    try:
-        parsed = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"{path}: its 'cfg' is not YAML ({' '.join(str(error).split())[:160]}); the file is damaged"
-        ) from None
+    parsed = parse_yaml(text, f"{path}: its 'cfg'")
     if not isinstance(parsed, dict):
         raise ConfigError(f"{path}: its 'cfg' holds no settings; use the checkpoint as the training code wrote it")
     return parsed

@@ -11,18 +11,18 @@ Names: the backbone's are the same on both sides. Heads: ``head.heads.D.*`` ↔ 
 
 from __future__ import annotations
 
-import pickle
 import warnings
-import zipfile
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from multitrain.config import ConfigError, ModelConfig
+from multitrain.config import ConfigError, DatasetConfig, ModelConfig
+from multitrain.config.boundary import understood
 from multitrain.files import replacing
-from multitrain.interop.layout import layout, name_map
+from multitrain.interop.archive import open_archive, require_finite
+from multitrain.interop.layout import layout, name_map, require_possible
 from multitrain.interop.matching import Report, compare, require_all, shapes
 from multitrain.interop.official import refusal
 from multitrain.interop.optimizer_state import Grouping, published_state
@@ -31,8 +31,7 @@ from multitrain.interop.published_cfg import EXPANDER_HIDDEN, HEAD_HIDDEN, make_
 if TYPE_CHECKING:
     import torch
 
-_DDP = "module."
-_KNOWN = ("epoch", "model_state", "optimizer_state", "cfg")
+_KNOWN = ("epoch", "optimizer_state", "cfg")
 
 
 @dataclass(frozen=True)
@@ -74,21 +73,21 @@ def read_pyth(
     return file.config, file.datasets, file.state, file.epoch
 
 
-def read_published(path: str | Path, *, strict: bool = True) -> Published:
+def read_published(path: str | Path, *, strict: bool = True, copy: str | None = None) -> Published:
     """Everything a `.pyth` file holds, checked.
 
     Args:
         path: the file.
         strict: the tensors must be exactly those of the network in the file's configuration. Otherwise those that do not
             fit are left out, and reported.
+        copy: the set of weights to take, see :func:`multitrain.interop.archive.open_archive`.
 
     Raises:
         ConfigError: no such file, damaged, holding code, without configuration, an option outside this network's scope
-            (named), or tensors that contradict the configuration (named).
+            (named), tensors that contradict the configuration (named), or NaN and infinities in them.
     """
     path = Path(path)
-    content = load_archive(path)
-    published: dict[str, torch.Tensor] = content["model_state"]
+    published, content, notes = open_archive(path, copy)
     refused = refusal(path, published)
     if refused is not None:
         raise refused
@@ -97,19 +96,27 @@ def read_published(path: str | Path, *, strict: bool = True) -> Published:
             f"{path}: holds no 'cfg' text, so its network is not known; use the checkpoint as the training code wrote it"
         )
     config, datasets, multi_label, single = read_cfg(content["cfg"], path, tensors=published)
-    ours = _by_our_names(published, name_map(config, datasets, single=single))
-    report = compare(shapes(ours), layout(config, datasets))
+    require_possible(path, config, datasets, len(published))
+    with understood(f"{path}: its cfg describes no network", "use the cfg that the training code wrote"):
+        ours = _by_our_names(published, name_map(config, datasets, single=single))
+        report = compare(shapes(ours), layout(config, datasets))
     if strict:
         require_all(
-            report, str(path), "the tensors contradict the file's own cfg; the file was changed after it was written"
+            report,
+            f"{path}: its tensors are not those of the network in its own cfg",
+            "load it with the code that wrote it, or start from what fits: init_from",
         )
+    state = {name: ours[name].clone() for name in ours if name in set(report.matched)}
+    require_finite(path, state)
+    with understood(f"{path}: its 'epoch' is no number", "save it again with a trusted torch"):
+        epoch = int(content.get("epoch", 0))
     return Published(
         config,
         datasets,
         multi_label,
-        {name: ours[name].clone() for name in ours if name in set(report.matched)},
-        report,
-        int(content.get("epoch", 0)),
+        state,
+        replace(report, notes=notes),
+        epoch,
         content["cfg"],
         content.get("optimizer_state"),
         {key: value for key, value in content.items() if key not in _KNOWN},
@@ -121,13 +128,15 @@ def read_tensors(path: Path, config: ModelConfig, datasets: Mapping[str, int]) -
 
     For starting from files whose configuration says nothing or another network: official releases. Raises ConfigError.
     """
-    return _by_our_names(load_archive(path)["model_state"], name_map(config, datasets, single=len(datasets) == 1))
+    state = _by_our_names(open_archive(path).state, name_map(config, datasets, single=len(datasets) == 1))
+    require_finite(path, state)
+    return state
 
 
 def has_published_cfg(path: Path) -> bool:
     """Whether a `.pyth` file says what its network is, and is not of the official layout. Raises ConfigError."""
-    content = load_archive(path)
-    return isinstance(content.get("cfg"), str) and refusal(path, content["model_state"]) is None
+    found = open_archive(path)
+    return isinstance(found.content.get("cfg"), str) and refusal(path, found.state) is None
 
 
 def write_pyth(
@@ -144,6 +153,7 @@ def write_pyth(
     extras: Mapping[str, Any] | None = None,
     sampling_rate: int = 3,
     target_fps: float = 30.0,
+    tested: DatasetConfig | None = None,
 ) -> None:
     """Writes tensors of our names as a `.pyth` file that the published code can build and load.
 
@@ -156,7 +166,8 @@ def write_pyth(
         optimizer_state: kept as it is; that of an AdamW before its first step when not given.
         grouping: parameter groups of the state that is made: see :mod:`multitrain.interop.optimizer_state`.
         extras: what else the file holds.
-        sampling_rate, target_fps: for the configuration text.
+        sampling_rate, target_fps, tested: for the configuration text, see
+            :func:`multitrain.interop.published_cfg.make_cfg`.
 
     Raises:
         ConfigError: `state` does not fit, `cfg` describes another network, or two pairs of dataset names collide.
@@ -170,7 +181,7 @@ def write_pyth(
     datasets = dict(datasets)
     wanted = layout(config, datasets)
     require_all(compare(shapes(state), wanted), str(path), "the weights are not those of the model to be written")
-    text = cfg if cfg is not None else make_cfg(config, datasets, multi_label, sampling_rate, target_fps)
+    text = cfg if cfg is not None else make_cfg(config, datasets, multi_label, sampling_rate, target_fps, tested)
     parsed, named, _, single = read_cfg(text, path)
     if named != datasets or _architecture(parsed) != _architecture(config):
         raise ConfigError(
@@ -192,37 +203,9 @@ def write_pyth(
         torch.save(content, temporary)
 
 
-def load_archive(path: Path) -> dict[str, Any]:
-    """A `.pyth` file's content, opened without running code of it. Raises ConfigError unless it has a `model_state`."""
-    import torch
-
-    if not path.is_file():
-        raise ConfigError(
-            f"{path}: {'is a folder, not a .pyth file' if path.is_dir() else 'no such file'}; give the checkpoint's path"
-        )
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError:
-        raise ConfigError(
-            f"{path}: holds Python objects beside tensors, which could run code, or is no torch file; "
-            "re-save only its model_state and cfg with a trusted torch"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ConfigError(f"{path}: damaged or no torch file ({first[:160]}); copy or download it again") from None
-    state = content.get("model_state") if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
-        raise ConfigError(
-            f"{path}: has no 'model_state' with tensors, so it is not a published checkpoint; "
-            "a model of this layout has one beside its 'cfg'"
-        )
-    return dict(content)
-
-
 def _by_our_names(published: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """Tensors by our names where they have one; the prefix that DDP adds to every name is taken off."""
-    prefix = len(_DDP) if published and all(name.startswith(_DDP) for name in published) else 0
-    return {names.get(name[prefix:], name[prefix:]): tensor for name, tensor in published.items()}
+    """Tensors by our names where they have one."""
+    return {names.get(name, name): tensor for name, tensor in published.items()}
 
 
 def _architecture(config: ModelConfig) -> dict[str, Any]:
@@ -253,7 +236,6 @@ def _not_publishable(config: ModelConfig, datasets: Mapping[str, int], *, single
 __all__ = [
     "Published",
     "has_published_cfg",
-    "load_archive",
     "read_published",
     "read_pyth",
     "read_tensors",

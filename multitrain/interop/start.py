@@ -34,7 +34,8 @@ def initialise_from(model: MultiTrain, path: str | Path, *, interpolate_position
     if path.suffix == ".pyth" and path.is_file() and not pyslowfast.has_published_cfg(path):
         return _from_tensors(model, path)
     weights = read_weights(path)
-    state, notes = weights.state, list(_unseen_differences(weights.config, model.config))
+    state = weights.state
+    notes = [*weights.report.notes, *_unseen_differences(weights.config, model.config)]
     report = compare(shapes(state), shapes(model.state_dict()))
     _require_same_backbone(path, report, weights.config)
     tables = [r for r in report.reshaped if r[0] in POSITIONS]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from multitrain.config import ConfigError, RunConfig
+from multitrain.config.boundary import understood
+from multitrain.config.reading import read_json
 from multitrain.interop import pyslowfast
 from multitrain.interop.layout import layout
 from multitrain.interop.nested import flatten, unflatten
@@ -48,16 +49,27 @@ def read_training_state(path: Path, weights: Weights, run: RunConfig, grouping: 
         return TrainingState(file.epoch, file.cfg, file.optimizer_state, file.extras)
     place = locate(path)
     kept = description(place).get(KEY)
-    if kept is not None:
+    with understood(
+        f"{place}: the optimizer's state beside it is damaged", "copy it again, or convert with --weights-only"
+    ):
+        if kept is None:
+            return _of_checkpoint(place, weights, run, grouping)
         tensors = _load(optimizer_file(place)) if kept["tensors"] else {}
         state, extras = unflatten(kept["structure"], tensors)
-        return TrainingState(int(kept["epoch"]), kept["cfg"], state, extras)
-    return _of_checkpoint(place, weights, run, grouping)
+        cfg = None if kept["cfg"] is None else str(kept["cfg"])
+        return TrainingState(int(kept["epoch"]), cfg, state, dict(extras))
 
 
 def describe(state: TrainingState) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """`state` as JSON for a description, and its tensors for :func:`optimizer_file`."""
-    structure, tensors = flatten((state.optimizer_state, dict(state.extras)))
+    """`state` as JSON for a description, and its tensors for :func:`optimizer_file`.
+
+    Raises:
+        ConfigError: a part of it cannot be kept in this form.
+    """
+    try:
+        structure, tensors = flatten((state.optimizer_state, dict(state.extras)))
+    except ConfigError as error:
+        raise ConfigError(f"{error}; convert with --weights-only to leave it out") from None
     return {"epoch": state.epoch, "cfg": state.cfg, "structure": structure, "tensors": len(tensors)}, tensors
 
 
@@ -71,7 +83,7 @@ def _of_checkpoint(place: Path, weights: Weights, run: RunConfig, grouping: Grou
     file = place.parent / "state.json"
     if not file.is_file():
         return TrainingState()
-    state = json.loads(file.read_text())
+    state = read_json(file)
     plan = state.get("plan") or {}
     epoch_size = sum(s["size"] * s.get("replicas", 1) for s in plan.get("sources", ()))
     seen = int(state.get("update", 0)) * int(plan.get("effective_batch", 0))
@@ -89,16 +101,10 @@ def _of_checkpoint(place: Path, weights: Weights, run: RunConfig, grouping: Grou
 
 
 def _load(file: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
+    with understood(f"{file}: the optimizer's tensors cannot be read", "copy it again, or convert with --weights-only"):
         return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(
-            f"{file}: the optimizer's tensors cannot be read ({' '.join(str(error).split())}); copy it again, "
-            "or convert with --weights-only"
-        ) from None
 
 
 __all__ = ["KEY", "TrainingState", "describe", "optimizer_file", "read_training_state"]

@@ -7,21 +7,21 @@ model's description in its header (written by `multitrain convert`), or has ``co
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import yaml
-from pydantic import ValidationError
-
 from multitrain.config import ConfigError, ModelConfig, RunConfig, load, validate
+from multitrain.config.boundary import understood
 from multitrain.config.class_names import find_class_names, read_class_names
-from multitrain.interop import pyslowfast
+from multitrain.config.reading import LARGEST_JSON, parse_json, read_bytes, read_yaml
+from multitrain.interop import protocol, pyslowfast
+from multitrain.interop.archive import require_finite, without_prefixes
 from multitrain.interop.foreign_run import generic_run, published_datasets, published_run
-from multitrain.interop.layout import layout
+from multitrain.interop.layout import layout, require_possible
 from multitrain.interop.matching import Report, compare, require_all, shapes
 from multitrain.interop.places import locate
+from multitrain.text import printable
 
 if TYPE_CHECKING:
     import torch
@@ -53,18 +53,24 @@ def read_weights(path: str | Path, *, strict: bool = True) -> Weights:
         strict: they must be exactly those of their model; otherwise what does not fit is left out, and reported.
 
     Raises:
-        ConfigError: nothing there, damaged, or not the weights of a model of ours; one line with the remedy.
+        ConfigError: nothing there, damaged, not the weights of a model of ours, or NaN among them; one line with the remedy.
     """
     return read_model(path, strict=strict)[0]
 
 
-def read_model(path: str | Path, *, strict: bool = True) -> tuple[Weights, RunConfig]:
-    """:func:`read_weights` and :func:`run_config` at once: what lies at `path` is opened and verified only once."""
+def read_model(path: str | Path, *, strict: bool = True, copy: str | None = None) -> tuple[Weights, RunConfig]:
+    """:func:`read_weights` and :func:`run_config` at once: what lies at `path` is opened and verified only once.
+
+    Args:
+        copy: of a `.pyth` file, the set of weights to take: see :func:`multitrain.interop.archive.open_archive`.
+    """
     path = Path(path)
     if path.suffix == ".pyth" and not path.is_dir():
-        file = pyslowfast.read_published(path, strict=strict)
-        run = published_run(file)
+        file = pyslowfast.read_published(path, strict=strict, copy=copy)
+        run = published_run(file, path)
         return _of_published(file, run), run
+    if copy is not None:
+        raise ConfigError(f"{path}: only a .pyth file holds several sets of weights; leave {copy!r} out")
     place = locate(path)
     return _of_safetensors(place, strict=strict), _stored_run(place)
 
@@ -80,7 +86,7 @@ def run_config(path: str | Path) -> RunConfig:
     """
     path = Path(path)
     if path.suffix == ".pyth" and not path.is_dir():
-        return published_run(pyslowfast.read_published(path))
+        return published_run(pyslowfast.read_published(path), path)
     return _stored_run(locate(path))
 
 
@@ -90,28 +96,18 @@ def description(place: Path) -> dict[str, Any]:
     Raises:
         ConfigError: not a whole file, or no description of it.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(place, framework="pt") as file:
-            header = (file.metadata() or {}).get(HEADER)
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(
-            f"{place}: not a whole .safetensors file ({' '.join(str(error).split())}); copy or write it again"
-        ) from None
-    texts = [header] if header else []
-    texts += [
-        (place.parent / n).read_text()
-        for n in (f"{place.stem}.json", "config.json", "state.json")
-        if (place.parent / n).is_file()
-    ]
-    for text in texts:
-        try:
-            found = json.loads(text)
-        except ValueError as error:
-            raise ConfigError(
-                f"{place}: the description beside it is not JSON ({error}); write it again with `multitrain convert`"
-            ) from None
+    with (
+        understood(f"{place}: not a whole .safetensors file", "copy or write it again"),
+        safe_open(place, framework="pt") as file,
+    ):
+        header = (file.metadata() or {}).get(HEADER)
+    beside = (place.parent / n for n in (f"{place.stem}.json", "config.json", "state.json"))
+    texts = [(header, f"{place}: its description")] if header else []
+    texts += [(read_bytes(file, LARGEST_JSON), str(file)) for file in beside if file.is_file()]
+    for text, where in texts:
+        found = parse_json(text, where)
         if isinstance(found, dict) and "model" in found and "datasets" in found:
             return found
     raise ConfigError(
@@ -127,11 +123,15 @@ def _of_published(file: pyslowfast.Published, run: RunConfig) -> Weights:
 def _of_safetensors(place: Path, *, strict: bool) -> Weights:
     found = _described(place)
     state = _read_safetensors(place)
-    report = compare(shapes(state), layout(found.config, found.datasets))
+    require_possible(place, found.config, found.datasets, len(state))
+    with understood(f"{place}: describes no network", "write it again with `multitrain convert`"):
+        report = compare(shapes(state), layout(found.config, found.datasets))
     if strict:
         where = f"{place}: its tensors are not those of the model that it describes"
         require_all(report, where, "write it again with `multitrain convert`")
-    return found._replace(state={name: state[name] for name in report.matched}, report=report)
+    kept = {name: state[name] for name in report.matched}
+    require_finite(place, kept)
+    return found._replace(state=kept, report=report)
 
 
 def _stored_run(place: Path) -> RunConfig:
@@ -147,18 +147,16 @@ def _stored_run(place: Path) -> RunConfig:
 
 def _described(place: Path) -> Weights:
     found = description(place)
-    try:
+    with understood(f"{place}: the description of its model is wrong", "write it again with `multitrain convert`"):
         config = ModelConfig.model_validate(found["model"])
         datasets = {str(name): int(classes) for name, classes in found["datasets"].items()}
-    except (ValidationError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{place}: the description of its model is wrong ({' '.join(str(error).split())[:200]}); write it again"
-        ) from None
-    names = {str(d): [str(n) for n in v] for d, v in (found.get("class_names") or {}).items() if v}
+        names = {str(d): [printable(str(n)) for n in v] for d, v in (found.get("class_names") or {}).items() if v}
+        multi_label = tuple(str(name) for name in found.get("multi_label") or ())
+    names = {name: listed for name, listed in names.items() if len(listed) == datasets.get(name)}
     for name, settings in _stored_datasets(place, found).items():
         if name in datasets and name not in names and (read := read_names(settings, datasets[name])):
             names[name] = read
-    return Weights(config, datasets, tuple(found.get("multi_label") or ()), names, {})
+    return Weights(config, datasets, multi_label, names, {})
 
 
 def _stored_datasets(place: Path, found: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -166,10 +164,11 @@ def _stored_datasets(place: Path, found: Mapping[str, Any]) -> dict[str, Mapping
     run = found.get("run")
     file = place.parent / "config.yaml"
     if run is None and file.is_file():
-        run = yaml.safe_load(file.read_text())
+        run = read_yaml(file)
     try:
-        return dict(run["data"]["datasets"]) if run else {}
-    except (KeyError, TypeError):
+        entries: dict[str, Any] = run["data"]["datasets"]  # type: ignore[index]
+        return {name: entry for name, entry in entries.items() if isinstance(entry, dict)}
+    except (AttributeError, KeyError, TypeError):
         return {}
 
 
@@ -178,9 +177,9 @@ def read_names(settings: Mapping[str, Any], classes: int) -> list[str] | None:
 
     None when there is no such file, or when it does not have `classes` names; see :mod:`multitrain.config.class_names`.
     """
-    folder, given = Path(settings.get("annotations") or "."), settings.get("class_names")
-    for file in [Path(given), folder / given] if given else []:
-        if file.is_file():
+    folder, given = Path(str(settings.get("annotations") or ".")), settings.get("class_names")
+    for file in [Path(str(given)), folder / str(given)] if given else []:
+        if _is_file(file):
             try:
                 names = read_class_names(file)
             except ConfigError:  # names are for display; numbers do as well
@@ -189,21 +188,31 @@ def read_names(settings: Mapping[str, Any], classes: int) -> list[str] | None:
     return find_class_names(folder, classes)
 
 
+def _is_file(path: Path) -> bool:
+    """Whether a file is there and may be looked at."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # another user's folder; a name that is none
+        return False
+
+
 def _read_safetensors(place: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
+    """Tensors by name, without the prefixes that wrappers add."""
     from safetensors.torch import load_file
 
-    try:
-        return load_file(place)
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{place}: cannot be read ({' '.join(str(error).split())}); copy or write it again") from None
+    with understood(f"{place}: cannot be read", "copy or write it again"):
+        tensors = load_file(place)
+    return without_prefixes(place, tensors)
 
 
 def _names_beside(file: pyslowfast.Published, run: RunConfig) -> dict[str, list[str]]:
-    """Names from the annotation folders of the file's own text, else from those of the shipped entries."""
-    found = {}
+    """Names that lie in the file, else from the annotation folders of its own text, else from those of the shipped entries."""
+    _, kept = protocol.read(file.extras.get(protocol.KEY), Path("the file"))
+    found = {name: names for name, names in kept.items() if len(names) == file.datasets.get(name)}
     own = published_datasets(file.settings, file.datasets)
     for name, classes in file.datasets.items():
+        if name in found:
+            continue
         places = (own[name], run.data.datasets[name].model_dump())
         names = next((n for place in places if (n := read_names(place, classes))), None)
         if names:

@@ -10,6 +10,7 @@ from typing import Any
 from multitrain.config import ConfigError, RunConfig, load
 from multitrain.config.arguments import Arguments, Parser
 from multitrain.monitor.figures import table
+from multitrain.monitor.results import FILE, read_results
 from multitrain.monitor.status import status
 
 SAME = ("name", "runs", "experiment_name", "dry_run", "then", "preflight")
@@ -63,13 +64,12 @@ def _accuracy(measures: dict[str, Any]) -> float | None:
 
 def _tests(run: Path) -> dict[str, float | None]:
     """Results of the newest checkpoint's multi-view test, by dataset."""
-    for file in sorted(run.glob("evaluation/update-*/test/metrics.json"), reverse=True):
+    for file in sorted(run.glob(f"evaluation/update-*/test/{FILE}"), reverse=True):
         try:
-            content = json.loads(file.read_text())
-        except (OSError, ValueError):
+            results = read_results(file.parent)
+        except ConfigError:
             continue
-        results = content.get("datasets", content.get("results", content))
-        return {d: _accuracy(m) for d, m in results.items() if isinstance(m, dict) and ("top1" in m or "map" in m)}
+        return {d: _accuracy(m) for d, m in results.items() if "top1" in m or "map" in m}
     return {}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ class Events:
     Args:
         path: the file, e.g. ``RUN/events.jsonl``.
         job: scheduler's job id; of the environment when not given, null outside a job.
-        restart: times that the run was started before; ``SLURM_RESTART_COUNT`` when not given, else the number of
-            starts that the file tells of.
+        restart: when not given: in a SLURM job, how often SLURM had started the job before; elsewhere how many starts of
+            the run the file tells of before the one that goes on now.
         host: name of the machine; this one's when not given.
     """
 
@@ -58,8 +59,13 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     return list(lines.read(Path(path)))
 
 
+def starts_before(records: Iterable[Mapping[str, Any]]) -> int:
+    """How many starts of the run these events tell of."""
+    return sum(record.get("event") == "begin" for record in records)
+
+
 def _restarts(path: Path) -> int:
-    count = os.environ.get("SLURM_RESTART_COUNT", "")
-    if count.isdigit():
-        return int(count)
-    return sum(record.get("event") in ("start", "resume") for record in lines.read(path))
+    """How often the run, or its SLURM job, was started before the start that goes on now."""
+    if slurm.job_id() is not None:
+        return slurm.restart_count()
+    return max(0, starts_before(lines.read(path)) - 1)

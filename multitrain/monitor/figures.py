@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from multitrain.config import ConfigError
+from multitrain.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,10 +58,11 @@ def png(drawn: Figure, dpi: int = 125) -> bytes:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Text in columns: the first `left` flush left, the others flush right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    """Text in columns: the first `left` flush left, the others flush right. Cells may come from strangers."""
+    cleaned = [[printable(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(len(row[i]) for row in cleaned) for i in range(len(header))]
     lines = []
-    for row in [header, *rows]:
+    for row in cleaned:
         cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)

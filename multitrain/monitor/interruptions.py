@@ -75,6 +75,6 @@ def reason_of(event: Mapping[str, Any]) -> str:
 def _seconds(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> float | None:
     try:
         between = datetime.fromisoformat(after["time"]) - datetime.fromisoformat((before or {})["time"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, OverflowError, TypeError, ValueError):
         return None
     return round(between.total_seconds(), 3)

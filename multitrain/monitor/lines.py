@@ -6,17 +6,63 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from multitrain import lease
+from multitrain.config.reading import parse_json
 from multitrain.files import replacing
+
+_LARGEST = 1e18
+"""No count of updates, seconds or bytes is larger."""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(v is None or _is_number(v) for v in value.values())
+
+
+KINDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("update", "total_updates", "world_size", "redone", "restart"), _is_count),
+    **dict.fromkeys(("loss", "loss_classification", "loss_projection", "loss_informative", "lr"), _is_number),
+    **dict.fromkeys(("grad_norm", "seconds", "clips_per_second", "data_wait_fraction", "max_memory_gb"), _is_number),
+    **dict.fromkeys(("event", "time", "host", "status", "reason", "dataset", "path"), _is_text),
+    "job": lambda value: _is_text(value) or _is_count(value),
+    "pid": lambda value: _is_count(value) and 0 < value < 1 << 31,
+    "loss_per_dataset": _are_numbers,
+    "skipped": _are_numbers,
+    "results": lambda value: isinstance(value, dict) and all(map(_are_numbers, value.values())),
+}
+"""What the fields of an event or of an update's record are. A run's folder may come from a stranger."""
+
+
+def of_kind(record: Mapping[str, Any]) -> dict[str, Any]:
+    """`record` without the fields whose values are of another kind than such a field has, see :data:`KINDS`."""
+    return {k: v for k, v in record.items() if v is None or k not in KINDS or KINDS[k](v)}
 
 
 def encode(record: Mapping[str, Any]) -> bytes:
-    """One line of strict JSON. Floats keep every bit; NaN and infinities, which JSON lacks, become null."""
-    return (json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n").encode()
+    """One line of strict JSON in UTF-8. Floats keep every bit; NaN and infinities, which JSON lacks, become null.
+
+    Bytes of file names that are not UTF-8 (surrogates) are written as escapes, which :func:`decode` reads back.
+    """
+    plain = _plain(record)
+    try:
+        return (json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    except UnicodeEncodeError:
+        return (json.dumps(plain, allow_nan=False) + "\n").encode()
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
@@ -63,7 +109,8 @@ def write(file: int, line: bytes, *, alone: bool = True) -> None:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file, nothing when it does not exist. Torn lines, which a crash leaves behind, are left out."""
+    """The records of a file, nothing when it does not exist. Torn lines, which a crash leaves behind, are left out, and so
+    are values of another kind than their field has."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -71,7 +118,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
     for line in data.split(b"\n"):
         record = decode(line)
         if record is not None:
-            yield record
+            yield of_kind(record)
 
 
 def drop_from(path: Path, update: int) -> int:
@@ -99,7 +146,7 @@ def drop_from(path: Path, update: int) -> int:
 def decode(line: bytes) -> dict[str, Any] | None:
     """The object on a line, None when the line is empty or torn."""
     try:
-        record = json.loads(line)
+        record = parse_json(line, "a line")
     except ValueError:
         return None
     return record if isinstance(record, dict) else None

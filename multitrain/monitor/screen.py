@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from multitrain.monitor.progress import duration
+from multitrain.text import printable
 
 COLUMNS = {
     "name": "run",
@@ -62,7 +64,7 @@ def card(row: Mapping[str, Any], *, colour: bool = False) -> str:
     cells = _cells(row)
     state = str(row.get("state") or "")
     facts = {
-        "state": (_coloured(state, state) if colour else state) + _job(row),
+        "state": state + _job(row),
         "updates": cells["updates"] + (f", {cells['eta']} to go" if cells["eta"] else ""),
         "speed": _speed(row),
         "loss": cells["loss"] + (f", learning rate {row['lr']:.2e}" if row.get("lr") is not None else ""),
@@ -71,13 +73,16 @@ def card(row: Mapping[str, Any], *, colour: bool = False) -> str:
         "skipped": ", ".join(f"{name} {count}" for name, count in (row.get("skipped") or {}).items()),
         "folder": str(row.get("run_dir") or ""),
     }
-    width = max(len(key) for key, text in facts.items() if text)
-    out = [str(row["name"]), *(f"  {key:<{width}}  {text}" for key, text in facts.items() if text)]
-    out += [f"  {note}" for note in _notes(row)]
+    shown = {printable(key): printable(text) for key, text in facts.items() if text}
+    if colour and state in COLOURS:
+        shown["state"] = _coloured(state, state) + shown["state"].removeprefix(state)
+    width = max(len(key) for key in shown)
+    out = [cells["name"], *(f"  {key:<{width}}  {text}" for key, text in shown.items())]
+    out += [f"  {note}" for note in [*_notes(row), *_remedy(row)]]
     told = list(row.get("interruptions") or ())
     if told:
         out.append(f"  restarted {len(told)} time{'s' if len(told) != 1 else ''}:")
-        out += [f"    {_interruption(i)}" for i in told[-SHOWN:]]
+        out += [f"    {printable(_interruption(i))}" for i in told[-SHOWN:]]
         if len(told) > SHOWN:
             out.insert(len(out) - SHOWN, f"    … {len(told) - SHOWN} earlier ones are in events.jsonl")
     return "\n".join(out)
@@ -88,10 +93,11 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
     validation = row.get("validation") or {}
     tops = {d: v.get("map", v.get("top1")) for d, v in validation.items()}
     told = row.get("interruptions") or []
-    return {
+    update = "" if row.get("update") is None else str(row["update"])
+    cells = {
         "name": str(row["name"]),
         "state": str(row.get("state") or ""),
-        "updates": f"{row.get('update')}/{total} ({row['update'] / total:.0%})" if total else str(row.get("update")),
+        "updates": f"{update}/{total} ({row['update'] / total:.0%})" if total and update else update,
         "eta": duration(row["eta_seconds"]) if row.get("eta_seconds") is not None else "",
         "clips_per_second": _number(row.get("clips_per_second"), ".1f"),
         "data_wait": _number(row.get("data_wait_fraction"), ".0%"),
@@ -101,6 +107,14 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
         "checkpoint": _short_checkpoint(row),
         "job": str(row.get("job") or ""),
     }
+    return {column: printable(text) for column, text in cells.items()}
+
+
+def _remedy(row: Mapping[str, Any]) -> list[str]:
+    """How a run that has ended early goes on."""
+    if row.get("state") not in ("interrupted", "failed", "stopped", "timeout", "out_of_memory", "node_fail"):
+        return []
+    return [printable(f"to go on: python launch/submit.py {shlex.quote(str(row['run_dir']))}  (in the checkout)")]
 
 
 def _notes(row: Mapping[str, Any]) -> list[str]:
@@ -113,7 +127,7 @@ def _notes(row: Mapping[str, Any]) -> list[str]:
         notes.append(f"waiting: {row['reason']}{start}")
     if row.get("silent_seconds"):
         notes.append(f"silent: no update for {duration(row['silent_seconds'])}; see its logs/")
-    return notes
+    return [printable(note) for note in notes]
 
 
 def _job(row: Mapping[str, Any]) -> str:

@@ -245,8 +245,21 @@ def control(*arguments: str) -> str:
     return _scontrol(*arguments)
 
 
-def job_lives(job_id: str, restart: int) -> bool | None:
-    """Whether this start of a job may still run: None when SLURM does not answer."""
+def cluster_name() -> str | None:
+    """The name of the cluster that this machine belongs to; None where SLURM does not say."""
+    if "SLURM_CLUSTER_NAME" in os.environ:
+        return os.environ["SLURM_CLUSTER_NAME"]
+    try:
+        found = re.search(r"^ClusterName\s*= (\S+)", _scontrol("show", "config", attempts=1), re.MULTILINE)
+    except SlurmError:
+        return None
+    return found.group(1) if found else None
+
+
+def job_lives(job_id: str, restart: int, cluster: str | None = None) -> bool | None:
+    """Whether this start of a job may still run; None when SLURM does not answer, or is that of another cluster."""
+    if cluster is not None and cluster_name() not in (None, cluster):
+        return None
     try:
         job = show_job(job_id)
     except SlurmError as error:

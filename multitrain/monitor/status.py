@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -31,15 +32,25 @@ QUIET = 600.0
 """Seconds without an update, at least, after which a running run is said to be silent; twenty updates when those are longer."""
 
 
+FIELDS = (
+    *("name", "run_dir", "state", "update", "total_updates", "world_size", "loss", "lr", "clips_per_second"),
+    *("seconds_per_update", "data_wait_fraction", "eta_seconds", "last_metric", "silent_seconds", "validation"),
+    *("validation_update", "checkpoint", "checkpoint_age_seconds", "checkpoints", "job", "job_state", "reason"),
+    *("job_start", "nodes", "restarts", "interruptions", "skipped", "last_event", "last_error"),
+)
+"""What is told of a run."""
+
+
 def status(run_dir: str | Path) -> dict[str, Any]:
     """What is known of a run.
 
     Returns:
         ``name``, ``run_dir``, ``state`` (running, pending, submitted, requeued, suspended, interrupted, stopped,
-        finished, failed, cancelled, or empty), ``update`` (completed), ``total_updates``, ``world_size``, ``loss``,
-        ``lr``; over the last hundred updates ``clips_per_second``, ``seconds_per_update`` and ``data_wait_fraction``
-        (0–1); ``eta_seconds``, ``last_metric`` (ISO time, UTC), ``silent_seconds`` (when a running run has not finished an
-        update for suspiciously long), ``validation`` {dataset: {measure: value}} and ``validation_update``,
+        finished, failed, cancelled, empty, or unreadable: somebody's private run), ``update`` (completed),
+        ``total_updates``, ``world_size``, ``loss``, ``lr``; over the last hundred updates ``clips_per_second``,
+        ``seconds_per_update`` and ``data_wait_fraction`` (0–1); ``eta_seconds``, ``last_metric`` (ISO time, UTC),
+        ``silent_seconds`` (when a running run has not finished an update for suspiciously long),
+        ``validation`` {dataset: {measure: value}} and ``validation_update``,
         ``checkpoint`` (completed updates of the newest one), ``checkpoint_age_seconds``, ``checkpoints``, ``job``,
         ``job_state``, ``reason`` (the scheduler's), ``job_start``, ``nodes``, ``restarts`` and
         ``interruptions`` (see :func:`multitrain.monitor.interruptions.interruptions`), ``skipped`` {dataset: bad
@@ -54,22 +65,65 @@ def status(run_dir: str | Path) -> dict[str, Any]:
 def statuses(run_dirs: Sequence[str | Path]) -> list[dict[str, Any]]:
     """:func:`status` of several runs, with one question to the scheduler."""
     folders = [Path(run) for run in run_dirs]
+    told: dict[Path, list[dict[str, Any]]] = {}
+    refused: dict[Path, OSError] = {}
     for folder in folders:
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: no such run folder; runs are under `runs` by name")
-    histories = [events.read(folder / "events.jsonl") for folder in folders]
-    ids = [_last(history, "job") for history in histories]
-    queue = scheduler.jobs(str(job) for job in ids if job)
-    return [
-        _status(folder, history, queue.get(str(job), {}))
-        for folder, history, job in zip(folders, histories, ids, strict=True)
-    ]
+        try:
+            if not folder.is_dir():
+                raise FileNotFoundError(f"{folder}: no such run folder; runs are under `runs` by name")
+            told[folder] = events.read(folder / "events.jsonl")
+        except PermissionError as error:
+            refused[folder] = error
+    ids = {folder: _last(history, "job") for folder, history in told.items()}
+    queue = scheduler.jobs(str(job) for job in ids.values() if job)
+    rows = []
+    for folder in folders:
+        try:
+            if folder in refused:
+                raise refused[folder]
+            rows.append(_status(folder, told[folder], queue.get(str(ids[folder]), {})))
+        except PermissionError as error:
+            rows.append(_unreadable(folder, error))
+    return rows
 
 
 def find(runs: str | Path) -> list[Path]:
-    """The runs in a folder of runs: those with a configuration or events, the least recently active first."""
-    folders = [p for p in Path(runs).glob("[!.]*") if any((p / f).is_file() for f in ("config.yaml", "events.jsonl"))]
-    return sorted(folders, key=lambda p: (_activity(p), p.name))
+    """The runs in a folder of runs: those with a configuration or events, the least recently active first.
+
+    A folder that may not be looked into is one of them: it is somebody's private run.
+
+    Raises:
+        ConfigError: `runs` itself cannot be read.
+    """
+    try:
+        inside = [p for p in Path(runs).iterdir() if not p.name.startswith(".")]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise ConfigError(f"{runs}: cannot be read ({error.strerror}); ask its owner, or give --runs DIR") from None
+    return sorted((p for p in inside if _is_run(p)), key=lambda p: (_activity(p), p.name))
+
+
+def _is_run(folder: Path) -> bool:
+    try:
+        return any((folder / f).is_file() for f in ("config.yaml", "events.jsonl"))
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+
+
+def _unreadable(folder: Path, error: OSError) -> dict[str, Any]:
+    """What is known of a run that somebody keeps private."""
+    import pwd
+
+    try:
+        owner = pwd.getpwuid(folder.stat().st_uid).pw_name
+    except (OSError, KeyError):
+        owner = ""
+    reason = f"{error.strerror or error}" + (f"; it belongs to {owner}" if owner else "")
+    empty = dict.fromkeys(FIELDS) | {"checkpoints": [], "interruptions": [], "skipped": {}}
+    return empty | {"name": folder.name, "run_dir": str(folder), "state": "unreadable", "last_error": reason}
 
 
 def resolve(name: str, runs: str | Path) -> Path:
@@ -79,8 +133,9 @@ def resolve(name: str, runs: str | Path) -> Path:
         ConfigError: there is none; names the most similar.
     """
     for folder in (Path(name), Path(runs) / name):
-        if folder.is_dir():
-            return folder
+        with contextlib.suppress(PermissionError):
+            if folder.is_dir():
+                return folder
     known = [p.name for p in find(runs)]
     hint = nearest(name, known) if known else f"there are no runs in {runs}"
     raise ConfigError(f"{name}: no such run, neither here nor in {runs}; {hint}")
@@ -179,13 +234,14 @@ def _tail(path: Path, size: int = 200_000) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     records = (lines.decode(line) for line in data.split(b"\n"))
-    return [r for r in records if r is not None and isinstance(r.get("update"), int)]
+    kept = (lines.of_kind(r) for r in records if r is not None)
+    return [r for r in kept if r.get("update") is not None]
 
 
 def _checkpoints(folder: Path) -> list[int]:
     """Completed updates of the complete checkpoints, ascending; a complete one has its manifest."""
     names = (p.parent.name.removeprefix("update-") for p in folder.glob("update-*/manifest.json"))
-    return sorted(int(n) for n in names if n.isdigit())
+    return sorted(int(n) for n in names if n.isdecimal() and n.isascii())
 
 
 def _configured_updates(run_dir: Path) -> int | None:
@@ -237,7 +293,7 @@ def _silence(run_dir: Path, history: Sequence[Mapping[str, Any]], pace: float | 
 def _moment(history: Sequence[Mapping[str, Any]]) -> float | None:
     try:
         return datetime.fromisoformat(history[-1]["time"]).timestamp()
-    except (IndexError, KeyError, TypeError, ValueError):
+    except (IndexError, KeyError, OverflowError, TypeError, ValueError):
         return None
 
 

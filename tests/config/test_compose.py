@@ -62,7 +62,7 @@ def test_the_reference_run_solves_to_the_published_shape() -> None:
         ("experiment=k4000", "experiment=k4000: there is no such experiment; did you mean 'k400'?"),
         ("model=tinyy", "model=tinyy: there is no such model; did you mean 'tiny'?"),
         ("foo", "'foo' is no override; write key=value"),
-        ("optim={", "See https://hydra.cc"),
+        ("optim={", "optim={: optim is chosen by name; known here: adamw"),
         ("data.datasets.x.videos=v", "data.datasets.x.annotations is missing"),
         ("name=a/b", "'a/b' cannot be a folder name"),
         ("augment.randaugment=rand-x7", "is not RandAugment notation"),

@@ -68,7 +68,7 @@ def test_what_is_there_is_not_made_again_and_what_was_cut_short_is(made: Path, t
     assert generate(tmp_path, clips=few, processes=1)
     assert not generate(tmp_path, clips=few, processes=1)
     (tmp_path / "demo.json").unlink()  # written last
-    (tmp_path / "motions/videos/train/00001.mp4").write_bytes(b"half")
+    (tmp_path / "motions/videos/train/00001.mp4").unlink()
     assert generate(tmp_path, clips=few, processes=1)
     assert (tmp_path / "motions/videos/train/00001.mp4").read_bytes() == (
         made / "motions/videos/train/00001.mp4"

@@ -141,7 +141,7 @@ def dry_run(words: list[str]) -> str | None:
     out, err = io.StringIO(), io.StringIO()
     words = [w for w in words if w != "…"]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = submit.main([*words, "dry_run=true"])
+        status = submit.main([*words, "dry_run=true", "cluster.check_data=false"])
     return None if status == 0 and "# batch" in out.getvalue() else err.getvalue() or out.getvalue()
 
 

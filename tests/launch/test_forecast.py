@@ -92,3 +92,38 @@ def test_too_few_cores_are_warned_of() -> None:
 
 def test_enough_of_everything_warns_of_nothing() -> None:
     assert not any("warning" in line for line in lines(*run("cluster.gpu_memory=80")))
+
+
+@pytest.mark.parametrize("crop", [224, 236, 252, 100])
+def test_tokens_are_those_of_the_model_where_a_grid_cannot_be_halved(crop: int) -> None:
+    """236 / 4 = 59 tokens a side become 30, 15, 8."""
+    from launch.forecast import _blocks
+    from multitrain.model.mvit import block_shapes
+
+    config = ModelConfig(crop=crop, stages=(2, 5, 21))
+    grids = [shape.grid for shape in block_shapes(config)]
+    assert [t * h * w for t, h, w in grids] == [tokens for tokens, _, _ in _blocks(config)]
+
+
+def test_a_small_network_has_no_estimate_and_a_machine_without_gpus_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = " ".join(lines(*run("model=tiny")))
+    assert "no estimate for so small a network" in said
+    assert "cannot feed" not in said
+    monkeypatch.setattr("launch.forecast.on_cpus", lambda config: True)
+    said = " ".join(lines(*run("cluster.gpu_request=none")))
+    assert "GB a rank" in said
+    assert "CPU cores" in said
+    assert "a GPU" not in said
+
+
+def test_more_loader_processes_than_cores_are_said_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    from launch.forecast import here
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr("launch.forecast.on_cpus", lambda config: True)
+    note, warning = here(compose(["cluster=local", "gpus=2", "data.workers=8"]))
+    assert note == "# note: no GPU on this machine: 2 ranks train on its 2 cores"
+    assert "2 ranks × data.workers=8 = 16 loader processes on 2 cores; use data.workers=1" in warning
+    assert here(compose(["gpus=2", "data.workers=8"])) == []
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(32)))
+    assert len(here(compose(["cluster=local", "gpus=2", "data.workers=8"]))) == 1

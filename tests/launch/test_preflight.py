@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from launch import node, verdict
-from multitrain.monitor.slurm import free_port
+from launch import channel, node, verdict
+from multitrain.monitor.exits import Exit
+from multitrain.monitor.slurm import block_stop_signals, free_port
 
 
 def row(rank: int, where: str, **changes: Any) -> dict[str, Any]:
@@ -97,7 +99,10 @@ def test_no_advice_to_leave_out_every_node() -> None:
 # ------------------------------------------------------------------------------------------------- real processes
 
 
-def start(rank: int, world: int, port: int, *options: str, **environment: str) -> subprocess.Popen[str]:
+def start(
+    rank: int, world: int, port: int, *options: str, blocked: bool = False, **environment: str
+) -> subprocess.Popen[str]:
+    """One rank; `blocked`: with the stop signals held back, as a batch script starts it."""
     place = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
     return subprocess.Popen(
@@ -106,6 +111,7 @@ def start(rank: int, world: int, port: int, *options: str, **environment: str) -
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=block_stop_signals if blocked else None,
     )
 
 
@@ -157,22 +163,15 @@ def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:
 
 def test_a_rank_that_freezes_is_named_and_does_not_hold_the_others(tmp_path: Path) -> None:
     port = free_port()
-    ranks = [start(r, 3, port, "--dir", str(tmp_path), "--patience", "3") for r in (0, 1)]
-    import socket
-
-    deadline = time.monotonic() + 20
-    while True:
-        try:
-            mute = socket.create_connection(("127.0.0.1", port))
-            break
-        except OSError:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-    mute.sendall(b'{"rank": 2, "node": "node9", "job": null}\n')  # and not a word after that
+    ranks = [start(r, 3, port, "--dir", str(tmp_path), "--patience", "3", MULTITRAIN_SECRET="ab" * 32) for r in (0, 1)]
+    key = channel.derived(b"\xab" * 32, "preflight", "", "0", "")
+    hello = {"rank": 2, "node": "node9"}  # and not a word after that
+    mute = channel.connect(key, "127.0.0.1", port, time.monotonic() + 20, hello)
     _, errors = ranks[0].communicate(timeout=60)
     ranks[1].communicate(timeout=60)
-    assert ranks[0].returncode == 1
+    assert ranks[0].returncode == Exit.BAD_NODE
     assert "rank 2 on node9" in errors
+    mute.close()
 
 
 def test_a_folder_that_cannot_be_written_or_read_is_a_problem_of_that_node(tmp_path: Path) -> None:
@@ -223,3 +222,48 @@ def test_outside_a_job_one_process_a_gpu(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["rank", "0", "1"]
+
+
+def test_a_bad_node_is_in_the_runs_events_and_the_exit_status_says_so(tmp_path: Path) -> None:
+    """The batch script leaves it out and comes back; where every node is bad, that would not help."""
+    from support import settings, write_run
+
+    folder, _ = write_run(tmp_path, settings(tmp_path, gpus=2))
+    (tmp_path / "file").write_text("")
+    for name in ("stride", "segment", "with.dot"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "v.mp4").write_bytes(os.urandom(100))
+    fake = tmp_path / "bin" / "nvidia-smi"
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/sh\n[ "$SLURMD_NODENAME" = bad ] || echo "0, GPU-1, H100, , 0"\n')
+    fake.chmod(0o755)
+    names = {"PATH": f"{fake.parent}:{os.environ['PATH']}"}
+    for bad, status, nodes in (("bad", Exit.BAD_NODE, ["bad"]), ("good", Exit.FINISHED, None)):
+        (folder / "events.jsonl").unlink(missing_ok=True)
+        port = free_port()
+        options = ("--dir", str(folder), "--collective", "never")
+        ranks = [start(r, 2, port, *options, SLURMD_NODENAME=where, **names) for r, where in ((0, "fine"), (1, bad))]
+        _, errors = ranks[0].communicate(timeout=60)
+        ranks[1].communicate(timeout=60)
+        assert ranks[0].returncode == status, errors
+        file = folder / "events.jsonl"
+        events = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        assert [e["nodes"] for e in events if e["event"] == "preflight"] == ([] if nodes is None else [nodes])
+        assert all(isinstance(reason, str) and "bad" in reason for e in events for reason in e["reasons"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_stop_ends_it_at_once_on_every_rank_whatever_it_does(tmp_path: Path, number: signal.Signals) -> None:
+    """Before it can react, while rank 0 waits for a rank, while that waits for rank 0, and from outside a job."""
+    port, secret = free_port(), "ab" * 32
+    places = [(0, 3, port), (1, 3, port), (1, 2, free_port()), (0, 2, free_port())]
+    ranks = [start(*place, "--dir", str(tmp_path), blocked=True, MULTITRAIN_SECRET=secret) for place in places[:3]]
+    time.sleep(4.0)
+    ranks.append(start(*places[3], "--dir", str(tmp_path), blocked=True, MULTITRAIN_SECRET=secret))
+    for rank in ranks:
+        rank.send_signal(number)
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=30)
+        assert rank.returncode == Exit.INTERRUPTED, errors
+        assert f"stopped by {number.name}" in errors
+    assert not list(tmp_path.glob(".preflight*"))

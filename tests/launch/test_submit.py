@@ -45,7 +45,7 @@ def test_submitting_takes_under_two_seconds_and_no_torch(root: Path, tmp_path: P
         from launch import run_folder, slurm
         from launch.run_folder import ask, write
         from launch.submit import main
-        assert main(["nodes=2", "gpus=8", "name=x", "dry_run=true"]) == 0
+        assert main(["nodes=2", "gpus=8", "name=x", "dry_run=true", "cluster.check_data=false"]) == 0
         write(ask(["nodes=2", "gpus=8", "name=y"]))
         import submitit
         heavy = {{"torch", "cv2", "av", "decord", "deepspeed", "matplotlib"}} & set(sys.modules)
@@ -282,7 +282,7 @@ def test_the_snapshot_has_the_sources_and_nothing_that_git_ignores(tmp_path: Pat
     assert not [n for n in names if n.endswith(".pyc") or n.startswith((".venv", "tests", "runs"))]
     snapshot(tmp_path / "code")
     done = subprocess.run(
-        [sys.executable, "launch/submit.py", "nodes=2", "gpus=8", "dry_run=true"],
+        [sys.executable, "launch/submit.py", "nodes=2", "gpus=8", "dry_run=true", "cluster.check_data=false"],
         cwd=tmp_path / "code",
         capture_output=True,
         text=True,

@@ -45,7 +45,7 @@ class Ranks:
         clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
         self.processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "launch.supervisor", str(restarts), str(program), str(folder)],
+                [sys.executable, "-m", "launch.supervisor", str(folder), str(restarts), str(program), str(folder)],
                 env={**clean, **place, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(root)},
             )
             for rank in range(size)
@@ -141,7 +141,7 @@ def test_the_loss_of_a_supervisor_ends_all(ranks: Callable[..., Ranks], lost: in
     assert not any(map(alive, pids))
 
 
-def test_zero_restarts_is_the_bare_rank(ranks: Callable[..., Ranks]) -> None:
+def test_without_restarts_there_is_a_supervisor_as_well(ranks: Callable[..., Ranks]) -> None:
     job = ranks(1, 0, "sys.exit(5)")
-    # the variable is not set, so the rank's first lines fail: there is nothing around it
-    assert job.codes() == [1]
+    assert job.codes() == [5]
+    assert [line[0] for line in job.starts(0)] == ["0"]

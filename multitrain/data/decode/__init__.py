@@ -18,7 +18,7 @@ from typing import Literal
 from multitrain.data.decode.decord import DecordVideo
 from multitrain.data.decode.pyav import PyAVVideo
 from multitrain.data.decode.video import Video, VideoError, check_file
-from multitrain.data.decode.whole import Whole, read_whole
+from multitrain.data.decode.whole import Whole, check_complete, read_whole
 
 Backend = Literal["pyav", "decord"]
 
@@ -47,4 +47,4 @@ def prepare(backend: Backend) -> None:
         import av  # noqa: F401
 
 
-__all__ = ["Backend", "Video", "VideoError", "Whole", "open_video", "prepare", "read_whole"]
+__all__ = ["Backend", "Video", "VideoError", "Whole", "check_complete", "open_video", "prepare", "read_whole"]

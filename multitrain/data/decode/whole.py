@@ -11,7 +11,7 @@ from pathlib import Path
 from multitrain.data.decode.container import as_video_error
 from multitrain.data.decode.pyav import PyAVVideo, upright_size
 from multitrain.data.decode.rate import cut_off_avi
-from multitrain.data.decode.video import VideoError, check_file
+from multitrain.data.decode.video import Video, VideoError, check_file
 
 _PICTURE = 8
 """Bytes of the smallest packet with a picture; XviD's packed AVIs hold smaller ones, which stand for no picture."""
@@ -49,7 +49,7 @@ def read_whole(path: Path | str, timeout: float | None = None) -> Whole:
     video = PyAVVideo(path, math.inf if timeout is None else time.monotonic() + timeout)
     with video:
         decoded, height, width = _decode_all(video)
-        _check_complete(video)
+        check_complete(video)
         digest, placeholders = _digest(video)
         if decoded < video.frame_count - placeholders:
             raise VideoError(path, f"only {decoded} of {video.frame_count} frames can be decoded")
@@ -79,11 +79,13 @@ def _decode_all(video: PyAVVideo) -> tuple[int, int, int]:
     return decoded, height, width
 
 
-def _check_complete(video: PyAVVideo) -> None:
-    """Whether all is there that the header speaks of, in formats whose header counts frames.
+def check_complete(video: Video) -> None:
+    """Raises VideoError unless all is there that the header speaks of, in formats whose header counts frames.
 
-    An AVI counts places for frames, of which some are empty: what is compared is the place of the last.
+    An AVI counts places for frames, of which some are empty: what is compared is the place of the last. Nothing is decoded.
     """
+    if not isinstance(video, PyAVVideo):
+        return
     kind, promised = video.container.format.name, video.stream.frames
     if kind.startswith("mov"):
         there = video.packet_count
@@ -104,4 +106,4 @@ def _digest(video: PyAVVideo) -> tuple[str, int]:
     return digest.hexdigest(), placeholders
 
 
-__all__ = ["Whole", "read_whole"]
+__all__ = ["Whole", "check_complete", "read_whole"]

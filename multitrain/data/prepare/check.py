@@ -12,10 +12,8 @@ leak          a training video is a test or validation video as well, of this or
 
 from __future__ import annotations
 
-import csv
-import io
+import itertools
 import os
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,12 +22,15 @@ from typing import Any, NamedTuple
 
 from multitrain.config import DatasetConfig
 from multitrain.data.annotations import CatalogError, Syntax, lines
-from multitrain.data.prepare.resize import found_below
-from multitrain.files import replace_text
+from multitrain.data.prepare.listing import found_below
+from multitrain.files import OutputFolder
 from multitrain.monitor.figures import table
+from multitrain.text import csv_text, printable
 
 KINDS = ("missing", "broken", "short", "duplicate", "labelled twice", "leak")
 SPLITS = ("train", "val", "test")
+TABLE = "check.csv"
+_COLUMNS = ["dataset", "split", "annotations", "line", "path", "labels", "kind", "detail"]
 
 
 class Entry(NamedTuple):
@@ -84,21 +85,18 @@ class Report:
         header = ["dataset", "split", "videos", "good", *KINDS]
         rows = [[d, s or "-", *(str(c[k]) for k in header[2:])] for (d, s), c in self.counts().items()]
         text = [table(header, rows, left=2)]
-        listed = [f"{f.kind}: {f.entry.file} ({f.entry.place}): {f.detail}" for f in self.findings[:shown]]
+        listed = [printable(f"{f.kind}: {f.entry.file} ({f.entry.place}): {f.detail}") for f in self.findings[:shown]]
         more = len(self.findings) - len(listed)
         return "\n".join([*text, *([""] if listed else []), *listed, *([f"… and {more} more"] if more > 0 else [])])
 
     def csv(self) -> str:
         """All findings: dataset, split, annotations, line, path, labels, kind, detail."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["dataset", "split", "annotations", "line", "path", "labels", "kind", "detail"])
+        rows: list[list[object]] = [list(_COLUMNS)]
         for f in self.findings:
             e = f.entry
-            writer.writerow(
-                [e.dataset, e.split, e.csv, e.line or "", e.path, " ".join(map(str, e.labels)), f.kind, f.detail]
-            )
-        return out.getvalue()
+            labels = " ".join(map(str, e.labels))
+            rows.append([e.dataset, e.split, e.csv, e.line or "", e.path, labels, f.kind, f.detail])
+        return csv_text(rows)
 
 
 # ---------------------------------------------------------------------------------------------------------- entries
@@ -189,7 +187,17 @@ def _shown(entry: Entry) -> str:
     return ",".join(map(str, entry.labels))
 
 
-def write_clean(report: Report, datasets: Mapping[str, DatasetConfig], out: Path) -> dict[str, int]:
+def clean_folder(datasets: Mapping[str, DatasetConfig], out: Path) -> OutputFolder:
+    """The folder for :func:`write_clean`. Raises ConfigError: something else than a file of an earlier call is in the way."""
+    names = [f"{split}.csv" for split in SPLITS] + ["classes.txt"]
+    read = [Path(d.annotations) / name for d in datasets.values() for name in names]
+    folder = OutputFolder(out, "data check --write-clean", [*read, *(d.annotations for d in datasets.values())])
+    for dataset, name in itertools.product(datasets, names[:3]):
+        folder.check(f"{dataset}/{name}")
+    return folder
+
+
+def write_clean(report: Report, datasets: Mapping[str, DatasetConfig], out: OutputFolder) -> dict[str, int]:
     """Write ``OUT/DATASET/{train,val,test}.csv`` without the lines that something is wrong with, and the class names.
 
     Of duplicates the first stays; of a video that is labelled twice nothing does, for nobody knows which label is right; a
@@ -201,20 +209,34 @@ def write_clean(report: Report, datasets: Mapping[str, DatasetConfig], out: Path
     bad = {f.entry for f in report.findings}
     left_out = {}
     for name, dataset in datasets.items():
-        folder = out / name
-        folder.mkdir(parents=True, exist_ok=True)
         for split in SPLITS:
             listed_here = [e for e in report.entries if (e.dataset, e.split) == (name, split)]
             if not listed_here:
                 continue
             kept = [e for e in listed_here if e not in bad]
             text = "".join(f"{e.path}{dataset.separator}{','.join(map(str, e.labels))}\n" for e in kept)
-            replace_text(folder / f"{split}.csv", text)
-            left_out[str(folder / f"{split}.csv")] = len(listed_here) - len(kept)
+            left_out[str(out.write_text(f"{name}/{split}.csv", text))] = len(listed_here) - len(kept)
         names = Path(dataset.annotations) / "classes.txt"
-        if names.is_file() and names.resolve() != (folder / "classes.txt").resolve():
-            shutil.copyfile(names, folder / "classes.txt")
+        if names.is_file():
+            out.write_bytes(f"{name}/classes.txt", names.read_bytes())
     return left_out
 
 
-__all__ = ["KINDS", "Entry", "Finding", "Report", "in_folder", "judge", "listed", "write_clean"]
+def is_table(content: bytes) -> bool:
+    """Whether a file is the table of findings, as versions before the record of files wrote it."""
+    return content.startswith(",".join(_COLUMNS).encode() + b"\n")
+
+
+__all__ = [
+    "KINDS",
+    "TABLE",
+    "Entry",
+    "Finding",
+    "Report",
+    "clean_folder",
+    "in_folder",
+    "is_table",
+    "judge",
+    "listed",
+    "write_clean",
+]

@@ -7,6 +7,7 @@ leave either nothing or the whole result behind.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -25,6 +26,9 @@ from multitrain.monitor.progress import duration
 Item = TypeVar("Item")
 Work = Callable[[Any], dict[str, Any]]
 """What is done with one item, in a process of its own: returns what the journal is to hold of it. Must be picklable."""
+
+FINAL = "final"
+"""In the record of an item that failed: False when the item is not to blame (a full disk), so that it is tried again."""
 
 INTERRUPTED = 75
 """Exit status of a command that was asked to stop; the same command goes on."""
@@ -62,6 +66,9 @@ class Journal:
         folder: made when missing.
         kind: what is done; other kinds in the same folder are left alone.
         shard: whose file is appended to.
+
+    Raises:
+        ConfigError: the folder cannot be made or read, or something that is no journal has the name of one.
     """
 
     def __init__(self, folder: Path, kind: str, shard: Shard) -> None:
@@ -71,32 +78,68 @@ class Journal:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"{folder} cannot be made ({error.strerror}); choose another --out") from None
-        self.done = self._read()
+        if os.path.lexists(self._file) and not _is_journal(self._file):
+            raise ConfigError(f"{self._file} is in the way: it is no journal of data {kind}; move it away")
+        self._read()
 
-    def _read(self) -> dict[str, dict[str, Any]]:
-        files = sorted(self._folder.glob(f"{self._kind}-*-of-*.jsonl"), key=lambda f: f.stat().st_mtime)
-        return {str(r["item"]): r for file in files for r in lines.read(file) if "item" in r and "version" in r}
+    @classmethod
+    def records(cls, folder: Path, kind: str) -> dict[str, dict[str, Any]]:
+        """The last record of every item in the journals of a folder. Raises ConfigError: there are none."""
+        if not any(folder.glob(f"{kind}-*-of-*.jsonl")):
+            raise ConfigError(f"{folder}: no journal of data {kind}; give the folder that was its --out")
+        return {item: found[-1] for item, found in cls(folder, kind, Shard())._done.items()}
+
+    def _read(self) -> None:
+        self._done: dict[str, list[dict[str, Any]]] = {}
+        try:
+            files = [f for f in self._folder.glob(f"{self._kind}-*-of-*.jsonl") if not f.is_symlink()]
+            for file in sorted(files, key=lambda f: f.stat().st_mtime):
+                for record in lines.read(file):
+                    if "item" in record and "version" in record:
+                        self._done.setdefault(str(record["item"]), []).append(record)
+        except OSError as error:
+            raise ConfigError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from None
 
     def refresh(self) -> None:
         """Read what other shards have written meanwhile."""
-        self.done = self._read()
+        self._read()
 
     def get(self, item: str, version: object) -> dict[str, Any] | None:
-        """The record of an item, if it is of this version."""
-        record = self.done.get(item)
-        return record if record is not None and record["version"] == version else None
+        """The last record of an item in this version."""
+        return next((r for r in reversed(self._done.get(item, [])) if r["version"] == version), None)
+
+    def settled(self, item: str, version: object) -> bool:
+        """Whether an item is done, in this version, for good: failures of earlier versions, too, are looked at once more."""
+        record = self.get(item, version)
+        return record is not None and ("error" not in record or bool(record.get(FINAL)))
+
+    def all_of(self, item: str) -> list[dict[str, Any]]:
+        """Every record of an item, in any version."""
+        return self._done.get(item, [])
 
     def add(self, item: str, version: object, record: dict[str, Any]) -> None:
-        """Note that an item is done; on disk when this returns."""
-        self.done[item] = {"item": item, "version": version, **record}
-        lines.append(self._file, self.done[item])
+        """Note that an item is done; on disk when this returns. Raises ConfigError when that cannot be."""
+        entry = {"item": item, "version": version, **record}
+        self._done.setdefault(item, []).append(entry)
+        try:
+            lines.append(self._file, entry)
+        except OSError as error:
+            raise ConfigError(f"{self._file}: cannot be written ({error.strerror}); the same command goes on") from None
+
+
+def _is_journal(file: Path) -> bool:
+    """Whether a file is empty or begins with a record (or a torn one), and is no link."""
+    if file.is_symlink() or not file.is_file():
+        return False
+    with open(file, "rb") as handle:
+        return b'{"item": '.startswith(handle.read(9))
 
 
 def version(path: Path) -> list[int]:
     """Size and time of change of a file in nanoseconds, [-1, -1] when it is not there: a changed file is done again."""
     try:
         found = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # ValueError: no disk takes such a name
         return [-1, -1]
     return [found.st_size, found.st_mtime_ns]
 
@@ -144,8 +187,10 @@ class Bar(Generic[Item]):
 class _Worker:
     process: Any
     pipe: Connection
+    limit: float
+    """Seconds that an item may take; a worker's start takes as long as it takes."""
     item: Any = None
-    since: float = 0.0
+    due: float = math.inf
 
 
 def work_through(
@@ -166,7 +211,7 @@ def work_through(
     crew: list[_Worker] = []
     try:
         for item in waiting:
-            crew.append(_start(work))
+            crew.append(_start(work, timeout))
             _give(crew[-1], item)
             if len(crew) == workers:
                 break
@@ -175,14 +220,14 @@ def work_through(
                 return
             ready = set(wait([w.pipe for w in crew], timeout=_LOOK))
             for worker in list(crew):
-                answer = _answer(worker, worker.pipe in ready, timeout)
+                answer = _answer(worker, worker.pipe in ready)
                 if answer is None:
                     continue
                 done = worker.item
                 if worker.process.exitcode is not None or "overdue" in answer:
                     _end(worker)
                     crew.remove(worker)
-                    worker = _start(work)
+                    worker = _start(work, timeout)
                     crew.append(worker)
                 following = next(waiting, None)
                 if following is None:
@@ -196,34 +241,38 @@ def work_through(
             _end(worker)
 
 
-def _start(work: Work) -> _Worker:
+def _start(work: Work, limit: float) -> _Worker:
     context = get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, work), daemon=True)
     process.start()
     theirs.close()
-    return _Worker(process, ours)
+    return _Worker(process, ours, limit)
 
 
 def _give(worker: _Worker, item: Any) -> None:
-    worker.item, worker.since = item, time.monotonic()
+    worker.item = item
+    if worker.due < math.inf:
+        worker.due = time.monotonic() + worker.limit
     with contextlib.suppress(BrokenPipeError):  # the worker has died; the next look at it finds out
         worker.pipe.send(item)
 
 
-def _answer(worker: _Worker, ready: bool, timeout: float) -> dict[str, Any] | None:
+def _answer(worker: _Worker, ready: bool) -> dict[str, Any] | None:
     """What the worker says, or what has become of it; None while it works."""
     if ready:
         try:
-            answer: dict[str, Any] = worker.pipe.recv()
+            answer: dict[str, Any] | None = worker.pipe.recv()
+            if answer is None:  # it has started
+                worker.due = time.monotonic() + worker.limit
             return answer
         except (EOFError, OSError):
             worker.process.join()
             code = worker.process.exitcode
             how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
             return {"error": f"the reader crashed ({how})"}
-    if time.monotonic() - worker.since > timeout:
-        return {"error": f"took longer than {timeout:g} s", "overdue": True}
+    if time.monotonic() > worker.due:
+        return {"error": f"took longer than {worker.limit:g} s", "overdue": True}
     return None
 
 
@@ -243,6 +292,7 @@ def _serve(pipe: Connection, work: Work) -> None:
     os.setpgid(0, 0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    pipe.send(None)
     while True:
         try:
             item = pipe.recv()
@@ -251,11 +301,11 @@ def _serve(pipe: Connection, work: Work) -> None:
         try:
             answer = work(item)
         except Exception as error:
-            answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())}
+            answer = {"error": " ".join(f"{type(error).__name__}: {error}".split()), FINAL: False}
         try:
             pipe.send(answer)
         except BrokenPipeError:
             return
 
 
-__all__ = ["INTERRUPTED", "Bar", "Journal", "Shard", "version", "work_through"]
+__all__ = ["FINAL", "INTERRUPTED", "Bar", "Journal", "Shard", "version", "work_through"]

@@ -7,7 +7,7 @@ list numbers them.
 from __future__ import annotations
 
 import csv
-import json
+import io
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -15,9 +15,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from multitrain.config import nearest
+from multitrain.config import ConfigError, nearest
+from multitrain.config.class_names import read_class_names
+from multitrain.config.reading import read_json, read_text, shown
 from multitrain.data.annotations import CatalogError
-from multitrain.files import replace_text
+from multitrain.files import OutputFolder
+from multitrain.text import printable, quoted
 
 SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = {
@@ -72,7 +75,18 @@ def read(form: str, files: list[Path], classes: Path | None = None) -> Imported:
     """
     if form not in FORMATS:
         raise CatalogError(f"no format {form!r}; {nearest(form, FORMATS)}")
-    found = FORMATS[form][0](files, classes)
+    try:
+        found = FORMATS[form][0](files, classes)
+    except ConfigError:
+        raise
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError, csv.Error) as error:
+        reason = f"{type(error).__name__}: {shown(error, 100)}"
+        raise CatalogError(
+            f"{files[0]}: not the annotation file of {form} ({reason}); restore the official file"
+        ) from error
+    for sample in found.samples:
+        for path in (sample.path, *((sample.segment[0],) if sample.segment else ())):
+            _check_path(path, files)
     if not found.samples:
         raise CatalogError(f"{files[0]}: no labelled video in it; is it the annotation file of {form}?")
     return found
@@ -130,7 +144,7 @@ def multi_moments(files: list[Path], classes: Path | None) -> Imported:
             out.samples.append(
                 Sample(split, row[0], labels, folder={"train": "training", "val": "validation"}.get(split, split))
             )
-    if any(label.isdigit() for s in out.samples for label in s.labels):
+    if any(_is_number(label) for s in out.samples for label in s.labels):
         if classes is None:
             raise CatalogError(
                 f"{files[0]}: labels are numbers; give the dataset's list of classes with --classes FILE"
@@ -147,12 +161,8 @@ def something(files: list[Path], classes: Path | None) -> Imported:
     """
     if classes is None:
         raise CatalogError("something needs its label map; give something-something-v2-labels.json with --classes FILE")
-    numbers = _json(classes)
-    if not isinstance(numbers, dict):
-        raise CatalogError(f"{classes}: not a map from names to numbers; it is something-something-v2-labels.json")
-    names = sorted(numbers, key=lambda name: int(numbers[name]))
-    if [int(numbers[n]) for n in names] != list(range(len(names))):
-        raise CatalogError(f"{classes}: labels are not numbered 0 to {len(names) - 1}; restore the official file")
+    names = _class_list(classes)
+    numbers = frozenset(names)
     out = Imported(names, [])
     answers = {row[0]: row[1] for f in files if f.suffix == ".csv" for _, row in _rows(f, 2, delimiter=";")}
     for file in (f for f in files if f.suffix != ".csv"):
@@ -263,16 +273,22 @@ def find(samples: list[Sample], videos: Path) -> tuple[list[Sample], int]:
     return out, missing
 
 
-def write(found: Imported, out: Path) -> dict[str, int]:
+def write(found: Imported, out: Path, sources: Iterable[Path] = ()) -> dict[str, int]:
     """Write ``{train,val,test}.csv`` and ``classes.txt`` into `out`, and ``segments.csv`` where videos are to be cut.
 
     A dataset whose test labels are not public is tested on its validation videos, as published work does: without test
     lines, ``test.csv`` is a copy of ``val.csv``.
 
+    Args:
+        sources: the official files, which are not written to.
+
     Returns:
         Lines by split.
+
+    Raises:
+        ConfigError: a file that `data import` did not write is in the way; nothing is written then.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    folder = OutputFolder(out, "data import", sources)
     number = {name: i for i, name in enumerate(found.classes)}
     texts = {
         split: [
@@ -284,22 +300,47 @@ def write(found: Imported, out: Path) -> dict[str, int]:
     }
     if not texts["test"]:
         texts["test"] = texts["val"]
-    replace_text(out / "classes.txt", "".join(f"{name}\n" for name in found.classes))
-    cut = [s for s in found.samples if s.segment]
-    if cut:
-        rows = [f"{s.segment[0]},{s.segment[1]:.3f},{s.segment[2]:.3f},{s.path}\n" for s in cut if s.segment]
-        replace_text(out / "segments.csv", "source,start,end,path\n" + "".join(rows))
-    for split, rows in texts.items():
-        if rows:
-            replace_text(out / f"{split}.csv", "".join(rows))
+    wanted = {"classes.txt": "".join(f"{name}\n" for name in found.classes)}
+    wanted |= {f"{split}.csv": "".join(rows) for split, rows in texts.items() if rows}
+    if cut := [s for s in found.samples if s.segment]:
+        wanted["segments.csv"] = _segments(cut)
+    for name, text in wanted.items():
+        folder.check(name, recognise=text.encode().__eq__)
+    for name, text in wanted.items():
+        folder.write_text(name, text)
     return {split: len(rows) for split, rows in texts.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------- parts
 
 
+def _segments(samples: Iterable[Sample]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["source", "start", "end", "path"])
+    for sample in samples:
+        if sample.segment:
+            source, start, end = sample.segment
+            writer.writerow([source, f"{start:.3f}", f"{end:.3f}", sample.path])
+    return text.getvalue()
+
+
+def _check_path(path: str, files: list[Path]) -> None:
+    """Raises CatalogError for a name that leads out of the folder of videos, or that no line can hold."""
+    if os.path.isabs(path) or os.path.normpath(path) == "." or ".." in path.split(os.sep):
+        raise CatalogError(f"{files[0]}: video {quoted(path)} leads out of the folder of videos; correct its entry")
+    if printable(path) != path or path != path.strip():
+        raise CatalogError(
+            f"{files[0]}: video {quoted(path)} has control characters, or blanks at its ends, in its name; correct its entry"
+        )
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 10
+
+
 def _with_names(sample: Sample, names: list[str], file: Path) -> Sample:
-    wrong = [x for x in sample.labels if not x.isdigit() or int(x) >= len(names)]
+    wrong = [x for x in sample.labels if not _is_number(x) or int(x) >= len(names)]
     if wrong:
         raise CatalogError(f"{sample.path}: label {wrong[0]!r} is not one of the {len(names)} in {file}")
     return replace(sample, labels=tuple(names[int(x)] for x in sample.labels))
@@ -318,18 +359,18 @@ def _named(out: Imported, classes: Path | None) -> Imported:
 
 
 def _class_list(file: Path) -> list[str]:
-    """Names by label from lines ``name``, ``name,number`` or ``number name``, or a JSON map or list."""
-    if file.suffix == ".json":
-        content = _json(file)
-        return list(content) if isinstance(content, list) else sorted(content, key=lambda name: int(content[name]))
-    lines = [line.strip() for line in _text(file).splitlines() if line.strip()]
-    for pattern in (r"(?P<name>.+?)\s*[,\t]\s*(?P<number>\d+)", r"(?P<number>\d+)\s*[ ,\t]\s*(?P<name>.+)"):
-        found = [re.fullmatch(pattern, line) for line in lines]
-        if all(found):
-            numbered = {int(m["number"]): m["name"] for m in found if m}
-            if sorted(numbered) == list(range(len(lines))):
-                return [numbered[i] for i in range(len(lines))]
-    return lines
+    """Names by label: see :mod:`multitrain.config.class_names`. Raises CatalogError, also for a name that is there twice."""
+    try:
+        names = read_class_names(file)
+    except ConfigError as error:
+        raise CatalogError(str(error)) from None
+    first: dict[str, int] = {}
+    for label, name in enumerate(names):
+        if first.setdefault(name, label) != label:
+            raise CatalogError(
+                f"{file}: {name!r} is the name of labels {first[name]} and {label}; give each its own name"
+            )
+    return names
 
 
 def _split(name: str, file: Path, line: int) -> str:
@@ -348,16 +389,16 @@ def _note_unlabelled(out: Imported, file: Path, count: int) -> None:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CatalogError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        return read_text(file)
+    except ConfigError as error:
+        raise CatalogError(str(error)) from None
 
 
 def _json(file: Path) -> Any:
     try:
-        return json.loads(_text(file))
-    except ValueError as error:
-        raise CatalogError(f"{file}: not JSON ({error})") from None
+        return read_json(file)
+    except ConfigError as error:
+        raise CatalogError(str(error)) from None
 
 
 def _rows(file: Path, at_least: int, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:

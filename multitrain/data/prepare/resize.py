@@ -1,31 +1,41 @@
 """Copies of videos with a short side of 320 pixels: H.264 in MP4, without sound, upright, every frame at its own time.
 
-A copy appears under its name when it is whole and has been read back; never before. ffmpeg does the work.
+A worker makes a copy under a name of its own below ``OUT/.parts`` and reads it back; then the command notes it in its journal
+and moves it to its place. So a copy is there whole or not at all, and after a kill at any instant the journal tells which files
+the command has made: others are never replaced.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import os
 import platform
+import re
 import shutil
+import stat
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from multitrain.config import ConfigError
-from multitrain.data.annotations import CatalogError
-from multitrain.data.decode import VideoError, open_video
-from multitrain.data.prepare.importing import VIDEO_ENDINGS
-from multitrain.data.prepare.scan import scan
+from multitrain.data.decode import Video, VideoError, check_complete, open_video, read_whole
+from multitrain.data.decode.container import MAX_PIXELS, VIDEO_FORMATS
+from multitrain.data.encode import retime
+from multitrain.data.prepare.crew import FINAL
+from multitrain.data.prepare.listing import PARTS, Copy, located
+from multitrain.data.prepare.scan import is_of_system
+from multitrain.files import stamp
 
-PARTS = ".parts"
-"""Folder in the target for copies in the making."""
 _STALE = 3600.0  # seconds after which a copy in the making of another machine has been given up
+_PART = re.compile(r"part-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}\.mp4")
+_CLOSE = 1e-3  # seconds that a frame's time may move
+_ALIKE = 16.0  # mean difference, of 255, up to which two pictures are one in two sizes
 
 
 @dataclass(frozen=True)
@@ -46,16 +56,13 @@ class Encoding:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Copy:
-    """One copy to make."""
+class Item(NamedTuple):
+    """What a worker gets."""
 
-    source: str
-    """Relative to the folder of sources."""
-    target: str
-    """Relative to the folder of copies; ends with .mp4."""
-    segment: tuple[float, float] | None = None
-    """Seconds of the source, start and end; all of it when None."""
+    copy: Copy
+    there: str = ""
+    """What stands at the copy's place: nothing; ``ours``, which is taken if it is this copy, and replaced otherwise; or
+    ``foreign``, which is taken if it is this copy (the user asked for that), and an error otherwise."""
 
 
 def ffmpeg() -> str:
@@ -71,93 +78,98 @@ def ffmpeg() -> str:
         raise ConfigError("no ffmpeg here; load your site's module, or pip install imageio-ffmpeg") from None
 
 
-def copies(sources: Sequence[str]) -> list[Copy]:
-    """A copy for each source. Raises CatalogError if two would have one name."""
-    made: dict[str, str] = {}
-    for source in sources:
-        target = str(Path(source).with_suffix(".mp4"))
-        if made.setdefault(target, source) != source:
-            raise CatalogError(f"{made[target]!r} and {source!r} would both become {target!r}; rename one of them")
-    return [Copy(source, target) for target, source in made.items()]
+@lru_cache
+def timing_options(program: str) -> tuple[str, ...]:
+    """The options by which this ffmpeg gives every frame the time that it has in the source.
 
-
-def segments(file: Path) -> list[Copy]:
-    """The copies that ``segments.csv`` asks for: ``source,start,end,path``. Raises CatalogError."""
+    Raises:
+        ConfigError: `program` cannot be run.
+    """
     try:
-        rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
-        return [Copy(r["source"], r["path"], (float(r["start"]), float(r["end"]))) for r in rows]
+        said = subprocess.run(
+            [program, "-version"], capture_output=True, text=True, errors="replace", check=False
+        ).stdout
     except OSError as error:
-        raise CatalogError(f"{file}: cannot be read ({error.strerror})") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise CatalogError(
-            f"{file}: not lines of source,start,end,path ({error}); `multitrain data import` writes it"
-        ) from None
+        raise ConfigError(f"{program}: cannot be run ({error.strerror}); set MULTITRAIN_FFMPEG to an ffmpeg") from None
+    return _timing_options(said)
 
 
-def found_below(folder: Path) -> list[str]:
-    """The video files below a folder, by the ends of their names: relative paths in order."""
-    if not folder.is_dir():
-        raise CatalogError(f"{folder}: no such folder of videos")
-    found = []
-    for at, folders, names in os.walk(folder):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        found += [
-            os.path.relpath(os.path.join(at, n), folder)
-            for n in names
-            if n.lower().endswith(VIDEO_ENDINGS) and n[0] != "."
-        ]
-    if not found:
-        raise CatalogError(f"{folder}: no video files in it ({' '.join(VIDEO_ENDINGS)})")
-    return sorted(found)
+def _timing_options(said: str) -> tuple[str, ...]:
+    """By what ``ffmpeg -version`` says; builds that have no number are newer than all that have one."""
+    found = re.match(r"ffmpeg version n?(\d+)\.(\d+)", said)
+    number = (int(found[1]), int(found[2])) if found else (99, 0)
+    return (
+        *(("-fps_mode", "passthrough") if number >= (5, 1) else ("-vsync", "passthrough")),
+        *("-enc_time_base", "demux" if number >= (6, 1) else "-1"),
+    )
 
 
 class Resize:
-    """Makes one copy; work for a crew, the item is a :class:`Copy`. What is wrong comes back as ``error``."""
+    """Makes one copy; work for several processes, the item is an :class:`Item`.
+
+    Returns:
+        ``frames``, ``width``, ``height``, ``bytes``, ``digest`` and ``part``, the finished copy's name below `PARTS` (without it
+        where the copy was there already); ``damage`` where `Encoding.salvage` left something out. Or ``error``.
+    """
 
     def __init__(self, videos: Path, out: Path, encoding: Encoding, timeout: float) -> None:
         self.videos, self.out, self.encoding, self.timeout = videos, out, encoding, timeout
         self.ffmpeg = ffmpeg()
+        self.timing = timing_options(self.ffmpeg)
 
-    def __call__(self, copy: Copy) -> dict[str, Any]:
+    def __call__(self, item: Item) -> dict[str, Any]:
+        copy = item.copy
         source, target = located(self.videos / copy.source), self.out / copy.target
-        part = self.out / PARTS / f"{platform.node()}-{os.getpid()}.mp4"
+        if item.there:
+            if (taken := self._taken(source, target, copy)) is not None:
+                return taken
+            if item.there == "foreign":
+                return {"error": f"{target} is in the way: it is no copy of this video; move it away", FINAL: False}
+        part = self.out / PARTS / f"part-{platform.node()}-{os.getpid()}-{os.urandom(4).hex()}.mp4"
         try:
-            frames = self._expected(source, copy)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            said = self._encode(source, part, copy)
-            record = self._verified(source, part, frames, said)
-            _make_durable(part)
-            os.replace(part, target)
-            return record
+            return {**self._made(source, part, copy), "part": part.name}
         except VideoError as error:
             with contextlib.suppress(FileNotFoundError):
-                target.unlink()  # of an earlier, now broken, source
-            return {"error": self._reason(source, error)}
-        finally:
-            with contextlib.suppress(FileNotFoundError):
                 part.unlink()
+            return self._failure(source, error)
 
     @staticmethod
-    def _reason(source: Path, error: VideoError) -> str:
+    def _failure(source: Path, error: VideoError) -> dict[str, Any]:
         """What `check` says of the file, which is plainer than what ffmpeg says; the latter when the file reads well."""
         try:
-            scan(source)
+            read_whole(source)
         except VideoError as plainer:
-            return plainer.reason
-        return error.reason
+            return {"error": plainer.reason, FINAL: not is_of_system(plainer)}
+        return {"error": error.reason, FINAL: False}
 
-    def _expected(self, source: Path, copy: Copy) -> int | None:
-        """Frames that the copy must have; None where that is not known beforehand."""
+    def _made(self, source: Path, part: Path, copy: Copy) -> dict[str, Any]:
+        """Encode and read back. Raises VideoError."""
         if self.encoding.salvage:
-            if not source.exists():
+            if not os.path.exists(source):
                 raise VideoError(source, "no such file")
-            return None
+            said = self._encode(source, part, copy, strict=False)
+            with self._read_back(source, part, said) as made:
+                return self._record(part, made) | ({"damage": said} if said else {})
         with open_video(source) as video:
-            return None if copy.segment else video.frame_count
+            if copy.segment is None:
+                check_complete(video)
+            try:
+                said = self._encode(source, part, copy, strict=True)
+            except VideoError:
+                said = "ffmpeg gave up"
+            if said:  # of a whole file, too: of what comes before the first picture that can be decoded
+                read_whole(source)
+                said = self._encode(source, part, copy, strict=False)
+            if copy.segment is None:
+                self._keep_times(video, part)
+            with self._read_back(source, part, said) as made:
+                if copy.segment is None:
+                    self._compare(video, made, source)
+                return self._record(part, made)
 
-    def _encode(self, source: Path, part: Path, copy: Copy) -> str:
+    def _encode(self, source: Path, part: Path, copy: Copy, *, strict: bool) -> str:
         """Runs ffmpeg; returns what it complained of. Raises VideoError if it gave up."""
-        command = self.command(source, part, copy)
+        command = self.command(source, part, copy, strict=strict)
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, errors="replace", timeout=self.timeout, check=False
@@ -169,8 +181,8 @@ class Resize:
             raise VideoError(source, said or f"ffmpeg gave up (exit status {done.returncode})")
         return said
 
-    def command(self, source: Path, part: Path, copy: Copy) -> list[str]:
-        """The ffmpeg command line of a copy."""
+    def command(self, source: Path, part: Path, copy: Copy, *, strict: bool) -> list[str]:
+        """The ffmpeg command line of a copy; `strict` ends with the first error."""
         e = self.encoding
         side = f"trunc(min({e.short_side},min(iw,ih))/2)*2"
         scale = f"scale=w='if(lte(iw,ih),{side},-2)':h='if(lte(iw,ih),-2,{side})':flags=bicubic"
@@ -178,67 +190,117 @@ class Resize:
         fast = ["-g", "32", "-tune", "fastdecode"] if e.fast_decode else []
         return [
             *(self.ffmpeg, "-nostdin", "-hide_banner", "-v", "error", "-y", "-threads", "1"),
-            *([] if e.salvage else ["-xerror"]),
-            *(*cut, "-i", str(source), "-map", "0:V:0", "-map_metadata", "-1", "-vf", scale),
-            *("-fps_mode", "passthrough", "-c:v", "libx264", "-threads", "1", "-pix_fmt", "yuv420p"),
-            *("-crf", str(e.crf), "-preset", e.preset, *fast, "-movflags", "+faststart", str(part)),
+            *(["-xerror"] if strict else []),
+            *(
+                "-protocol_whitelist",
+                "file",
+                "-format_whitelist",
+                ",".join(VIDEO_FORMATS),
+                "-max_pixels",
+                str(MAX_PIXELS),
+            ),
+            *(*cut, "-i", f"file:{source}", "-map", "0:V:0", "-map_metadata", "-1"),
+            *("-vf", scale, *self.timing, "-c:v", "libx264", "-threads", "1", "-pix_fmt", "yuv420p"),
+            *("-crf", str(e.crf), "-preset", e.preset, *fast, "-movflags", "+faststart", f"file:{part}"),
         ]
 
-    def _verified(self, source: Path, part: Path, frames: int | None, said: str) -> dict[str, Any]:
-        """What the finished copy holds. Raises VideoError unless all frames are in it."""
+    @staticmethod
+    def _read_back(source: Path, part: Path, said: str) -> Video:
+        """The finished copy, on disk. Raises VideoError when nothing of it can be decoded."""
         try:
-            with open_video(part) as video:
-                made = video.frame_count
-                height, width = video.frames([0, made - 1]).shape[1:3]
+            made = open_video(part)
+            made.frames([0, made.frame_count - 1])
         except VideoError as error:
-            raise VideoError(part, said or f"nothing of it can be decoded ({error.reason})") from None
-        if frames is not None and said:
-            raise VideoError(part, said)
-        if frames is not None and made < frames and made < scan(source).decoded:
-            raise VideoError(part, f"only {made} of {frames} frames were copied")
-        record = {"frames": made, "width": width, "height": height, "bytes": part.stat().st_size}
-        return {**record, "damage": said} if said else record
+            raise VideoError(source, said or f"nothing of its copy can be decoded ({error.reason})") from None
+        _make_durable(part)
+        return made
+
+    @staticmethod
+    def _keep_times(video: Video, part: Path) -> None:
+        """Give every frame of the copy its own time where ffmpeg has guessed another (an AVI has no times of frames)."""
+        times = video.times()
+        with open_video(part) as made:
+            if made.frame_count != len(times) or _moved(made.times(), times).max() <= _CLOSE:
+                return
+        again = part.with_name(part.name.replace("part-", "part-again-"))
+        try:
+            retime(part, again, times)
+            os.replace(again, part)
+        finally:
+            again.unlink(missing_ok=True)
+
+    @staticmethod
+    def _compare(video: Video, made: Video, source: Path) -> None:
+        """Raises VideoError unless all frames are in the copy, each at its own time.
+
+        Packets of an AVI that only say that a picture stays give no frame of the copy.
+        """
+        if made.frame_count != video.frame_count:
+            if made.frame_count > video.frame_count or made.frame_count < read_whole(source).decoded:
+                raise VideoError(source, f"only {made.frame_count} of {video.frame_count} frames were copied")
+            return
+        moved = _moved(made.times(), video.times())
+        if moved.max() > _CLOSE:
+            raise VideoError(source, f"the time of frame {int(moved.argmax())} was moved by {1e3 * moved.max():.1f} ms")
+
+    @staticmethod
+    def _record(file: Path, made: Video) -> dict[str, Any]:
+        height, width = made.frames([0]).shape[1:3]
+        return {"frames": made.frame_count, "width": width, "height": height, **stamp(file)}
+
+    def _taken(self, source: Path, target: Path, copy: Copy) -> dict[str, Any] | None:
+        """The record of a file that is this copy already: of its size, with every frame at its time, and the same first picture."""
+        if copy.segment is not None or self.encoding.salvage:
+            return None
+        try:
+            with open_video(source) as video, open_video(target) as made:
+                self._compare(video, made, source)
+                made.frames([made.frame_count - 1])
+                return self._record(target, made) if self._alike(video.frames([0])[0], made.frames([0])[0]) else None
+        except VideoError:
+            return None
+
+    def _alike(self, original: np.ndarray, copied: np.ndarray) -> bool:
+        import cv2
+
+        height, width = original.shape[:2]
+        short = min(self.encoding.short_side, height, width) // 2 * 2
+        if min(copied.shape[:2]) != short:
+            return False
+        small = cv2.resize(original, (copied.shape[1], copied.shape[0]), interpolation=cv2.INTER_AREA)
+        return float(np.abs(small.astype(np.int16) - copied).mean()) < _ALIKE
 
 
-def clean_parts(out: Path) -> None:
-    """Make the folder of copies in the making, and remove what processes that are gone have left in it."""
-    folder = out / PARTS
-    folder.mkdir(parents=True, exist_ok=True)
+def _moved(times: Sequence[float], original: Sequence[float]) -> np.ndarray:
+    """Seconds, float64, by which each frame's time has moved."""
+    moved: np.ndarray = np.abs(np.subtract(times, original))
+    return moved
+
+
+def clean_parts(folder: Path) -> None:
+    """Remove what processes that are gone have left in the folder of copies in the making."""
     for part in folder.iterdir():
-        host, _, pid = part.stem.rpartition("-")
-        with contextlib.suppress(OSError, ValueError):
-            gone = host == platform.node() and not Path(f"/proc/{int(pid)}").exists()
-            if gone or time.time() - part.stat().st_mtime > _STALE:
+        if (found := _PART.fullmatch(part.name)) is None:
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            status = part.lstat()
+            gone = found["host"] == platform.node() and not Path(f"/proc/{found['pid']}").exists()
+            if stat.S_ISREG(status.st_mode) and (gone or time.time() - status.st_mtime > _STALE):
                 part.unlink()
 
 
-def rewritten(text: str, made: dict[str, bool], separator: str = " ") -> tuple[str, int]:
-    """An annotation file's lines with the names of the copies, those without a copy left out; and how many those are.
+def stamps(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What the copies in some records of a journal are recognised by; those of earlier versions by their size alone.
 
-    made: by source path, whether there is a copy.
+    Adopted ones are not among them: the command did not make them.
     """
-    kept, lost = [], 0
-    for line in text.splitlines():
-        path, found, label = line.strip().rpartition(separator)
-        if not found:
-            continue
-        if made.get(path, False):
-            kept.append(f"{Path(path).with_suffix('.mp4')}{separator}{label}\n")
-        else:
-            lost += 1
-    return "".join(kept), lost
-
-
-def located(source: Path) -> Path:
-    """The source, or the file of the same name that ends differently (downloads come as mp4, mkv or webm)."""
-    others = (source.with_suffix(ending) for ending in (".mkv", ".webm", ".mp4"))
-    return source if source.exists() else next((p for p in others if p.exists()), source)
+    return [{k: r[k] for k in ("bytes", "digest") if k in r} for r in records if "bytes" in r and "adopted" not in r]
 
 
 def _complaint(stderr: str, source: Path) -> str:
     """The first line that ffmpeg says, without addresses and the file's name."""
     for line in stderr.splitlines():
-        text = line.split("] ", 1)[-1].replace(str(source), "the file").strip()
+        text = line.split("] ", 1)[-1].replace(f"file:{source}", "the file").replace(str(source), "the file").strip()
         if text and not text.startswith("Last message repeated"):
             return text
     return ""
@@ -252,15 +314,4 @@ def _make_durable(file: Path) -> None:
         os.close(handle)
 
 
-__all__ = [
-    "PARTS",
-    "Copy",
-    "Encoding",
-    "Resize",
-    "clean_parts",
-    "copies",
-    "found_below",
-    "located",
-    "rewritten",
-    "segments",
-]
+__all__ = ["Encoding", "Item", "Resize", "clean_parts", "ffmpeg", "stamps", "timing_options"]

@@ -1,92 +1,34 @@
-"""Every frame of a file decoded, and none kept: what is in it, and what is wrong with it."""
+"""A file's record in the journal of `data check`: what is in it, or what is wrong with it."""
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import asdict, dataclass
-from pathlib import Path
+import os
+from dataclasses import asdict
 from typing import Any
 
-from multitrain.data.decode import VideoError, open_video
-
-_PICTURE = 8
-"""Bytes of the smallest packet with a picture; XviD's packed AVIs hold smaller ones, which stand for no picture."""
-
-
-@dataclass(frozen=True)
-class Scan:
-    """What a whole file holds."""
-
-    frames: int
-    """Shown; what `multitrain.data.decode` counts."""
-    decoded: int
-    """Pictures that the decoder gives; fewer where packets of an AVI only say that a picture stays."""
-    fps: float
-    width: int
-    """Of the upright picture, in pixels."""
-    height: int
-    codec: str
-    digest: str
-    """Of the compressed pictures: the same for a copy, also in another container or with other sound. 32 hex digits."""
-
-    def record(self) -> dict[str, Any]:
-        """As a JSON object."""
-        return asdict(self)
-
-
-def scan(path: Path | str) -> Scan:
-    """Decode the whole file, single-threaded.
-
-    Raises:
-        VideoError: no video, one that is cut off, or one of which a frame cannot be decoded.
-    """
-    path = Path(path)
-    with open_video(path) as video:
-        frames, fps = video.frame_count, video.fps
-        height, width = video.frames([0]).shape[1:3]
-    import av
-
-    digest = hashlib.blake2b(digest_size=16)
-    packets = decoded = repeats = 0
-    with av.open(str(path), metadata_errors="replace") as container:
-        stream = container.streams.best("video")
-        assert isinstance(stream, av.VideoStream)  # open_video has seen to it
-        stream.codec_context.thread_count = 1
-        try:
-            for packet in container.demux(stream):
-                if packet.size:
-                    packets += 1
-                    repeats += packet.size < _PICTURE
-                    digest.update(memoryview(packet))
-                for frame in packet.decode():
-                    if frame.is_corrupt:
-                        raise VideoError(path, f"frame {decoded} of {frames} is damaged")
-                    decoded += 1
-        except av.error.FFmpegError as error:
-            raise VideoError(
-                path, f"cannot be decoded beyond frame {decoded}{_share(decoded, stream.frames)}"
-            ) from error
-        if packets < stream.frames:
-            raise VideoError(path, f"cut off: {packets} of {stream.frames} frames are there")
-        if decoded < frames - repeats:
-            raise VideoError(path, f"only {decoded} of {frames} frames can be decoded")
-        return Scan(frames, decoded, fps, width, height, stream.codec_context.name, digest.hexdigest())
-
-
-def _share(decoded: int, of: int) -> str:
-    return f" of {of}" if of else ""
+from multitrain.data.decode import VideoError, read_whole
+from multitrain.data.prepare.crew import FINAL
 
 
 class ScanFile:
-    """`scan` as work for a crew: the item is a path; what is wrong comes back as ``kind`` and ``error``."""
+    """`read_whole` as work for several processes: the item is a path.
+
+    Returns:
+        The fields of `multitrain.data.decode.Whole`, or ``kind`` and ``error``: what is wrong.
+    """
 
     def __call__(self, path: str) -> dict[str, Any]:
-        if not Path(path).exists():
-            return {"kind": "missing", "error": "no such file"}
+        if not os.path.exists(path):
+            return {"kind": "missing", "error": "no such file", FINAL: True}
         try:
-            return scan(path).record()
+            return asdict(read_whole(path))
         except VideoError as error:
-            return {"kind": "broken", "error": error.reason}
+            return {"kind": "broken", "error": error.reason, FINAL: not is_of_system(error)}
 
 
-__all__ = ["Scan", "ScanFile", "scan"]
+def is_of_system(error: VideoError) -> bool:
+    """Whether the operating system failed or refused, so that the file itself may be whole."""
+    return error.transient or isinstance(error.__cause__, OSError)
+
+
+__all__ = ["ScanFile", "is_of_system"]

@@ -17,9 +17,11 @@ import pytest
 from support import write_video
 
 from multitrain.cli import main
+from multitrain.data.decode import read_whole
 from multitrain.data.prepare.check import Entry, judge
-from multitrain.data.prepare.resize import Copy, Encoding, Resize, clean_parts, copies, found_below
-from multitrain.data.prepare.scan import ScanFile, scan
+from multitrain.data.prepare.listing import PARTS, Copy, Layout, Listed, copies, found_below
+from multitrain.data.prepare.resize import Encoding, Item, Resize
+from multitrain.data.prepare.scan import ScanFile
 
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg on this machine")
 
@@ -126,7 +128,7 @@ def test_the_same_video_in_another_container_is_a_duplicate(tmp_path: Path) -> N
             if packet.size:
                 packet.stream = stream
                 out.mux(packet)
-    assert scan(tmp_path / "a.mp4").digest == scan(tmp_path / "b.mkv").digest
+    assert read_whole(tmp_path / "a.mp4").digest == read_whole(tmp_path / "b.mkv").digest
 
 
 def test_labels_are_compared_within_a_dataset_only() -> None:
@@ -151,7 +153,7 @@ def test_copies_have_every_frame_and_the_asked_short_side(tmp_path: Path) -> Non
     assert (
         main(["data", "resize", str(tmp_path), str(out), "--short-side", "64", "--fast-decode", "--workers", "2"]) == 0
     )
-    sizes = {n: (s.frames, s.width, s.height) for n in ("wide", "tall", "small") if (s := scan(out / f"{n}.mp4"))}
+    sizes = {n: (s.frames, s.width, s.height) for n in ("wide", "tall", "small") if (s := read_whole(out / f"{n}.mp4"))}
     assert sizes == {"wide": (20, 106, 64), "tall": (7, 64, 106), "small": (12, 48, 32)}
 
 
@@ -177,10 +179,9 @@ def test_a_broken_source_leaves_no_copy_and_is_named(tmp_path: Path, capsys: pyt
 @needs_ffmpeg
 def test_segments_are_cut(tmp_path: Path) -> None:
     write_video(tmp_path / "v.mp4", 0, frames=90)
-    (tmp_path / "out").mkdir()
-    clean_parts(tmp_path / "out")
+    (tmp_path / "out" / PARTS).mkdir(parents=True)
     work = Resize(tmp_path, tmp_path / "out", Encoding(64), 60)
-    record = work(Copy("v.mp4", "v/0000100_0000200.mp4", (1.0, 2.0)))
+    record = work(Item(Copy("v.mp4", "v/0000100_0000200.mp4", (1.0, 2.0))))
     assert record["frames"] == 30
 
 
@@ -215,7 +216,7 @@ def test_an_interrupted_resize_goes_on_and_leaves_nothing_half_written(tmp_path:
     before = {p.name: p.stat().st_mtime_ns for p in out.glob("v*.mp4")}
     assert 0 < len(before) < 6
     for name in before:
-        assert scan(out / name).frames == 40
+        assert read_whole(out / name).frames == 40
     assert (
         main(["data", "resize", str(source), str(out), "--short-side", "96", "--workers", "2", "--preset", "slower"])
         == 0
@@ -228,8 +229,9 @@ def test_an_interrupted_resize_goes_on_and_leaves_nothing_half_written(tmp_path:
 def test_two_sources_of_one_name_are_refused(tmp_path: Path) -> None:
     from multitrain.config import ConfigError
 
+    layout = Layout(tmp_path, tmp_path / "out")
     with pytest.raises(ConfigError, match=r"'a\.avi' and 'a\.mp4' would both become 'a\.mp4'"):
-        copies(["a.avi", "a.mp4"])
+        copies(layout, [Listed("a.avi"), Listed("a.mp4")])
     with pytest.raises(ConfigError, match="no video files"):
         found_below(tmp_path)
 

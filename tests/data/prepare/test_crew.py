@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from multitrain.config import ConfigError
-from multitrain.data.prepare.crew import Journal, Shard, work_through
+from multitrain.data.prepare.crew import FINAL, Journal, Shard, work_through
 
 
 def unruly(item: str) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def test_a_worker_that_crashes_hangs_or_raises_costs_its_item_only() -> None:
         **{i: {"value": i.upper()} for i in "abcd"},
         "crash": {"error": "the reader crashed (SIGSEGV)"},
         "hang": {"error": "took longer than 3 s"},
-        "raise": {"error": "ValueError: no way"},
+        "raise": {"error": "ValueError: no way", FINAL: False},
     }
 
 

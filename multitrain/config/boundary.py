@@ -1,0 +1,52 @@
+"""Where files of somebody else become values of ours, and ours go where somebody says: whatever goes wrong there is one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from multitrain.config.errors import ConfigError
+
+
+@contextmanager
+def understood(where: str, remedy: str) -> Iterator[None]:
+    """A block that makes sense of a file of somebody else's: whatever it trips over becomes one line.
+
+    Args:
+        where: ``FILE: what is wrong with it`` when the block fails.
+        remedy: what to do.
+
+    Raises:
+        ConfigError: the block failed in any way, or raised one of its own, which then names the file.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        file = where.partition(": ")[0]
+        if type(error) is ConfigError and file not in str(error):
+            raise ConfigError(f"{file}: {error}") from None
+        raise
+    except OSError as error:
+        raise ConfigError(f"{where} ({error.strerror or error}); {remedy}") from None
+    except Exception as error:  # damage makes readers fail in every way that there is
+        said = " ".join(str(error).split())[:160]
+        raise ConfigError(f"{where} ({type(error).__name__}{': ' if said else ''}{said}); {remedy}") from None
+
+
+@contextmanager
+def writing_to(place: Path) -> Iterator[None]:
+    """A block that writes to `place`, a file or folder that a user has named.
+
+    Raises:
+        ConfigError: the system refuses it.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename or place}: cannot be written ({error.strerror or error}); choose another place"
+        ) from None
+
+
+__all__ = ["understood", "writing_to"]

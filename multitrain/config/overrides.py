@@ -1,0 +1,239 @@
+"""What is typed: ``key=value`` words, read so that any path passes unquoted and every mistake is one line.
+
+Options that are text by the schema take what is typed as it stands; Hydra's grammar, in which parentheses, ``~``, ``=`` and
+commas mean something, reads numbers, lists and mappings.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from multitrain.config.errors import ConfigError, nearest
+from multitrain.config.reading import parse_yaml, shown
+from multitrain.config.run import RunConfig
+
+LONGEST_WORD = 20_000
+"""Characters of one word."""
+DEEPEST_WORD = 20
+"""Brackets inside each other in one word."""
+_BRACKETS = {"[": "]", "{": "}", "(": ")"}
+
+
+@dataclass(frozen=True)
+class Override:
+    """One typed word."""
+
+    prefix: str
+    """``""``, ``+``, ``++`` or ``~`` (delete)."""
+    key: str
+    """The option's dotted name, or a config group."""
+    text: str | None
+    """What stands behind ``=``; None for ``~key``."""
+
+    @property
+    def word(self) -> str:
+        """As it is typed, without blanks around ``=``."""
+        return f"{self.prefix}{self.key}" + ("" if self.text is None else f"={self.text}")
+
+    @property
+    def deletes(self) -> bool:
+        """Whether it takes an option away."""
+        return self.prefix == "~"
+
+
+def split(word: str) -> Override:
+    """A word as its parts. Raises ConfigError: not ``key=value``, or a key that cannot be one."""
+    if len(word) > LONGEST_WORD:
+        raise ConfigError(f"{shown(word, 60)}: {len(word)} characters in one option; put long values into a YAML file")
+    if "\0" in word or "\n" in word:
+        raise ConfigError(f"{shown(word, 80)!r}: line breaks cannot stand in an option; write it in one line")
+    left, equals, right = word.partition("=")
+    left = left.strip().removeprefix("override ").strip()
+    prefix = next((p for p in ("++", "+", "~") if left.startswith(p)), "")
+    key = left[len(prefix) :].strip()
+    if not equals and prefix != "~":
+        raise ConfigError(f"{shown(word, 80)!r} is no override; write key=value, e.g. nodes=2 or cluster.partition=low")
+    if not key or any(not part for part in key.split(".")) or set(key) & set("[]{}()'\"$,"):
+        raise ConfigError(
+            f"{shown(word, 80)!r}: {shown(key, 60)!r} is no option's name; write key=value, e.g. optim.lr=1e-4"
+        )
+    return Override(prefix, key, right.strip() if equals else None)
+
+
+def tidy(word: str) -> str:
+    """A typed word without the blanks around ``=``; other words, and wrong ones, stay as they are."""
+    left, equals, right = word.partition("=")
+    return f"{left.strip()}={right.strip()}" if equals and not word.startswith("-") else word
+
+
+def is_group(key: str, groups: Collection[str]) -> bool:
+    """Whether a key chooses a file of a config group."""
+    return key.split("@")[0] in groups or "/" in key or key.startswith("hydra")
+
+
+def group_word(override: Override, folders: Sequence[Path], has_default: bool) -> str:
+    """A choice of a config group in Hydra's grammar.
+
+    Args:
+        folders: those with config groups.
+        has_default: whether the shipped configuration makes a choice, which this one replaces.
+
+    Raises:
+        ConfigError: not the name of a choice.
+    """
+    key, text = override.key, override.text
+    if override.deletes or key.startswith("hydra"):
+        return override.word
+    group = key.split("@")[0]
+    known = sorted({p.stem for f in folders for p in (f / group).glob("*.yaml")})
+    if text and (text.endswith((".yaml", ".yml")) or ("/" in text and not text.startswith("["))):
+        raise ConfigError(_file_for_group(group, Path(text), known))
+    chosen = _hydra(text or "")
+    names = chosen if isinstance(chosen, list) else [chosen]
+    if isinstance(chosen, _Several):
+        raise ConfigError(
+            f"{key}={text}: one {group} for a run; python launch/sweep.py starts a run for each of several"
+        )
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(f"{override.word}: {group} is chosen by name; {nearest(str(text), known)}")
+    return f"{'' if has_default else '+'}{key}={text}"
+
+
+def _file_for_group(group: str, file: Path, known: Sequence[str]) -> str:
+    name, parent = file.stem, file.parent
+    if name in known and (str(parent) == "." or not file.exists()):
+        return f"{group}={file}: {group} is chosen by name; write {group}={name}"
+    home = parent.parent if parent.name == group else Path("DIR")
+    move = "" if parent.name == group else f"put the file at DIR/{group}/{name}.yaml and "
+    return f"{group}={file}: {group} is chosen by name, not by path; {move}write --config-dir {home} {group}={name}"
+
+
+def value_of(override: Override) -> Any:
+    """What an option is set to; the schema has not checked it yet.
+
+    Raises:
+        ConfigError: brackets that do not fit, or several values.
+    """
+    key, text = override.key, override.text or ""
+    kinds = _members(_annotation(key))
+    is_text = bool(kinds) and all(kind is str or isinstance(kind, str) for kind in kinds - {type(None)})
+    read = _hydra(text)
+    if is_text:
+        return read if read is None or isinstance(read, str) else text
+    if not isinstance(read, (_Several, _Unreadable)):
+        return read
+    if text[:1] in ("[", "{"):
+        return _bracketed(key, text)
+    if str in kinds:
+        return text
+    if isinstance(read, _Several) and kinds:
+        is_list = any(typing.get_origin(kind) in (list, tuple) for kind in kinds)
+        remedy = (
+            f"write {key}=[{text}]" if is_list else "give one; python launch/sweep.py starts a run for each of several"
+        )
+        raise ConfigError(f"{key}={shown(text, 80)}: several values; {remedy}")
+    return text
+
+
+def _bracketed(key: str, text: str) -> Any:
+    """A list or mapping that Hydra's grammar refuses: as YAML, which takes ``~`` and parentheses in texts."""
+    opened = []
+    for c in text:
+        if c in _BRACKETS:
+            opened.append(_BRACKETS[c])
+        elif opened and c == opened[-1]:
+            opened.pop()
+    if opened:
+        raise ConfigError(f"{key}={shown(text, 80)}: a closing {opened[-1]} is missing")
+    try:
+        return parse_yaml(text, key)
+    except ConfigError:
+        raise ConfigError(
+            f"{key}={shown(text, 80)}: not a list or mapping; write [a, b] or {{name: value}}, with quotation marks around texts"
+        ) from None
+
+
+class _Several:
+    """Several values: a sweep in Hydra's grammar."""
+
+
+class _Unreadable:
+    """Not in Hydra's grammar."""
+
+
+def _hydra(text: str) -> Any:
+    """A value in Hydra's grammar, or why there is none."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    depth = deepest = 0
+    for c in text:
+        depth += (c in _BRACKETS) - (c in _BRACKETS.values())
+        deepest = max(deepest, depth)
+    if deepest > DEEPEST_WORD:
+        return _Unreadable()
+    try:
+        parsed = OverridesParser.create().parse_override(f"k={text}")
+        return _Several() if parsed.is_sweep_override() else parsed.value()
+    except (HydraException, ValueError, TypeError, RecursionError):
+        return _Unreadable()
+
+
+def _annotation(key: str) -> Any:
+    """The type of an option by the schema; None for one that it does not know."""
+    kind: Any = RunConfig
+    parts = key.split(".")
+    for i, part in enumerate(parts):
+        if typing.get_origin(kind) is dict:
+            kind = typing.get_args(kind)[1]
+            if isinstance(kind, type) and issubclass(kind, BaseModel) and i + 1 == len(parts):
+                return None  # a whole entry
+        elif isinstance(kind, type) and issubclass(kind, BaseModel) and part in kind.model_fields:
+            kind = kind.model_fields[part].annotation
+        else:
+            return None
+    return kind
+
+
+def _members(kind: Any) -> set[Any]:
+    """The types that an annotation allows; the values of a Literal stand for themselves."""
+    if kind is None:
+        return set()
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return {m for part in typing.get_args(kind) for m in (_members(part) or {part})}
+    if typing.get_origin(kind) is typing.Literal:
+        return set(typing.get_args(kind))
+    return {kind}
+
+
+def apply(config: Any, override: Override) -> None:
+    """Set, or take away, an option of a composed configuration (an OmegaConf DictConfig).
+
+    Raises:
+        ConfigError: the value cannot be read, or there is nothing to take away.
+    """
+    from omegaconf import OmegaConf, open_dict
+
+    if not override.deletes:
+        OmegaConf.update(config, override.key, value_of(override), merge=True, force_add=True)
+        return
+    *parents, last = override.key.split(".")
+    node = OmegaConf.select(config, ".".join(parents)) if parents else config
+    if not isinstance(node, Mapping) and not OmegaConf.is_dict(node):
+        node = {}
+    if last not in node:
+        raise ConfigError(
+            f"~{override.key}: there is no {override.key} to take away; {nearest(last, map(str, node), most=100)}"
+        )
+    with open_dict(config):
+        del node[last]
+
+
+__all__ = ["Override", "apply", "group_word", "is_group", "split", "tidy", "value_of"]

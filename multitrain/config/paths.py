@@ -1,0 +1,56 @@
+"""Which options are paths, and what a word means that may be a run's name or a path."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+PATH_OPTIONS = re.compile(r"init_from|runs|data\.(root|index)|data\.datasets\..+\.(annotations|videos|class_names)")
+"""Dotted names of the options that are paths."""
+
+_OF_A_MODEL = ("config.yaml", "events.jsonl", "checkpoints", "model.safetensors", "manifest.json")
+
+
+def find_run(word: str | Path, runs: str | Path = "runs") -> Path:
+    """The path that a word means: itself where a run, a checkpoint or a file lies, else the run of that name in `runs`.
+
+    A word that is neither comes back as it is; who reads it says what is missing.
+    """
+    path = Path(word)
+    name = str(word)
+    try:
+        if len(path.parts) != 1 or name.startswith(("~", ".")) or path.is_file() or _holds_model(path):
+            return path
+        named = Path(runs) / name
+        return named if _holds_model(named) else path
+    except (OSError, ValueError):  # a name that no file can have
+        return path
+
+
+def _holds_model(folder: Path) -> bool:
+    return any((folder / name).exists() for name in _OF_A_MODEL)
+
+
+def expanded(mapping: dict[str, Any]) -> dict[str, Any]:
+    """A composed configuration with ``~`` at the start of its paths as the home folder, and ``init_from`` as a path."""
+    for node, key in _paths(mapping):
+        if isinstance(node[key], str):
+            node[key] = os.path.expanduser(node[key])
+    start, runs = mapping.get("init_from"), mapping.get("runs")
+    if isinstance(start, str) and start:
+        mapping["init_from"] = str(find_run(start, runs if isinstance(runs, str) else "runs"))
+    return mapping
+
+
+def _paths(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[dict[str, Any], str]]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _paths(value, f"{prefix}{key}.")
+        elif PATH_OPTIONS.fullmatch(f"{prefix}{key}"):
+            yield node, key
+
+
+__all__ = ["PATH_OPTIONS", "expanded", "find_run"]

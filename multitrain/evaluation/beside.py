@@ -1,0 +1,24 @@
+"""Where what is made of a run goes: beside it when the run is ours, else to the working folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether this user owns `folder`, or the nearest folder above it that exists, and may write there."""
+    place = folder.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return place.stat().st_uid == os.geteuid() and os.access(place, os.W_OK)
+
+
+def beside(run: Path, *parts: str) -> Path:
+    """``RUN/PART/…``; of another user's run, which is never written into, ``PART/RUN/…`` in the working folder."""
+    if is_ours(run):
+        return run.joinpath(*parts)
+    return Path(parts[0], run.resolve().name, *parts[1:])
+
+
+__all__ = ["beside", "is_ours"]

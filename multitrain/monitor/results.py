@@ -1,0 +1,54 @@
+"""The figures of a finished test (``metrics.json``), of values of the right kinds only. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from multitrain.config import ConfigError
+from multitrain.config.boundary import understood
+from multitrain.config.reading import read_json
+from multitrain.text import printable
+
+FILE = "metrics.json"
+MEASURES = ("top1", "top5", "map", "mean_class_accuracy")
+"""Figures in percent; None where there is none."""
+_TEXTS = ("dataset", "head", "split", "precision", "weights")
+_COUNTS = ("videos", "scored")
+
+
+def read_results(folder: Path) -> dict[str, dict[str, Any]]:
+    """Figures by dataset of the test in `folder`.
+
+    Raises:
+        ConfigError: no finished test there, or values that no test writes.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        raise ConfigError(f"{folder}: no {FILE}, so no finished evaluation; multitrain evaluate writes one")
+    with understood(f"{file}: holds values that no test writes", "run `multitrain evaluate` again"):
+        return {printable(str(name)): checked(result) for name, result in read_json(file)["datasets"].items()}
+
+
+def checked(result: Mapping[str, Any]) -> dict[str, Any]:
+    """`result` of one dataset, with values of the right kinds. Raises ValueError, TypeError or KeyError."""
+    out = dict(result)
+    for key in MEASURES:
+        if out.get(key) is not None:
+            out[key] = float(out[key])
+            if not math.isfinite(out[key]):
+                raise ValueError(f"{key} is {out[key]}")
+    out |= {key: printable(str(out[key])) for key in _TEXTS if key in out}
+    out |= {key: int(out[key]) for key in _COUNTS if key in out}
+    out["views"] = [int(v) for v in out.get("views") or ()]
+    names = out.get("class_names")
+    out["class_names"] = [printable(str(name)) for name in names] if isinstance(names, list) else None
+    out["unreadable"] = [dict(entry) for entry in out.get("unreadable") or ()]
+    if "confusion" in out:
+        out["confusion"] = [[int(t), int(p), int(n)] for t, p, n in out["confusion"]]
+    return out
+
+
+__all__ = ["FILE", "MEASURES", "checked", "read_results"]

@@ -1,0 +1,265 @@
+"""Several machines without SLURM: two network namespaces joined by a cable, and `ssh` to a real sshd on the loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import free_port, settings, train, write_run
+
+from multitrain.engine import checkpoint as ck
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from launch import hosts
+from multitrain.config import load
+run = Path(sys.argv[1])
+config = load(run)
+node = {"node": int(sys.argv[2])} if len(sys.argv) > 2 else {}
+sys.exit(hosts.run(run, config.model_copy(update={"cluster": config.cluster.model_copy(update=node)})))
+"""
+UPDATES = 8
+
+pytestmark = pytest.mark.timeout(1200)  # starts of training, one after the other, beside other work
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed run of the same two ranks, on one machine."""
+    run, _ = write_run(tmp_path_factory.mktemp("one"), mapping(tiny_data))
+    train(run, 2, timeout=600)
+    return run
+
+
+def mapping(data: Path, **cluster: Any) -> dict[str, Any]:
+    changes = {f"cluster__{name}": value for name, value in cluster.items()}
+    return settings(data, nodes=2, updates=UPDATES, checkpoint__every=2, cluster__kind="slurm", **changes)
+
+
+def run_of(root: Path, folder: Path, data: Path, **cluster: Any) -> Path:
+    whole = mapping(data)
+    whole["cluster"] = {"kind": "hosts", "cpus_per_gpu": 1, **cluster}
+    run, _ = write_run(folder, whole)
+    (run / "code").mkdir()
+    for name in ("multitrain", "launch"):
+        (run / "code" / name).symlink_to(root / name)
+    return run
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    file = run / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
+
+
+def until(condition: Callable[[], object], processes: list[subprocess.Popen[str]], run: Path) -> None:
+    deadline = time.monotonic() + 400
+    while not condition():
+        logs = "\n".join(f"{log}\n{log.read_text()[-3000:]}" for log in sorted(run.glob("logs/*")))
+        assert time.monotonic() < deadline, logs
+        ended = [p.communicate() for p in processes if p.poll() is not None]
+        assert not ended, f"{ended}\n{logs}"
+        time.sleep(0.02)
+
+
+def assert_same_bits(run: Path, reference: Path) -> None:
+    ours, theirs = (ck.read(ck.folder_of(r / "checkpoints", UPDATES)) for r in (run, reference))
+    for name, tensor in {**theirs.weights, **theirs.moments}.items():
+        assert tensor.equal({**ours.weights, **ours.moments}[name]), f"{name} differs"
+    for key in ("update", "loss", "grad_norm", "tickets"):
+        assert [m[key] for m in metrics(run)] == [m[key] for m in metrics(reference)]
+
+
+# ------------------------------------------------------------------------------------------------------- two machines
+
+
+class Machines:
+    """Two network namespaces with a cable between them: 10.77.0.1 and 10.77.0.2."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self.names = [f"mt{os.getpid() % 10000}{end}" for end in "ab"]
+
+    def start(self, run: Path, node: int) -> subprocess.Popen[str]:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+        command = ["ip", "netns", "exec", self.names[node], sys.executable, "-c", PROGRAM, str(run), str(node)]
+        return subprocess.Popen(
+            command,
+            env={**clean, "PYTHONPATH": str(self._root), "OMP_NUM_THREADS": "1"},
+            stdout=-1,
+            stderr=-1,
+            text=True,
+        )
+
+    def kill(self, node: int) -> None:
+        """The machine is gone, with all that ran on it."""
+        while pids := ip("netns", "pids", self.names[node]).split():
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+            time.sleep(0.05)
+
+
+def ip(*words: str) -> str:
+    return subprocess.run(["ip", *words], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture
+def machines(root: Path) -> Iterator[Machines]:
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("needs root and iproute2 to make two machines")
+    found = Machines(root)
+    a, b = found.names
+    try:
+        try:
+            for name in (a, b):
+                ip("netns", "add", name)
+            ip("link", "add", "cable", "netns", a, "type", "veth", "peer", "name", "cable", "netns", b)
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"no network namespaces here: {error.stderr}")
+        for name, address in ((a, "10.77.0.1/24"), (b, "10.77.0.2/24")):
+            ip("-n", name, "addr", "add", address, "dev", "cable")
+            for device in ("lo", "cable"):
+                ip("-n", name, "link", "set", device, "up")
+        yield found
+    finally:
+        for node, name in enumerate(found.names):
+            with contextlib.suppress(subprocess.CalledProcessError):
+                found.kill(node)
+                ip("netns", "del", name)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_machine_that_was_killed_joins_again_and_the_weights_are_the_same_bits(
+    machines: Machines, root: Path, tmp_path: Path, tiny_data: Path, reference: Path, lost: int
+) -> None:
+    run = run_of(root, tmp_path, tiny_data, rendezvous="10.77.0.1:23456", node=0)
+    processes = [machines.start(run, node) for node in (0, 1)]
+    until(lambda: len(metrics(run)) >= 3, processes, run)
+    machines.kill(lost)
+    processes[lost].wait(20)
+    stayed = processes[1 - lost]
+    time.sleep(1.0)
+    assert stayed.poll() is None
+    processes[lost] = machines.start(run, lost)
+    said = [process.communicate(timeout=500) for process in processes]
+    assert [p.returncode for p in processes] == [0, 0], said
+    assert "waiting for all of them" in said[1 - lost][1]
+    assert_same_bits(run, reference)
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stop_on_either_machine_saves_and_ends_both(
+    machines: Machines, root: Path, tmp_path: Path, tiny_data: Path, reference: Path, stopped: int
+) -> None:
+    run = run_of(root, tmp_path, tiny_data, rendezvous="10.77.0.1:23456", node=0)
+    processes = [machines.start(run, 1 - stopped)]
+    time.sleep(2.0)
+    processes.insert(0 if stopped == 0 else 1, machines.start(run, stopped))
+    until(lambda: len(metrics(run)) >= 2, processes, run)
+    processes[stopped].send_signal(signal.SIGINT)
+    said = [process.communicate(timeout=300) for process in processes]
+    assert [p.returncode for p in processes] == [75, 75], said
+    assert ck.newest_verified(run / "checkpoints")[0] is not None
+    assert len(metrics(run)) < UPDATES
+    processes = [machines.start(run, node) for node in (0, 1)]
+    said = [process.communicate(timeout=500) for process in processes]
+    assert [p.returncode for p in processes] == [0, 0], said
+    assert_same_bits(run, reference)
+
+
+def test_a_stop_while_a_machine_waits_for_the_other_ends_it(
+    machines: Machines, root: Path, tmp_path: Path, tiny_data: Path
+) -> None:
+    run = run_of(root, tmp_path, tiny_data, rendezvous="10.77.0.1:23456", node=0)
+    for node in (0, 1):
+        process = machines.start(run, node)
+        assert process.stderr is not None
+        assert "waiting for all of them" in process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 75, errors
+
+
+# ---------------------------------------------------------------------------------------------------------------- ssh
+
+
+@pytest.fixture
+def ssh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with an `ssh` that reaches a real sshd on the loopback, by a key of its own."""
+    sshd = shutil.which("sshd") or "/usr/sbin/sshd"
+    if os.geteuid() != 0 or not os.path.exists(sshd) or shutil.which("ssh-keygen") is None:
+        pytest.skip("needs root and OpenSSH's sshd")
+    folder = Path("/tmp") / f"mt-ssh-{os.getpid()}"
+    folder.mkdir(mode=0o755)
+    Path("/run/sshd").mkdir(exist_ok=True)
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
+    port = free_port()
+    (folder / "authorized").write_text((folder / "user.pub").read_text())
+    (folder / "sshd").write_text(
+        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized\n"
+        f"StrictModes no\nUsePAM no\nPermitRootLogin yes\nPidFile {folder}/pid\n"
+    )
+    (folder / "ssh").write_text(
+        f"#!/bin/sh\nexec /usr/bin/ssh -F none -p {port} -i {folder}/user -o User={getpass.getuser()} "
+        f'-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR "$@"\n'
+    )
+    (folder / "ssh").chmod(0o755)
+    daemon = subprocess.Popen([sshd, "-D", "-e", "-f", str(folder / "sshd")], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 20
+        while subprocess.run([folder / "ssh", "127.0.0.1", "true"], capture_output=True, check=False).returncode:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        yield folder
+    finally:
+        daemon.terminate()
+        daemon.wait()
+        shutil.rmtree(folder)
+
+
+def terminal(root: Path, ssh: Path, run: Path) -> subprocess.Popen[str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+    environment = {**clean, "PYTHONPATH": str(root), "PATH": f"{ssh}:{os.environ['PATH']}"}
+    return subprocess.Popen([sys.executable, "-c", PROGRAM, str(run)], env=environment, stdout=-1, stderr=-1, text=True)
+
+
+def test_one_terminal_starts_all_machines_shows_both_and_ends_both(
+    ssh: Path, root: Path, tmp_path: Path, tiny_data: Path, reference: Path
+) -> None:
+    hosts = ["127.0.0.1", "localhost"]
+    run = run_of(root, tmp_path, tiny_data, hosts=hosts, rendezvous=f"127.0.0.1:{free_port()}")
+    process = terminal(root, ssh, run)
+    until(lambda: len(metrics(run)) >= 2, [process], run)
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 75, out + errors
+    for host in hosts:
+        assert f"[{host}] machine" in out
+    assert ck.newest_verified(run / "checkpoints")[0] is not None
+    process = terminal(root, ssh, run)
+    out, errors = process.communicate(timeout=500)
+    assert process.returncode == 0, out + errors
+    assert "[127.0.0.1] " in out
+    assert_same_bits(run, reference)
+
+
+def test_a_machine_that_does_not_see_the_run_is_named(ssh: Path, root: Path, tmp_path: Path, tiny_data: Path) -> None:
+    run = run_of(root, tmp_path, tiny_data, hosts=["127.0.0.1", "localhost"])
+    shutil.rmtree(run / "code")
+    process = terminal(root, ssh, run)
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 2, out + errors
+    assert f"there is no {run}/code on localhost" in out
