@@ -20,12 +20,16 @@
 
 # The first start of the job prepares the run's folder from the checkout. Every later one finds it by the job's id, in
 # RUNS/.jobs or in the job's comment, and does not look at the checkout.
-runs=runs
-for word in "$@"; do
-    case $word in runs=*) runs=${word#runs=} ;; esac
-done
-run=$(cat "$runs/.jobs/$SLURM_JOB_ID" 2>/dev/null) ||
-    run=$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.* Comment=multitrain run \(\/.*\) WorkDir=.*/\1/p')
+run=
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
+    runs=runs
+    for word in "$@"; do
+        case $word in runs=*) runs=${word#runs=} ;; esac
+    done
+    run=$(cat "$runs/.jobs/$SLURM_JOB_ID" 2>/dev/null) ||
+        run=$(scontrol show job -o "$SLURM_JOB_ID" |
+            sed -n 's/.* Comment=multitrain run \//\//p' | sed 's/ [A-Z][A-Za-z]*=.*//')
+fi
 if [ -z "$run" ]; then
     home=${MULTITRAIN_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
     if [ ! -f "$home/slurm/common.sh" ]; then

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,14 @@ def test_every_text_to_be_taken_out_is_in_its_file_once(root: Path) -> None:
     assert [reason for m in mutations() if (reason := m.rotten(root))] == []
 
 
-def test_every_mutation_changes_its_file_into_valid_python(root: Path) -> None:
+def test_every_mutation_changes_its_file_into_a_valid_program(root: Path) -> None:
     for m in mutations():
         assert m.after != m.before, m.what
-        compile((root / m.file).read_text().replace(m.before, m.after), m.file, "exec")
+        text = (root / m.file).read_text().replace(m.before, m.after)
+        if m.file.endswith(".sh"):
+            subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+        else:
+            compile(text, m.file, "exec")
 
 
 def test_every_test_named_is_there(root: Path) -> None:

@@ -61,6 +61,12 @@ class Job:
         return (self.run / "ranks.log").read_text()[-4000:]
 
 
+def newest_of(job: Job) -> Path:
+    newest = ck.newest_verified(job.run / "checkpoints")[0]
+    assert newest is not None
+    return newest
+
+
 def send(processes: list[subprocess.Popen[bytes]], number: int) -> None:
     for process in processes:
         process.send_signal(number)
@@ -72,19 +78,21 @@ def test_a_preempted_run_requeues_itself_when_all_is_saved_and_waits_to_be_ended
     """A rank that left by itself would make SLURM count the job as completed."""
     job = Job(tiny_data, tmp_path, 2, TAKEN, "collective")
     send(job.processes, signal.SIGTERM)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not job.requeued:
         assert time.monotonic() < deadline, job.log()
         time.sleep(0.02)
     time.sleep(0.5)
     assert [p.poll() for p in job.processes] == [None, None], "they wait"
-    then = [json.loads(line) for line in (tmp_path / "events-1").read_text().splitlines()]
-    assert (then[-1]["event"], then[-1]["status"]) == ("requeue", "preempted")
-    newest = ck.newest_verified(job.run / "checkpoints")[0]
-    assert newest is not None
-    assert sorted((tmp_path / "checkpoints-1").read_text().split()) == ["latest", newest.name]
+    then = [json.loads(line)["event"] for line in (tmp_path / "events-1").read_text().splitlines()]
+    assert "checkpoint" in then
+    assert "requeue" not in then, "it says so when SLURM has taken it"
+    assert [(e["status"], e["update"]) for e in events(job.run, "requeue")] == [
+        ("preempted", ck.read(newest_of(job)).update)
+    ]
+    assert sorted((tmp_path / "checkpoints-1").read_text().split()) == ["latest", newest_of(job).name]
     send(job.processes, signal.SIGTERM)
-    assert wait(job.processes, 60) == [75, 75], job.log()
+    assert wait(job.processes, 300) == [75, 75], job.log()
     assert (tmp_path / "asked").read_text().split() == ["asked"], "once"
 
 
@@ -97,7 +105,7 @@ def test_a_cancelled_run_and_a_finished_one_stay_away(
     """The finished one is signalled while its last checkpoint is being written."""
     job = Job(tiny_data, tmp_path, 1, state, phase)
     send(job.processes, signal.SIGTERM)
-    assert wait(job.processes, 60) == [code], job.log()
+    assert wait(job.processes, 300) == [code], job.log()
     assert not job.requeued
     assert len(ck.listed(job.run / "checkpoints")) == 1, "it left when its checkpoint was on disk"
     assert ck.newest_verified(job.run / "checkpoints")[0] is not None

@@ -32,7 +32,7 @@ def start(run: Path, phase: str) -> list[subprocess.Popen[bytes]]:
 
 
 def until(run: Path, phase: str, processes: list[subprocess.Popen[bytes]]) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while not list(run.glob(f"in-{phase}-*")):
         assert time.monotonic() < deadline, log(run)
         assert all(p.poll() is None for p in processes), log(run)
@@ -58,7 +58,7 @@ def test_signals_in_every_phase_leave_a_verified_checkpoint_of_all_completed_upd
         for process in processes:
             os.kill(process.pid, number)
         time.sleep(0.05)
-    assert wait(processes, 60) == [75, 75], log(run)
+    assert wait(processes, 300) == [75, 75], log(run)
     folder, refused = ck.newest_verified(run / "checkpoints")
     assert folder is not None
     assert not refused
@@ -73,7 +73,7 @@ def test_a_rank_that_hangs_ends_all_with_their_stacks_in_the_log(run: Path) -> N
     (run / "config.yaml").write_text(
         (run / "config.yaml").read_text().replace("hang_limit: 60", f"hang_limit: {LIMIT}")
     )
-    codes = wait(start(run, "hang"), 90)
+    codes = wait(start(run, "hang"), 300)
     assert all(code not in (0, 75) for code in codes), log(run)
     text = (run / "ranks.log").read_text()
     assert text.count("where its threads are") == 2
@@ -89,7 +89,7 @@ def test_an_error_on_one_rank_ends_both_at_once(run: Path, phase: str) -> None:
     processes = start(run, phase)
     until(run, phase, processes)
     begin = time.monotonic()
-    assert wait(processes, 60) == [1, 1], log(run)
+    assert wait(processes, 300) == [1, 1], log(run)
     print(f"both ended {time.monotonic() - begin:.1f} s after it")
     reasons = {e["rank"]: e["reason"] for e in events(run, "error")}
     assert ("a bug" if phase == "error" else "no memory left") in reasons[1]
@@ -99,12 +99,12 @@ def test_an_error_on_one_rank_ends_both_at_once(run: Path, phase: str) -> None:
 def test_a_killed_loader_worker_ends_the_run_or_is_replaced_and_nothing_hangs(tiny_data: Path, tmp_path: Path) -> None:
     run, _ = write_run(tmp_path, settings(tiny_data, gpus=2, updates=400, data__workers=1))
     processes = start_ranks(["-m", "multitrain.train", str(run)], 2, log=run / "ranks.log")
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while not (run / "metrics.jsonl").exists() or len(metrics(run)) < 2:
         assert time.monotonic() < deadline, log(run)
         time.sleep(0.02)
     os.kill(list(children(processes[1].pid))[-1], signal.SIGKILL)
-    assert wait(processes, 60) == [1, 1], log(run)
+    assert wait(processes, 300) == [1, 1], log(run)
     assert "was killed by SIGKILL" in log(run)
 
 
@@ -112,12 +112,12 @@ def test_a_disk_that_refuses_is_reported_and_tried_again_at_the_next_interval(ru
     """A file where the folder of checkpoints should be: all that writing needs fails, whoever runs the test."""
     (run / "checkpoints").write_text("in the way")
     processes = start(run, "none")
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while not (run / "events.jsonl").exists() or not events(run, "checkpoint_failed"):
         assert time.monotonic() < deadline, log(run)
         time.sleep(0.01)
     (run / "checkpoints").unlink()
-    assert wait(processes, 60) == [0, 0], log(run)
+    assert wait(processes, 300) == [0, 0], log(run)
     assert events(run, "checkpoint")[-1]["update"] == UPDATES
     assert [m["update"] for m in metrics(run)] == list(range(UPDATES)), "the training went on"
     assert "could NOT be written" in log(run)
@@ -125,7 +125,7 @@ def test_a_disk_that_refuses_is_reported_and_tried_again_at_the_next_interval(ru
 
 def test_a_finished_run_whose_last_checkpoint_is_refused_is_not_called_finished(run: Path) -> None:
     (run / "checkpoints").write_text("in the way")
-    assert wait(start(run, "none"), 90) == [1, 1], log(run)
+    assert wait(start(run, "none"), 300) == [1, 1], log(run)
     assert not events(run, "end")
     assert "make room" in log(run)
     (run / "checkpoints").unlink()
@@ -135,7 +135,7 @@ def test_a_finished_run_whose_last_checkpoint_is_refused_is_not_called_finished(
 
 def test_the_disk_gets_the_whole_limit_for_hung_ranks_whenever_the_training_waits_for_it(run: Path) -> None:
     """Seen: a rank that had waited for its videos was ended as hung while it wrote its last checkpoint."""
-    assert wait(start(run, "beats"), 90) == [0, 0], log(run)
+    assert wait(start(run, "beats"), 300) == [0, 0], log(run)
     for rank in range(2):
         told = re.findall(rf"^(beat|end|finish) {rank}$", (run / "ranks.log").read_text(), re.MULTILINE)
         waits = [at for at, what in enumerate(told) if what == "finish"]
@@ -145,7 +145,7 @@ def test_the_disk_gets_the_whole_limit_for_hung_ranks_whenever_the_training_wait
 
 def test_an_update_is_held_up_only_for_the_copy(run: Path) -> None:
     """Writing takes two seconds here, and updates go on meanwhile; what is written is the state of the moment of the copy."""
-    assert wait(start(run, "save"), 90) == [0, 0], log(run)
+    assert wait(start(run, "save"), 300) == [0, 0], log(run)
     first = events(run, "checkpoint")[0]
     assert first["seconds"] > 2.0
     assert first["held_up"] < first["seconds"]

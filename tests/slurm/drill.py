@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +143,44 @@ class Cluster:
 
     def start_slurmd(self, node: str) -> None:
         """Start the daemon of a virtual node again."""
+        self._start_daemon("slurmd", "-f", self.configuration, "-N", node)
+
+    def _start_daemon(self, *command: str) -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
         environment |= {"SLURM_CONF": self.configuration, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
-        command = ["slurmd", "-f", self.configuration, "-N", node]
         with open(self.folder / "start.log", "a") as log:  # a daemon keeps what it inherits open
             subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=True)
+
+    def ends_in(self, job: str, seconds: float) -> None:
+        """Give the job that runs so many seconds more; its warning and its end are SLURM's own (which looks every 30 s)."""
+        moment = (datetime.now() + timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%S")
+        self.run("scontrol", "update", f"jobid={job}", f"EndTime={moment}")
+
+    @contextlib.contextmanager
+    def controller_away(self) -> Iterator[None]:
+        """No slurmctld in the block, as while it is upgraded; it knows its jobs again after that."""
+        gone = [p for p, found in _processes().items() if self._is_controller(found)]
+        send(gone, signal.SIGTERM)
+        self._wait_for(lambda: not any(self._is_controller(found) for found in _processes().values()), "its end")
+        try:
+            yield
+        finally:
+            self._start_daemon("slurmctld", "-f", self.configuration)
+            answers = ("scontrol", "ping")
+            self._wait_for(
+                lambda: " UP" in subprocess.run(answers, capture_output=True, text=True, check=False).stdout,
+                "an answer",
+            )
+
+    def _is_controller(self, found: Process) -> bool:
+        return found.title.startswith("slurmctld") and f" {self.configuration}" in found.title
+
+    def _wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
+        """As :meth:`until`, where the controller may not answer."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, what
+            time.sleep(0.1)
 
     def clear(self) -> None:
         """Cancel all jobs and wait until the nodes are idle."""
@@ -206,6 +240,22 @@ def _ranks(run: Path) -> dict[int, Process]:
     return {pid: table[pid] for pid in ranks if table[pid].parent not in ranks}
 
 
+def supervisors(run: Path) -> dict[int, int]:
+    """Process ids of the supervisors of the ranks of a run, by rank."""
+    table = _processes()
+    found = {p: f for p, f in table.items() if f" -m launch.supervisor {run} " in f.title}
+    return {
+        int(next(w[14:] for w in f.environment if w.startswith("SLURM_PROCID="))): p
+        for p, f in found.items()
+        if table.get(f.parent) is None or f.parent not in found
+    }
+
+
+def looking(run: Path) -> list[int]:
+    """Process ids of preflight before a run."""
+    return [p for p, found in _processes().items() if f" -m launch.preflight --dir {run}" in found.title]
+
+
 def batch_script(job: str) -> int | None:
     """Process id of the job's batch script, if it lives."""
     for pid, found in _processes().items():
@@ -253,24 +303,33 @@ class Runs:
         assert done.returncode == 0, done.stderr
         return self.runs / name, done.stdout.split()[1]
 
-    def ask(self, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    def ask(self, name: str, *overrides: str, checkout: Path = ROOT) -> subprocess.CompletedProcess[str]:
         """What `launch/submit.py` says to it; an existing run is named, as a user does, with what changes."""
-        command = [sys.executable, "launch/submit.py"]
         if (self.runs / name / "config.yaml").is_file():
-            command += [name]
+            command = [sys.executable, "launch/submit.py", name, f"runs={self.runs}", *overrides]
         else:
-            command += ["--config-dir", "tests/configs", "experiment=tiny", f"name={name}", *_long(overrides)]
-        command += [f"runs={self.runs}", *overrides]
-        return subprocess.run(command, cwd=ROOT, env=self._environment, capture_output=True, text=True, check=False)
+            command = self.command(name, *overrides)
+        return subprocess.run(command, cwd=checkout, env=self._environment, capture_output=True, text=True, check=False)
 
-    def submit_script(self, name: str, *overrides: str) -> tuple[Path, str]:
+    def command(self, name: str, *overrides: str) -> list[str]:
+        """The command line of a first submission."""
+        command = [sys.executable, "launch/submit.py", "--config-dir", "tests/configs", "experiment=tiny"]
+        return [*command, f"name={name}", f"runs={self.runs}", *_long(overrides), *overrides]
+
+    def start(self, command: list[str], *, checkout: Path = ROOT) -> subprocess.Popen[str]:
+        """A command that goes on meanwhile, as a user would type it."""
+        return subprocess.Popen(
+            command, cwd=checkout, env=self._environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def submit_script(self, name: str, *overrides: str, checkout: Path = ROOT) -> tuple[Path, str]:
         """The same through `sbatch slurm/train.sh`, for people who say sbatch."""
         command = ["sbatch", "--parsable", "--partition=low", "--nodes=2", "--ntasks-per-node=1", "--gres=gpu:1"]
         command += ["--cpus-per-task=1", "--time=20", "--signal=USR2@30", f"--output={self.runs}/%j.out"]
         command += ["slurm/train.sh", "--config-dir", "tests/configs", "experiment=tiny", f"name={name}"]
         self.runs.mkdir(parents=True, exist_ok=True)
         command += [f"runs={self.runs}", *_long(overrides), *overrides]
-        done = subprocess.run(command, cwd=ROOT, env=self._environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=checkout, env=self._environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return self.runs / name, done.stdout.strip()
 
@@ -285,6 +344,25 @@ class Runs:
     def events(self, run: Path) -> list[dict[str, Any]]:
         path = run / "events.jsonl"
         return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+    def said(self, run: Path, *names: str) -> list[tuple[str, str]]:
+        """Event and status, of the events of these names."""
+        return [(e["event"], str(e.get("status"))) for e in self.events(run) if e["event"] in names]
+
+    def back_in_queue(self, run: Path, job: str, *, starts: int, seconds: float = 120) -> dict[str, Any]:
+        """Wait until the job is in the queue after so many starts; the event `requeue` that says why."""
+
+        def queued() -> bool:
+            info = self.cluster.job(job)
+            over = info["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+            assert not over, f"{info['JobState']}\n{self.log(run)}\n{self.events(run)[-8:]}"
+            return info["JobState"] == "PENDING" and info.get("Restarts") == str(starts)
+
+        self.cluster.until(queued, f"{run.name} in the queue after {starts} starts", seconds=seconds)
+        self.cluster.until(lambda: not _steps(job), f"the end of the steps of {job}")
+        last = [e for e in self.events(run) if e["event"] in ("requeue", "requeue_failed", "end")][-1]
+        assert last["event"] == "requeue", last
+        return last
 
     def log(self, run: Path) -> str:
         """The ends of all logs of a run; also what `train.sh` said."""
@@ -314,6 +392,16 @@ class Runs:
         for key in ("update", "loss", "grad_norm", "tickets"):
             a, b = ([m[key] for m in self.metrics(r)][:update] for r in (run, reference))
             assert a == b, key
+
+
+def copied_checkout(folder: Path) -> Path:
+    """A checkout as somebody has it who clones this one: what git tracks, without its history."""
+    listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=True)
+    for name in listed.stdout.split("\0"):
+        if name and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
 
 
 def _long(overrides: tuple[str, ...]) -> list[str]:

@@ -1,0 +1,174 @@
+"""Whatever takes a job away, it comes back when it should, a bounded number of times, and says why. On a real controller."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.drill import Runs, frozen, looking, ranks, send, supervisors
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+NVIDIA_SMI = """#!/bin/sh
+# A GPU a node, which node1 has lost. A mock: there are no GPUs here.
+[ "$SLURMD_NODENAME" = node1 ] || echo "0, GPU-$SLURMD_NODENAME, H100, , 0"
+"""
+
+
+def test_a_time_limit_that_arrives_while_a_rank_or_a_whole_node_stands_still_brings_the_job_back(
+    runs: Runs, reference: Path
+) -> None:
+    run, job = runs.submit("still", "checkpoint.every=2", "cluster.lead_time=15")
+    runs.reach(run, job, 3)
+    send([ranks(run)[1]], signal.SIGSTOP)
+    runs.cluster.ends_in(job, 5)
+    assert runs.back_in_queue(run, job, starts=1)["status"] == "time limit"
+    runs.cluster.start_now(job)
+    runs.reach(run, job, len(runs.metrics(run)) + 1)
+    still = [ranks(run)[1], supervisors(run)[1]]
+    send(still, signal.SIGSTOP)
+    runs.cluster.ends_in(job, 5)
+    assert runs.back_in_queue(run, job, starts=2)["status"] == "time limit"
+    send(still, signal.SIGKILL)
+    runs.cluster.start_now(job)
+    runs.finish(run, job)
+    runs.assert_same(run, reference)
+
+
+def test_a_limit_that_is_shorter_than_starting_up_ends_the_run_after_some_starts_with_the_reason(runs: Runs) -> None:
+    run, job = runs.submit("short", "cluster.max_stalled_restarts=1", "cluster.lead_time=15")
+    for starts in (1, 2):
+        runs.cluster.until(lambda: len(ranks(run)) == 2, "ranks that start", pause=0.02)
+        send(ranks(run).values(), signal.SIGSTOP)
+        runs.cluster.ends_in(job, 5)
+        if starts == 1:
+            assert runs.back_in_queue(run, job, starts=1)["status"] == "time limit"
+            runs.cluster.start_now(job)
+    runs.cluster.wait(job, "FAILED", "TIMEOUT", seconds=120)
+    end = runs.events(run)[-1]
+    assert (end["event"], end["status"]) == ("end", "gave up"), runs.log(run)
+    assert "2 starts in a row" in end["reason"]
+    assert "cluster.max_stalled_restarts=1" in end["reason"]
+
+
+def test_preflight_leaves_a_bad_node_out_and_a_preemption_in_the_middle_of_it_brings_the_job_back(
+    runs: Runs, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = tmp_path / "bin" / "nvidia-smi"
+    fake.parent.mkdir()
+    fake.write_text(NVIDIA_SMI)
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
+    run, job = runs.submit("looked-at", "preflight=true", "cluster.setup=[export CUDA_VISIBLE_DEVICES=]")
+    said = runs.back_in_queue(run, job, starts=1)
+    assert (said["status"], said["exclude"]) == ("bad node", ["node1"])
+    assert runs.cluster.job(job)["ExcNodeList"] == "node1"
+    fake.unlink()
+    runs.cluster.start_now(job)
+    runs.cluster.until(lambda: looking(run), "preflight", pause=0.01)
+    runs.cluster.preempt(job, looking(run))
+    assert runs.back_in_queue(run, job, starts=2)["status"] == "preempted"
+    runs.cluster.start_now(job)
+    runs.finish(run, job)
+    runs.assert_same(run, reference)
+
+
+def test_a_controller_that_is_away_while_a_node_fails_costs_only_time(runs: Runs, reference: Path) -> None:
+    run, job = runs.submit("alone", "checkpoint.every=2")
+    runs.reach(run, job, 3)
+    victim = supervisors(run)[1]
+    with runs.cluster.controller_away():
+        os.kill(victim, signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while ranks(run):
+            assert time.monotonic() < deadline, runs.log(run)
+            time.sleep(0.1)
+        time.sleep(20)  # scontrol itself tries for a while
+    assert runs.back_in_queue(run, job, starts=1)["status"] == "failed"
+    runs.cluster.start_now(job)
+    runs.reach(run, job, len(runs.metrics(run)) + 1)
+    with runs.cluster.controller_away(), frozen(ranks(run).values()):  # and while a run that was told to leave asks it
+        for pid in ranks(run).values():
+            os.kill(pid, signal.SIGTERM)
+    runs.back_in_queue(run, job, starts=2)
+    runs.cluster.start_now(job)
+    runs.finish(run, job)
+    runs.assert_same(run, reference)
+
+
+def test_data_that_is_not_there_at_one_start_of_a_run_that_went_well_is_waited_for(
+    runs: Runs, reference: Path, tmp_path: Path
+) -> None:
+    runs.data = shutil.copytree(runs.data, tmp_path / "data")
+    run, job = runs.submit("unmounted", "cluster.max_stalled_restarts=2", "checkpoint.every=2")
+    runs.reach(run, job, 3)
+    runs.cluster.preempt(job, ranks(run).values())
+    away = runs.data.rename(tmp_path / "away")
+    runs.cluster.start_now(job)
+    said = runs.back_in_queue(run, job, starts=2)
+    assert said["status"] == "failed", said
+    away.rename(runs.data)
+    runs.cluster.start_now(job)
+    runs.finish(run, job)
+    runs.assert_same(run, reference)
+
+
+def test_a_suspended_job_is_no_hung_one(runs: Runs, reference: Path) -> None:
+    run, job = runs.submit("suspended", "engine.hang_limit=8", "checkpoint.every=1000")
+    runs.reach(run, job, 3)
+    runs.cluster.run("scontrol", "suspend", job)
+    time.sleep(12)
+    runs.cluster.run("scontrol", "resume", job)
+    runs.finish(run, job)
+    assert not [e for e in runs.events(run) if e["event"] in ("hung", "rank_failed")]
+    assert len([e for e in runs.events(run) if e["event"] == "begin"]) == 1
+    runs.assert_same(run, reference)
+
+
+def test_what_an_operator_does_is_called_so(runs: Runs, reference: Path) -> None:
+    run, job = runs.submit("operated", "checkpoint.every=2")
+    ways = [("requeue",), ("requeuehold",), ("update", "state=down", "reason=drill")]
+    for starts, way in enumerate(ways, 1):
+        runs.reach(run, job, len(runs.metrics(run)) + 2)
+        if way[0] == "update":
+            node = runs.cluster.run("scontrol", "show", "hostnames", runs.cluster.job(job)["NodeList"]).split()[1]
+            runs.cluster.run("scontrol", "update", f"nodename={node}", *way[1:])
+            status = runs.back_in_queue(run, job, starts=starts)["status"]
+            runs.cluster.run("scontrol", "update", f"nodename={node}", "state=resume")
+        else:
+            runs.cluster.run("scontrol", *way, job)
+            status = runs.back_in_queue(run, job, starts=starts)["status"]
+        assert status == "requeued by an operator", way
+        if way[0] == "requeuehold":
+            runs.cluster.run("scontrol", "release", job)
+        runs.cluster.start_now(job)
+    runs.finish(run, job)
+    runs.assert_same(run, reference)
+
+
+def test_where_requeueing_is_forbidden_the_events_say_so_and_a_successor_goes_on_where_that_is_asked_for(
+    runs: Runs, reference: Path
+) -> None:
+    run, job = runs.submit("forbidden")
+    runs.reach(run, job, 2)
+    runs.cluster.run("scontrol", "update", f"jobid={job}", "Requeue=0")
+    with frozen(ranks(run).values()):
+        runs.cluster.run("scancel", "--signal=USR2", job)
+    runs.cluster.wait(job, "FAILED")
+    assert runs.said(run, "requeue", "requeue_failed", "end")[-1] == ("requeue_failed", "time limit")
+    assert "disabled" in runs.events(run)[-1]["reason"]
+    run, job = runs.submit("forbidden", "cluster.requeue=resubmit")
+    runs.reach(run, job, len(runs.metrics(run)) + 2)
+    runs.cluster.run("scontrol", "update", f"jobid={job}", "Requeue=0")
+    with frozen(ranks(run).values()):
+        runs.cluster.run("scancel", "--signal=USR2", job)
+    runs.cluster.wait(job, "COMPLETED", "FAILED")
+    last = [e for e in runs.events(run) if e["event"] == "requeue"][-1]
+    assert last["status"] == "time limit"
+    successor = last["by"].removeprefix("successor job ")
+    runs.finish(run, successor)
+    runs.assert_same(run, reference)
