@@ -210,19 +210,23 @@ def test_a_run_is_known_by_its_name_and_a_model_stands_first(
     name, video = run.name, "data/segment/v 1.mp4"
     assert said(capsys, "status", name)[0] == 0
     assert said(capsys, "compare", name, run)[0] == 0
-    assert said(capsys, "report", name, "--out", tmp_path / "report")[0] == 0
     assert said(capsys, "data", "index", name, "--index", tmp_path)[0] == 0
     assert said(capsys, "data", "index", "--run", name, "--index", tmp_path)[0] == 0
     expected = said(capsys, "predict", video, "--checkpoint", run, "--json")
     assert expected[0] == 0
-    for words in ([name, video], [run, video], [video, "--run", name], ["--checkpoint", name, video]):
+    for words in ([name, video], [video, "--run", name]):
         assert said(capsys, "predict", *words, "--json") == expected
     assert load(name).datasets == NAMES
-    assert said(capsys, "convert", name, tmp_path / "a.safetensors")[0] == 0
     assert said(capsys, "convert", "--checkpoint", name, tmp_path / "b.safetensors")[0] == 0
     assert said(capsys, "embed", name, video, "--out", tmp_path / "f.npz")[0] == 0
-    assert said(capsys, "embed", video, "--checkpoint", name, "--out", tmp_path / "f.npz")[0] == 0
     assert said(capsys, "nearest", name)[0] == 0
+
+
+def test_a_report_is_made_of_a_run_by_its_name(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(run.parents[1])
+    assert said(capsys, "report", run.name, "--clips", 0, "--out", tmp_path / "report")[0] == 0
 
 
 def test_a_model_or_a_run_that_is_not_there_is_one_line(
