@@ -33,7 +33,7 @@ def state(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Videos of every fate: two good ones, an AVI, one that does not convert, and a text."""
+    """Two good videos, a Matroska file, one that does not convert, and a text."""
     folder = tmp_path_factory.mktemp("prepared")
     (folder / "sub").mkdir()
     write_video(folder / "good.mp4", 0, frames=4)
