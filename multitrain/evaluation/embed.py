@@ -20,7 +20,7 @@ from multitrain.text import printable
 if TYPE_CHECKING:
     from multitrain.evaluation.predictor import Predictor
 
-MAKER = "embed"
+MAKER = "embed, nearest"
 """Whose files an output may replace: see :mod:`multitrain.files`."""
 _NAMED = 24
 """Classes up to which a map shows their names."""
