@@ -36,6 +36,7 @@ def main(arguments: Arguments) -> int:
     given = parser.parse_args(list(arguments))
     given.model, _ = parser.model_and_words(given, [])
     from multitrain.evaluation import nearest as n
+    from multitrain.evaluation.embed import MAKER
     from multitrain.evaluation.predictor import load
     from multitrain.files import output_file
     from multitrain.monitor.figures import table
@@ -50,7 +51,7 @@ def main(arguments: Arguments) -> int:
     if given.plot:
         names = {d: [model.label(d, i) for i in range(k)] for d, k in model.datasets.items()}
         drawn = n.heat_map(model, pairs, names)
-        with output_file(given.plot, "nearest", [given.model]) as temporary:
+        with output_file(given.plot, MAKER, [given.model]) as temporary:
             temporary.write_bytes(drawn)
     if given.json:
         listed = [

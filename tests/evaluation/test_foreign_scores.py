@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from multitrain.config import ConfigError
-from multitrain.evaluation import tables
+from multitrain.evaluation import pictures, tables
 from multitrain.evaluation.scored import read_evaluation
 
 RESULT: dict[str, Any] = {
@@ -118,3 +119,16 @@ def test_an_evaluation_replaces_only_what_an_evaluation_wrote(tmp_path: Path) ->
         make(place)
         with pytest.raises(ConfigError, match="choose another --out"):
             tables.require_own(place, ["a"])
+
+
+def test_names_of_strangers_are_no_formulas_and_no_control_characters_in_pictures() -> None:
+    names = ["$\\frac{$", "a $ b", "\x1b[2J\n", "$x$"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = pictures.confusion({names[0]: np.eye(4, dtype=int)}, {names[0]: names})
+        example = pictures.Example(
+            names[0], np.zeros((6, 8, 8, 3), np.uint8), tuple(names), {names[0]: [(n, 0.5) for n in names]}
+        )
+        strips = pictures.film_strips([example], [names[0]])
+    assert drawn.startswith(b"\x89PNG")
+    assert strips.startswith(b"\x89PNG")

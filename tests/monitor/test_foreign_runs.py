@@ -45,14 +45,13 @@ def histories() -> Iterator[tuple[str, list[dict[str, Any]], list[dict[str, Any]
         "resume": START | {"event": "resume", "update": 1, "redone": 1, "pid": 5, "host": "h"},
         "end": {"event": "end", "status": "stopped"},
     }
-    for name, event in events.items():
-        for field in event:
-            for value in ODD:
-                changed = events | {name: event | {field: value}}
-                yield f"{name}.{field}={value!r:.40}", list(changed.values()), [UPDATE]
-    for field in (*UPDATE, "loss_per_dataset", "world_size"):
-        for value in ODD:
-            yield f"metrics.{field}={value!r:.40}", list(events.values()), [UPDATE, UPDATE | {field: value}]
+    numbers = (*UPDATE, "loss_per_dataset", "world_size")
+    for value in ODD:
+        for name, event in events.items():
+            changed = events | {name: dict.fromkeys(event, value) | {"event": event["event"]}}
+            yield f"{name}: {value!r:.40}", list(changed.values()), [UPDATE]
+        yield f"metrics: {value!r:.40}", list(events.values()), [UPDATE, dict.fromkeys(numbers, value) | {"update": 2}]
+        yield f"update: {value!r:.40}", list(events.values()), [UPDATE, UPDATE | {"update": value}]
 
 
 def test_values_of_other_kinds_in_events_and_metrics_are_left_out(run: Path) -> None:
