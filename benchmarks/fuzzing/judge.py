@@ -25,8 +25,8 @@ BAD = ("traceback", "raw text", "many lines", "silent", "control", "hang", "grow
 """`raw text`: a library's own words; `silent`: refused without a word; `control`: control characters reach the terminal."""
 
 CPU_SECONDS = 10.0
-WALL_SECONDS = 120.0
-"""Of a case. On a busy machine only the first says that a reader does not end."""
+IDLE_SECONDS = 120.0
+"""A case may compute for the first, and wait for something that never comes for the second; a busy machine changes neither."""
 GROWTH = 1 << 30
 """Bytes that a case may add to the process at its peak."""
 LONGEST = 12
@@ -138,21 +138,27 @@ class Worker:
         """The outcome of a case."""
         if not self._pid:
             self._start()
-        began, before = time.monotonic(), _cpu_seconds(self._pid)
+        before = last = _cpu_seconds(self._pid)
+        moved = time.monotonic()
         os.write(self._write, f"{json.dumps(case)}\n".encode())
         while True:
             ready, _, _ = select.select([self._answer], [], [], 0.5)
             if ready:
-                line = self._lines.readline()
-                if line:
-                    return Outcome(*json.loads(line))
-                _, status = os.waitpid(self._pid, 0)
-                self._forget()
-                return Outcome("crash", f"ended with {os.waitstatus_to_exitcode(status)}")
-            cpu = _cpu_seconds(self._pid) - before
-            if cpu > CPU_SECONDS or time.monotonic() - began > WALL_SECONDS:
+                return self._answered()
+            cpu = _cpu_seconds(self._pid)
+            if cpu != last:
+                last, moved = cpu, time.monotonic()
+            if cpu - before > CPU_SECONDS or time.monotonic() - moved > IDLE_SECONDS:
                 self.close()
-                return Outcome("hang", f"{cpu:.0f} s of the processor")
+                return Outcome("hang", f"{cpu - before:.0f} s of the processor")
+
+    def _answered(self) -> Outcome:
+        line = self._lines.readline()
+        if line:
+            return Outcome(*json.loads(line))
+        _, status = os.waitpid(self._pid, 0)
+        self._forget()
+        return Outcome("crash", f"ended with {os.waitstatus_to_exitcode(status)}")
 
     def close(self) -> None:
         """End the process, and what it has started."""
