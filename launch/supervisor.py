@@ -31,7 +31,6 @@ from launch import channel
 from launch.channel import Channel, ChannelError, Server
 from launch.child import AwakeClock, Child
 from launch.hub import Hub
-from launch.records import record
 from multitrain import lease
 from multitrain.monitor import slurm
 from multitrain.monitor.exits import Exit
@@ -252,6 +251,8 @@ class Supervisor:
         self._told += 1
         if self._told > TOLD:
             return
+        from launch.records import record  # reading events needs the schema of configurations; most starts need none
+
         record(
             self._run,
             "rank_failed",
