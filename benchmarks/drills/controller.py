@@ -1,130 +1,137 @@
-"""The same drills on a real SLURM controller, which `slurm/devcluster` starts: what SLURM does to jobs, and worse.
+"""The campaign on a real SLURM controller, which `slurm/devcluster` starts: what SLURM does to jobs, and worse.
 
-python benchmarks/drills/controller.py                     each kind of interruption twice
-python benchmarks/drills/controller.py --count 7 --seed 3  so many, in another order, at other moments
-python benchmarks/drills/controller.py --only "node"       kinds whose name holds these words
-python benchmarks/drills/controller.py --way train.sh      submitted by `sbatch slurm/train.sh` from the start
-
-One run over two of four virtual nodes is taken away again and again. It is submitted by `launch/submit.py` at first, and by
-`sbatch slurm/train.sh` from the middle on. It must come back by itself, but not where it was cancelled; redo no more than what
-is promised; and, stopped at last, have the bits of a run that nobody disturbed. Needs root, `slurm-wlm` and `munge`.
+One run over two of four virtual nodes (or `--nodes` and `--gpus` of it) is taken away again and again. It is submitted by
+`launch/submit.py` at first, and by `sbatch slurm/train.sh` from the middle on, from a checkout of its own. It must come back by
+itself, but not where it was cancelled; redo no more than what is promised; and, stopped at last, have the bits of a run that nobody
+disturbed. Needs root, `slurm-wlm` and `munge`.
 """
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-if not __package__:
-    sys.path[:1] = [str(Path(__file__).resolve().parents[2])]
 
 import argparse
 import random
 import signal
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 from benchmarks import results
-from benchmarks.drills.blows import BLOWS, EVERY, NODES, WAYS, Blow, Stage
+from benchmarks.drills.kinds import KINDS, Controlled, Kind, matching
 from benchmarks.drills.run import write_data
+from benchmarks.drills.strikes_controller import EVERY, NODES, WAYS, Stage
 from tests.slurm.drill import Runs, reason_to_skip, started
 
 RESULTS = results.FOLDER / "drills_controller.json"
+COUNT = 2 * len(matching("controller"))
 OVER = ("CANCELLED", "FAILED", "COMPLETED", "NODE_FAIL", "TIMEOUT", "BOOT_FAIL", "OUT_OF_MEMORY")
 """States of a job that does not come back."""
 STAYS_AWAY = 6.0
 """Seconds after which a job that must stay away is looked at again."""
+WENT_ON = "went on"
+"""How a job comes through that no start of it ends."""
 BROKE_OFF = "the campaign broke off"
 Record = dict[str, Any]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print the table; 0 when every promise was kept and the run has the undisturbed run's bits."""
-    parser = argparse.ArgumentParser(
-        prog="controller.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--count", type=int, default=2 * len(BLOWS), metavar="N", help="interruptions (default: two a kind)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of their order and moments (default 0)")
-    parser.add_argument(
-        "--only", default="", metavar="WORDS", help="only kinds whose name holds one of these, with commas"
-    )
-    parser.add_argument(
-        "--way", choices=WAYS, help="how the run is submitted (default: the first half so, the second so)"
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE", help=f"results (default {RESULTS})")
-    given = parser.parse_args(arguments)
-    if reason := reason_to_skip():
-        print(f"error: {reason}", file=sys.stderr)
-        return 2
-    kinds = [b for b in BLOWS.values() if any(w.strip() in b.name for w in given.only.split(","))]
-    if not kinds:
-        print(f"error: no kind holds {given.only!r}; there are: {', '.join(BLOWS)}", file=sys.stderr)
-        return 2
-    ways = [given.way] if given.way else list(WAYS)
-    print(f"seed {given.seed}: {given.count} interruptions of {len(kinds)} kinds", flush=True)
+def refusal() -> str | None:
+    """Why no campaign can be had here; None when one can."""
+    return reason_to_skip()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a campaign found: one record an interruption, the updates of the run, and what is wrong with it ('' nothing)."""
+
+    records: list[Record]
+    updates: int
+    trouble: str
+    asked: int
+
+    @property
+    def good(self) -> bool:
+        """Whether every promise was kept and the run has the undisturbed run's bits."""
+        return not self.trouble and sum(r["kept"] for r in self.records) == len(self.records) == self.asked
+
+    def facts(self) -> Record:
+        """For the file of results."""
+        return {"trouble": self.trouble, "updates": self.updates, "interruptions": self.records}
+
+    def lines(self, seed: int) -> list[str]:
+        """What to print at the end."""
+        kept = sum(r["kept"] for r in self.records)
+        same = f"after {self.updates} updates the run has the undisturbed run's weights and moments, every bit"
+        return [f"{kept} of {len(self.records)} promises kept; {self.trouble or same}"]
+
+
+def campaign(
+    folder: Path, kinds: Sequence[Kind], given: argparse.Namespace, keep: Callable[[Outcome], None]
+) -> Outcome:
+    """Strike one run `--count` times; what was found is kept after each strike."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)  # the cluster is stopped on the way out
-    began = time.monotonic()
-    with started(NODES, 1) as (cluster, folder):
+    shape = (given.nodes, given.gpus)
+    ways = [given.way] if given.way else list(WAYS)
+    with started(max(NODES, given.nodes), given.gpus) as (cluster, own):
         print(f"the cluster is in {cluster.folder}; it is stopped at the end, however that comes", flush=True)
-        runs = Runs(cluster, folder / "runs", write_data(folder / "data"))
-        records, updates, trouble = campaign(runs, deal(kinds, given.count, given.seed, ways), given.seed)
-    kept = sum(r["kept"] for r in records)
-    print(f"\n{table(records)}\n\n{kept} of {len(records)} promises kept; ", end="")
-    print(trouble or f"after {updates} updates the run has the undisturbed run's weights and moments, every bit")
-    facts = {"trouble": trouble, "updates": updates, "interruptions": records}
-    rows = summary(records, trouble)
-    results.save(given.out.stem, rows, folder=given.out.parent, **facts, seconds=round(time.monotonic() - began))
-    print(f"{given.out}; {(time.monotonic() - began) / 60:.1f} minutes")
-    return 0 if not trouble and kept == len(records) == given.count else 1
+        runs = Runs(cluster, own / "runs", write_data(own / "data"))
+        return strike_all(runs, deal(kinds, given.count, given.seed, ways), given.seed, shape, keep)
 
 
-def deal(kinds: Sequence[Blow], count: int, seed: int, ways: Sequence[str]) -> list[tuple[Blow, str]]:
+def deal(kinds: Sequence[Kind], count: int, seed: int, ways: Sequence[str]) -> list[tuple[Kind, str]]:
     """`count` of the kinds, each as often as the others, in a random order, way by way; those with options of their own last."""
     found, left = [], (list(kinds) * count)[:count]
     for number, way in enumerate(ways):
         share = count // len(ways) + (number < count % len(ways))
-        blows, left = left[:share], left[share:]
-        random.Random(f"{seed}-{way}").shuffle(blows)
-        found += [(blow, way) for blow in sorted(blows, key=lambda b: b.options)]
+        own, left = left[:share], left[share:]
+        random.Random(f"{seed}-{way}").shuffle(own)
+        found += [(kind, way) for kind in sorted(own, key=lambda k: of(k).options)]
     return found
 
 
-def campaign(runs: Runs, blows: Sequence[tuple[Blow, str]], seed: int) -> tuple[list[Record], int, str]:
-    """One run, struck by each of `blows`; what each did, the updates of the run, and what is wrong with it ('' nothing)."""
-    stage = Stage(runs, "drilled", way=blows[0][1])
+def of(kind: Kind) -> Controlled:
+    """What the kind does here."""
+    assert kind.controller is not None
+    return kind.controller
+
+
+def strike_all(
+    runs: Runs, kinds: Sequence[tuple[Kind, str]], seed: int, shape: tuple[int, int], keep: Callable[[Outcome], None]
+) -> Outcome:
+    """One run, struck by each of the kinds."""
+    stage = Stage(runs, "drilled", way=kinds[0][1], shape=shape)
     records: list[Record] = []
     try:
-        stage.submit()
-        for number, (blow, way) in enumerate(blows):
-            if (blow.options, way) != (stage.options, stage.way):
+        stage.submit(*of(kinds[0][0]).options)
+        for number, (kind, way) in enumerate(kinds):
+            if (of(kind).options, way) != (stage.options, stage.way):
                 stage.stop()
                 stage.way = way
-                stage.submit(*blow.options)
-            records.append({"way": way, **strike(stage, blow, random.Random(f"{seed}-{number}"))})
+                stage.submit(*of(kind).options)
+            records.append({"way": way, **strike(stage, kind, random.Random(f"{seed}-{number}"))})
             print(_line(records[-1]), flush=True)
+            keep(Outcome(records, stage.position(), f"{BROKE_OFF}: it was ended", len(kinds)))
         updates = stage.stop()
-        return records, updates, _difference(runs, stage, updates)
+        return Outcome(records, updates, _difference(runs, stage, updates), len(kinds))
     except (AssertionError, subprocess.SubprocessError) as error:
         print(f"\n{error}\n\n{stage.last_words()}", flush=True)
-        return records, stage.position(), f"{BROKE_OFF}: {str(error).splitlines()[0]}"
+        return Outcome(records, stage.position(), f"{BROKE_OFF}: {str(error).splitlines()[0]}", len(kinds))
 
 
-def strike(stage: Stage, blow: Blow, chance: random.Random) -> Record:
+def strike(stage: Stage, kind: Kind, chance: random.Random) -> Record:
     """One interruption, and the way back; the run is submitted again where its job does not come by itself."""
-    cluster, runs = stage.cluster, stage.runs
+    cluster, runs, does = stage.cluster, stage.runs, of(kind)
     runs.reach(stage.folder, stage.job, stage.position() + chance.randint(1, EVERY + 4))
     time.sleep(chance.uniform(0, 1))
     restarts = int(cluster.job(stage.job).get("Restarts", "0"))
     before, events, saving = stage.position(), len(runs.events(stage.folder)), stage.saving
-    blow.strike(stage, chance)
+    does.strike(stage, chance)
     begin, moment = time.monotonic(), time.time()
     asked, furthest, how, left = 0.0, before, "", 0.0
 
@@ -137,36 +144,41 @@ def strike(stage: Stage, blow: Blow, chance: random.Random) -> Record:
             left = left or (0.0 if stage.processes() else time.monotonic() - begin)
         if started and not how:
             return "in place"
+        if WENT_ON in does.ways and not how and stage.position() >= before + 3:
+            return WENT_ON
         return how if how and left else ""
 
-    cluster.until(over, f"the end of what '{blow.name}' struck at update {before}", seconds=240, pause=0.03)
-    gone, how = time.monotonic(), how or "in place"
+    cluster.until(over, f"the end of what '{kind.name}' struck at update {before}", seconds=240, pause=0.03)
+    gone = time.monotonic()
+    how = how or ("in place" if stage.resumed(events) is not None else WENT_ON)
     state = cluster.job(stage.job)
     waits = stage.seconds_until(state.get("EligibleTime")) if how == "requeued" else 0.0
     if how == "requeued":
         if "TimeLimit" in state and state["TimeLimit"] != stage.LIMIT:
             cluster.run("scontrol", "update", f"jobid={stage.job}", f"TimeLimit={stage.LIMIT}")
         cluster.start_now(stage.job)
-    elif how != "in place":
+    elif how not in ("in place", WENT_ON):
         time.sleep(STAYS_AWAY)
         how = how if cluster.job(stage.job)["JobState"] == how else "back from the dead"
         gone += STAYS_AWAY
         begin += STAYS_AWAY
         stage.submit(*stage.options)
     runs.reach(stage.folder, stage.job, 0)
-    cluster.until(lambda: stage.resumed(events) is not None, "the next start", seconds=180)
-    resumed = stage.resumed(events)
+    resumed: int | None = furthest
+    if how != WENT_ON:
+        cluster.until(lambda: stage.resumed(events) is not None, "the next start", seconds=180)
+        resumed = stage.resumed(events)
     assert resumed is not None
     cluster.until(lambda: stage.position() > furthest, f"an update after {furthest}", seconds=180)
     further = time.monotonic() - begin
-    blow.undo(stage)
+    does.undo(stage)
     runs.reach(stage.folder, stage.job, stage.position() + 1)
     lost = furthest - resumed
     said = runs.events(stage.folder)[events:]
     stopped = [datetime.fromisoformat(e["time"]).timestamp() - moment for e in said if e["event"] == "signal"]
-    returned = how in ("requeued", "in place")
+    returned = how in ("requeued", "in place", WENT_ON)
     return {
-        "kind": blow.name,
+        "kind": kind.name,
         "update": before,
         "how": how,
         "over_seconds": round(gone - begin, 1),
@@ -175,7 +187,7 @@ def strike(stage: Stage, blow: Blow, chance: random.Random) -> Record:
         "further_seconds": round(further, 1),
         "lost": lost,
         "returned": returned,
-        "kept": how in blow.ways and lost <= blow.may_lose + (EVERY if saving and blow.may_lose else 0),
+        "kept": how in does.ways and lost <= does.may_lose + (EVERY if saving and does.may_lose else 0),
         "signal_seconds": round(stopped[0], 1) if stopped else None,
         "said": [e["status"] for e in said if e["event"] in ("requeue", "end")],
     }
@@ -191,7 +203,7 @@ def _how(job: dict[str, str], restarts: int) -> str:
 
 def _difference(runs: Runs, stage: Stage, updates: int) -> str:
     """What distinguishes the run from an undisturbed one after `updates` updates; '' when nothing does."""
-    reference = Stage(runs, "undisturbed")
+    reference = Stage(runs, "undisturbed", shape=stage.shape)
     reference.submit(f"checkpoint.every={updates}")
     runs.reach(reference.folder, reference.job, updates + 1, seconds=120 + 5 * updates)
     reference.stop()
@@ -205,8 +217,9 @@ def _difference(runs: Runs, stage: Stage, updates: int) -> str:
 # --------------------------------------------------------------------------------------------------------- the result
 
 
-def summary(records: Sequence[Record], trouble: str) -> list[Record]:
+def summary(outcome: Outcome) -> list[Record]:
     """The rows of `benchmarks/README.md`. A campaign that broke off says nothing of the bits."""
+    records, trouble = outcome.records, outcome.trouble
     compared = not trouble.startswith(BROKE_OFF)
     kept = sum(r["kept"] for r in records)
     rows = [
@@ -225,7 +238,9 @@ def summary(records: Sequence[Record], trouble: str) -> list[Record]:
         rows.append(results.row(f"{name}: updates lost at most", ours=_most(own, "lost"), unit="updates", note=times))
         further = _median(own, "further_seconds")
         rows.append(results.row(f"{name}: seconds to be further", ours=further, unit="s", note=_times(own)))
-    in_place, queued = (_by_kind(records).get(name) for name in ("rank killed", "rank killed, no restarts in place"))
+    in_place, queued = (
+        _by_kind(records).get(name) for name in ("SIGKILL of a rank", "SIGKILL of a rank, no restarts in place")
+    )
     if in_place and queued:
         waited = [r["further_seconds"] + r["queue_seconds"] for r in queued]
         rows.append(
@@ -262,7 +277,7 @@ def table(records: Sequence[Record]) -> str:
 
 
 def _by_kind(records: Sequence[Record]) -> dict[str, list[Record]]:
-    found = {name: [r for r in records if r["kind"] == name] for name in BLOWS}
+    found = {name: [r for r in records if r["kind"] == name] for name in KINDS}
     return {name: own for name, own in found.items() if own}
 
 
@@ -283,7 +298,3 @@ def _line(r: Record) -> str:
 
 def _leave(number: int, _frame: FrameType | None) -> NoReturn:
     sys.exit(128 + number)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

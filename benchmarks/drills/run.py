@@ -23,6 +23,8 @@ EVERY = 4
 """Updates between two checkpoints: the most that a hard death may cost."""
 VALIDATED = 10
 """Updates between two validations."""
+HANG_LIMIT = 30
+"""Seconds without progress after which a rank counts as hung."""
 PATIENCE = 180.0
 """Seconds after which a run that neither ends nor goes on counts as hung."""
 
@@ -48,7 +50,7 @@ class TinyRun:
     """
 
     def __init__(self, runs: Path, name: str, data: Path, overrides: dict[str, Any]) -> None:
-        self.runs, self.name = runs, name
+        self.runs, self.name, self.data = runs, name, data
         self.folder = runs / name
         self.overrides = overrides
         self.world = 0
@@ -74,7 +76,7 @@ class TinyRun:
         else:
             command += ["--config-dir", "tests/configs", "experiment=tiny", f"name={self.name}", "cluster=local"]
             words |= {"updates": UPDATES, "checkpoint.every": EVERY, "eval.every": VALIDATED}
-            words |= {"monitor.tensorboard": "false", "cluster.check_data": "false", "engine.hang_limit": 30}
+            words |= {"monitor.tensorboard": "false", "cluster.check_data": "false", "engine.hang_limit": HANG_LIMIT}
             words |= {"augment.copies": 1, "model.crop": 32, "effective_batch": 8, "cluster.max_stalled_restarts": 50}
             words |= self.overrides
         command += [f"{key}={value}" for key, value in words.items()]
@@ -84,6 +86,14 @@ class TinyRun:
             self.launcher = subprocess.Popen(
                 command, cwd=ROOT, env=self._environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out
             )
+
+    def submit_again(self, **changes: Any) -> subprocess.CompletedProcess[str]:
+        """Submit the run once more, beside what may be running, and wait for the end of that."""
+        words = [f"{key}={value}" for key, value in {"runs": self.runs, **changes}.items()]
+        command = [sys.executable, "launch/submit.py", self.name, *words]
+        return subprocess.run(
+            command, cwd=ROOT, env=self._environment, capture_output=True, text=True, timeout=PATIENCE, check=False
+        )
 
     def end(self) -> None:
         """End what is left of it, hard."""
@@ -178,7 +188,7 @@ class TinyRun:
         return dict(sorted(own.items()))
 
     def workers(self, rank: int) -> list[int]:
-        """Process ids of everything that a rank has started: the keeper first, then the loader's workers.
+        """Process ids of everything that a rank has started: one that only forks, then the loader's workers.
 
         Not of a child between fork and exec: frozen there, it would hold its parent for ever, which no stalled loader does.
         """
@@ -224,9 +234,13 @@ EXACT = ("update", "loss", "grad_norm", "tickets", "lr", "loss_informative")
 """Numbers of `metrics.jsonl` that must be the same, every bit of them, at a constant world size."""
 LOSS_TOLERANCE = 1e-3
 """Largest relative difference of an update's loss from the uninterrupted run's when the world size changed."""
+MIXED_TOLERANCE = 0.05
+"""The same when the precision changed as well."""
 
 
-def differences(run: TinyRun, reference: TinyRun, *, exact: bool) -> tuple[list[str], float]:
+def differences(
+    run: TinyRun, reference: TinyRun, *, exact: bool, tolerance: float = LOSS_TOLERANCE
+) -> tuple[list[str], float]:
     """What distinguishes a finished run from the uninterrupted one, and the largest relative difference of a loss."""
     ours, theirs = run.records("metrics.jsonl"), reference.records("metrics.jsonl")
     found = []
@@ -241,7 +255,7 @@ def differences(run: TinyRun, reference: TinyRun, *, exact: bool) -> tuple[list[
         names = {**b.weights, **b.moments}
         changed = [n for n in names if not names[n].equal({**a.weights, **a.moments}[n])]
         found += [f"{len(changed)} of {len(names)} tensors differ, first {changed[0]}"] if changed else []
-    elif worst > LOSS_TOLERANCE:
+    elif worst > tolerance:
         found.append(f"a loss differs by {worst:.2g} relative")
     return found, worst
 

@@ -86,12 +86,12 @@ class Cluster:
         fields = self.run("scontrol", "show", "job", "-o", job).split()
         return dict(field.split("=", 1) for field in fields if "=" in field)
 
-    def wait(self, job: str, *states: str, seconds: float = 60) -> dict[str, str]:
+    def wait(self, job: str, *states: str, seconds: float = 300) -> dict[str, str]:
         """Wait until the job is in one of the states."""
         return self.until(lambda: (info := self.job(job))["JobState"] in states and info, f"{job} {states}", seconds)
 
     def until(
-        self, condition: Callable[[], object], what: str, seconds: float = 60, pause: float = 0.1
+        self, condition: Callable[[], object], what: str, seconds: float = 300, pause: float = 0.1
     ) -> dict[str, str]:
         """Wait until the condition holds; returns what it gave."""
         deadline = time.monotonic() + seconds
@@ -175,7 +175,7 @@ class Cluster:
     def _is_controller(self, found: Process) -> bool:
         return found.title.startswith("slurmctld") and f" {self.configuration}" in found.title
 
-    def _wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    def _wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 300) -> None:
         """As :meth:`until`, where the controller may not answer."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -297,9 +297,12 @@ class Runs:
     def __init__(self, cluster: Cluster, runs: Path, data: Path) -> None:
         self.cluster, self.runs, self.data = cluster, runs, data
 
-    def submit(self, name: str, *overrides: str) -> tuple[Path, str]:
+    def submit(
+        self, name: str, *overrides: str, checkout: Path = ROOT, nodes: int = 2, gpus: int = 1
+    ) -> tuple[Path, str]:
         """The run's folder and job id."""
-        done = self.ask(name, "cluster.partition=low", "nodes=2", "gpus=1", *overrides)
+        shape = (f"nodes={nodes}", f"gpus={gpus}")
+        done = self.ask(name, "cluster.partition=low", *shape, *overrides, checkout=checkout)
         assert done.returncode == 0, done.stderr
         return self.runs / name, done.stdout.split()[1]
 
@@ -322,9 +325,12 @@ class Runs:
             command, cwd=checkout, env=self._environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
 
-    def submit_script(self, name: str, *overrides: str, checkout: Path = ROOT) -> tuple[Path, str]:
+    def submit_script(
+        self, name: str, *overrides: str, checkout: Path = ROOT, nodes: int = 2, gpus: int = 1
+    ) -> tuple[Path, str]:
         """The same through `sbatch slurm/train.sh`, for people who say sbatch."""
-        command = ["sbatch", "--parsable", "--partition=low", "--nodes=2", "--ntasks-per-node=1", "--gres=gpu:1"]
+        command = ["sbatch", "--parsable", "--partition=low", f"--nodes={nodes}", f"--ntasks-per-node={gpus}"]
+        command += [f"--gres=gpu:{gpus}"]
         command += ["--cpus-per-task=1", "--time=20", "--signal=USR2@30", f"--output={self.runs}/%j.out"]
         command += ["slurm/train.sh", "--config-dir", "tests/configs", "experiment=tiny", f"name={name}"]
         self.runs.mkdir(parents=True, exist_ok=True)
@@ -349,7 +355,7 @@ class Runs:
         """Event and status, of the events of these names."""
         return [(e["event"], str(e.get("status"))) for e in self.events(run) if e["event"] in names]
 
-    def back_in_queue(self, run: Path, job: str, *, starts: int, seconds: float = 120) -> dict[str, Any]:
+    def back_in_queue(self, run: Path, job: str, *, starts: int, seconds: float = 300) -> dict[str, Any]:
         """Wait until the job is in the queue after so many starts; the event `requeue` that says why."""
 
         def queued() -> bool:
@@ -369,7 +375,7 @@ class Runs:
         files = [*sorted(run.glob("logs/*.log")), *sorted(self.runs.glob("*.out"))]
         return "\n".join(f"--- {p.name}\n{p.read_text()[-3000:]}" for p in files)
 
-    def reach(self, run: Path, job: str, update: int, seconds: float = 180) -> None:
+    def reach(self, run: Path, job: str, update: int, seconds: float = 600) -> None:
         """Wait until `update` updates are recorded."""
 
         def reached() -> bool:
@@ -380,7 +386,7 @@ class Runs:
         self.cluster.until(reached, f"update {update} of {run.name}", seconds=seconds)
 
     def finish(self, run: Path, job: str) -> None:
-        info = self.cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", seconds=240)
+        info = self.cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", seconds=900)
         assert info["JobState"] == "COMPLETED", f"{info}\n{self.log(run)}"
 
     def assert_same(self, run: Path, reference: Path, update: int | None = None) -> None:

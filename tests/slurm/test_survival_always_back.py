@@ -12,7 +12,7 @@ import pytest
 
 from tests.slurm.drill import Runs, frozen, looking, ranks, send, supervisors
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400)]
 NVIDIA_SMI = """#!/bin/sh
 # A GPU a node, which node1 has lost. A mock: there are no GPUs here.
 [ "$SLURMD_NODENAME" = node1 ] || echo "0, GPU-$SLURMD_NODENAME, H100, , 0"
@@ -48,7 +48,7 @@ def test_a_limit_that_is_shorter_than_starting_up_ends_the_run_after_some_starts
         if starts == 1:
             assert runs.back_in_queue(run, job, starts=1)["status"] == "time limit"
             runs.cluster.start_now(job)
-    runs.cluster.wait(job, "FAILED", "TIMEOUT", seconds=120)
+    runs.cluster.wait(job, "FAILED", "TIMEOUT")
     end = runs.events(run)[-1]
     assert (end["event"], end["status"]) == ("end", "gave up"), runs.log(run)
     assert "2 starts in a row" in end["reason"]
@@ -83,7 +83,7 @@ def test_a_controller_that_is_away_while_a_node_fails_costs_only_time(runs: Runs
     victim = supervisors(run)[1]
     with runs.cluster.controller_away():
         os.kill(victim, signal.SIGKILL)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while ranks(run):
             assert time.monotonic() < deadline, runs.log(run)
             time.sleep(0.1)

@@ -9,7 +9,7 @@ import pytest
 from multitrain.engine import checkpoint as ck
 from tests.slurm.drill import Runs, frozen, ranks
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400)]
 
 
 def saved(run: Path) -> int:

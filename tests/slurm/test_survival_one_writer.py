@@ -10,7 +10,7 @@ import pytest
 
 from tests.slurm.drill import Runs
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400)]
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
@@ -31,7 +31,7 @@ def test_of_two_jobs_of_train_sh_one_trains_and_the_other_says_why_not(
     monkeypatch.setenv("PATH", f"{slow}:{os.environ['PATH']}")
     run, first = runs.submit_script("twins")
     _, second = runs.submit_script("twins")
-    states = {job: runs.cluster.wait(job, *OVER, seconds=240)["JobState"] for job in (first, second)}
+    states = {job: runs.cluster.wait(job, *OVER)["JobState"] for job in (first, second)}
     assert sorted(states.values()) == ["COMPLETED", "FAILED"], f"{states}\n{runs.log(run)}"
     refused = next(job for job, state in states.items() if state == "FAILED")
     (trained,) = begun(runs, run)
@@ -53,7 +53,7 @@ def test_a_run_that_goes_on_is_not_submitted_again_under_whatever_name_its_job_h
             done = runs.ask("busy", *here)
             assert (done.returncode, f"job {job}" in done.stderr) == (2, True), done.stdout + done.stderr
         _, script = runs.submit_script("busy", "updates=5000")
-        runs.cluster.wait(script, "FAILED", seconds=120)
+        runs.cluster.wait(script, "FAILED")
         assert f"job {job}" in (runs.runs / f"{script}.out").read_text()
         if hidden:
             assert not (run / "events.jsonl").exists() or begun(runs, run) <= {job}

@@ -1,0 +1,343 @@
+"""What a real controller, and worse, does to a job: the kinds of :mod:`benchmarks.drills.kinds`."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+from tests.slurm.drill import (
+    Runs,
+    batch_script,
+    copied_checkout,
+    frozen,
+    looking,
+    ranks,
+    ranks_of_all_starts,
+    send,
+    supervisors,
+)
+
+EVERY = 8
+"""Updates between two checkpoints."""
+WAYS = ("submit.py", "train.sh")
+"""How a run is submitted: `launch/submit.py`, or `sbatch slurm/train.sh`."""
+HANG_LIMIT = 40
+"""Seconds without progress after which a rank counts as hung."""
+NODES = 4
+"""Nodes of the cluster; a run of two of them can come back while both are missing."""
+
+
+class Stage:
+    """A run on the cluster, and its job."""
+
+    LIMIT = "00:20:00"
+    """Time limit of a start, as SLURM prints it."""
+
+    def __init__(self, runs: Runs, name: str, *, way: str = WAYS[0], shape: tuple[int, int] = (2, 1)) -> None:
+        self.runs, self.cluster, self.name = runs, runs.cluster, name
+        self.way = way
+        self.shape = shape
+        """Nodes, and ranks a node."""
+        self.checkout = runs.runs.parent / "checkout"
+        """What the run is submitted from; drills edit it."""
+        self.folder = runs.runs / name
+        self.job = ""
+        self.node = ""
+        """The node that was struck."""
+        self.options: tuple[str, ...] = ()
+
+    def submit(self, *options: str) -> None:
+        """Submit the run, or submit it again with other options: those of before count no more."""
+        usual = (
+            "cluster.restarts_in_place=3",
+            f"checkpoint.every={EVERY}",
+            "updates=20000",
+            "monitor.tensorboard=false",
+        )
+        usual += ("cluster.time_limit=20", "cluster.max_restarts=1000", "cluster.max_stalled_restarts=1000")
+        usual += (f"engine.hang_limit={HANG_LIMIT}",)
+        nodes, ranks = self.shape
+        usual += ("micro_batch=1",) if nodes * ranks > 4 else ()
+        self.options = options
+        if not self.checkout.exists():
+            copied_checkout(self.checkout)
+        submit = self.runs.submit_script if self.way == "train.sh" else self.runs.submit
+        self.folder, self.job = submit(self.name, *usual, *options, checkout=self.checkout, nodes=nodes, gpus=ranks)
+
+    def stop(self) -> int:
+        """Let the run save and stop by the file STOP; its updates then."""
+        self.runs.reach(self.folder, self.job, self.position() + 1)
+        (self.folder / "STOP").touch()
+        self.cluster.wait(self.job, "COMPLETED", "FAILED")
+        assert self.runs.events(self.folder)[-1]["status"] == "stopped on request", self.last_words()
+        return self.position()
+
+    def position(self) -> int:
+        """Updates recorded."""
+        with contextlib.suppress(FileNotFoundError):
+            return (self.folder / "metrics.jsonl").read_bytes().count(b"\n")
+        return 0
+
+    def resumed(self, after: int) -> int | None:
+        """The update at which the newest start began, of those that the events after number `after` tell of."""
+        events = self.runs.events(self.folder)[after:]
+        found = [int(e["update"]) for e in events if e["event"] in ("start", "resume")]
+        return found[-1] if found else None
+
+    def nodes(self) -> list[str]:
+        """The nodes of the job; the batch script and rank 0 are on the first."""
+        listed = self.cluster.job(self.job)["NodeList"]
+        return self.cluster.run("scontrol", "show", "hostnames", listed).split()
+
+    @property
+    def saving(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return any((self.folder / "checkpoints").glob(".update-*"))
+
+    def processes(self) -> list[int]:
+        """The ranks that live, frozen ones left out: nothing ends those but their node."""
+        return [pid for pid in ranks_of_all_starts(self.folder) if not is_frozen(pid)]
+
+    def seconds_until(self, moment: str | None) -> float:
+        """From now to a moment as SLURM writes it; 0 for none."""
+        try:
+            return max(0.0, (datetime.fromisoformat(moment or "") - datetime.now()).total_seconds())
+        except ValueError:
+            return 0.0
+
+    def last_words(self) -> str:
+        """The ends of the logs and the last events, for whoever has to find out what went wrong."""
+        events = "\n".join(map(str, self.runs.events(self.folder)[-12:]))
+        job = self.cluster.run("scontrol", "show", "job", self.job) if self.job else ""
+        return f"{self.runs.log(self.folder)}\n--- events\n{events}\n--- job\n{job}"
+
+
+def evict(stage: Stage, chance: random.Random) -> None:
+    stage.cluster.evict(nodes=NODES)
+
+
+def warn(stage: Stage, chance: random.Random) -> None:
+    stage.cluster.run("scancel", "--signal=USR2", stage.job)
+
+
+def cancel(stage: Stage, chance: random.Random) -> None:
+    stage.cluster.run("scancel", stage.job)
+
+
+def end_the_step(stage: Stage, chance: random.Random) -> None:
+    """SIGTERM to the ranks alone, as from a node that shuts down; the job itself goes on."""
+    stage.cluster.run("scancel", "--signal=TERM", f"{stage.job}.0")
+
+
+def limit(stage: Stage, chance: random.Random) -> None:
+    """The controller is given another limit for the job that runs; the warning and the rest are SLURM's own."""
+    stage.cluster.run("scontrol", "update", f"jobid={stage.job}", f"TimeLimit={minutes(stage) + 2}")
+
+
+def minutes(stage: Stage) -> int:
+    """Whole minutes that this start of the job has run."""
+    elapsed = stage.cluster.run("squeue", "--noheader", "--format=%M", f"--jobs={stage.job}").strip().split(":")
+    return int(elapsed[-2]) + 60 * (int(elapsed[-3]) if len(elapsed) > 2 else 0)
+
+
+def limit_that_is_past(stage: Stage, chance: random.Random) -> None:
+    """A limit that is over already: SLURM sends its warning and SIGTERM at once, and SIGKILL comes after KillWait."""
+    stage.cluster.until(lambda: minutes(stage) >= 1, "a minute of running", seconds=90)
+    stage.cluster.run("scontrol", "update", f"jobid={stage.job}", f"TimeLimit={minutes(stage)}")
+
+
+def lose_a_node(stage: Stage, chance: random.Random) -> None:
+    """slurmd, its steps and all tasks die at once; the controller has to find out."""
+    stage.node = chance.choice(stage.nodes())
+    send(stage.cluster.on_node(stage.node), signal.SIGKILL)
+
+
+def silence_a_node(stage: Stage, chance: random.Random) -> None:
+    """Nothing on the node answers, and no connection closes, as when its network is gone."""
+    stage.node = chance.choice(stage.nodes())
+    send(stage.cluster.on_node(stage.node), signal.SIGSTOP)
+
+
+def start_slurmd(stage: Stage) -> None:
+    stage.cluster.start_slurmd(stage.node)
+    wait_for_the_node(stage)
+
+
+def thaw(stage: Stage) -> None:
+    """The network is there again, and with it the ranks of a start that is long over; the next start runs already."""
+    left = stage.cluster.on_node(stage.node)
+    send(left, signal.SIGCONT)
+    wait_for_the_node(stage)
+    tasks = set(left) & set(ranks_of_all_starts(stage.folder))
+    gone = "the end of the start of before"
+    stage.cluster.until(lambda: not tasks & set(ranks_of_all_starts(stage.folder)), gone, seconds=90)
+    # Its `srun` may end the step of the next start, which has the same name: that one must then come back once more.
+    with contextlib.suppress(AssertionError):
+        stage.cluster.until(
+            lambda: stage.cluster.job(stage.job)["JobState"] == "PENDING", "another requeue", seconds=20
+        )
+        stage.cluster.start_now(stage.job)
+
+
+def wait_for_the_node(stage: Stage) -> None:
+    """Until SLURM uses the node again; also one that it has drained, since a step there waited too long for its dead `srun`.
+
+    Like an administrator, who does not wait until SLURM asks a node again that it has given up: that can take minutes.
+    """
+    drained = stage.cluster.run(
+        "sinfo", "--noheader", "--partition=low", "--Node", "--states=drain", "--format=%N"
+    ).split()
+    for node in set(drained) - {stage.node}:
+        stage.cluster.run("scontrol", "update", f"nodename={node}", "state=resume")
+
+    def there() -> bool:
+        state = stage.cluster.run("sinfo", "--noheader", "--partition=low", f"--nodes={stage.node}", "--format=%T")
+        if state.startswith("down"):
+            stage.cluster.run("scontrol", "update", f"nodename={stage.node}", "state=resume")
+        return state.strip() in ("idle", "mixed", "allocated")
+
+    stage.cluster.until(there, f"{stage.node} to come back", seconds=120)
+
+
+def kill_the_batch_script(stage: Stage, chance: random.Random) -> None:
+    script = batch_script(stage.job)
+    assert script is not None, "no batch script was found"
+    send([script], signal.SIGKILL)
+
+
+def kill_a_rank(stage: Stage, chance: random.Random) -> None:
+    send([chance.choice(list(ranks(stage.folder).values()))], signal.SIGKILL)
+
+
+def is_frozen(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return False
+
+
+def signal_job(*arguments: str) -> Callable[[Stage, random.Random], None]:
+    """``scancel`` with these arguments and the job."""
+    return lambda stage, chance: stage.cluster.run("scancel", *arguments, stage.job) and None
+
+
+def cancel_the_step(stage: Stage, chance: random.Random) -> None:
+    """`scancel JOB.0`: the ranks are killed, the job goes on."""
+    stage.cluster.run("scancel", f"{stage.job}.0")
+
+
+def evict_without_grace(stage: Stage, chance: random.Random) -> None:
+    """Evicted from a partition whose GraceTime is 0."""
+    stage.cluster.run("scontrol", "update", "partitionname=low", "GraceTime=0")
+    stage.cluster.evict(nodes=NODES)
+
+
+def grace_again(stage: Stage) -> None:
+    """The partition's usual grace time."""
+    stage.cluster.run("scontrol", "update", "partitionname=low", "GraceTime=15")
+
+
+def edit_the_checkout(stage: Stage, chance: random.Random) -> None:
+    """While the job waits to come back, its checkout is edited for the next experiment, half edited, or deleted."""
+    _evict_and_wait(stage)
+    yaml = stage.checkout / "tests" / "configs" / "experiment" / "tiny.yaml"
+    way = chance.choice(("edited", "half", "deleted"))
+    if way == "edited":
+        yaml.write_text(yaml.read_text().replace("1.0e-3", "9.0e-3"))
+    elif way == "half":
+        for name in ("launch/submit.py", "multitrain/train.py", "slurm/train.sh"):
+            (stage.checkout / name).write_text("<<<<<<< a merge that is not finished\n")
+    else:
+        shutil.rmtree(stage.checkout)
+
+
+def restore_the_checkout(stage: Stage) -> None:
+    """As it was, for the next submission."""
+    copied_checkout(stage.checkout)
+
+
+def start_a_twin(stage: Stage, chance: random.Random) -> None:
+    """The run is submitted once more while it goes on, which must be refused."""
+    done = stage.runs.ask(stage.name, *chance.choice(((), ("cluster=local", "nodes=1"))))
+    assert done.returncode == 2, f"a second start was not refused: {done.stdout}{done.stderr}"
+    assert f"job {stage.job}" in done.stderr, done.stderr
+
+
+def take_the_controller_away(stage: Stage, chance: random.Random) -> None:
+    """slurmctld is down for a while, as at an upgrade, when a supervisor is killed."""
+    victim = chance.choice(list(supervisors(stage.folder).values()))
+    with stage.cluster.controller_away():
+        send([victim], signal.SIGKILL)
+        time.sleep(chance.uniform(5, 25))
+
+
+def freeze_until_the_limit(stage: Stage, chance: random.Random) -> None:
+    """A rank, or all of its node, stands still when the time limit arrives."""
+    number, rank = chance.choice(list(ranks(stage.folder).items()))
+    send([rank, *([supervisors(stage.folder)[number]] if chance.random() < 0.5 else [])], signal.SIGSTOP)
+    stage.cluster.ends_in(stage.job, chance.uniform(1, 20))
+
+
+def end_what_stands_still(stage: Stage) -> None:
+    """Nothing else ends processes that are frozen."""
+    send([pid for pid in ranks_of_all_starts(stage.folder) if is_frozen(pid)], signal.SIGKILL)
+
+
+def suspend(stage: Stage, chance: random.Random) -> None:
+    """`scontrol suspend` for longer than a rank may hang."""
+    stage.cluster.run("scontrol", "suspend", stage.job)
+    time.sleep(HANG_LIMIT + 5)
+    stage.cluster.run("scontrol", "resume", stage.job)
+
+
+def purge(stage: Stage, chance: random.Random) -> None:
+    """The checkpoints are gone at one start, which must not train, and are there at the next."""
+    _one_start_without(stage, stage.folder / "checkpoints")
+
+
+def lose_the_mount(stage: Stage, chance: random.Random) -> None:
+    """The videos are gone at one start."""
+    _one_start_without(stage, stage.runs.data)
+
+
+def _one_start_without(stage: Stage, path: Path) -> None:
+    restarts = _evict_and_wait(stage)
+    away = path.rename(path.with_name("away"))
+    before = stage.position()
+    stage.cluster.start_now(stage.job)
+    stage.cluster.until(lambda: _restarts(stage) > restarts, f"the end of a start without {path}", seconds=180)
+    assert stage.position() == before, f"it has trained without {path}"
+    away.rename(path)
+
+
+def preempt_preflight(stage: Stage, chance: random.Random) -> None:
+    """Evicted twice: while it trains, and while the next start looks at its nodes."""
+    restarts = _evict_and_wait(stage)
+    stage.cluster.start_now(stage.job)
+    stage.cluster.until(lambda: looking(stage.folder), "preflight", pause=0.01)
+    with frozen(looking(stage.folder)):
+        stage.cluster.evict(nodes=NODES)
+        stage.cluster.until(
+            lambda: stage.cluster.job(stage.job).get("PreemptTime", "None") != "None" or _restarts(stage) > restarts,
+            "the preemption of preflight",
+        )
+
+
+def _restarts(stage: Stage) -> int:
+    return int(stage.cluster.job(stage.job).get("Restarts", "0"))
+
+
+def _evict_and_wait(stage: Stage) -> int:
+    """Evict the job, until it is back in the queue; how often it was there."""
+    before = _restarts(stage)
+    job = stage.cluster.job
+    stage.cluster.evict(nodes=NODES)
+    stage.cluster.until(
+        lambda: job(stage.job)["JobState"] == "PENDING" and _restarts(stage) > before, "the requeue", seconds=120
+    )
+    return _restarts(stage)
