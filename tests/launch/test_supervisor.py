@@ -52,7 +52,7 @@ class Ranks:
         ]
 
     def codes(self) -> list[int]:
-        return [p.wait(60) for p in self.processes]
+        return [p.wait(240) for p in self.processes]
 
     def starts(self, rank: int) -> list[list[str]]:
         file = self.folder / str(rank)
@@ -60,7 +60,7 @@ class Ranks:
 
     def until(self, attempt: int) -> None:
         """Wait until all ranks have started so often."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 240
         while any(len(self.starts(r)) <= attempt for r in range(len(self.processes))):
             assert time.monotonic() < deadline
             time.sleep(0.02)
