@@ -1,4 +1,4 @@
-# make demo | make test | make bench | make lint | make setup | make clean
+# make demo | make test | make test-fast | make bench | make lint | make setup | make clean
 PYTHON ?= python3
 VENV   ?= .venv
 # The torch that the suite was last run with. A CPU build is enough for demo and test: on a machine without NVIDIA GPUs,
@@ -10,11 +10,12 @@ READY  := $(VENV)/.ready
 export PATH := $(abspath $(BIN)):$(PATH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test bench bench-full lint format clean
+.PHONY: help setup demo test test-fast bench bench-full lint format clean
 
 help:
 	@echo "make demo   set up, train one small model on three datasets of real video files, evaluate it, write a report"
-	@echo "make test   set up, run the whole test suite"
+	@echo "make test   set up, run the whole test suite, two tests at a time (make test WORKERS=0: one)"
+	@echo "make test-fast   the tests that start no ranks and no SLURM, for every edit"
 	@echo "make bench       measure every figure at sizes that fit two cores, write benchmarks/README.md; under 25 minutes"
 	@echo "make bench-full  the same at the real sizes"
 	@echo "make lint   ruff, mypy and codespell, as in pre-commit"
@@ -25,7 +26,7 @@ help:
 setup: $(READY)
 
 $(READY): pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "MultiTrain needs Python 3.10 or newer; this is %s. Use make PYTHON=python3.11" % sys.version.split()[0])'
+	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 10) <= sys.version_info < (3, 13) else "MultiTrain needs Python 3.10 to 3.12; this is %s. Use make PYTHON=python3.11" % sys.version.split()[0])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
@@ -35,8 +36,13 @@ $(READY): pyproject.toml
 demo: setup
 	$(BIN)/python launch/demo.py
 
+# Most tests wait for processes, so that two at a time use two cores.
+WORKERS ?= 2
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+
+test-fast: setup
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not long"
 
 bench: setup
 	$(BIN)/python -m benchmarks.run

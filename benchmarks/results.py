@@ -20,6 +20,9 @@ FOLDER = Path(__file__).resolve().parent / "results"
 
 Size = Literal["small", "full"]
 
+INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
+"""Of a CPU, the best that it has is named: figures in bf16 hold for CPUs with the first two only."""
+
 _VERSIONED = (
     "numpy",
     "torch",
@@ -124,16 +127,18 @@ def command() -> str:
 
 
 def hardware() -> str:
-    """CPU, cores that this process may use, memory, and GPUs if torch sees some."""
-    model = platform.machine()
+    """CPU, its instructions for matrix products, cores that this process may use, memory, and GPUs if torch sees some."""
+    model, instructions = platform.machine(), ""
     cpu, memory = Path("/proc/cpuinfo"), Path("/proc/meminfo")
     if cpu.exists():
         names = [
             line.split(":", 1)[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")
         ]
         model = names[0] if names else model
+        known = set(cpu.read_text().split())
+        instructions = next((f" ({name})" for name in INSTRUCTIONS if name in known), "")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    text = f"{model}, {cores} cores"
+    text = f"{model}{instructions}, {cores} cores"
     if memory.exists():
         text += f", {int(memory.read_text().split()[1]) / 2**20:.0f} GiB"
     torch = sys.modules.get("torch")

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-HELPERS = ("__init__", "results", "report", "run", "footage", "measure", "counting", "footprint", "network")
+HELPERS = ("__init__", "results", "report", "run", "footage", "measure", "counting", "footprint", "network", "fuzzing")
 """Modules of this folder that measure nothing."""
 
 ALWAYS_FULL = ("speed",)

@@ -25,6 +25,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from multitrain.monitor.supervised import listen
+
 FILE = ".secret"
 SECRET = "MULTITRAIN_SECRET"
 """Environment variable: the secret in hexadecimal digits, where processes have no run's folder, or not the same."""
@@ -341,7 +343,7 @@ class Server:
         """Of the ranks that have come and are not gone."""
         self._selector = selectors.DefaultSelector()
         self._strangers: dict[int, _Stranger] = {}  # by file descriptor
-        self._listener: socket.socket | None = _bound("127.0.0.1" if loopback else "", ports(key, first))
+        self._listener: socket.socket | None = _bound(loopback, ports(key, first))
         self.port = int(self._listener.getsockname()[1])
         self._selector.register(self._listener, selectors.EVENT_READ, None)
 
@@ -459,11 +461,11 @@ class Server:
         yield from ((rank, message) for message in messages)
 
 
-def _bound(address: str, candidates: list[int]) -> socket.socket:
+def _bound(loopback: bool, candidates: list[int]) -> socket.socket:
     reason = ""
     for port in candidates:
         try:
-            listener = socket.create_server((address, port), backlog=512)
+            listener = listen(loopback, port)
         except OSError as error:
             reason = error.strerror or str(error)
             continue

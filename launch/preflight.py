@@ -32,10 +32,10 @@ from dataclasses import asdict, dataclass, field
 from types import FrameType
 from typing import Any
 
-from launch import channel, node, verdict
+from launch import assess, channel, node
+from launch.assess import Finding
 from launch.channel import Channel, ChannelError, Server
 from launch.records import record
-from launch.verdict import Finding
 from multitrain.monitor.exits import Exit
 from multitrain.monitor.slurm import STOP_SIGNALS, free_port, in_step, job_id, rank_environment, restart_count
 from multitrain.monitor.supervised import STORE_KEY
@@ -75,10 +75,10 @@ def _main(given: argparse.Namespace, arguments: Sequence[str]) -> int:
         if place["RANK"] != "0":
             return follow(place, key, given.patience)
         result = lead(place, key, _wanted(given), given.patience)
-    print(json.dumps(result.as_json(), indent=1) if given.json else verdict.table(result.rows), flush=True)
+    print(json.dumps(result.as_json(), indent=1) if given.json else assess.table(result.rows), flush=True)
     for finding in result.findings:
         print(f"preflight: {'' if finding.fatal else 'warning: '}{finding.text}", file=sys.stderr)
-    if (bad := verdict.advice(result.findings, result.rows)) and in_step():
+    if (bad := assess.advice(result.findings, result.rows)) and in_step():
         print(f"preflight: leave it out with cluster.exclude={bad} (sbatch --exclude={bad})", file=sys.stderr)
     fatal = [f for f in result.findings if f.fatal]
     if not fatal:
@@ -180,7 +180,7 @@ class Result:
             "ok": not any(f.fatal for f in self.findings),
             "rows": self.rows,
             "findings": [asdict(f) for f in self.findings],
-            "exclude": verdict.advice(self.findings, self.rows),
+            "exclude": assess.advice(self.findings, self.rows),
         }
 
 
@@ -219,15 +219,15 @@ def lead(place: dict[str, str], key: bytes, wanted: Wanted, patience: float = PA
         if rank in rows and skew is not None:
             rows[rank]["skew_ms"] = skew
     ordered = [rows[rank] for rank in sorted(rows)]
-    silent = verdict.absent(world, ordered, {**_planned(world), **nodes}, patience)
-    findings = silent + verdict.judge(ordered, gpus=wanted.gpus, cpus=wanted.cpus)
+    silent = assess.absent(world, ordered, {**_planned(world), **nodes}, patience)
+    findings = silent + assess.judge(ordered, gpus=wanted.gpus, cpus=wanted.cpus)
     real = all(row["driver"] for row in ordered)
     if wanted.collective == "always" or (wanted.collective == "gpu" and real):
         if any(f.fatal for f in findings):
             findings.append(Finding("the all-reduce was left out because of this"))
         else:
             findings += _collective(links, place, key, rows, patience)
-            findings += [f for f in verdict.judge(ordered) if f not in findings]
+            findings += [f for f in assess.judge(ordered) if f not in findings]
     for link in links.values():
         link.send(do="end")
     return Result(ordered, findings)

@@ -31,12 +31,11 @@ from launch import channel
 from launch.channel import Channel, ChannelError, Server
 from launch.child import AwakeClock, Child
 from launch.hub import Hub
-from launch.records import record
 from multitrain import lease
 from multitrain.monitor import slurm
 from multitrain.monitor.exits import Exit
 from multitrain.monitor.slurm import PLACE, STOP_SIGNALS, job_id, rank_environment, restart_count
-from multitrain.monitor.supervised import STORE_FD, STORE_KEY
+from multitrain.monitor.supervised import STORE_FD, STORE_KEY, listen
 
 JOIN = 300.0
 """Seconds within which all supervisors must have met."""
@@ -173,7 +172,7 @@ class Supervisor:
         listening = None
         if message["do"] == "start":
             self._told = 0
-            listening = socket.create_server(("127.0.0.1" if self._here else "", 0), backlog=512)
+            listening = listen(self._here, 0)
             message |= {"port": listening.getsockname()[1], "salt": secrets.token_hex(16), "start": self._start_name()}
         if self._server is not None:
             for link in list(self._server.channels.values()):
@@ -252,6 +251,8 @@ class Supervisor:
         self._told += 1
         if self._told > TOLD:
             return
+        from launch.records import record  # reading events needs the schema of configurations; most starts need none
+
         record(
             self._run,
             "rank_failed",

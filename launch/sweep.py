@@ -25,7 +25,7 @@ from launch import run_folder
 from launch.run_folder import Run
 from multitrain.config import ConfigError, load
 from multitrain.config.arguments import piped
-from multitrain.config.overrides import split
+from multitrain.config.overrides import is_text, split
 from multitrain.config.reading import read_yaml
 from multitrain.monitor.figures import table
 from multitrain.monitor.status import status
@@ -92,8 +92,10 @@ def points(words: list[str]) -> list[list[str]]:
     for word in words:
         try:
             override = parser.parse_override(word)
-        except HydraException:  # a path such as ~/data, which is one value; what is wrong is said when it is composed
-            axes.append([split(word).word])
+        except HydraException:
+            if not is_text(split(word).key):  # a path such as ~/data is one value
+                raise ConfigError(f"{word!r} is no option; write key=a,b for several values") from None
+            axes.append([word])
             continue
         if not override.is_sweep_override():
             axes.append([word])

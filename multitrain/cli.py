@@ -14,6 +14,8 @@ from multitrain.config.reading import shown
 FINISHED = 0
 
 VERBS: dict[str, tuple[str, str]] = {
+    "submit": ("launch.submit", "Submit a training run to SLURM, or run it here with cluster=local."),
+    "sweep": ("launch.sweep", "Several runs that differ in some options, as one array of jobs."),
     "predict": ("multitrain.commands.predict", "Which action is in a video file?"),
     "evaluate": ("multitrain.commands.evaluate", "Multi-view test of a model; goes on where it was interrupted."),
     "convert": (
@@ -40,8 +42,7 @@ VERBS: dict[str, tuple[str, str]] = {
 """Verb: the module whose `main(arguments)` is called, and what it does. Modules are imported when they are asked for."""
 
 ELSEWHERE = {
-    "train": "to train: python launch/submit.py nodes=2 gpus=8",
-    "submit": "to submit a run: python launch/submit.py nodes=2 gpus=8",
+    "train": "to train: multitrain submit nodes=2 gpus=8 (the same: python launch/submit.py)",
     "test": "to test a model: multitrain evaluate MODEL",
 }
 
@@ -90,7 +91,13 @@ def _verb(name: str, arguments: Sequence[str]) -> int:
 def _overview() -> str:
     lines = ["multitrain VERB …", ""]
     lines += [f"  {name:<10} {what}" for name, (_, what) in VERBS.items()]
-    return "\n".join([*lines, "", "multitrain VERB --help says more. To train: python launch/submit.py"])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "multitrain VERB --help says more. To train: multitrain submit, the same as python launch/submit.py",
+        ]
+    )
 
 
 if __name__ == "__main__":

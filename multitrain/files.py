@@ -249,10 +249,13 @@ class OutputFolder:
             ConfigError: as `writing`.
         """
         path = self.check(name)
+        known = os.path.lexists(path)
         self._make_parents(path)
         try:
             (note or (lambda made: self._record.add(self._name(path), made)))(stamp(temporary))
-            _move(temporary, path)
+            while not _move(temporary, path, replace=known):  # another process has been quicker
+                self.check(name)
+                known = True
         except OSError as error:
             raise _cannot(path, error) from None
         return path
@@ -302,13 +305,18 @@ class _Record:
     """What a folder's files are recognised by, for one maker; read as far as it has grown since the last look."""
 
     def __init__(self, folder: Path, maker: str) -> None:
-        self._folder, self._maker = folder, maker
+        self._maker = maker
+        self._mine = (folder / f"{RECORD}.jsonl", folder / f"{RECORD}-{os.getuid()}.jsonl")
+        self._folder = folder
+        self._others: list[Path] | None = None
         self._stamps: dict[str, list[Stamp]] = {}
         self._read_to: dict[str, int] = {}
 
     def of(self, name: str) -> list[Stamp]:
         """The stamps of a file, of all the times that it was made."""
-        for file in sorted(self._folder.glob(f"{RECORD}*.jsonl")):
+        if self._others is None:  # once: the folder may hold a million files
+            self._others = sorted(set(self._folder.glob(f"{RECORD}-*.jsonl")) - {*self._mine})
+        for file in (*self._mine, *self._others):
             self._read(file)
         return self._stamps.get(name, [])
 
@@ -332,7 +340,7 @@ class _Record:
         line = (
             b"\n" + json.dumps({"name": name, "by": self._maker, **made}).encode() + b"\n"
         )  # ends a torn line, if any
-        for file in (self._folder / f"{RECORD}.jsonl", self._folder / f"{RECORD}-{os.getuid()}.jsonl"):
+        for file in self._mine:
             try:
                 handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             except PermissionError:
@@ -390,20 +398,21 @@ def _in_the_making(folder: Path) -> Iterator[_New]:
             path.unlink()
 
 
-def _move(temporary: Path, path: Path) -> None:
-    """Give `temporary` its name. What has come there since it was looked at is not replaced, where the disk has hard links."""
-    if os.path.lexists(path):
+def _move(temporary: Path, path: Path, *, replace: bool) -> bool:
+    """Give `temporary` its name; False when something has it, unless that is to be replaced (or the disk has no hard links)."""
+    if not replace:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            if not os.path.samefile(temporary, path):  # else the answer of a server was lost, and it was asked again
+                return False
+        except OSError:
+            replace = True
+    if replace:
         os.replace(temporary, path)
-        return
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        if not os.path.samefile(temporary, path):
-            raise InTheWayError(f"{path} is in the way: it has just come into being; move it away") from None
-    except OSError:  # no hard links here
-        os.replace(temporary, path)
-        return
-    os.unlink(temporary)
+    else:
+        os.unlink(temporary)
+    return True
 
 
 def _is_below(path: Path | str, folder: Path | str) -> bool:

@@ -5,7 +5,8 @@
 #   sbatch --array=0-15 slurm/prepare.sh check data=ssv2 data.root=/datasets --out checked
 #
 # What follows is a verb of `multitrain data` and its arguments. The last task of `check` to end writes the table. A task that
-# is preempted or runs out of time comes back and goes on; so does the whole array when it is submitted again.
+# is preempted or runs out of time comes back and goes on; so does the whole array when it is submitted again. Nothing is written
+# outside the folder of copies or findings, and nothing in it replaced that the same verb did not make (docs/data.md).
 #
 #SBATCH --job-name=prepare
 #SBATCH --ntasks=1

@@ -30,14 +30,55 @@ def shared() -> Path:
     return folder
 
 
+LONG = (
+    *(
+        "slurm/",
+        "engine/test_resume",
+        "engine/test_stopping",
+        "engine/test_update",
+        "engine/test_refusing",
+        "engine/test_elastic",
+    ),
+    *(
+        "engine/test_slow",
+        "engine/test_requeue",
+        "engine/test_skips",
+        "engine/test_counts",
+        "engine/test_faults",
+        "fuzz/",
+    ),
+    *("launch/test_demo", "launch/test_supervisor", "launch/test_preflight", "launch/test_sweep", "launch/test_local"),
+    *(
+        "data/test_loader",
+        "evaluation/test_report",
+        "evaluation/test_broken",
+        "evaluation/test_predictor",
+        "model/test_co",
+    ),
+    *(
+        "launch/test_forecast",
+        "evaluation/test_multi_label",
+        "evaluation/test_embed",
+        "test_packaging",
+        "data/test_decode",
+    ),
+)
+"""Beginnings of the files whose tests start processes or train for seconds; `make test-fast` leaves them out."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `slow` run only when MULTITRAIN_SLOW=1."""
-    if os.environ.get("MULTITRAIN_SLOW") == "1":
-        return
-    skip = pytest.mark.skip(reason="slow; set MULTITRAIN_SLOW=1 to run it")
+    """Marks: `slow` tests run only when MULTITRAIN_SLOW=1; a file is the unit that workers share, all of tests/slurm another.
+
+    The tests of one cluster come first: they wait most, beside a worker that computes.
+    """
     for item in items:
-        if item.get_closest_marker("slow"):
-            item.add_marker(skip)
+        name = item.path.relative_to(ROOT / "tests").as_posix()
+        item.add_marker(pytest.mark.xdist_group("slurm" if name.startswith("slurm/") else name))
+        if name.startswith(LONG):
+            item.add_marker(pytest.mark.long)
+        if item.get_closest_marker("slow") and os.environ.get("MULTITRAIN_SLOW") != "1":
+            item.add_marker(pytest.mark.skip(reason="slow; set MULTITRAIN_SLOW=1 to run it"))
+    items.sort(key=lambda item: not item.path.is_relative_to(ROOT / "tests/slurm"))
 
 
 @pytest.fixture(scope="session")

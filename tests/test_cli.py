@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from multitrain import cli
+from multitrain import cli, load
+from multitrain.commands.data import VERBS as DATA_VERBS
 from multitrain.config import dump
 from multitrain.engine import checkpoint as checkpoints
 from multitrain.engine.checkpoint import Checkpoint
@@ -169,6 +170,79 @@ def test_status_and_report_are_passed_on(run: Path, capsys: pytest.CaptureFixtur
     status, out, _ = said(capsys, "status", run)
     assert status == 0
     assert "tiny" in out
+
+
+# -- the same words in every verb ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "verb", [*([v] for v in cli.VERBS if v not in ("data", "preflight")), *(["data", v] for v in DATA_VERBS)]
+)
+def test_every_verb_takes_config_dir(capsys: pytest.CaptureFixture[str], verb: list[str]) -> None:
+    status, out, _ = said(capsys, *verb, "--help")
+    assert status == 0
+    assert "--config-dir DIR" in out
+
+
+def test_a_dataset_of_the_users_own_works_in_every_data_verb(
+    run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = run.parents[1] / "data" / "segment"
+    (tmp_path / "mine/data").mkdir(parents=True)
+    entry = f"datasets: {{own: {{annotations: '{data}', videos: '{data}', classes: 3}}}}"
+    (tmp_path / "mine/data/own.yaml").write_text(entry)
+    words = ["--config-dir", "mine", "data=own", "loss=single", "model=tiny", "effective_batch=4"]
+    for verb in (["index"], ["stats", "--sample", "1"], ["bench", "--videos", "2"], ["check"]):
+        status, _, err = said(capsys, "data", *verb, *words)
+        assert status in (0, 1), f"{verb}: {err}"
+        assert "no such" not in err
+    assert "epoch: 9 videos" in said(capsys, "data", "index", *words)[1]
+    status, _, err = said(capsys, "data", "index", "--config-dir", "nope", "data=own")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "--config-dir nope: no such folder" in err
+
+
+def test_a_run_is_known_by_its_name_and_a_model_stands_first(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(run.parents[1])
+    name, video = run.name, "data/segment/v 1.mp4"
+    assert said(capsys, "status", name)[0] == 0
+    assert said(capsys, "compare", name, run)[0] == 0
+    assert said(capsys, "data", "index", name, "--index", tmp_path)[0] == 0
+    assert said(capsys, "data", "index", "--run", name, "--index", tmp_path)[0] == 0
+    expected = said(capsys, "predict", video, "--checkpoint", run, "--json")
+    assert expected[0] == 0
+    for words in ([name, video], [video, "--run", name]):
+        assert said(capsys, "predict", *words, "--json") == expected
+    assert load(name).datasets == NAMES
+    assert said(capsys, "convert", "--checkpoint", name, tmp_path / "b.safetensors")[0] == 0
+    assert said(capsys, "embed", name, video, "--out", tmp_path / "f.npz")[0] == 0
+    assert said(capsys, "nearest", name)[0] == 0
+
+
+def test_a_report_is_made_of_a_run_by_its_name(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(run.parents[1])
+    assert said(capsys, "report", run.name, "--clips", 0, "--out", tmp_path / "report")[0] == 0
+
+
+def test_a_model_or_a_run_that_is_not_there_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words in (
+        ["evaluate", "nothing"], ["predict", "nothing", "a.mp4"], ["embed", "nothing", "a.mp4"], ["convert", "nothing", "b.pyth"],
+        ["export", "nothing", "b"], ["report", "nothing"], ["compare", "nothing"], ["status", "nothing"], ["nearest", "nothing"],
+        ["data", "index", "nothing"], ["data", "stats", "--run", "nothing"], ["flops", "nothing"], ["predict", "x" * 5000, "a.mp4"],
+        ["predict", "a\0b", "a.mp4"], ["data", "index", "data.root=" + "x" * 5000], ["evaluate", "--checkpoint", ""],
+    ):  # fmt: skip
+        status, out, err = said(capsys, *words)
+        assert (status, out) == (2, ""), words
+        assert err.count("\n") == 1, err
+        assert "Traceback" not in err
 
 
 # -- evaluate --------------------------------------------------------------------------------------------------------------

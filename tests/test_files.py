@@ -209,10 +209,10 @@ from pathlib import Path
 import multitrain.files as f
 out = f.OutputFolder(sys.argv[1], "one")
 where, real = sys.argv[2], f._move
-def die(*paths):
+def die(*paths, **more):
     if where == "before":
         os.kill(os.getpid(), 9)
-    real(*paths)
+    real(*paths, **more)
     os.kill(os.getpid(), 9)
 f._move = die
 out.write_text("a", sys.argv[3])
@@ -231,6 +231,22 @@ def test_a_kill_at_either_side_of_the_move_loses_nothing(tmp_path: Path, where: 
     assert there == ("new" if where == "after" else first)
     OutputFolder(root, "one").write_text("a", "third")
     assert (root / "a").read_text() == "third"
+
+
+def test_of_two_processes_that_write_at_once_the_last_one_counts_and_a_stranger_stays(tmp_path: Path) -> None:
+    ours, part = OutputFolder(tmp_path, "one"), tmp_path / "part"
+    for name, comes, stays in (("a", OutputFolder(tmp_path, "one"), False), ("b", OutputFolder(tmp_path, "two"), True)):
+        part.write_text("late")
+
+        def meanwhile(_: object, comes: OutputFolder = comes, name: str = name) -> None:
+            comes.write_text(name, "early")
+
+        if stays:
+            with pytest.raises(InTheWayError, match="b is in the way"):
+                ours.place(part, name, note=meanwhile)
+        else:
+            ours.place(part, name, note=meanwhile)
+        assert (tmp_path / name).read_text() == ("early" if stays else "late")
 
 
 def test_a_torn_or_hostile_record_makes_nothing_ours(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from types import FrameType
 
 from multitrain.config import ConfigError, RunConfig
 
-MODEL = "a .pyth or .safetensors file, a run's folder, or a checkpoint's folder"
+MODEL = "a .pyth or .safetensors file, a run's folder or its name in runs, or a checkpoint's folder"
 
 
 def device(name: str | None, local_rank: int = 0) -> str:
@@ -29,23 +29,30 @@ def device(name: str | None, local_rank: int = 0) -> str:
     return str(found)
 
 
-def configured(run: str | None, overrides: Sequence[str]) -> RunConfig:
-    """The shipped configuration, or that of a run, with overrides."""
+def configured(run: str | None, overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> RunConfig:
+    """The shipped configuration, or that of a run, with overrides.
+
+    Args:
+        run: folder or name of a run; the first of `overrides` when that is a plain word.
+        config_dirs: folders with config groups of the user's own.
+    """
     from multitrain.config import compose, load
 
+    if run is None and overrides and "=" not in overrides[0] and not overrides[0].startswith("~"):
+        run, *overrides = overrides
     if run is None:
-        return compose(overrides)
+        return compose(overrides, config_dirs=config_dirs)
     from multitrain.evaluation.settings import with_overrides
 
-    return with_overrides(load(run), overrides)
+    return with_overrides(load(run), overrides, config_dirs=config_dirs)
 
 
-def stored(model: str, overrides: Sequence[str]) -> RunConfig:
-    """The configuration stored with weights, with overrides."""
+def stored(model: str, overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> RunConfig:
+    """The configuration stored with weights, with overrides; `config_dirs` as for :func:`configured`."""
     from multitrain.evaluation.settings import with_overrides
     from multitrain.interop.weights import run_config
 
-    return with_overrides(run_config(model), overrides)
+    return with_overrides(run_config(model), overrides, config_dirs=config_dirs)
 
 
 class StopSignals:

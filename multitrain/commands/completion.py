@@ -2,48 +2,77 @@
 
 from __future__ import annotations
 
+import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from multitrain.config import ConfigError, RunConfig, config_folder, nearest
+from multitrain.config import ConfigError, RunConfig, nearest
 from multitrain.config.arguments import Arguments, Parser
+from multitrain.config.compose import config_folders
 
 SHELLS = ("bash", "zsh", "fish")
 
 _BASH = """\
 # multitrain completion bash: eval "$(multitrain completion bash)" in ~/.bashrc
-_multitrain_verbs=
 _multitrain_options="{options}"
 _multitrain_values="{values}"
-declare -gA _multitrain_flags
+declare -gA _multitrain_said
+_multitrain_help() {{
+    # What `PROGRAM VERB --help` says that looks like $1; asked once.
+    local key="$1 ${{*:2}}"
+    [[ -n ${{_multitrain_said[$key]}} ]] ||
+        _multitrain_said[$key]=$("${{@:2}}" --help 2>/dev/null | grep -oE -- "$1" | tr -d ' ' | awk '!seen[$0]++' | tr '\\n' ' ')
+    words=${{_multitrain_said[$key]}}
+}}
 _multitrain() {{
-    local word=${{COMP_LINE:0:COMP_POINT}} words verb
+    local word=${{COMP_LINE:0:COMP_POINT}} words run at=1
     word=${{word##*[[:space:]]}}
-    verb=${{COMP_WORDS[1]}}
+    [[ ${{COMP_WORDS[0]}} == *python* ]] && at=2
+    local program=("${{COMP_WORDS[@]:0:at}}")
     COMPREPLY=()
-    if [[ ${{COMP_WORDS[0]}} == *multitrain && $COMP_CWORD -eq 1 ]]; then
-        [[ -n $_multitrain_verbs ]] ||
-            _multitrain_verbs=$("${{COMP_WORDS[0]}}" --help 2>/dev/null | sed -n 's/^  \\([a-z][a-z]*\\)  *.*/\\1/p' | tr '\\n' ' ')
-        COMPREPLY=($(compgen -W "$_multitrain_verbs" -- "$word"))
-        return
+    if [[ ${{program[at-1]}} == *multitrain ]]; then
+        if [[ $COMP_CWORD -eq $at ]]; then
+            _multitrain_help '^  [a-z]+ ' "${{program[@]}}"
+            COMPREPLY=($(compgen -W "$words" -- "$word"))
+            return
+        fi
+        program+=("${{COMP_WORDS[at]}}")
+        if [[ ${{COMP_WORDS[at]}} == data ]]; then
+            if [[ $COMP_CWORD -eq $((at + 1)) && $word != -* ]]; then
+                _multitrain_help '^  [a-z]+ ' "${{program[@]}}"
+                COMPREPLY=($(compgen -W "$words" -- "$word"))
+            elif [[ ${{COMP_WORDS[at+1]}} == [a-z]* && ${{COMP_WORDS[at+1]}}${{COMP_WORDS[at+2]}} != *=* ]]; then
+                program+=("${{COMP_WORDS[at+1]}}")
+            fi
+        fi
     fi
-    if [[ $word == *=* ]]; then
+    if [[ $word == -* ]]; then
+        _multitrain_help '--[a-z][a-z-]*' "${{program[@]}}"
+        COMPREPLY=($(compgen -W "$words" -- "$word"))
+    elif [[ $word == *=* ]]; then
         words=" $_multitrain_values "
         COMPREPLY=($(compgen -W "$words" -- "$word"))
         # `=` ends a word for bash, so that only what follows it is replaced.
         [[ $COMP_WORDBREAKS == *=* ]] && COMPREPLY=("${{COMPREPLY[@]#*=}}")
-    elif [[ $word == -* && ${{COMP_WORDS[0]}} == *multitrain ]]; then
-        [[ -n ${{_multitrain_flags[$verb]}} ]] ||
-            _multitrain_flags[$verb]=$("${{COMP_WORDS[0]}}" "$verb" --help 2>/dev/null |
-                grep -oE -- '--[a-z][a-z-]*' | sort -u | tr '\\n' ' ')
-        COMPREPLY=($(compgen -W "${{_multitrain_flags[$verb]}}" -- "$word"))
     else
-        COMPREPLY=($(compgen -W "$_multitrain_options" -- "$word") $(compgen -f -- "$word"))
+        words=
+        for run in runs/*; do
+            [[ ${{run#runs/}} == *[!A-Za-z0-9._+,@-]* ]] || words+=" ${{run#runs/}}"
+        done
+        COMPREPLY+=($(compgen -W "$_multitrain_options $words" -- "$word") $(compgen -f -- "$word"))
         [[ ${{COMPREPLY[*]}} == *= ]] && compopt -o nospace
     fi
 }}
+_multitrain_python() {{
+    # `python launch/submit.py …` is ours; everything else is completed as if this were not here.
+    COMPREPLY=()
+    [[ $COMP_CWORD -gt 1 && ${{COMP_WORDS[1]}} == *launch/@(submit|sweep).py ]] && _multitrain
+}}
 complete -o default -F _multitrain multitrain
-complete -o default -F _multitrain launch/submit.py ./launch/submit.py
+complete -o default -F _multitrain launch/submit.py ./launch/submit.py launch/sweep.py ./launch/sweep.py
+for _multitrain_word in python python3; do
+    complete -p $_multitrain_word >/dev/null 2>&1 || complete -o bashdefault -o default -F _multitrain_python $_multitrain_word
+done
 """
 
 _ZSH = """\
@@ -55,21 +84,24 @@ autoload -U +X bashcompinit && bashcompinit
 _FISH = """\
 # multitrain completion fish: multitrain completion fish | source
 complete -c multitrain -n "test (count (commandline -opc)) -eq 1" -f -a "(multitrain --help | string match -rg -- '^  ([a-z]+) ')"
+complete -c multitrain -n "test (count (commandline -opc)) -eq 2; and test (commandline -opc)[2] = data" -f -a \\
+    "(multitrain data --help | string match -rg -- '^  ([a-z]+) ')"
 complete -c multitrain -n "test (count (commandline -opc)) -gt 1" -a "{options} {values}"
 complete -c multitrain -n "string match -q -- '-*' (commandline -ct)" -a \\
-    "(multitrain (commandline -opc)[2] --help | string match -ra -- '--[a-z][a-z-]*')"
+    "(multitrain (string match -v -- '*=*' (commandline -opc)[2..3]) --help | string match -ra -- '--[a-z][a-z-]*')"
+complete -c python -n "string match -q -- '*launch/submit.py' (commandline -opc)[2]" -a "{options} {values}"
 """
 
 
-def script(shell: str) -> str:
-    """The script of a shell.
+def script(shell: str, config_dirs: Sequence[str] = ()) -> str:
+    """The script of a shell; `config_dirs`: folders with config groups of the user's own.
 
     Raises:
         ConfigError: no such shell.
     """
     words = {
         "options": " ".join(f"{name}=" for name in options()),
-        "values": " ".join(values()),
+        "values": " ".join(values(config_dirs)),
     }
     if shell == "bash":
         return _BASH.format(**words)
@@ -90,9 +122,9 @@ def options() -> list[str]:
     return sorted(groups | {name for name in fields if name not in inner})
 
 
-def values() -> list[str]:
+def values(config_dirs: Sequence[str] = ()) -> list[str]:
     """``key=value`` for the options that take one of a few values."""
-    found = [f"{group}={choice}" for group, choice in _groups()]
+    found = [f"{group}={choice}" for group, choice in _groups(config_dirs)]
     for name, annotation in _annotated():
         choices = [c for part in (annotation, *typing.get_args(annotation)) for c in _choices(part)]
         found += [f"{name}={choice}" for choice in dict.fromkeys(choices)]
@@ -105,9 +137,12 @@ def _choices(annotation: object) -> list[str]:
     return [str(v) for v in typing.get_args(annotation)] if typing.get_origin(annotation) is typing.Literal else []
 
 
-def _groups() -> Iterator[tuple[str, str]]:
-    for file in sorted(config_folder().glob("*/*.yaml")):
-        yield file.parent.name, file.stem
+def _groups(config_dirs: Sequence[str] = ()) -> Iterator[tuple[str, str]]:
+    """Groups and choices whose names a shell's list of words can hold."""
+    for folder in config_folders(config_dirs):
+        for file in sorted(folder.glob("*/*.yaml")):
+            if re.fullmatch(r"[\w.+-]+=[\w.+-]+", f"{file.parent.name}={file.stem}", re.ASCII):
+                yield file.parent.name, file.stem
 
 
 def _annotated() -> Iterator[tuple[str, object]]:
@@ -133,5 +168,6 @@ def main(arguments: Arguments) -> int:
         "multitrain completion fish | source        in ~/.config/fish/config.fish",
     )
     parser.add_argument("shell", metavar="SHELL", help=", ".join(SHELLS))
-    print(script(parser.parse_args(arguments).shell), end="")
+    given = parser.parse_args(arguments)
+    print(script(given.shell, given.config_dir), end="")
     return 0

@@ -16,7 +16,7 @@ def main(arguments: Arguments) -> int:
         "One kind of weights into another: .pyth, .safetensors + config.json, or a folder of ours.",
         "multitrain convert runs/k400_mit_ssv2 model.pyth",
     )
-    parser.add_argument("source", help=MODEL)
+    parser.add_model(MODEL)
     parser.add_argument("target", help="a new file, whose ending says how: .pyth or .safetensors; or a new folder")
     parser.add_argument(
         "--frames", type=whole_number, help="frames of a clip, when another number: position tables are interpolated"
@@ -36,6 +36,7 @@ def main(arguments: Arguments) -> int:
         "--copy", metavar="NAME", help="weights of a .pyth file to take instead of the trained ones, e.g. model_ema"
     )
     given = parser.parse_args(arguments)
+    given.source, _ = parser.model_and_words(given, [])
     from multitrain.interop.convert import convert as write
 
     done = write(

@@ -52,7 +52,7 @@ def main(arguments: Arguments) -> int:
     shard = Shard.parse(given.shard)
     if given.folders and (given.overrides or given.run or given.write_clean):
         raise ConfigError("folders hold no annotations; give folders, or datasets as key=value, not both")
-    datasets = {} if given.folders else configured(given.run, given.overrides).data.datasets
+    datasets = {} if given.folders else configured(given.run, given.overrides, given.config_dir).data.datasets
     entries = [e for f in given.folders for e in c.in_folder(Path(f))] if given.folders else c.listed(datasets)
     files = sorted({str(Path(e.file).absolute()) for e in entries})
     entries = [e._replace(file=str(Path(e.file).absolute())) for e in entries]
@@ -62,6 +62,8 @@ def main(arguments: Arguments) -> int:
     journal = Journal(out.root, "check", shard)
     mine = shard.of(files)
     todo = [f for f in mine if not journal.settled(f, version(Path(f)))]
+    if todo:
+        journal.claim()
     if len(todo) < len(mine):
         print(f"{len(mine) - len(todo)} of {len(mine)} are done already", file=sys.stderr)
     stop = StopSignals()

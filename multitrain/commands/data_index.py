@@ -28,7 +28,7 @@ def main(arguments: Arguments) -> int:
     from multitrain.config import dump
     from multitrain.data.catalog import main as check
 
-    config = configured(given.run, given.overrides)
+    config = configured(given.run, given.overrides, given.config_dir)
     index = given.index or config.data.index or Path(config.runs) / ".index"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"

@@ -77,6 +77,8 @@ def main(arguments: Arguments) -> int:
     task = Copying(wanted, shard)
     stop = StopSignals()
     items, mine = list(task.items()), len(shard.of(task.copies))
+    if items:
+        task.journal.claim()
     if len(items) < mine:
         print(f"{mine - len(items)} of {mine} are done already", file=sys.stderr)
     bar: Bar[Item] = Bar("resize", len(items))

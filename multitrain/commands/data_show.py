@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from multitrain.commands.common import configured
+from multitrain.config import ConfigError
 from multitrain.config.arguments import Arguments, Parser, whole_number
 
 
@@ -41,12 +42,16 @@ def main(arguments: Arguments) -> int:
     if given.update < 0:
         parser.error("--update is a number from 0 up")
     from multitrain.data.catalog import open_catalogs, plan_of
+    from multitrain.data.clips import UnreadableError
     from multitrain.data.show import clips_of, write
 
-    config = configured(given.run, given.overrides)
+    config = configured(given.run, given.overrides, given.config_dir)
     index = given.index or Path(config.data.index or Path(config.runs) / ".index")
     catalogs = open_catalogs(config.data, "train", index)
-    shown = clips_of(config, catalogs, plan_of(config, catalogs), given.update, given.videos)
+    try:
+        shown = clips_of(config, catalogs, plan_of(config, catalogs), given.update, given.videos)
+    except UnreadableError as error:
+        raise ConfigError(str(error)) from None
     write(
         given.out,
         shown,

@@ -44,7 +44,7 @@ def main(arguments: Arguments) -> int:
     from multitrain.data.prepare import stats
     from multitrain.data.prepare.crew import Journal
 
-    config = configured(given.run, given.overrides)
+    config = configured(given.run, given.overrides, given.config_dir)
     index = given.index or Path(config.data.index or Path(config.runs) / ".index")
     scans = Journal.records(given.checked, "check") if given.checked else {}
     found, measured = stats.collect(config, index, given.sample, scans)

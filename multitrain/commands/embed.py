@@ -17,12 +17,12 @@ def main(arguments: Arguments) -> int:
     parser = Parser(
         "embed",
         "Features of videos, [N, channels], as .npz or .parquet, and a map of them coloured by dataset and class.",
-        "multitrain embed clip.mp4 other.mp4 --checkpoint runs/first --out features.npz",
-        "multitrain embed --list videos.txt --checkpoint runs/first --out features.parquet --plot map.png",
-        "multitrain embed --dataset kinetics ssv2 --per-dataset 500 --checkpoint runs/first --out features.npz --plot map.png",
+        "multitrain embed runs/first clip.mp4 other.mp4 --out features.npz",
+        "multitrain embed runs/first --list videos.txt --out features.parquet --plot map.png",
+        "multitrain embed runs/first --dataset kinetics ssv2 --per-dataset 500 --out features.npz --plot map.png",
     )
+    parser.add_model(MODEL)
     parser.add_argument("videos", nargs="*", metavar="VIDEO", help="video files")
-    parser.add_argument("--checkpoint", required=True, metavar="MODEL", help=MODEL)
     parser.add_argument(
         "--list", type=Path, action="append", default=[], metavar="FILE", help="more video files, one a line"
     )
@@ -54,6 +54,7 @@ def main(arguments: Arguments) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(overrides=[])
     given = parser.parse_with_overrides(arguments)
+    given.checkpoint, given.videos = parser.model_and_words(given, given.videos)
     if given.out.suffix not in (".npz", ".parquet"):
         raise ConfigError(f"--out {given.out}: features are written as .npz or .parquet")
     from multitrain.evaluation import embed as e
@@ -64,7 +65,7 @@ def main(arguments: Arguments) -> int:
     for target in filter(None, (given.out, given.plot)):
         OutputFolder(target.parent, e.MAKER, [given.checkpoint, *given.videos]).check(target.name)
     model = load(given.checkpoint)
-    config = with_overrides(model.run, given.overrides)
+    config = with_overrides(model.run, given.overrides, config_dirs=given.config_dir)
     model.run = config
     items = [e.Item(v) for v in given.videos]
     for file in given.list:

@@ -28,7 +28,7 @@ def main(arguments: Arguments) -> int:
         "Multi-view test of a model; goes on where an interrupted one was. Under srun, ranks share the videos.",
         "multitrain evaluate runs/k400_mit_ssv2 --dataset kinetics data.root=/datasets",
     )
-    parser.add_argument("model", help=MODEL)
+    parser.add_model(MODEL)
     parser.add_argument(
         "--dataset", nargs="+", action="extend", metavar="NAME", help="datasets to test on (default: all of the model)"
     )
@@ -50,6 +50,7 @@ def main(arguments: Arguments) -> int:
         help="changes to the stored configuration, e.g. data.root=/datasets",
     )
     given = parser.parse_with_overrides(arguments)
+    given.model, given.overrides = parser.model_and_words(given, given.overrides)
     from multitrain.evaluation import evaluator
     from multitrain.evaluation.predictor import load
     from multitrain.evaluation.settings import with_overrides
@@ -59,7 +60,7 @@ def main(arguments: Arguments) -> int:
     place = slurm.rank_environment()
     rank, world_size = int(place["RANK"]), int(place["WORLD_SIZE"])
     model = load(given.model)
-    config = with_overrides(model.run, given.overrides)
+    config = with_overrides(model.run, given.overrides, config_dirs=given.config_dir)
     _require_same_network(model.run, config)
     out = given.out or _default_out(given.model, given.split)
     model.to(device(given.device, int(place["LOCAL_RANK"])))

@@ -9,7 +9,7 @@ from multitrain.config.arguments import Arguments, Parser
 def main(arguments: Arguments) -> int:
     """``multitrain flops``; returns the exit status."""
     parser = Parser("flops", "Parameters and multiply-accumulates of a clip.", "multitrain flops model=mvit_b16_16x4")
-    parser.add_argument("--run", metavar="MODEL", help=f"{MODEL}, instead of the shipped configuration")
+    parser.add_model(f"{MODEL}, instead of the shipped configuration")
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="options, e.g. experiment=k400 model.frames=16"
     )
@@ -17,7 +17,11 @@ def main(arguments: Arguments) -> int:
     from multitrain.data.catalog import resolve_classes
     from multitrain.model.cost import flops as count
 
-    config = stored(given.run, given.overrides) if given.run else configured(None, given.overrides)
+    model = given.checkpoint or given.model
+    if model:
+        config = stored(model, given.overrides, given.config_dir)
+    else:
+        config = configured(None, given.overrides, given.config_dir)
     datasets = {name: resolve_classes(d) for name, d in config.data.datasets.items()}
     parameters, operations = count(config.model, datasets)
     m = config.model

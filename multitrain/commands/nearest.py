@@ -18,7 +18,7 @@ def main(arguments: Arguments) -> int:
         "Which classes go together across datasets, as the learned projections have it: the strongest pairs first.",
         "multitrain nearest runs/k400_mit_ssv2 --pair ssv2=kinetics --top 3 --plot heat.png",
     )
-    parser.add_argument("model", help=MODEL)
+    parser.add_model(MODEL)
     parser.add_argument(
         "--pair", action="append", default=[], metavar="SOURCE=TARGET", help="datasets to compare (default: all pairs)"
     )
@@ -34,7 +34,9 @@ def main(arguments: Arguments) -> int:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="heat maps of the strongest classes, as PNG")
     parser.add_argument("--json", action="store_true", help="print one JSON object with all matches")
     given = parser.parse_args(list(arguments))
+    given.model, _ = parser.model_and_words(given, [])
     from multitrain.evaluation import nearest as n
+    from multitrain.evaluation.embed import MAKER
     from multitrain.evaluation.predictor import load
     from multitrain.files import output_file
     from multitrain.monitor.figures import table
@@ -49,7 +51,7 @@ def main(arguments: Arguments) -> int:
     if given.plot:
         names = {d: [model.label(d, i) for i in range(k)] for d, k in model.datasets.items()}
         drawn = n.heat_map(model, pairs, names)
-        with output_file(given.plot, "nearest", [given.model]) as temporary:
+        with output_file(given.plot, MAKER, [given.model]) as temporary:
             temporary.write_bytes(drawn)
     if given.json:
         listed = [

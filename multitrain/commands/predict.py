@@ -18,10 +18,10 @@ def main(arguments: Arguments) -> int:
     parser = Parser(
         "predict",
         "Which action is in a video file?",
-        "multitrain predict clip.mp4 --checkpoint multitrain_release.v1.pyth",
+        "multitrain predict multitrain_release.v1.pyth clip.mp4",
     )
-    parser.add_argument("--checkpoint", required=True, metavar="MODEL", help=MODEL)
-    parser.add_argument("videos", nargs="+", metavar="VIDEO", help="video files")
+    parser.add_model(MODEL)
+    parser.add_argument("videos", nargs="*", metavar="VIDEO", help="video files")
     parser.add_argument("--top", type=whole_number, default=5, metavar="N", help="classes for each dataset (default 5)")
     parser.add_argument(
         "--views", default="centre", choices=("centre", "test"), help="one clip, or all of the multi-view test"
@@ -39,6 +39,7 @@ def main(arguments: Arguments) -> int:
     )
     parser.add_overrides("data.root=/datasets, where class names are looked for")
     given = parser.parse_with_overrides(arguments)
+    given.checkpoint, given.videos = parser.model_and_words(given, given.videos, needs="VIDEO")
     from multitrain.data.decode import VideoError
     from multitrain.evaluation.overlay import write_overlay
     from multitrain.evaluation.predictor import load
@@ -46,7 +47,7 @@ def main(arguments: Arguments) -> int:
 
     names = dict(pair(text, "--classes") for text in given.classes)
     model = load(given.checkpoint, class_names=names).to(device(given.device))
-    model.reconfigure(with_overrides(model.run, given.overrides))
+    model.reconfigure(with_overrides(model.run, given.overrides, config_dirs=given.config_dir))
     overlays = _overlays(given.overlay, given.videos)
     status = 0
     for video in given.videos:

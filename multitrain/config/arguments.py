@@ -7,10 +7,10 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from multitrain.config.errors import ConfigError
+from multitrain.config.overrides import tidy
 
 Arguments = Sequence[str]
 MISTAKE = 2
@@ -34,6 +34,13 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        self.add_argument(
+            "--config-dir",
+            action="append",
+            default=[],
+            metavar="DIR",
+            help="folder with config groups of your own, e.g. DIR/data/mine.yaml for data=mine",
+        )
 
     def error(self, message: str) -> NoReturn:
         flat = " ".join(message.split())
@@ -55,12 +62,34 @@ class Parser(argparse.ArgumentParser):
         rest: list[str] = []
         takes_value = False
         for text in arguments:
-            is_override = not takes_value and not text.startswith("-") and "=" in text and not Path(text).exists()
+            is_override = not takes_value and not text.startswith("-") and "=" in text and not os.path.exists(text)
             (overrides if is_override else rest).append(text)
             takes_value = text in with_value
         given = self.parse_args(rest)
-        given.overrides = [*given.overrides, *overrides]
+        given.overrides = [*given.overrides, *map(tidy, overrides)]
         return given
+
+    def add_model(self, what: str) -> None:
+        """Take a model as the first plain word, or by the older spellings ``--checkpoint`` and ``--run``."""
+        self.add_argument("model", nargs="?", metavar="MODEL", help=what)
+        self.add_argument(
+            "--checkpoint", "--run", dest="checkpoint", metavar="MODEL", help="the same, as it was once given"
+        )
+
+    def model_and_words(
+        self, given: argparse.Namespace, words: Sequence[str], *, needs: str = ""
+    ) -> tuple[str, list[str]]:
+        """The model, and the plain words that are not it.
+
+        Args:
+            words: plain words behind the model's place, in order.
+            needs: what these words are when there must be at least one.
+        """
+        plain = [w for w in (given.model, *words) if w is not None]
+        model = given.checkpoint if given.checkpoint is not None else plain.pop(0) if plain else None
+        if model is None or (needs and not plain):
+            self.error(f"the following arguments are required: {', '.join(x for x in ('MODEL', needs) if x)}")
+        return model, plain
 
 
 def piped(main: Callable[[], int]) -> int:

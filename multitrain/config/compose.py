@@ -158,7 +158,11 @@ def load(path: str | Path) -> RunConfig:
     """The configuration of a run: `path` is its folder, its `config.yaml`, or its name in `runs`."""
     path = find_run(path)
     file = path / "config.yaml" if path.is_dir() else path
-    if not file.exists():
+    if not os.path.exists(file):
+        if len(path.parts) == 1 and file is path:
+            raise ConfigError(
+                f"{shown(path)}: no such run, neither a folder here nor a name in `runs`; multitrain status lists them"
+            )
         raise ConfigError(f"{file}: no such file; a run's folder holds config.yaml, written when it is submitted")
     mapping = read_yaml(file)
     if not isinstance(mapping, dict):

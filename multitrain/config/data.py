@@ -73,7 +73,7 @@ class DataConfig(Settings):
     target_fps: float = Field(30.0, gt=0)
     """Frame rate that `sampling_rate` refers to, in frames a second."""
     decoder: Literal["pyav", "decord"] = "pyav"
-    """Video reader. decord is what the published code used; wrong frames with edit lists, no AV1, x86-64 only."""
+    """Video reader. decord is what the published code used; wrong frames with edit lists and MPEG-4 AVI, no AV1, x86-64 only."""
     workers: int = Field(8, ge=0)
     """Loader processes a rank; 0 decodes in the training process."""
     prefetch: int = Field(2, ge=1)

@@ -90,6 +90,9 @@ def group_word(override: Override, folders: Sequence[Path], has_default: bool) -
     """
     key, text = override.key, override.text
     if override.deletes or key.startswith("hydra"):
+        if isinstance(_hydra(text or "", override.word), (_Unreadable, _Several)):
+            remedy = f"write ~{key}" if override.deletes else f"write {key}='…', with the value in quotation marks"
+            raise ConfigError(f"{shown(override.word, 100)}: cannot be read; {remedy}")
         return override.word
     group = key.split("@")[0]
     known = sorted({p.stem for f in folders for p in (f / group).glob("*.yaml")})
@@ -123,9 +126,8 @@ def value_of(override: Override) -> Any:
     """
     key, text = override.key, override.text or ""
     kinds = _members(_annotation(key))
-    is_text = bool(kinds) and all(kind is str or isinstance(kind, str) for kind in kinds - {type(None)})
     read = _hydra(text)
-    if is_text:
+    if is_text(key):
         return read if read is None or isinstance(read, str) else text
     if not isinstance(read, (_Several, _Unreadable)):
         return read
@@ -140,6 +142,12 @@ def value_of(override: Override) -> Any:
         )
         raise ConfigError(f"{key}={shown(text, 80)}: several values; {remedy}")
     return text
+
+
+def is_text(key: str) -> bool:
+    """Whether an option is text by the schema, so that what is typed is taken as it stands."""
+    kinds = _members(_annotation(key)) - {type(None)}
+    return bool(kinds) and all(kind is str or isinstance(kind, str) for kind in kinds)
 
 
 def _bracketed(key: str, text: str) -> Any:
@@ -168,8 +176,8 @@ class _Unreadable:
     """Not in Hydra's grammar."""
 
 
-def _hydra(text: str) -> Any:
-    """A value in Hydra's grammar, or why there is none."""
+def _hydra(text: str, word: str | None = None) -> Any:
+    """A value in Hydra's grammar, or why there is none; `word`: the whole override that it is the value of."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -180,7 +188,7 @@ def _hydra(text: str) -> Any:
     if deepest > DEEPEST_WORD:
         return _Unreadable()
     try:
-        parsed = OverridesParser.create().parse_override(f"k={text}")
+        parsed = OverridesParser.create().parse_override(word or f"k={text}")
         return _Several() if parsed.is_sweep_override() else parsed.value()
     except (HydraException, ValueError, TypeError, RecursionError):
         return _Unreadable()
@@ -236,4 +244,4 @@ def apply(config: Any, override: Override) -> None:
         del node[last]
 
 
-__all__ = ["Override", "apply", "group_word", "is_group", "split", "tidy", "value_of"]
+__all__ = ["Override", "apply", "group_word", "is_group", "is_text", "split", "tidy", "value_of"]

@@ -30,6 +30,7 @@ DEEPEST = 100
 LONGEST_NUMBER = 40
 """Digits of a whole number."""
 
+_LONG_NUMBER = re.compile(rf"[0-9]{{{LONGEST_NUMBER + 1}}}")
 _DIGITS = re.compile(r"[-+]?[0-9_]+")
 
 
@@ -60,7 +61,8 @@ def read_text(file: Path, largest: int = LARGEST_TEXT) -> str:
 
 def as_text(content: bytes, where: object) -> str:
     """UTF-8 `content` as text, without its byte order mark. Raises ConfigError for another encoding, or a NUL."""
-    refuse_utf16(content, where)
+    if b"\0" in content[:200]:
+        refuse_utf16(content, where)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -96,16 +98,19 @@ def parse_json(text: str | bytes, where: object) -> Any:
         ConfigError: not JSON, deeper than :data:`DEEPEST`, with more than :data:`MOST_VALUES` values or too long a number.
     """
     text = as_text(text, where) if isinstance(text, bytes) else text
-    if text.count(",") + text.count("[") + text.count("{") > MOST_VALUES:
+    opened = text.count("[") + text.count("{")
+    if opened + text.count(",") > MOST_VALUES:
         raise ConfigError(f"{where}: more than {MOST_VALUES:,} values in it; is it the right file?")
     try:
-        value = json.loads(text, parse_int=_json_number)
+        value = json.loads(text, parse_int=_json_number if _LONG_NUMBER.search(text) else None)
     except RecursionError:
         raise ConfigError(_too_deep(where)) from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{where}: not JSON ({error}); correct or restore it") from None
     except ValueError as error:
         raise ConfigError(f"{where}: {error}; correct it") from None
+    if opened <= DEEPEST:
+        return value
     level = [value]
     for _ in range(DEEPEST):
         inner = (v for x in level for v in (x.values() if isinstance(x, dict) else x if isinstance(x, list) else ()))

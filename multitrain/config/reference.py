@@ -22,7 +22,23 @@ _HEAD = """\
 
 A run is `configs/` put together by Hydra, changed by the `key=value` words of the command line, and checked against the schema
 that this page is made from. `python launch/submit.py … dry_run=true` shows what would be submitted; `RUN/config.yaml` has
-every value of a run. *Default* is the schema's; the shipped files may set another value, which `dry_run` and the files show.
+every value of a run. *Default* is the schema's; the shipped files may set another value. `python launch/submit.py … --cfg job`
+prints the whole configuration that the words make, and nothing else; `--cfg all` adds what follows from it.
+
+## How options are typed
+
+| typed | means |
+| --- | --- |
+| `nodes=2`, `"dry_run = true"` | a value; blanks around `=` do not count |
+| `data.root=/data/x (copy),v=2`, `data.root=~/data` | text is taken as it stands; `~` is your home. Quote it for the shell |
+| `model.stages=[1,3]`, `cluster.sbatch={mail-user: me@lab.org}` | a list, a mapping |
+| `data=ssv2`, `data=mine` with `--config-dir DIR` | a file of a group: `configs/data/ssv2.yaml`, `DIR/data/mine.yaml` |
+| `data.root='${oc.env:SCRATCH}/data'` | an environment variable, or another option: `${data.root}` |
+| `init_from=first` | a run in `runs` by its name; else a path |
+| `~data.datasets.mit` | takes an entry away |
+
+Names of other codes (`batch_size`, `learning_rate`, `TRAIN.BATCH_SIZE`, `fp16`) are answered with the option here. Several values
+(`optim.lr=1e-4,2e-4`) are for `python launch/sweep.py`. Every `multitrain` verb takes the same words and `--config-dir`.
 """
 
 
@@ -74,7 +90,8 @@ def _values(field: FieldInfo) -> str:
     for rule in field.metadata:
         for sign, text in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"), ("multiple_of", "a multiple of")):
             if getattr(rule, sign, None) is not None:
-                limits.append(f"{text} {getattr(rule, sign):g}")
+                limit = getattr(rule, sign)
+                limits.append(f"{text} {limit:,}" if isinstance(limit, int) else f"{text} {limit:g}")
     return _kind(field.annotation) + (f" {', '.join(limits)}" if limits else "")
 
 

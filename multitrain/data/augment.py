@@ -7,7 +7,7 @@ whole grey levels is the one difference between its clips and those of `backend=
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import cv2
@@ -29,6 +29,32 @@ class Augmentation(NamedTuple):
     erase: Box
 
 
+class Augmenter:
+    """Augments the frames of one clip, one by one.
+
+    Args:
+        height, width: of the frames.
+        size: side of the square clip in pixels.
+        draws: of this clip; all that is random is drawn here.
+    """
+
+    def __init__(
+        self, height: int, width: int, config: AugmentConfig, size: int, draws: Draws, flip_allowed: bool
+    ) -> None:
+        self.drawn = draw_augmentation(height, width, config, size, draws, flip_allowed)
+        self.change = changer(height, width, self.drawn, config.backend)
+        self._size, self._backend = size, config.backend
+
+    @property
+    def box(self) -> np.ndarray:
+        """What is to be erased on the device: int32 [4] = (top, left, height, width), in pixels of the clip, zeros for none."""
+        return np.array(self.drawn.erase, np.int32)
+
+    def __call__(self, frame: np.ndarray, target: np.ndarray) -> None:
+        """frame: uint8 [H, W, 3], not changed; target: its place in the clip, uint8 [size, size, 3]."""
+        place(resized(self.change(frame), self._size, self._backend), target, self.drawn.flip)
+
+
 def augment_clip(
     frames: np.ndarray,
     config: AugmentConfig,
@@ -40,15 +66,13 @@ def augment_clip(
     """Augments one clip; the frames are not changed.
 
     frames: uint8 [T, H, W, 3]. Returns the clip, uint8 [T, size, size, 3] (C-contiguous; `out` where given), and the box to
-    erase on the device, int32 [4] = (top, left, height, width) in pixels of the clip, zeros for none.
+    erase on the device, as `Augmenter.box`.
     """
-    height, width = frames.shape[1:3]
-    drawn = draw_augmentation(height, width, config, size, draws, flip_allowed)
+    augmenter = Augmenter(frames.shape[1], frames.shape[2], config, size, draws, flip_allowed)
     out = np.empty((len(frames), size, size, 3), np.uint8) if out is None else out
-    carry_out = _with_pil if config.backend == "pil" else _with_opencv
-    for image, target in zip(carry_out(frames, drawn, size), out):
-        place(image, target, drawn.flip)
-    return out, np.array(drawn.erase, np.int32)
+    for frame, target in zip(frames, out):
+        augmenter(frame, target)
+    return out, augmenter.box
 
 
 def draw_augmentation(
@@ -61,16 +85,14 @@ def draw_augmentation(
     return Augmentation(operations, crop, flip, erase_box(size, size, config.erase_probability, draws))
 
 
-def _with_opencv(frames: np.ndarray, drawn: Augmentation, size: int) -> Iterable[np.ndarray]:
-    """[size, size, 3] uint8 of each frame, within about one grey level of `_with_pil`."""
-    for image in randaugment_opencv.crops(frames, drawn.operations, drawn.crop):
-        yield resized(image, size, "opencv")
+def changer(height: int, width: int, drawn: Augmentation, backend: str) -> Callable[[np.ndarray], np.ndarray]:
+    """From a frame, uint8 [H, W, 3], to its crop behind RandAugment, uint8 [crop.height, crop.width, 3].
 
-
-def _with_pil(frames: np.ndarray, drawn: Augmentation, size: int) -> Iterable[np.ndarray]:
-    """[size, size, 3] uint8 of each frame: Pillow's operations, and the crop resized in float32, then rounded."""
-    for image in randaugment_pil.apply(frames, drawn.operations):
-        yield resized(drawn.crop.cut(image), size, "pil")
+    `opencv` is within about one grey level of `pil`, which works on the whole frame with Pillow's operations.
+    """
+    if backend == "opencv":
+        return randaugment_opencv.Cropper(height, width, drawn.operations, drawn.crop)
+    return lambda frame: drawn.crop.cut(randaugment_pil.apply_all(frame, drawn.operations))
 
 
 def resized(image: np.ndarray, size: int, backend: str) -> np.ndarray:

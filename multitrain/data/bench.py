@@ -9,7 +9,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,12 +17,10 @@ import numpy as np
 
 from multitrain.config import ConfigError, RunConfig, compose, load
 from multitrain.config.arguments import Arguments, Parser, whole_number
-from multitrain.data import augment, randaugment_opencv, randaugment_pil
+from multitrain.data import augment
 from multitrain.data.catalog import open_catalogs, plan_of
-from multitrain.data.clips import Task, TrainJob, UnreadableError
+from multitrain.data.clips import Clip, Task, TrainJob, UnreadableError
 from multitrain.data.pool import settle
-from multitrain.data.random import Draws
-from multitrain.data.spatial import Box
 
 GPU_CLIPS_PER_SECOND = 30.0
 """Clips that a GPU is taken to train on in a second when nobody says: about what an A100 is estimated at for 32×3."""
@@ -106,31 +104,24 @@ def _stages(job: TrainJob, task: Task, out: np.ndarray, clock: _Clock) -> None:
     config, ticket = job.config, task.ticket
     name = job.plan.sources[int(ticket["dataset"])].name
     dataset = config.data.datasets[name]
-    draws = Draws("window", config.seed, name, int(ticket["index"]), int(ticket["pass"]))
-    uniforms = [draws.uniform() for _ in range(config.model.frames)]
+    identity = (config.seed, name, int(ticket["index"]), int(ticket["pass"]))
+    clip = Clip(dataset, identity, config.model.frames)
+    made: list[augment.Augmenter] = []
+    size, backend = config.model.crop, config.augment.backend
     clock.start()
-    frames = job.read(job.catalogs[name].path(int(ticket["index"])), dataset, uniforms)
-    clock.stop("decode")
-    for copy, clip in enumerate(out):
-        height, width = frames.shape[1:3]
-        own = Draws("augment", config.seed, name, int(ticket["index"]), int(ticket["pass"]), copy)
-        drawn = augment.draw_augmentation(height, width, config.augment, clip.shape[1], own, dataset.flip)
+    for frame, places in job.decoded(job.catalogs[name].path(int(ticket["index"])), clip):
+        clock.stop("decode")
+        made = made or [job.augmenter(frame.shape[0], frame.shape[1], clip, copy) for copy in range(len(out))]
         clock.start()
-        for target, changed in zip(clip, _changed(frames, drawn, config.augment.backend)):
+        for augmenter, target in zip(made, out):
+            changed = augmenter.change(frame)
             clock.stop("randaugment")
-            image = augment.resized(changed, clip.shape[1], config.augment.backend)
+            image = augment.resized(changed, size, backend)
             clock.stop("crop")
-            augment.place(image, target, drawn.flip)
+            augment.place(image, target[places[0]], augmenter.drawn.flip)
+            target[places[1:]] = target[places[0]]
             clock.stop("copy")
-
-
-def _changed(frames: np.ndarray, drawn: augment.Augmentation, backend: str) -> Iterator[np.ndarray]:
-    """The crop of each frame behind RandAugment."""
-    if backend == "opencv":
-        yield from randaugment_opencv.crops(frames, drawn.operations, drawn.crop)
-        return
-    crop: Box = drawn.crop
-    yield from (crop.cut(image) for image in randaugment_pil.apply(frames, drawn.operations))
+    clock.stop("decode")
 
 
 def main(arguments: Arguments) -> int:
@@ -155,7 +146,7 @@ def main(arguments: Arguments) -> int:
         parser.error(f"--gpu {given.gpu:g}: a GPU trains on more than 0 clips a second, and not on infinitely many")
     if given.run is not None and given.overrides:
         parser.error("a run's configuration is what it is: give --run or KEY=VALUE")
-    config = load(given.run) if given.run is not None else compose(given.overrides)
+    config = load(given.run) if given.run is not None else compose(given.overrides, config_dirs=given.config_dir)
     try:
         cost = measure_run(config, given.videos)
     except UnreadableError as error:

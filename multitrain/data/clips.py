@@ -6,7 +6,7 @@ Both jobs are pure: the same task gives the same result in any process, at any t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from multitrain.config import DatasetConfig, RunConfig
-from multitrain.data.augment import augment_clip
+from multitrain.data.augment import Augmenter
 from multitrain.data.catalog import Catalog
 from multitrain.data.decode import VideoError, open_video, prepare
 from multitrain.data.frames import training_indices
@@ -59,6 +59,19 @@ class Clips:
     seconds: float = 0.0
 
 
+class Clip:
+    """Everything random about a training clip before its copies part: a function of its identity.
+
+    identity: seed, dataset, index and pass of the ticket, whatever video is shown in the end.
+    uniforms: draws in [0, 1), one a frame.
+    """
+
+    def __init__(self, dataset: DatasetConfig, identity: tuple[int | str, ...], frames: int) -> None:
+        self.dataset, self.identity = dataset, identity
+        draws = Draws("window", *identity)
+        self.uniforms = [draws.uniform() for _ in range(frames)]
+
+
 class TrainJob:
     """Makes the augmented copies of a ticket's video: uint8 [copies, T, S, S, 3]."""
 
@@ -99,19 +112,15 @@ class TrainJob:
         name = self.plan.sources[number].name
         dataset = config.data.datasets[name]
         identity = (config.seed, name, int(ticket["index"]), int(ticket["pass"]))
-        frames, index, skipped = self._readable(task, name, dataset, Draws("window", *identity))
-        boxes = np.zeros((len(out), 4), np.int32)
-        for copy, clip in enumerate(out):
-            draws = Draws("augment", *identity, copy)
-            _, boxes[copy] = augment_clip(frames, config.augment, config.model.crop, draws, dataset.flip, clip)
+        boxes, index, skipped = self._readable(task, name, Clip(dataset, identity, config.model.frames), out)
         keys = np.array([key("clip", *identity, copy) for copy in range(len(out))], np.uint64).view(np.int64)
         labels = self.catalogs[name].labels(index)
         return Clips(number, labels, boxes, keys, skipped, time.perf_counter() - began)
 
     def _readable(
-        self, task: Task, name: str, dataset: DatasetConfig, draws: Draws
+        self, task: Task, name: str, clip: Clip, out: np.ndarray
     ) -> tuple[np.ndarray, int, list[dict[str, Any]]]:
-        """Frames of the ticket's video, or of the first stand-in that can be read; its index; what had to be skipped."""
+        """Fills `out` from the ticket's video, or the first stand-in that can be read; boxes, its index, what was skipped."""
         catalog, index = self.catalogs[name], int(task.ticket["index"])
         failed: dict[int, VideoError] = {}
         for attempt in range(-1, STAND_INS):
@@ -119,38 +128,76 @@ class TrainJob:
             if index in failed:
                 continue
             try:
-                frames = self._decode(catalog.path(index), dataset, draws)
+                boxes = self._decode(catalog.path(index), clip, out)
             except VideoError as error:
                 failed[index] = error
                 continue
             shown = catalog.relative_path(index)
-            return frames, index, [_record(name, catalog, bad, e, task.update, shown) for bad, e in failed.items()]
+            return boxes, index, [_record(name, catalog, bad, e, task.update, shown) for bad, e in failed.items()]
         first = next(iter(failed.values()))
         raise UnreadableError(
             f"{first.path}: {first.reason}; nor can any of {len(failed) - 1} stand-ins from dataset {name!r} be read; "
             "check that its videos are there and whole"
         )
 
-    def _decode(self, path: Path, dataset: DatasetConfig, draws: Draws) -> np.ndarray:
-        """The frames of a training clip; tried twice when the operating system, not the file, is at fault."""
-        uniforms = [draws.uniform() for _ in range(self.config.model.frames)]
+    def _decode(self, path: Path, clip: Clip, out: np.ndarray) -> np.ndarray:
+        """`read`; tried twice when the operating system, not the file, is at fault."""
         try:
-            return self._decode_once(path, dataset, uniforms)
+            return self._decode_once(path, clip, out)
         except VideoError as error:
             if not error.transient:
                 raise
             time.sleep(_RETRY_AFTER)
-            return self._decode_once(path, dataset, uniforms)
+            return self._decode_once(path, clip, out)
 
-    def _decode_once(self, path: Path, dataset: DatasetConfig, uniforms: list[float]) -> np.ndarray:
-        limit = self.config.data.decode_timeout
-        return _within(self._guard, path, limit, lambda: self.read(path, dataset, uniforms))
+    def _decode_once(self, path: Path, clip: Clip, out: np.ndarray) -> np.ndarray:
+        limit, lease = self.config.data.decode_timeout, Lease()
+        try:
+            return _within(self._guard, path, limit, partial(self.read, path, clip, out, lease))
+        finally:
+            lease.end()  # a call left behind must not write to what by then is another video's place
 
-    def read(self, path: Path, dataset: DatasetConfig, uniforms: list[float]) -> np.ndarray:
-        """Frames of a training clip, uint8 [T, H, W, 3], by draws in [0, 1), one a frame. Raises VideoError."""
+    def read(self, path: Path, clip: Clip, out: np.ndarray, lease: Lease | None = None) -> np.ndarray:
+        """Fill `out`, uint8 [copies, T, S, S, 3], with a training clip; each frame is augmented as soon as it is decoded.
+
+        Args:
+            lease: right to write to `out`, asked for before each frame.
+
+        Returns:
+            What is to be erased of each copy: int32 [copies, 4].
+
+        Raises:
+            VideoError: the video cannot be read; `out` may hold some of its frames.
+            Overdue: the lease has ended.
+        """
+        lease = lease or Lease()
+        augmenters: list[Augmenter] = []
+        for frame, places in self.decoded(path, clip):
+            augmenters = augmenters or [
+                self.augmenter(frame.shape[0], frame.shape[1], clip, copy) for copy in range(len(out))
+            ]
+            with lease:
+                for augmenter, target in zip(augmenters, out):
+                    augmenter(frame, target[places[0]])
+                    target[places[1:]] = target[places[0]]
+            del frame  # before the next one is decoded
+        return np.stack([augmenter.box for augmenter in augmenters])
+
+    def decoded(self, path: Path, clip: Clip) -> Iterator[tuple[np.ndarray, list[int]]]:
+        """The frames of a training clip, each once: uint8 [H, W, 3] and its places among the T. Raises VideoError."""
         data = self.config.data
         with open_video(path, data.decoder, data.decode_timeout) as video:
-            return video.frames(training_indices(dataset, data, video.frame_count, video.fps, len(uniforms), uniforms))
+            wanted = training_indices(
+                clip.dataset, data, video.frame_count, video.fps, len(clip.uniforms), clip.uniforms
+            )
+            for number, frame in video.each(wanted):
+                yield frame, np.flatnonzero(wanted == number).tolist()
+                del frame
+
+    def augmenter(self, height: int, width: int, clip: Clip, copy: int) -> Augmenter:
+        """What is done to the frames, of height × width, of one copy of a clip."""
+        config, draws = self.config, Draws("augment", *clip.identity, copy)
+        return Augmenter(height, width, config.augment, config.model.crop, draws, clip.dataset.flip)
 
 
 class TestJob:
@@ -207,4 +254,4 @@ def _record(name: str, catalog: Catalog, index: int, error: VideoError, update: 
     return {"dataset": name, "path": path, "reason": error.reason, "update": update, "stand_in": stand_in}
 
 
-__all__ = ["STAND_INS", "Clips", "Task", "TestJob", "TrainJob", "UnreadableError"]
+__all__ = ["STAND_INS", "Clip", "Clips", "Task", "TestJob", "TrainJob", "UnreadableError"]

@@ -42,11 +42,20 @@ class Guard:
     """Runs calls in a thread of its own and stops waiting for one that takes too long.
 
     A thread stuck in a library cannot be ended, so it is left behind (a daemon: it does not keep the process alive), and the
-    next call gets a new one.
+    next call gets a new one. A thread that is not stuck ends with its guard.
     """
 
     def __init__(self) -> None:
-        self._calls: queue.SimpleQueue[Callable[[], Any]] | None = None
+        self._calls: queue.SimpleQueue[Callable[[], Any] | None] | None = None
+
+    def __del__(self) -> None:
+        self._dismiss()
+
+    def _dismiss(self) -> None:
+        """Let the thread end after what it is doing."""
+        if self._calls is not None:
+            self._calls.put(None)
+        self._calls = None
 
     def run(self, function: Callable[[], T], seconds: float | None) -> T:
         """What `function` returns or raises. Raises Overdue after `seconds`."""
@@ -65,16 +74,17 @@ class Guard:
         try:
             result, error = answers.get(timeout=seconds)
         except queue.Empty:
-            self._calls = None
+            self._dismiss()
             raise Overdue(f"no answer within {seconds} s") from None
         if error is not None:
             raise error
         return result
 
 
-def _serve(calls: queue.SimpleQueue[Callable[[], Any]]) -> None:
-    while True:
-        calls.get()()
+def _serve(calls: queue.SimpleQueue[Callable[[], Any] | None]) -> None:
+    while (call := calls.get()) is not None:
+        call()
+        del call  # and with it what it holds, while the next one is waited for
 
 
 __all__ = ["Guard", "Lease", "Overdue"]

@@ -10,14 +10,14 @@ frames; behind it, each filter works on the part that the next one needs, the la
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import cv2
 import numpy as np
 
 from multitrain.data.randaugment import FILL, Operation, affine
-from multitrain.data.spatial import Box
+from multitrain.data.spatial import LARGE, Box
 
 _LUMA = (0.299, 0.587, 0.114)
 _STATISTICS = ("AutoContrast", "Equalize", "Contrast")
@@ -25,6 +25,10 @@ _TRUNCATE = 0.499
 """Pillow truncates where OpenCV rounds. Just under 1/2, so that whole numbers stay what they are."""
 _SHARPER = (-0.02, 1.04, -0.02)
 """Brings a rotated scene nearest to Pillow's: 0.61 to 0.49 grey levels in the mean, 3 to 2 in the 99th percentile."""
+_ROWS = 64
+"""Rows worked on at once where numbers larger than a pixel's are needed for each pixel."""
+_BAND = 512
+"""Rows of a large frame that are worked on at once."""
 _REACH = 2
 """Pixels that a cubic kernel reaches beyond the frame from a point inside."""
 
@@ -43,23 +47,42 @@ Step = Operation | np.ndarray | Filter
 """A statistic, a table (uint8 [256, 1] for all channels or [256, 3] for each) or a filter."""
 
 
-def crops(frames: np.ndarray, operations: Sequence[Operation], crop: Box) -> Iterator[np.ndarray]:
-    """The crop of every augmented frame, one after another.
+class Cropper:
+    """Makes the crop of augmented frames of one size."""
 
-    frames: uint8 [T, H, W, 3]; yields uint8 [crop.height, crop.width, 3], not to be written to: it may be part of a frame.
-    """
-    height, width = frames.shape[1:3]
-    steps = [_step(op, width, height) for op in operations]
-    whole = 1 + max((i for i, step in enumerate(steps) if isinstance(step, Operation)), default=-1)
-    regions = _regions(steps[whole:], crop)
-    for frame in frames:
+    def __init__(self, height: int, width: int, operations: Sequence[Operation], crop: Box) -> None:
+        self._frame = Box(0, 0, height, width)
+        steps = [_step(op, width, height) for op in operations]
+        whole = 1 + max((i for i, step in enumerate(steps) if isinstance(step, Operation)), default=-1)
+        self._whole, self._partly = steps[:whole], steps[whole:]
+        self._crop = crop
+        # Moving, blending and sharpening give each row the same whatever is worked on at once; a warp's rounding does not.
+        large = crop.height * crop.width > LARGE and not any(isinstance(step, _Warp) for step in self._partly)
+        rows = _BAND if large else crop.height
+        self._bands = [
+            crop._replace(top=at, height=min(rows, crop.top + crop.height - at))
+            for at in range(crop.top, crop.top + crop.height, rows)
+        ]
+
+    def __call__(self, frame: np.ndarray) -> np.ndarray:
+        """frame: uint8 [H, W, 3]; returns uint8 [crop.height, crop.width, 3], not to be written to: it may be part of it."""
         image = _Pending(frame)
-        for step in steps[:whole]:
-            image.take(step, Box(0, 0, height, width), Box(0, 0, height, width))
+        for step in self._whole:
+            image.take(step, self._frame, self._frame)
+        if len(self._bands) == 1:
+            return self._part(image, self._crop)
+        out = np.empty((self._crop.height, self._crop.width, 3), np.uint8)
+        for band in self._bands:
+            out[band.top - self._crop.top :][: band.height] = self._part(image.copy(), band)
+        return out
+
+    def _part(self, image: _Pending, target: Box) -> np.ndarray:
+        """The part `target` of the frame behind the last step, from all of it before the first that works on parts."""
+        regions = _regions(self._partly, target)
         image.cut(regions[0])
-        for step, source, target in zip(steps[whole:], regions, regions[1:]):
-            image.take(step, source, target)
-        yield image.pixels()
+        for step, source, wanted in zip(self._partly, regions, regions[1:]):
+            image.take(step, source, wanted)
+        return image.pixels()
 
 
 def _regions(steps: Sequence[Step], crop: Box) -> list[Box]:
@@ -77,6 +100,12 @@ class _Pending:
         self._image = frame
         self._table: np.ndarray | None = None
         self._histogram: np.ndarray | None = None
+
+    def copy(self) -> _Pending:
+        """The same pixels, not copied, and table."""
+        other = _Pending(self._image)
+        other._table = self._table
+        return other
 
     def take(self, step: Step, source: Box, target: Box) -> None:
         """Goes through one step, from one part of the frame to another."""
@@ -102,10 +131,18 @@ class _Pending:
 
     def _statistic(self, op: Operation) -> np.ndarray:
         if op.name == "Contrast":
-            grey = cv2.mean(cv2.cvtColor(self.pixels(), cv2.COLOR_RGB2GRAY))[0]
-            return _enhance(op.argument, int(grey + 0.5))[:, None]
+            return _enhance(op.argument, int(self._grey() + 0.5))[:, None]
         make = _autocontrast if op.name == "AutoContrast" else _equalize
         return np.stack([make(h) for h in self._counts()], axis=1)
+
+    def _grey(self) -> float:
+        """The mean luma of the pixels."""
+        total = 0.0
+        for first in range(0, len(self._image), _BAND):
+            rows = self._image[first : first + _BAND]
+            rows = rows if self._table is None else cv2.LUT(rows, self._table[None])
+            total += cv2.sumElems(cv2.cvtColor(rows, cv2.COLOR_RGB2GRAY))[0]
+        return total * (1.0 / (self._image.shape[0] * self._image.shape[1]))
 
     def _counts(self) -> np.ndarray:
         """Pixels of each grey level: int64 [3, 256]."""
@@ -309,11 +346,15 @@ class _Warp:
     def _mask(self, target: Box) -> np.ndarray | None:
         """255 where the map leaves the frame; None if nowhere."""
         x = np.arange(target.left, target.left + target.width)[None, :] + 0.5
-        y = np.arange(target.top, target.top + target.height)[:, None] + 0.5
         (a, b, c), (d, e, f) = self._matrix
-        u, v = a * x + b * y + c, d * x + e * y + f
-        outside = (u < 0) | (u >= self._width) | (v < 0) | (v >= self._height)
-        return outside.astype(np.uint8) * 255 if outside.any() else None
+        mask = np.empty((target.height, target.width), np.uint8)
+        for first in range(0, target.height, _ROWS):  # the float64 numbers of a whole large frame would be too many
+            rows = mask[first : first + _ROWS]
+            y = np.arange(target.top + first, target.top + first + len(rows))[:, None] + 0.5
+            u, v = a * x + b * y + c, d * x + e * y + f
+            outside = (u < 0) | (u >= self._width) | (v < 0) | (v >= self._height)
+            np.multiply(outside, np.uint8(255), out=rows)
+        return mask if mask.any() else None
 
 
 def _clip(top: int, left: int, height: int, width: int, frame_height: int, frame_width: int) -> Box:

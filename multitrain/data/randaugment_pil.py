@@ -19,15 +19,17 @@ _ENHANCERS = {
 
 def apply(frames: np.ndarray, operations: Sequence[Operation]) -> np.ndarray:
     """The operations, one after another, on every frame of uint8 [T, H, W, 3]; the input is not changed."""
+    return np.stack([apply_all(frame, operations) for frame in frames]) if operations else frames
+
+
+def apply_all(frame: np.ndarray, operations: Sequence[Operation]) -> np.ndarray:
+    """The operations, one after another, on one frame, uint8 [H, W, 3]; the input is not changed."""
     if not operations:
-        return frames
-    out = np.empty_like(frames)
-    for t, frame in enumerate(frames):
-        image = Image.fromarray(frame)
-        for op in operations:
-            image = apply_one(image, op)
-        out[t] = np.asarray(image)
-    return out
+        return frame
+    image = Image.fromarray(frame)
+    for op in operations:
+        image = apply_one(image, op)
+    return np.asarray(image)
 
 
 def apply_one(image: Image.Image, op: Operation) -> Image.Image:

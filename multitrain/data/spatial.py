@@ -20,6 +20,11 @@ MEAN = 0.45
 STD = 0.225
 """Their standard deviation."""
 
+LARGE = 1 << 22
+"""Pixels from which on a frame is worked on in bands of rows, to save memory."""
+_BAND = 256
+"""Their height."""
+
 _CROP_TRIES = 10
 _ERASE_TRIES = 100
 _ERASE_AREA = (0.02, 1.0 / 3.0)
@@ -112,15 +117,29 @@ def resize_crop(image: np.ndarray, size: tuple[int, int], crop: Box) -> np.ndarr
         _Axis(image.shape[0], size[0], crop.top + crop.height),
         _Axis(image.shape[1], size[1], crop.left + crop.width),
     )
-    used = image[: height.read, : width.read].astype(np.float32, copy=False)
+    used = image[: height.read, : width.read]
     # Intel's own routine, which OpenCV prefers, rounds positions differently. The switch is the thread's.
     faster = cv2.ipp.useIPP()
     cv2.ipp.setUseIPP(False)
     try:
-        out = cv2.resize(used, None, fx=1 / width.scale, fy=1 / height.scale, interpolation=cv2.INTER_LINEAR)
+        if used.shape[0] * used.shape[1] > LARGE and (height.scale, width.scale) != (
+            2,
+            2,
+        ):  # OpenCV halves by other sums
+            parts = range(0, len(used), _BAND)  # across first, then down: the same sums, without a large float32 image
+            used = np.concatenate([_linear(used[at : at + _BAND], 1 / width.scale, 1) for at in parts])
+            out = _linear(used, 1, 1 / height.scale)
+        else:
+            out = _linear(used, 1 / width.scale, 1 / height.scale)
     finally:
         cv2.ipp.setUseIPP(faster)
     return crop.cut(out.reshape(*out.shape[:2], -1))
+
+
+def _linear(image: np.ndarray, across: float, down: float) -> np.ndarray:
+    """A bilinear resize by factors, in float32."""
+    image = image.astype(np.float32, copy=False)
+    return cv2.resize(image, None, fx=across, fy=down, interpolation=cv2.INTER_LINEAR)
 
 
 class _Axis:

@@ -85,6 +85,7 @@ def load_views(
             plan = plan or crop_plan(frame.shape[0], frame.shape[1], dataset, model)
             with lease:
                 show(frame, np.argwhere(shown == number), plan, out)
+            del frame  # before the next one is decoded
     return out
 
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-import socket
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
-from multitrain.monitor.supervised import STORE_FD, STORE_KEY
+from multitrain.monitor.supervised import STORE_FD, STORE_KEY, listen
 
 CODE = hashlib.sha256().digest_size
 
@@ -155,4 +154,4 @@ def _listening(here: bool, port: int) -> int:
     given = os.environ.pop(STORE_FD, None)
     if given is not None:
         return int(given)
-    return socket.create_server(("127.0.0.1" if here else "", port), backlog=512).detach()
+    return listen(here, port).detach()

@@ -14,13 +14,13 @@ from multitrain.config import ConfigError
 from multitrain.data.decode import VideoError
 from multitrain.data.views import load_views
 from multitrain.files import output_file
-from multitrain.monitor.figures import COLOURS, figure, png
+from multitrain.monitor.figures import COLOURS, figure, label, png
 from multitrain.text import printable
 
 if TYPE_CHECKING:
     from multitrain.evaluation.predictor import Predictor
 
-MAKER = "embed"
+MAKER = "embed, nearest"
 """Whose files an output may replace: see :mod:`multitrain.files`."""
 _NAMED = 24
 """Classes up to which a map shows their names."""
@@ -134,7 +134,7 @@ def map_of(found: Embeddings) -> bytes:
             here = places[names == group]
             colour = COLOURS[number % len(COLOURS)]
             mark = "osv^DPX*"[number // len(COLOURS) % 8]
-            axis.scatter(here[:, 0], here[:, 1], s=18, color=colour, marker=mark, alpha=0.75, label=group)
+            axis.scatter(here[:, 0], here[:, 1], s=18, color=colour, marker=mark, alpha=0.75, label=label(group))
         axis.set_title(f"{title}: principal components of {len(found.items)} videos' features", loc="left", size=10)
         if len(groups) <= _NAMED:
             axis.legend(fontsize=7, ncols=1 + len(groups) // 13)

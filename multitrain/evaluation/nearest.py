@@ -13,7 +13,7 @@ import numpy as np
 
 from multitrain.config import ConfigError, nearest
 from multitrain.model import MultiTrain
-from multitrain.monitor.figures import figure, png
+from multitrain.monitor.figures import figure, label, png
 
 SHOWN = 40
 """Classes of a side at most that a heat map shows."""
@@ -88,12 +88,12 @@ def heat_map(
         axis.set_xticks(range(columns), [_short(names[a][i]) for i in sources], rotation=60, ha="right", size=7)
         axis.set_yticks(range(len(targets)), [_short(names[b][j]) for j in targets], size=7)
         axis.grid(visible=False)
-        axis.set_title(f"{a} → {b}, standard deviations", loc="left", size=10)
+        axis.set_title(label(f"{a} → {b}, standard deviations"), loc="left", size=10)
     return png(drawn)
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 32 else name[:31] + "…"
+    return label(name if len(name) <= 32 else name[:31] + "…")
 
 
 __all__ = ["Match", "affinity", "heat_map", "matches"]

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from multitrain.data.decode import Backend, open_video
+from multitrain.data.decode import Backend, Video, open_video
 from multitrain.data.encode import write_video
 from multitrain.text import printable
-
-_TOGETHER = 16
-"""Frames decoded at once."""
 
 
 def write_overlay(
@@ -38,12 +35,27 @@ def write_overlay(
     label: np.ndarray | None = None
     with open_video(source, decoder) as video, write_video(Path(target), video.fps) as writer:
         times = video.times()
-        for start in range(0, video.frame_count, _TOGETHER):
-            numbers = range(start, min(start + _TOGETHER, video.frame_count))
-            for number, frame in zip(numbers, video.frames(numbers)):
-                label = caption(predictions, frame.shape[0], frame.shape[1]) if label is None else label
-                writer.add(_blend(frame, label), times[number])
+        for number, frame in _in_order(video):
+            label = caption(predictions, frame.shape[0], frame.shape[1]) if label is None else label
+            writer.add(_blend(frame, label), times[number])
+            del frame  # before the next one is decoded
         return video.frame_count
+
+
+def _in_order(video: Video) -> Iterator[tuple[int, np.ndarray]]:
+    """All frames by rising number, one in memory at a time; one that has to be tried twice is asked for by itself."""
+    done = 0
+    while done < video.frame_count:
+        for number, frame in video.each(range(done, video.frame_count)):
+            if number != done:
+                break
+            yield number, frame
+            del frame
+            done += 1
+        else:
+            continue
+        yield from video.each([done])
+        done += 1
 
 
 def caption(predictions: Mapping[str, Sequence[tuple[str, float]]], height: int, width: int) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 
 from multitrain.monitor.figures import COLOURS, FAINT, INK
 from multitrain.monitor.figures import figure as _figure
+from multitrain.monitor.figures import label as _label
 from multitrain.monitor.figures import png as _png
 
 if TYPE_CHECKING:
@@ -92,7 +93,13 @@ def film_strips(examples: Sequence[Example], heads: Sequence[str]) -> bytes:
             _bars(axes[row, column], example, head)
             if row == 0:
                 axes[row, column].annotate(
-                    head, (0, 1), (0, 13), xycoords="axes fraction", textcoords="offset points", weight="bold", size=10
+                    _label(head),
+                    (0, 1),
+                    (0, 13),
+                    xycoords="axes fraction",
+                    textcoords="offset points",
+                    weight="bold",
+                    size=10,
                 )
     return _png(figure)
 
@@ -117,7 +124,7 @@ def _matrix(axis: Axes, dataset: str, matrix: np.ndarray, names: Sequence[str]) 
     axis.grid(visible=False)
     if len(matrix) > NAMED:
         return
-    ticks = range(len(matrix))
+    ticks, names = range(len(matrix)), [_label(name) for name in names]
     axis.set_xticks(ticks, names, rotation=40, ha="right", rotation_mode="anchor", size=8)
     axis.set_yticks(ticks, names, size=8)
     for i in ticks:
@@ -136,7 +143,7 @@ def _validation(axis: Axes, history: History) -> None:
             for update, results in sorted(history.validations.items())
             if dataset in results
         ]
-        axis.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3.5, label=dataset)
+        axis.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3.5, label=_label(dataset))
         if dataset in history.chance:
             axis.axhline(history.chance[dataset], color=colour, linestyle=":", linewidth=1)
     axis.set_ylim(0, 102)
@@ -167,7 +174,7 @@ def _lines(axis: Axes, title: str, series: Mapping[str, Curve], first: str | Non
     colours = [first, *_cycle(len(drawn))] if first else _cycle(len(drawn))
     for colour, (label, (x, y)) in zip(colours, drawn.items(), strict=False):
         axis.plot(x, y, color=colour, alpha=0.22, linewidth=0.8)
-        axis.plot(x, _smooth(y), color=colour, linewidth=1.6, label=label)
+        axis.plot(x, _smooth(y), color=colour, linewidth=1.6, label=_label(label))
     if len(drawn) > 1:
         axis.legend()
     if not drawn:
@@ -199,7 +206,7 @@ def _bars(axis: Axes, example: Example, head: str) -> None:
 
 
 def _cut(label: str) -> str:
-    return label if len(label) <= LONGEST else label[: LONGEST - 1] + "…"
+    return _label(label if len(label) <= LONGEST else label[: LONGEST - 1] + "…")
 
 
 def _strip(frames: np.ndarray, count: int) -> np.ndarray:
@@ -256,7 +263,7 @@ def _mark_interruptions(axis: Axes, interruptions: Sequence[Mapping[str, Any]]) 
 
 
 def _title(axis: Axes, text: str, size: float = 10.5) -> None:
-    axis.set_title(text, loc="left", size=size, color=INK)
+    axis.set_title(_label(text), loc="left", size=size, color=INK)
 
 
 def _nothing(axis: Axes, text: str) -> None:

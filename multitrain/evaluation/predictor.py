@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Literal
 import torch
 
 from multitrain.config import ConfigError, DatasetConfig, ModelConfig, RunConfig, nearest
+from multitrain.config.class_names import read_class_names
 from multitrain.data.views import load_views, short_side
+from multitrain.interop.layout import layout
 from multitrain.interop.matching import Report
 from multitrain.interop.positions import resize_positions, resized
 from multitrain.interop.weights import Weights, read_model, read_names
@@ -156,6 +159,8 @@ def load(
         state = resize_positions(state, weights.config, config.frames, config.crop)
         run = run.model_copy(update={"model": config})
     names = weights.class_names | _given_names(class_names or {}, weights)
+    if weights.report.fresh:
+        _require_affordable(path, weights)
     with torch.device("meta"):
         model = Predictor(
             config,
@@ -170,6 +175,20 @@ def load(
         warnings.warn(f"{path}: {weights.report}: {', '.join(weights.report.fresh)}", stacklevel=2)
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True, strict=strict)
     return model.eval()
+
+
+MOST_FRESH = 1_000_000_000
+"""Numbers that the description of a file may ask for and the file not hold."""
+
+
+def _require_affordable(path: str | Path, weights: Weights) -> None:
+    """Raises ConfigError when the tensors that a file lacks would take more memory than any network of this kind."""
+    shapes = layout(weights.config, weights.datasets)
+    fresh = sum(math.prod(shapes[name]) for name in weights.report.fresh)
+    if fresh > MOST_FRESH:
+        raise ConfigError(
+            f"{path}: describes {fresh:,} numbers that it does not hold; write it again, or load it strictly"
+        )
 
 
 def _require_numbers(path: str | Path, dataset: str, probabilities: torch.Tensor) -> None:
@@ -189,9 +208,11 @@ def _given_names(given: Mapping[str, str | Path | Sequence[str]], weights: Weigh
             )
         classes = weights.datasets[name]
         if isinstance(source, (str, Path)):
-            names = read_names({"class_names": str(source)}, classes)
-            if names is None:
-                raise ConfigError(f"{source}: not a file of {classes} class names, one a line, which {name} has")
+            names = read_class_names(Path(source))
+            if len(names) != classes:
+                raise ConfigError(
+                    f"{source}: not a file of {classes} class names, which {name} has; it has {len(names)}"
+                )
         else:
             names = [str(n) for n in source]
             if len(names) != classes:

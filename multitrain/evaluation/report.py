@@ -18,6 +18,7 @@ import numpy as np
 from multitrain.config import ConfigError, RunConfig, dump, load, validate
 from multitrain.config.arguments import Parser
 from multitrain.config.boundary import writing_to
+from multitrain.config.paths import find_run
 from multitrain.config.reading import read_yaml
 from multitrain.evaluation import page, pictures
 from multitrain.evaluation.beside import beside
@@ -382,7 +383,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "multitrain report runs/first --out /tmp/first   somewhere else",
         "multitrain report runs/first --json             for scripts: the page and the figures",
     )
-    parser.add_argument("run", metavar="RUN", help="the run's folder")
+    parser.add_argument("run", metavar="RUN", help="the run's folder, or its name in runs")
     parser.add_argument("--evaluation", metavar="DIR", help="folder of a finished test (default: the run's newest)")
     parser.add_argument(
         "--out", metavar="DIR", help="folder to write to (default: RUN/report; of another user's run report/RUN here)"
@@ -392,7 +393,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args(arguments)
-    report = write_report(given.run, evaluation=given.evaluation, out=given.out, clips=given.clips)
+    report = write_report(find_run(given.run), evaluation=given.evaluation, out=given.out, clips=given.clips)
     if given.json:
         print(json.dumps({"page": str(report.page), "table": report.table, "notes": report.notes}, ensure_ascii=False))
         return 0

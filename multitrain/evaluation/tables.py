@@ -93,10 +93,16 @@ def require_own(folder: Path, keys: Sequence[str]) -> None:
             if others and not (inside / "shards").is_dir():
                 raise ConfigError(f"{inside / others[0]}: no evaluation wrote it; choose another --out")
             continue
-        with understood(f"{file}: no evaluation wrote it", "choose another --out"):
-            found = read_json(file)
-            if file.is_symlink() or not {"datasets", "weights"} & set(found):
-                raise ConfigError(f"{file}: no evaluation wrote it; choose another --out")
+        if not _is_own(file):
+            raise ConfigError(f"{file}: no evaluation wrote it; choose another --out")
+
+
+def _is_own(file: Path) -> bool:
+    """Whether an evaluation wrote a ``metrics.json``."""
+    try:
+        return not file.is_symlink() and bool({"datasets", "weights"} & set(read_json(file)))
+    except (ConfigError, TypeError):
+        return False
 
 
 def write_combined(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> None:

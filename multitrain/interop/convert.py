@@ -18,7 +18,7 @@ from multitrain.config.reading import parse_json
 from multitrain.files import replace_text, replacing
 from multitrain.interop import protocol, pyslowfast
 from multitrain.interop.optimizer_state import Grouping
-from multitrain.interop.places import MODEL_FILE, locate, sha256
+from multitrain.interop.places import MODEL_FILE, is_of_a_run, locate, sha256
 from multitrain.interop.positions import resize_positions, resized
 from multitrain.interop.training_state import KEY, TrainingState, describe, optimizer_file, read_training_state
 from multitrain.interop.weights import HEADER, Weights, read_model
@@ -114,7 +114,7 @@ def _check_target(source: Path, target: Path, force: bool) -> None:
         raise ConfigError(f"{target}: exists already; choose another name, or add --force to replace it")
     if target.is_dir() != (target.suffix not in (".pyth", ".safetensors")) and target.exists():
         raise ConfigError(f"{target}: is {'a folder' if target.is_dir() else 'a file'} already; choose another name")
-    if target.is_dir() and ((target / "checkpoints").exists() or target.name.startswith("update-")):
+    if target.is_dir() and is_of_a_run(target):
         raise ConfigError(f"{target}: is a run's folder, which is never written into; choose another name")
     if not target.absolute().parent.is_dir():
         raise ConfigError(f"{target}: there is no folder {target.parent}; create it first")

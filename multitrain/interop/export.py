@@ -16,7 +16,7 @@ from multitrain.config.reading import read_yaml
 from multitrain.files import replace_text
 from multitrain.interop.convert import describe_model, write_model
 from multitrain.interop.matching import listed
-from multitrain.interop.places import MODEL_FILE, locate, sha256
+from multitrain.interop.places import MODEL_FILE, is_of_a_run, locate, sha256
 from multitrain.interop.sharing import shareable, shareable_words
 from multitrain.interop.weights import Weights, read_model
 from multitrain.monitor.results import read_results
@@ -77,8 +77,7 @@ def _check_target(source: Path, target: Path, force: bool) -> None:
     with writing_to(target):
         if target.exists() and not target.is_dir():
             raise ConfigError(f"{target}: is a file; give a new folder")
-        run = any((target / name).exists() for name in ("checkpoints", "config.yaml", "events.jsonl", "state.json"))
-        if run or (source.exists() and target.exists() and target.samefile(source)):
+        if is_of_a_run(target) or (source.exists() and target.exists() and target.samefile(source)):
             raise ConfigError(
                 f"{target}: is a run's or a checkpoint's folder, which is never written into; give another"
             )
@@ -242,9 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "multitrain export runs/first first-model --evaluation runs/evaluation/first-kinetics",
         "multitrain export runs/first first-model --upload lab/first-model",
     )
-    parser.add_argument(
-        "source", metavar="MODEL", help="a run's or checkpoint's folder, a .pyth or a .safetensors file"
-    )
+    parser.add_model("a run's folder or its name in runs, a checkpoint's folder, a .pyth or a .safetensors file")
     parser.add_argument("target", metavar="FOLDER", help="new folder")
     parser.add_argument("--evaluation", metavar="DIR", help="folder of a finished test (default: the checkpoint's own)")
     parser.add_argument("--force", action="store_true", help="replace files that are there")
@@ -255,6 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.public and given.private:
         parser.error("--public and --private; give one of them")
+    given.source, _ = parser.model_and_words(given, [])
     done = export(given.source, given.target, evaluation=given.evaluation, force=given.force)
     address = upload(done.folder, given.upload, private=not given.public) if given.upload else None
     if given.json:

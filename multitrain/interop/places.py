@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 from multitrain.config import ConfigError
 from multitrain.config.boundary import understood
+from multitrain.config.paths import find_run
 from multitrain.config.reading import parse_json, read_text
 from multitrain.interop.matching import listed
 
@@ -19,13 +21,15 @@ def locate(path: Path) -> Path:
     Raises:
         ConfigError: there is none; the message says what was found and, for a damaged one, which is whole.
     """
+    path = find_run(path)
     if path.name == "latest" and path.is_file() and not path.is_dir():
         path = path.parent / read_text(path, 1 << 12).strip()
     if path.is_dir():
         return _in_folder(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise ConfigError(
-            f"{path}: no such file or folder; give a .pyth or .safetensors file, a run's folder or a checkpoint's folder"
+            f"{path}: no such file or folder, nor a run of that name; give a .pyth or .safetensors file, a run's folder or name, "
+            "or a checkpoint's folder"
         )
     if path.suffix != ".safetensors":
         raise ConfigError(
@@ -93,6 +97,12 @@ def _difference(folder: Path) -> str | None:
     return None
 
 
+def is_of_a_run(folder: Path) -> bool:
+    """Whether `folder` is a run's, its folder of checkpoints, or a checkpoint: nothing else is ever written there."""
+    marks = ("checkpoints", "events.jsonl", "state.json")
+    return any((folder / mark).exists() for mark in marks) or next(folder.glob("update-*"), None) is not None
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file."""
     digest = hashlib.sha256()
@@ -102,4 +112,4 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-__all__ = ["MODEL_FILE", "locate", "sha256"]
+__all__ = ["MODEL_FILE", "is_of_a_run", "locate", "sha256"]

@@ -185,7 +185,10 @@ def read_names(settings: Mapping[str, Any], classes: int) -> list[str] | None:
             except ConfigError:  # names are for display; numbers do as well
                 return None
             return names if len(names) == classes else None
-    return find_class_names(folder, classes)
+    try:
+        return find_class_names(folder, classes)
+    except (OSError, ValueError):  # another user's folder; a name that is none
+        return None
 
 
 def _is_file(path: Path) -> bool:

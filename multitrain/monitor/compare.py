@@ -9,6 +9,7 @@ from typing import Any
 
 from multitrain.config import ConfigError, RunConfig, load
 from multitrain.config.arguments import Arguments, Parser
+from multitrain.config.paths import find_run
 from multitrain.monitor.figures import table
 from multitrain.monitor.results import FILE, read_results
 from multitrain.monitor.status import status
@@ -96,9 +97,10 @@ def main(arguments: Arguments) -> int:
         "multitrain compare runs/first runs/second",
         "multitrain compare runs/lr-*",
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, or their names in runs")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args(list(arguments))
+    given.runs = [find_run(run) for run in given.runs]
     for run in given.runs:
         if not Path(run).is_dir():
             raise ConfigError(f"{run}: no such run folder; runs are under `runs` by name")

@@ -57,6 +57,11 @@ def png(drawn: Figure, dpi: int = 125) -> bytes:
     return buffer.getvalue()
 
 
+def label(text: str) -> str:
+    """Text of a stranger for a picture: printable, and never a formula (matplotlib typesets what stands between ``$``)."""
+    return printable(text).replace("$", r"\$")
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """Text in columns: the first `left` flush left, the others flush right. Cells may come from strangers."""
     cleaned = [[printable(cell) for cell in row] for row in [header, *rows]]
@@ -68,4 +73,4 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -
     return "\n".join(lines)
 
 
-__all__ = ["COLOURS", "FAINT", "INK", "figure", "png", "table"]
+__all__ = ["COLOURS", "FAINT", "INK", "figure", "label", "png", "table"]

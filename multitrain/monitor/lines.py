@@ -22,6 +22,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
+def _is_amount(value: Any) -> bool:
+    return _is_number(value) and value >= 0
+
+
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST
 
@@ -37,7 +41,7 @@ def _are_numbers(value: Any) -> bool:
 KINDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("update", "total_updates", "world_size", "redone", "restart"), _is_count),
     **dict.fromkeys(("loss", "loss_classification", "loss_projection", "loss_informative", "lr"), _is_number),
-    **dict.fromkeys(("grad_norm", "seconds", "clips_per_second", "data_wait_fraction", "max_memory_gb"), _is_number),
+    **dict.fromkeys(("grad_norm", "seconds", "clips_per_second", "data_wait_fraction", "max_memory_gb"), _is_amount),
     **dict.fromkeys(("event", "time", "host", "status", "reason", "dataset", "path"), _is_text),
     "job": lambda value: _is_text(value) or _is_count(value),
     "pid": lambda value: _is_count(value) and 0 < value < 1 << 31,

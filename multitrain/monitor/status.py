@@ -49,12 +49,12 @@ def status(run_dir: str | Path) -> dict[str, Any]:
         finished, failed, cancelled, empty, or unreadable: somebody's private run), ``update`` (completed),
         ``total_updates``, ``world_size``, ``loss``, ``lr``; over the last hundred updates ``clips_per_second``,
         ``seconds_per_update`` and ``data_wait_fraction`` (0–1); ``eta_seconds``, ``last_metric`` (ISO time, UTC),
-        ``silent_seconds`` (when a running run has not finished an update for suspiciously long),
-        ``validation`` {dataset: {measure: value}} and ``validation_update``,
-        ``checkpoint`` (completed updates of the newest one), ``checkpoint_age_seconds``, ``checkpoints``, ``job``,
-        ``job_state``, ``reason`` (the scheduler's), ``job_start``, ``nodes``, ``restarts`` and
-        ``interruptions`` (see :func:`multitrain.monitor.interruptions.interruptions`), ``skipped`` {dataset: bad
-        videos}, ``last_event``, ``last_error``. Unknown values are None.
+        ``silent_seconds`` (when a running run has not finished an update for suspiciously long), ``validation``
+        {dataset: {measure: value}} and ``validation_update``, ``checkpoint`` (completed updates of the newest one),
+        ``checkpoint_age_seconds``, ``checkpoints``, ``job``, ``job_state``, ``reason`` (the scheduler's),
+        ``job_start``, ``nodes``, ``restarts`` and ``interruptions`` (see
+        :func:`multitrain.monitor.interruptions.interruptions`), ``skipped`` {dataset: bad videos}, ``last_event``,
+        ``last_error``. Unknown values are None.
 
     Raises:
         FileNotFoundError: there is no such folder.

@@ -40,9 +40,31 @@ def test_bash_completes_verbs_flags_options_and_values(tmp_path: Path) -> None:
     assert completed(f"{name} ev", tmp_path) == ["evaluate"]
     assert {"--watch", "--json", "--runs"} <= set(completed(f"{name} status --", tmp_path))
     assert completed("multitrain data clip", tmp_path) == ["clip.mp4"]
+    assert completed(f"{name} data sh", tmp_path) == ["show"]
+    assert {"--config-dir", "--min-frames", "--write-clean"} <= set(completed(f"{name} data check --", tmp_path))
+    (tmp_path / "runs/first").mkdir(parents=True)
+    assert completed(f"{name} report fir", tmp_path) == ["first"]
+    (tmp_path / "runs/first$(touch hit)").mkdir()
+    assert completed(f"{name} report fir", tmp_path) == ["first"]
+    assert not (tmp_path / "hit").exists()
     assert completed("launch/submit.py cluster.parti", tmp_path) == ["cluster.partition="]
     assert completed("launch/submit.py experiment=k400_mit", tmp_path) == ["k400_mit_ssv2", "k400_mit_ssv2_reference"]
     assert completed("launch/submit.py precision=f", tmp_path) == ["fp16", "fp32"]
+
+
+def test_bash_completes_the_script_behind_python(tmp_path: Path, root: Path) -> None:
+    submit = f"{sys.executable} {root}/launch/submit.py"
+    assert completed(f"{submit} dry_", tmp_path) == ["dry_run="]
+    assert {"--cfg", "--config-dir"} <= set(completed(f"{submit} --c", tmp_path))
+    assert completed("python launch/submit.py nodes=2 precision=f", tmp_path) == ["fp16", "fp32"]
+
+
+def test_groups_of_the_users_own_are_offered(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/mine.yaml").touch()
+    (tmp_path / "data/a $(b).yaml").touch()
+    assert "data=mine" in values([str(tmp_path)])
+    assert "$(b)" not in script("bash", [str(tmp_path)])
 
 
 def test_every_value_that_is_offered_is_accepted() -> None:

@@ -75,6 +75,15 @@ def test_the_reference_run_solves_to_the_published_shape() -> None:
         ("data.proportions=weights", "has no 'weight'"),
         ("data.mixture=concat data.proportions=temperature", "mixture=concat takes proportions=size only"),
         ("cluster=local nodes=2", "use nodes=1, or cluster=slurm"),
+        ("cluster=hosts nodes=2", "needs cluster.rendezvous=ADDRESS:PORT"),
+        (
+            "cluster=hosts nodes=2 cluster.rendezvous=10.0.0.1:2",
+            "needs cluster.node, the number of this machine: 0 to 1",
+        ),
+        ("cluster=hosts nodes=2 cluster.rendezvous=10.0.0.1:2 cluster.node=2", "they count from 0 to 1"),
+        ("cluster=hosts nodes=2 cluster.rendezvous=10.0.0.1 cluster.node=0", "is no address:port"),
+        ("cluster=hosts nodes=2 cluster.hosts=[a]", "names 1 machines and nodes=2"),
+        ("cluster=hosts nodes=1 cluster.hosts=[-oProxyCommand=x]", "is no name of a machine"),
     ],
 )
 def test_a_mistake_is_refused_in_one_line_that_says_what_would_work(override: str, said: str) -> None:

@@ -135,6 +135,10 @@ def test_a_word_means_what_it_says(word: str, option: str, means: object) -> Non
         ("data.root=${a b}", "begins the name of another option"),
         ("data.root=${oc.env:NO_X}", "data.root: the environment variable NO_X is not set; export NO_X=…, or give data.root=…"),
         ("hydra.x=1", "hydra.x: Hydra has no such option"),
+        ("hydra.run.dir=]", "hydra.run.dir=]: cannot be read; write hydra.run.dir='…'"),
+        ("hydra/launcher=range(1,3)", "hydra/launcher=range(1,3): cannot be read"),
+        ("~model=(", "~model=(: cannot be read; write ~model"),
+        ("~a/b;=", "~a/b;=: cannot be read"),
         ("name=x\x1b[31m", "cannot be a folder name"),
     ],
 )  # fmt: skip

@@ -58,7 +58,8 @@ def clip_of_pictures(frames: int = 3, height: int = 96, width: int = 130) -> np.
 
 def fast(frames: np.ndarray, operations: list[Operation], crop: Box | None = None) -> np.ndarray:
     whole = Box(0, 0, *frames.shape[1:3])
-    return np.stack(list(randaugment_opencv.crops(frames, operations, crop or whole)))
+    cropper = randaugment_opencv.Cropper(*frames.shape[1:3], operations, crop or whole)
+    return np.stack([cropper(frame) for frame in frames])
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -73,8 +74,9 @@ def both_clips(frames: np.ndarray, number: int, name: str | None = None) -> tupl
         magnitude = Draws("magnitude", number).normal(7.0, 0.5)
         one = operation(name, magnitude, 1.0 if number % 2 else -1.0, increasing=True)
         drawn = drawn._replace(operations=[one])
-    fast_, exact = augment._with_opencv(frames, drawn, 224), augment._with_pil(frames, drawn, 224)
-    return np.stack(list(fast_)), np.stack(list(exact))
+    change = {backend: augment.changer(*frames.shape[1:3], drawn, backend) for backend in ("opencv", "pil")}
+    fast_, exact = (np.stack([augment.resized(c(f), 224, b) for f in frames]) for b, c in change.items())
+    return fast_, exact
 
 
 def assert_close(fast_clips: Sequence[np.ndarray], exact_clips: Sequence[np.ndarray]) -> None:

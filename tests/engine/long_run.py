@@ -1,10 +1,11 @@
-"""A rank process for test_memory: a whole run whose memory is looked at after every update; rank 0 stores what was seen."""
+"""A rank process for test_memory: a whole run; rank 0 stores its memory and its number of threads after every update."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 
 from multitrain.config import load
@@ -25,14 +26,14 @@ def main(run: Path) -> None:
     world = join(config.world_size, 60, 1)
     trainer = build(config, run, world, Interruption(run, world.agree, watches_files=False))
     trainer.resume()
-    seen: list[float] = []
+    seen: list[tuple[float, int]] = []
     validate_if_due = Trainer._validate_if_due
 
     def watched() -> None:
         validate_if_due(trainer)
         if trainer.recorder._drawing:
             trainer.recorder._drawing.join()  # so that every validation is drawn, however busy the machine is
-        seen.append(resident())
+        seen.append((resident(), threading.active_count()))
 
     trainer._validate_if_due = watched  # type: ignore[method-assign]
     trainer.train()

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 import multitrain
 from multitrain.cli import main
 from multitrain.config import ConfigError
+from multitrain.interop import nested
 from multitrain.interop.convert import convert
 from multitrain.interop.layout import layout
 from multitrain.interop.start import initialise_from
@@ -224,11 +225,14 @@ def test_archives_that_cannot_be_used_are_refused_in_one_line(
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_what_lies_beside_the_weights_and_cannot_be_kept_is_named(good: Path, tmp_path: Path) -> None:
+def test_what_lies_beside_the_weights_and_cannot_be_kept_is_named(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     doubling: list[Any] = []
     for _ in range(60):
         doubling = [doubling, doubling]
-    for extra in (doubling, {("a", 1): 2}, [[[]]] * 600_000):
+    monkeypatch.setattr(nested, "MOST", 2000)
+    for extra in (doubling, {("a", 1): 2}, [[[]]] * 2000):
         torch.save(torch.load(good, weights_only=True) | {"more": extra}, tmp_path / "a.pyth")
         with pytest.raises(ConfigError, match="--weights-only"):
             convert(tmp_path / "a.pyth", tmp_path / "b.safetensors")
@@ -279,6 +283,20 @@ def test_safetensors_that_cannot_be_used_are_refused_in_one_line(
         assert status == 2, what
         assert said.count("\n") == 1, (what, said)
         assert str(path) in said, (what, said)
+
+
+def test_what_a_file_lacks_is_not_made_up_without_bounds(tmp_path: Path) -> None:
+    description = {"model": SMALL.model_dump(mode="json"), "datasets": {"a": 10**15, "b": 10**15}}
+    state = {n: t for n, t in weights(SMALL, NAMES).items() if not n.startswith(("heads", "projections"))}
+    save_file(state, tmp_path / "a.safetensors", {HEADER: json.dumps(description)})
+    with pytest.raises(ConfigError, match="numbers that it does not hold"):
+        multitrain.load(tmp_path / "a.safetensors", strict=False)
+
+
+def test_clips_that_no_computer_holds_are_refused(good: Path, tmp_path: Path) -> None:
+    for size in ({"crop": 10**7}, {"frames": 10**7}):
+        with pytest.raises(ConfigError, match="cannot be"):
+            convert(good, tmp_path / "a.pyth", **size)
 
 
 @pytest.mark.parametrize(

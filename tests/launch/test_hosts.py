@@ -28,8 +28,26 @@ from multitrain.config import load
 run = Path(sys.argv[1])
 config = load(run)
 node = {"node": int(sys.argv[2])} if len(sys.argv) > 2 else {}
+if (run / "rank.py").exists():  # in the place of training
+    hosts.training = lambda run: (str(run / "rank.py"), str(run))
 sys.exit(hosts.run(run, config.model_copy(update={"cluster": config.cluster.model_copy(update=node)})))
 """
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+from multitrain.monitor.slurm import STOP_SIGNALS, unblock_stop_signals
+run, rank = Path(sys.argv[1]), os.environ["RANK"]
+for number in STOP_SIGNALS:
+    signal.signal(number, lambda *_: (run / "stop").touch())  # as ranks do by an agreement
+unblock_stop_signals()
+with open(run / f"started{rank}", "a") as file:
+    file.write(os.environ["MULTITRAIN_START"] + " at " + os.environ["GLOO_SOCKET_IFNAME"] + chr(10))
+print("rank", rank, "runs", flush=True)
+while not (run / "done").exists() and not (run / "stop").exists():
+    time.sleep(0.05)
+os._exit(0 if (run / "done").exists() else 75)  # as ranks end: at the end of Python, handlers of signals are gone
+"""
+"""A rank that waits for a file, or a stop."""
 UPDATES = 8
 
 pytestmark = pytest.mark.timeout(1200)  # starts of training, one after the other, beside other work
@@ -140,42 +158,63 @@ def machines(root: Path) -> Iterator[Machines]:
                 ip("netns", "del", name)
 
 
+def started(run: Path, rank: int) -> list[str]:
+    file = run / f"started{rank}"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def ended(processes: list[subprocess.Popen[str]], status: int) -> list[tuple[str, str]]:
+    said = [process.communicate(timeout=500) for process in processes]
+    assert [p.returncode for p in processes] == [status] * len(processes), said
+    return said
+
+
+@pytest.fixture
+def waiting(root: Path, tmp_path: Path, tiny_data: Path) -> Path:
+    """A run whose ranks only wait."""
+    run = run_of(root, tmp_path, tiny_data, rendezvous="10.77.0.1:23456", node=0)
+    (run / "rank.py").write_text(RANK)
+    return run
+
+
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_machine_that_was_killed_joins_again_and_the_weights_are_the_same_bits(
-    machines: Machines, root: Path, tmp_path: Path, tiny_data: Path, reference: Path, lost: int
+def test_a_machine_that_was_killed_joins_again(machines: Machines, waiting: Path, lost: int) -> None:
+    processes = [machines.start(waiting, node) for node in (0, 1)]
+    until(lambda: all(len(started(waiting, rank)) == 1 for rank in (0, 1)), processes, waiting)
+    machines.kill(lost)
+    processes[lost].wait(20)
+    processes[lost] = machines.start(waiting, lost)
+    until(lambda: all(len(started(waiting, rank)) == 2 for rank in (0, 1)), processes, waiting)
+    assert started(waiting, 0) == started(waiting, 1), (
+        "one name of the start on both machines, and the cable's interface"
+    )
+    assert all(line.endswith(" at cable") for line in started(waiting, 0))
+    (waiting / "done").touch()
+    said = ended(processes, 0)
+    assert said[1 - lost][1].count("waiting for all of them") == 2
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_on_either_machine_ends_both(
+    machines: Machines, waiting: Path, stopped: int, number: signal.Signals
+) -> None:
+    processes = [machines.start(waiting, node) for node in (0, 1)]
+    until(lambda: all(started(waiting, rank) for rank in (0, 1)), processes, waiting)
+    processes[stopped].send_signal(number)
+    ended(processes, 75)
+
+
+def test_the_weights_are_the_same_bits_when_a_machine_was_killed(
+    machines: Machines, root: Path, tmp_path: Path, tiny_data: Path, reference: Path
 ) -> None:
     run = run_of(root, tmp_path, tiny_data, rendezvous="10.77.0.1:23456", node=0)
     processes = [machines.start(run, node) for node in (0, 1)]
     until(lambda: len(metrics(run)) >= 3, processes, run)
-    machines.kill(lost)
-    processes[lost].wait(20)
-    stayed = processes[1 - lost]
-    time.sleep(1.0)
-    assert stayed.poll() is None
-    processes[lost] = machines.start(run, lost)
-    said = [process.communicate(timeout=500) for process in processes]
-    assert [p.returncode for p in processes] == [0, 0], said
-    assert "waiting for all of them" in said[1 - lost][1]
-    assert_same_bits(run, reference)
-
-
-@pytest.mark.parametrize("stopped", [0, 1])
-def test_a_stop_on_either_machine_saves_and_ends_both(
-    machines: Machines, root: Path, tmp_path: Path, tiny_data: Path, reference: Path, stopped: int
-) -> None:
-    run = run_of(root, tmp_path, tiny_data, rendezvous="10.77.0.1:23456", node=0)
-    processes = [machines.start(run, 1 - stopped)]
-    time.sleep(2.0)
-    processes.insert(0 if stopped == 0 else 1, machines.start(run, stopped))
-    until(lambda: len(metrics(run)) >= 2, processes, run)
-    processes[stopped].send_signal(signal.SIGINT)
-    said = [process.communicate(timeout=300) for process in processes]
-    assert [p.returncode for p in processes] == [75, 75], said
-    assert ck.newest_verified(run / "checkpoints")[0] is not None
-    assert len(metrics(run)) < UPDATES
-    processes = [machines.start(run, node) for node in (0, 1)]
-    said = [process.communicate(timeout=500) for process in processes]
-    assert [p.returncode for p in processes] == [0, 0], said
+    machines.kill(1)
+    processes[1].wait(20)
+    processes[1] = machines.start(run, 1)
+    ended(processes, 0)
     assert_same_bits(run, reference)
 
 
@@ -237,23 +276,28 @@ def terminal(root: Path, ssh: Path, run: Path) -> subprocess.Popen[str]:
 
 
 def test_one_terminal_starts_all_machines_shows_both_and_ends_both(
-    ssh: Path, root: Path, tmp_path: Path, tiny_data: Path, reference: Path
+    ssh: Path, root: Path, tmp_path: Path, tiny_data: Path
 ) -> None:
     hosts = ["127.0.0.1", "localhost"]
     run = run_of(root, tmp_path, tiny_data, hosts=hosts, rendezvous=f"127.0.0.1:{free_port()}")
-    process = terminal(root, ssh, run)
-    until(lambda: len(metrics(run)) >= 2, [process], run)
-    process.send_signal(signal.SIGINT)
-    out, errors = process.communicate(timeout=300)
-    assert process.returncode == 75, out + errors
-    for host in hosts:
-        assert f"[{host}] machine" in out
-    assert ck.newest_verified(run / "checkpoints")[0] is not None
-    process = terminal(root, ssh, run)
-    out, errors = process.communicate(timeout=500)
-    assert process.returncode == 0, out + errors
-    assert "[127.0.0.1] " in out
-    assert_same_bits(run, reference)
+    (run / "code" / "sitecustomize.py").write_text(
+        "from launch import rank\nrank.training = lambda run: (str(run / 'rank.py'), str(run))\n"
+    )
+    (run / "rank.py").write_text(RANK)
+    for status, act in ((75, None), (0, run / "done")):
+        (run / "stop").unlink(missing_ok=True)
+        before = len(started(run, 1))
+        process = terminal(root, ssh, run)
+        until(lambda: all(len(started(run, rank)) > before for rank in (0, 1)), [process], run)  # noqa: B023
+        if act is None:
+            process.send_signal(signal.SIGINT)
+        else:
+            act.touch()
+        out, errors = process.communicate(timeout=300)
+        assert process.returncode == status, out + errors
+        for rank, host in enumerate(hosts):
+            assert f"[{host}] machine {rank} of 2" in out
+            assert f"[{host}] rank {rank} runs" in out
 
 
 def test_a_machine_that_does_not_see_the_run_is_named(ssh: Path, root: Path, tmp_path: Path, tiny_data: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from launch import channel, node, verdict
+from launch import assess, channel, node
 from multitrain.monitor.exits import Exit
 from multitrain.monitor.slurm import block_stop_signals, free_port
 
@@ -33,8 +33,8 @@ def cluster(**changes: Any) -> list[dict[str, Any]]:
 
 
 def test_nothing_is_said_of_a_healthy_cluster() -> None:
-    assert verdict.judge(cluster(), gpus=2, cpus=8) == []
-    assert verdict.advice([], cluster()) is None
+    assert assess.judge(cluster(), gpus=2, cpus=8) == []
+    assert assess.advice([], cluster()) is None
 
 
 @pytest.mark.parametrize(
@@ -51,10 +51,10 @@ def test_nothing_is_said_of_a_healthy_cluster() -> None:
     ],
 )
 def test_the_bad_node_is_named_and_its_exclusion_advised(changes: dict[str, Any], said: str) -> None:
-    findings = verdict.judge(cluster(**changes), gpus=2, cpus=8)
+    findings = assess.judge(cluster(**changes), gpus=2, cpus=8)
     assert any(said in f.text for f in findings), findings
     assert {f.node for f in findings} == {"node3"}
-    assert verdict.advice(findings, cluster(**changes)) == "node3"
+    assert assess.advice(findings, cluster(**changes)) == "node3"
 
 
 @pytest.mark.parametrize(
@@ -72,28 +72,28 @@ def test_the_bad_node_is_named_and_its_exclusion_advised(changes: dict[str, Any]
 )
 def test_what_only_slows_a_run_is_a_warning(changes: dict[str, Any], said: str) -> None:
     rows = [r | {"link_GB_s": 10.0} | (changes if r["node"] == "node3" else {}) for r in cluster()]
-    findings = verdict.judge(rows, gpus=2, cpus=8)
+    findings = assess.judge(rows, gpus=2, cpus=8)
     assert findings
     assert all(said in f.text and f.node == "node3" and not f.fatal for f in findings), findings
-    assert verdict.advice(findings, rows) is None
+    assert assess.advice(findings, rows) is None
 
 
 def test_two_ranks_on_one_gpu_are_found() -> None:
     rows = cluster()
     rows[3]["gpu"] = rows[2]["gpu"]
-    assert [f.text for f in verdict.judge(rows)] == ["ranks 2 and 3 share GPU 0 (abc2) of node2; use one task a GPU"]
+    assert [f.text for f in assess.judge(rows)] == ["ranks 2 and 3 share GPU 0 (abc2) of node2; use one task a GPU"]
 
 
 def test_silent_ranks_are_named_with_their_node() -> None:
     rows = [r for r in cluster() if r["node"] != "node3"]
-    (finding,) = verdict.absent(8, rows, {4: "node3", 5: "node3"}, 10)
+    (finding,) = assess.absent(8, rows, {4: "node3", 5: "node3"}, 10)
     assert finding.text.startswith("no word within 10 s from ranks 4-5 on node3")
-    assert verdict.advice([finding], rows) == "node3"
+    assert assess.advice([finding], rows) == "node3"
 
 
 def test_no_advice_to_leave_out_every_node() -> None:
     rows = [row(0, "node1", problems=["x"])]
-    assert verdict.advice(verdict.judge(rows), rows) is None
+    assert assess.advice(assess.judge(rows), rows) is None
 
 
 # ------------------------------------------------------------------------------------------------- real processes

@@ -20,6 +20,10 @@ def test_points_are_all_combinations_in_order() -> None:
     ]
 
 
+def test_a_path_with_signs_of_the_grammar_is_one_value_of_a_sweep() -> None:
+    assert points(["data.root=~/data (1)", "seed=1,2"]) == [["data.root=~/data (1)", f"seed={n}"] for n in (1, 2)]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -156,7 +156,9 @@ def test_without_a_scheduler_restarts_are_counted_from_the_events(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     for expected in range(3):
+        events.Events(tmp_path / "e", restart=expected).write("begin")
         book = events.Events(tmp_path / "e")
         assert book.restart == expected
         book.write("resume" if expected else "start")

@@ -2,7 +2,8 @@
 
 Two backends on the same footing. `pyav` builds a table of the file's packets first (presentation times, key pictures, what
 an edit list hides), so that a frame's number is its place in presentation order, and decodes only what the wanted frames
-need. `decord` is what the published code used: a file with an edit list gives wrong frames, AV1 gives none.
+need. `decord` is what the published code used: a file with an edit list and an MPEG-4 AVI give wrong frames, AV1 gives
+none; a recording that begins inside a group of pictures is read by `pyav` all the same.
 
 `read_whole` decodes all of a file and says what is in it or wrong with it. Whatever a library raises about a file comes out
 as one `VideoError`.
@@ -38,7 +39,12 @@ def open_video(path: Path | str, backend: Backend = "pyav", timeout: float | Non
     path = Path(path)
     check_file(path)
     deadline = math.inf if timeout is None else time.monotonic() + timeout
-    return DecordVideo(path, deadline) if backend == "decord" else PyAVVideo(path, deadline)
+    if backend == "decord":
+        video = DecordVideo(path, deadline)
+        if not video.begins_inside:
+            return video
+        video.close()
+    return PyAVVideo(path, deadline)
 
 
 def prepare(backend: Backend) -> None:

@@ -60,8 +60,7 @@ def open_container(path: Path) -> tuple[av.container.InputContainer, av.VideoStr
     """
     import av
 
-    # A prefix and a whole path, so that nothing in the name is taken for a protocol, an option or a pattern.
-    name = f"file:{os.path.abspath(path)}"
+    name = local_name(path)
     options = {"protocol_whitelist": "file", "format_whitelist": _KNOWN, "max_pixels": str(MAX_PIXELS)}
     try:
         container = av.open(name, options=options, metadata_errors="replace")
@@ -80,6 +79,12 @@ def open_container(path: Path) -> tuple[av.container.InputContainer, av.VideoStr
         container.close()
         raise
     return container, stream
+
+
+def local_name(path: Path) -> str:
+    """A file's name for libavformat: whole and with a prefix, so that nothing in it is taken for a protocol, an option or a
+    pattern."""
+    return f"file:{os.path.abspath(path)}"
 
 
 def _video_stream(path: Path, container: av.container.InputContainer) -> av.VideoStream:
@@ -148,4 +153,4 @@ def _reason(error: BaseException) -> str:
     return f"{text} ({log[2].strip()})" if log else str(text).splitlines()[-1]
 
 
-__all__ = ["MAX_PIXELS", "VIDEO_FORMATS", "as_video_error", "check_size", "has_flag", "open_container"]
+__all__ = ["MAX_PIXELS", "VIDEO_FORMATS", "as_video_error", "check_size", "has_flag", "local_name", "open_container"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,38 +10,78 @@ from typing import Any
 import numpy as np
 
 from multitrain.config import ConfigError
+from multitrain.data.decode.container import local_name, open_container
+from multitrain.data.decode.rate import average_rate
 from multitrain.data.decode.video import Video, VideoError, check_time, may_pass
 
 _TOGETHER = 16
-"""Frames asked for in one call: enough to cost nothing more, few enough for any size of frame."""
+"""Frames asked for in one call: enough to cost nothing more."""
+_BYTES = 32 << 20
+"""Of the frames asked for in one call, unless one has more."""
 
 
 class DecordVideo(Video):
-    """An open video; `deadline` is a time of the monotonic clock."""
+    """An open video; `deadline` is a time of the monotonic clock.
+
+    What is a video at all, and its average rate, is decided as for every backend: by the container, which libavformat opens
+    first.
+
+    Attributes:
+        begins_inside: whether there are pictures before the first key picture: decord numbers frames wrongly then.
+    """
 
     def __init__(self, path: Path, deadline: float) -> None:
         decord = _library()
-        self.path, self._deadline = path, deadline
-        try:
-            self._reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
-            self.frame_count, self.fps = len(self._reader), float(self._reader.get_avg_fps())
-        except Exception as error:
-            raise VideoError(path, _reason(error, self.path), transient=may_pass(error)) from error
-        if self.frame_count < 1 or not 0 < self.fps < math.inf:
-            raise VideoError(path, f"{self.frame_count} frames at {self.fps} frames a second")
+        self.path, self._deadline, self._handle = path, deadline, -1
+        container, stream = open_container(path)
+        with container:
+            size = stream.codec_context.width * stream.codec_context.height * 3
+            self._together = max(1, min(_TOGETHER, _BYTES // max(size, 1)))
+            try:
+                self._reader = decord.VideoReader(self._name(), ctx=decord.cpu(0), num_threads=1)
+                self.frame_count, keys = len(self._reader), self._reader.get_key_indices()
+                self.begins_inside = len(keys) > 0 and keys[0] > 0
+                self.fps = average_rate(container, stream, self.frame_count, self._seconds())
+            except Exception as error:
+                self.close()
+                reason = f"decord cannot read it ({_reason(error, path)}); data.decoder=pyav may"
+                raise VideoError(path, reason, transient=may_pass(error)) from error
+        if self.frame_count < 1:
+            self.close()
+            raise VideoError(path, f"{self.frame_count} frames")
 
     def close(self) -> None:
         self._reader = None
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+    def _name(self) -> str:
+        """The file's name; decord knows UTF-8 only, so that of another file goes by its descriptor."""
+        name = local_name(self.path)
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            self._handle = os.open(self.path, os.O_RDONLY)
+            return f"/proc/self/fd/{self._handle}"
+        return name
+
+    def _seconds(self) -> np.ndarray | None:
+        """Seconds of each frame from the first; None where decord has none that rise."""
+        starts = self._reader.get_frame_timestamp(range(self.frame_count))[:, 0].astype(np.float64)
+        seconds: np.ndarray = starts - starts[0]
+        return seconds if np.isfinite(seconds).all() and (np.diff(seconds) > 0).all() else None
 
     def _each(self, numbers: list[int]) -> Iterator[tuple[int, np.ndarray]]:
-        for start in range(0, len(numbers), _TOGETHER):
-            some = numbers[start : start + _TOGETHER]
+        for start in range(0, len(numbers), self._together):
+            some = numbers[start : start + self._together]
             check_time(self.path, self._deadline)
             try:
                 frames = self._reader.get_batch(some).asnumpy()
             except Exception as error:
                 raise VideoError(self.path, _reason(error, self.path), transient=may_pass(error)) from error
             yield from zip(some, np.asarray(frames, dtype=np.uint8))
+            del frames
 
 
 def _library() -> Any:
@@ -61,7 +101,7 @@ def _reason(error: Exception, path: Path) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     text = text.split("Check failed: ")[-1] if "Check failed" in text else text.split("] ", 1)[-1]
-    return text.replace(str(path), "the file").rstrip(".")
+    return text.replace(f"file:{path.absolute()}", "the file").replace(str(path), "the file").rstrip(".")
 
 
 __all__ = ["DecordVideo"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ HELD_BYTES = 64 << 20
 """Compressed bytes kept in memory; a longer file is read again for each pass over its frames."""
 MAX_FRAMES = 1 << 22
 """Frames of the longest video, 38 hours at 30 a second."""
+_LARGE = 1 << 22
+"""Pixels of a frame that is worth looking for in memory."""
 _OVERHEAD = 512
 """Bytes that a packet takes beside its content."""
 
@@ -64,7 +67,7 @@ class PyAVVideo(Video):
         """All frames as the decoder gives them, none converted. Raises what the decoder raises."""
         self.stream.codec_context.flush_buffers()
         for _, packet in self._range(self._table.first, self.packet_count - 1):
-            yield from self._decode(packet)
+            yield from _taken(self._decode(packet))
 
     def times(self) -> list[float]:
         return super().times() if self._seconds is None else self._seconds.tolist()
@@ -85,7 +88,7 @@ class PyAVVideo(Video):
 
     def _list(self) -> Packets:
         """All packets of the file; they are kept as well where they are not too large."""
-        packets, held, codec = Packets(), 0, self.stream.codec_context.name
+        packets, held, cut_off, codec = Packets(), 0, False, self.stream.codec_context.name
         for packet in self._demuxed():
             if self._packets is not None:
                 self._packets.append(packet)
@@ -96,6 +99,9 @@ class PyAVVideo(Video):
             packets.add(packet.pts, packet.dts, not hidden, packet.is_keyframe)
             if len(packets) > MAX_FRAMES:
                 raise VideoError(self.path, f"more than {MAX_FRAMES} frames; cut it into shorter videos")
+            cut_off = packet.is_corrupt
+        if cut_off:  # within the last packet; elsewhere, as in ffmpeg, the decoder says what is damaged
+            packets.hide_last()
         if not len(packets.shown):
             raise VideoError(self.path, "no frame in it")
         return packets
@@ -166,11 +172,13 @@ class PyAVVideo(Video):
         for number, image in self._decoded(numbers, self._table.runs(numbers), convert, skip=True):
             missing.discard(number)
             yield number, image
+            del image
         if missing:  # e.g. a key picture that cannot be started from: decode everything from the top
             top = [(self._table.first, max(int(self._table.packet[n]) for n in missing))]
             for number, image in self._decoded(sorted(missing), top, convert, skip=False):
                 missing.discard(number)
                 yield number, image
+                del image
         if missing:
             raise VideoError(self.path, f"frame {min(missing)} of {self.frame_count} cannot be decoded")
 
@@ -187,10 +195,13 @@ class PyAVVideo(Video):
                 for number, packet in self._range(first, last):
                     if skip:
                         self.stream.codec_context.skip_frame = "DEFAULT" if number in needed else "NONREF"
-                    for frame in self._decode(packet):
+                    for frame in _taken(self._decode(packet)):
                         n = by_pts.get(frame.pts) if frame.pts is not None else None
-                        if n is not None:
-                            yield n, convert(frame, n)
+                        image = None if n is None else convert(frame, n)
+                        del frame
+                        if n is not None and image is not None:
+                            yield n, image
+                        del image
         finally:
             self.stream.codec_context.skip_frame = "DEFAULT"
 
@@ -199,11 +210,12 @@ class PyAVVideo(Video):
         missing, count, final = set(numbers), 0, None
         self.stream.codec_context.flush_buffers()
         for _, packet in self._range(self._table.first, int(self._table.packet[-1])):
-            for frame in self._decode(packet):
-                if count in missing:
-                    missing.discard(count)
-                    yield count, convert(frame, count)
+            for frame in _taken(self._decode(packet)):
                 final, count = frame, count + 1
+                del frame
+                if count - 1 in missing:
+                    missing.discard(count - 1)
+                    yield count - 1, convert(final, count - 1)
             if not missing:
                 return
         if final is None:
@@ -244,6 +256,7 @@ class Converter:
         self._reformatter = VideoReformatter()  # one for all frames: setting it up costs as much as a frame
         self._size: tuple[int, int] | None = None
         self._matrix: tuple[int, int, int, int] | None = None
+        self._hanging = False
 
     def __call__(self, frame: av.VideoFrame, number: int) -> np.ndarray:
         """uint8 [H, W, 3]; the memory is the frame's own."""
@@ -251,12 +264,22 @@ class Converter:
             raise VideoError(self._path, f"frame {number} of {self._count} is damaged")
         if self._size is None:  # side data and its frame hold each other: asked of every frame, frames would pile up
             self._size, self._matrix = (frame.width, frame.height), _display_matrix(frame)
+            self._hanging = frame.width * frame.height > _LARGE
+        elif self._hanging:
+            gc.collect()  # the first one, which nobody else holds by now
+            self._hanging = False
         width, height = self._size
         check_size(self._path, width, height)
         rgb = self._reformatter.reformat(frame, width, height, "rgb24", interpolation="BICUBIC", threads=1)
         plane = rgb.planes[0]
         pixels = np.ndarray((height, width, 3), np.uint8, memoryview(plane), strides=(plane.line_size, 3, 1))
         return _upright(pixels, self._matrix)
+
+
+def _taken(frames: list[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+    """Frames out of a list; none is kept alive but by who takes it, for one of 8K has 50 MB."""
+    while frames:
+        yield frames.pop(0)
 
 
 def upright_size(frame: av.VideoFrame) -> tuple[int, int]:

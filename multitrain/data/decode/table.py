@@ -27,6 +27,10 @@ class Packets:
         self._shown.append(shown)
         self._key.append(key)
 
+    def hide_last(self) -> None:
+        """The picture of the last packet is not shown after all."""
+        self._shown[-1] = False
+
     def __len__(self) -> int:
         return len(self._key)
 

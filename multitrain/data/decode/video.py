@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import time
@@ -12,6 +13,8 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+
+_LASTING = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 
 class VideoError(Exception):
@@ -25,10 +28,16 @@ class VideoError(Exception):
 
     def __init__(self, path: Path | str, reason: str, *, transient: bool = False) -> None:
         self.path, self.reason, self.transient = Path(path), " ".join(reason.split()), transient
-        super().__init__(f"{path}: {self.reason}")
+        super().__init__(f"{printable(path)}: {self.reason}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _video_error, (str(self.path), self.reason, self.transient)
+
+
+def printable(path: Path | str) -> str:
+    """A file's name as one line of text that any terminal and log takes: other bytes and controls as escapes."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _video_error(path: str, reason: str, transient: bool) -> VideoError:
@@ -111,6 +120,8 @@ def check_file(path: Path) -> None:
     """Raises VideoError for what is no file with something in it: libraries say less about that, or wait."""
     try:
         found = os.stat(path)
+    except ValueError as error:
+        raise VideoError(path, "no name of a file (a NUL in it)") from error
     except OSError as error:
         raise VideoError(path, error.strerror or str(error), transient=may_pass(error)) from error
     if not stat.S_ISREG(found.st_mode):
@@ -122,7 +133,7 @@ def check_file(path: Path) -> None:
 def may_pass(error: BaseException) -> bool:
     """Whether the operating system failed in a way that another try may not meet (EIO, ESTALE, ETIMEDOUT …)."""
     lasting = (FileNotFoundError, NotADirectoryError, PermissionError, IsADirectoryError)
-    return isinstance(error, OSError) and not isinstance(error, lasting)
+    return isinstance(error, OSError) and not isinstance(error, lasting) and error.errno not in _LASTING
 
 
 def check_time(path: Path, deadline: float) -> None:

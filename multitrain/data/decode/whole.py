@@ -67,6 +67,7 @@ def _decode_all(video: PyAVVideo) -> tuple[int, int, int]:
             if not decoded:
                 height, width = upright_size(frame)
             decoded += 1
+            del frame
     except VideoError:
         raise
     except Exception as error:

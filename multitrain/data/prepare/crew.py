@@ -33,6 +33,9 @@ FINAL = "final"
 INTERRUPTED = 75
 """Exit status of a command that was asked to stop; the same command goes on."""
 
+FIELDS = {"check": ("frames", "fps", "width", "height"), "resize": ("frames", "width", "height", "bytes")}
+"""Positive numbers in the record of every item that went well, by the kind of work."""
+
 _LOOK = 0.2  # seconds between two looks at signals and time limits
 
 
@@ -95,10 +98,19 @@ class Journal:
             files = [f for f in self._folder.glob(f"{self._kind}-*-of-*.jsonl") if not f.is_symlink()]
             for file in sorted(files, key=lambda f: f.stat().st_mtime):
                 for record in lines.read(file):
-                    if "item" in record and "version" in record:
-                        self._done.setdefault(str(record["item"]), []).append(record)
+                    if "version" in record and self._is_whole(record):
+                        self._done.setdefault(record["item"], []).append(record)
         except OSError as error:
             raise ConfigError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from None
+
+    def _is_whole(self, record: dict[str, Any]) -> bool:
+        """Whether a record, perhaps from a stranger, holds what is read from it."""
+        if not isinstance(record.get("item"), str):
+            return False
+        if "error" in record:
+            return isinstance(record["error"], str)
+        values = [record.get(field) for field in FIELDS.get(self._kind, ())]
+        return all(isinstance(v, (int, float)) and not isinstance(v, bool) and v > 0 for v in values)
 
     def refresh(self) -> None:
         """Read what other shards have written meanwhile."""
@@ -117,6 +129,18 @@ class Journal:
         """Every record of an item, in any version."""
         return self._done.get(item, [])
 
+    def claim(self) -> None:
+        """Raises ConfigError now when records could not be added later."""
+        try:
+            os.close(os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666))
+        except OSError as error:
+            raise self._refused(error) from None
+
+    def _refused(self, error: OSError) -> ConfigError:
+        return ConfigError(
+            f"{self._file}: cannot be written ({error.strerror}); the same command goes on when it can, or with another folder"
+        )
+
     def add(self, item: str, version: object, record: dict[str, Any]) -> None:
         """Note that an item is done; on disk when this returns. Raises ConfigError when that cannot be."""
         entry = {"item": item, "version": version, **record}
@@ -124,7 +148,7 @@ class Journal:
         try:
             lines.append(self._file, entry)
         except OSError as error:
-            raise ConfigError(f"{self._file}: cannot be written ({error.strerror}); the same command goes on") from None
+            raise self._refused(error) from None
 
 
 def _is_journal(file: Path) -> bool:

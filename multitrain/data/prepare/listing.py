@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from multitrain.data.annotations import CatalogError, Line, Syntax, lines
-from multitrain.data.prepare.importing import VIDEO_ENDINGS
+from multitrain.data.prepare.importing import SPLITS, VIDEO_ENDINGS
 from multitrain.text import quoted
 
 PARTS = ".parts"
 """Folder below the copies for journals and for copies in the making."""
-SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)

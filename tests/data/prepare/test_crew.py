@@ -46,11 +46,47 @@ def test_shards_are_a_partition() -> None:
 
 def test_a_journal_forgets_a_torn_line_and_a_changed_file_only(tmp_path: Path) -> None:
     first = Journal(tmp_path, "check", Shard(0, 2))
-    first.add("a", [1, 2], {"x": 1})
-    first.add("b", [1, 2], {"x": 2})
+    first.add("a", [1, 2], {"error": "x"})
+    first.add("b", [1, 2], {"error": "y"})
     file = tmp_path / "check-0-of-2.jsonl"
     file.write_bytes(file.read_bytes()[:-5])
     other = Journal(tmp_path, "check", Shard(0, 1))  # cut in another way
     assert other.get("a", [1, 2]) is not None
     assert other.get("b", [1, 2]) is None
     assert other.get("a", [9, 2]) is None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"item": "a", "version": [1, 2]}',
+        '{"item": "a", "version": [1, 2], "frames": "many", "fps": 1, "width": 1, "height": 1}',
+        '{"item": "a", "version": [1, 2], "frames": 1, "fps": 0, "width": 1, "height": 1}',
+        '{"item": "a", "version": [1, 2], "error": {"deep": 1}}',
+        '{"item": {"a": 1}, "version": [1, 2], "error": "x"}',
+        '{"item": null}',
+        "[1, 2]",
+        '{"item": ',
+    ],
+)
+def test_a_line_that_no_command_wrote_is_not_believed(tmp_path: Path, line: str) -> None:
+    (tmp_path / "check-0-of-1.jsonl").write_text('{"item": "b", "version": 1, "error": "x"}\n' + line + "\n")
+    journal = Journal(tmp_path, "check", Shard())
+    assert journal.get("a", [1, 2]) is None
+    assert not journal.settled("a", [1, 2])
+
+
+def test_a_failure_that_is_no_fault_of_the_item_or_of_an_earlier_version_is_tried_again(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, "check", Shard())
+    journal.add("earlier", 1, {"error": "cut off"})
+    journal.add("disk", 1, {"error": "no space left", FINAL: False})
+    journal.add("broken", 1, {"error": "cut off", FINAL: True})
+    assert [journal.settled(item, 1) for item in ("earlier", "disk", "broken")] == [False, False, True]
+    journal.add("disk", 2, {"error": "gone", FINAL: True})
+    assert journal.get("disk", 1) is not None, "an older version comes back with its record"
+
+
+def test_names_that_are_no_utf8_come_back_as_they_were(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.mp4")
+    Journal(tmp_path, "check", Shard()).add(name, 1, {"error": "x", FINAL: True})
+    assert Journal(tmp_path, "check", Shard(1, 2)).settled(name, 1)

@@ -86,7 +86,7 @@ def test_check_of_a_csv_names_what_no_disk_holds(
 ) -> None:
     data = tmp_path / "data"
     data.mkdir()
-    hostile = (b"n" * 300 + b".mp4", b"d/" * 3000 + b"x.mp4", b"gone\xe9.mp4")
+    hostile = (b"n" * 300 + b".mp4", b"d/" * 300 + b"x.mp4", b"gone\xe9.mp4")
     (data / "train.csv").write_bytes(b"".join(name + b" 0\n" for name in (*NAMES, *hostile)))
     mapping = settings(tmp_path)
     mapping["data"]["datasets"] = {"d": {"annotations": str(data), "videos": str(videos), "classes": 2}}
@@ -112,9 +112,8 @@ def test_a_nul_is_one_line(videos: Path, tmp_path: Path, verb: str, capsys: pyte
     }[verb]
     status = main(["data", verb, *arguments])
     said = printed(capsys)
-    assert "nul\\x00.mp4" in said
     assert status in (1, 2)
-    assert status == 1 or "train.csv:2" in said
+    assert "nul\\x00.mp4" in said if status == 1 else "train.csv:2: " in said
 
 
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg on this machine")

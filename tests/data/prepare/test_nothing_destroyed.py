@@ -33,7 +33,7 @@ def state(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Videos of every fate: two good ones, an AVI, one that does not convert, and a text."""
+    """Two good videos, a Matroska file, one that does not convert, and a text."""
     folder = tmp_path_factory.mktemp("prepared")
     (folder / "sub").mkdir()
     write_video(folder / "good.mp4", 0, frames=4)
@@ -313,3 +313,56 @@ def test_copies_of_unknown_origin_are_taken_only_when_asked_and_only_if_they_are
     assert {p: s for p, s in state(out).items() if p in before and p.endswith(".mp4")} == {
         p: s for p, s in before.items() if p.endswith(".mp4")
     }
+
+
+class Killed(BaseException):
+    """In place of a signal that nobody can catch."""
+
+
+@pytest.mark.parametrize("when", ["before the note", "before the move", "after the move"])
+def test_a_kill_at_any_point_of_a_copys_way_is_resumed_and_what_came_in_its_place_stays(
+    orig: Path, tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from multitrain import files
+    from multitrain.data.prepare import crew
+
+    out, real, noting = tmp_path / "out", files._move, crew.Journal.add
+
+    def move(temporary: Path, path: Path, *, replace: bool) -> bool:
+        if path.suffix == ".mp4" and when == "before the move":
+            raise Killed
+        moved = real(temporary, path, replace=replace)
+        if path.suffix == ".mp4":
+            raise Killed
+        return moved
+
+    def note(*arguments: Any) -> None:
+        if when == "before the note":
+            raise Killed
+        noting(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_move", move)
+        patch.setattr(crew.Journal, "add", note)
+        with pytest.raises(Killed):
+            resize(orig, out)
+    (out / "sub").mkdir(exist_ok=True)
+    (out / "sub" / "deep.mp4").write_text("precious")
+    for _ in range(2):
+        assert resize(orig, out, "--json") == 1
+        told = json.loads(capsys.readouterr().out)
+        assert set(told["failures"]) == {"broken.mp4", "sub/deep.mp4"}
+    assert (out / "sub" / "deep.mp4").read_text() == "precious"
+    assert read_whole(out / "good.mp4").frames == read_whole(out / "old.mp4").frames == 4
+
+
+def test_names_that_differ_in_case_only_never_become_one_copy(tmp_path: Path) -> None:
+    orig, out = tmp_path / "orig", tmp_path / "out"
+    orig.mkdir()
+    write_video(orig / "A.mp4", 0, frames=3)
+    write_video(orig / "b.mp4", 1, frames=4)
+    if (orig / "a.mp4").exists():
+        pytest.skip("this disk knows no case")
+    write_video(orig / "a.mp4", 2, frames=5)
+    assert resize(orig, out) == 0
+    assert [read_whole(out / name).frames for name in ("A.mp4", "a.mp4", "b.mp4")] == [3, 5, 4]

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support import settings, write_run
 
@@ -16,6 +17,7 @@ from multitrain.cli import main
 from multitrain.data.annotations import CatalogError, Syntax
 from multitrain.data.demo import generate
 from multitrain.data.demo import main as demo
+from multitrain.data.encode import write_video
 from multitrain.data.index import indexed
 from multitrain.data.prepare.importing import read
 from multitrain.errors import ConfigError
@@ -180,3 +182,22 @@ def test_an_index_replaces_no_link(tmp_path: Path) -> None:
     made.write_bytes(b"torn")
     os.utime(csv, ns=(1, 1))
     assert indexed(csv, Syntax(b" ", False), folder).stat().st_size > 4
+
+
+def test_a_video_replaces_only_one_of_the_same_command(tmp_path: Path) -> None:
+    picture = np.zeros((16, 16, 3), np.uint8)
+    source = tmp_path / "source.mp4"
+
+    def write(path: Path, *sources: Path) -> None:
+        with write_video(path, 30.0, sources) as writer:
+            writer.add(picture, 0.0)
+
+    for _ in range(2):
+        write(source)
+    (tmp_path / "link.mp4").symlink_to(source)
+    (tmp_path / "precious.mp4").write_text("precious")
+    before = state(tmp_path)
+    for path in ("link.mp4", "precious.mp4", "source.mp4"):
+        with pytest.raises(ConfigError, match=path):
+            write(tmp_path / path, source)
+    assert state(tmp_path) == before

@@ -1,0 +1,245 @@
+"""One input to one reader, in a process that can be ended: what came out."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import random
+import re
+import resource
+import select
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.fuzzing.mutations import mutated
+
+GOOD = ("accepted", "refused")
+BAD = ("traceback", "raw text", "many lines", "silent", "control", "hang", "growth", "crash")
+"""`raw text`: a library's own words; `silent`: refused without a word; `control`: control characters reach the terminal."""
+
+CPU_SECONDS = 10.0
+IDLE_SECONDS = 120.0
+"""A case may compute for the first, and wait for something that never comes for the second; a busy machine changes neither."""
+GROWTH = 1 << 30
+"""Bytes that a case may add to the process at its peak."""
+LONGEST = 12
+"""Lines on the standard error of a command that refuses."""
+
+RAW = re.compile(
+    r"Traceback \(most|LexerNoViable|hydra\.(cc|errors)|omegaconf|pydantic|NoneType|object has no attribute|unhashable"
+    r"|not subscriptable|invalid literal for int|list index out of range|unsupported operand|Errno \d+\] (?!.*: )|KeyError"
+)
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+class Outcome(NamedTuple):
+    kind: str
+    text: str
+    """What was said, or where it broke."""
+
+
+class Case(NamedTuple):
+    reader: str
+    number: int
+    given: str = ""
+    """The input itself, in hexadecimal; where it is empty, the number says what it is."""
+
+
+Call = Callable[[Path, bytes], Any]
+"""Reads a case's bytes in a folder of its own; a command returns its exit status."""
+
+
+def content(case: Case, seeds: list[bytes]) -> bytes:
+    """The bytes of a case: a function of its reader, its number and the valid inputs; -1, -2 … are those themselves."""
+    if case.given:
+        return bytes.fromhex(case.given)
+    if case.number < 0:
+        return seeds[-case.number - 1]
+    rng = random.Random(f"{case.reader}/{case.number}")
+    return mutated(rng.choice(seeds), rng)
+
+
+class Said(NamedTuple):
+    """What a case has printed."""
+
+    out: str
+    err: str
+
+
+def judged(
+    call: Call, folder: Path, data: bytes, refusals: tuple[type[Exception], ...], said: Callable[[], Said]
+) -> Outcome:
+    """Call a reader in this process. `said` takes what has been printed since the last case."""
+    try:
+        status = call(folder, data)
+        status = status if isinstance(status, int) and not isinstance(status, bool) else 0
+        printed = said()
+    except SystemExit as left:
+        printed = said()
+        if isinstance(left.code, str):
+            printed = Said(printed.out, printed.err + left.code)
+        status = left.code if isinstance(left.code, int) else int(left.code is not None)
+    except refusals as error:
+        said()
+        printed, status = Said("", str(error)), 2
+        if "\n" in printed.err:
+            return Outcome("many lines", printed.err)
+    except MemoryError as error:
+        said()
+        return Outcome("growth", _place(error))
+    except BaseException as error:
+        said()
+        return Outcome("traceback", _place(error))
+    return Outcome(_kind(status, printed), printed.err or printed.out)
+
+
+def _kind(status: int, said: Said) -> str:
+    text = said.out + said.err
+    if RAW.search(text):
+        return "raw text"
+    if _CONTROL.search(text):
+        return "control"
+    if not status:
+        return "accepted"
+    if not text.strip():
+        return "silent"
+    return "many lines" if len(said.err.strip().splitlines()) > LONGEST else "refused"
+
+
+def _place(error: BaseException) -> str:
+    """Type, text and the last line of our own code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [f for f in frames if re.search(r"/(multitrain|launch)/", f.filename)] or frames
+    at = ours[-1]
+    name = "/".join(Path(at.filename).parts[-3:])
+    return f"{type(error).__name__}: {str(error)[:200]!r} at {name}:{at.lineno} {at.name}"
+
+
+class Worker:
+    """A forked process that judges one case after another. It is ended and started again when a case does not end.
+
+    Args:
+        serve: judges a case in that process.
+        captures: files that its standard output and error go to, see :func:`taking`.
+    """
+
+    def __init__(self, serve: Callable[[Case], Outcome], captures: tuple[Path, Path]) -> None:
+        self._serve, self._captures = serve, captures
+        self._pid = 0
+
+    def judge(self, case: Case) -> Outcome:
+        """The outcome of a case."""
+        if not self._pid:
+            self._start()
+        before = last = _cpu_seconds(self._pid)
+        moved = time.monotonic()
+        os.write(self._write, f"{json.dumps(case)}\n".encode())
+        while True:
+            ready, _, _ = select.select([self._answer], [], [], 0.5)
+            if ready:
+                return self._answered()
+            cpu = _cpu_seconds(self._pid)
+            if cpu != last:
+                last, moved = cpu, time.monotonic()
+            if cpu - before > CPU_SECONDS or time.monotonic() - moved > IDLE_SECONDS:
+                self.close()
+                return Outcome("hang", f"{cpu - before:.0f} s of the processor")
+
+    def _answered(self) -> Outcome:
+        line = self._lines.readline()
+        if line:
+            return Outcome(*json.loads(line))
+        _, status = os.waitpid(self._pid, 0)
+        self._forget()
+        return Outcome("crash", f"ended with {os.waitstatus_to_exitcode(status)}")
+
+    def close(self) -> None:
+        """End the process, and what it has started."""
+        if self._pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+            self._forget()
+
+    def _forget(self) -> None:
+        self._lines.close()
+        os.close(self._write)
+        self._pid = 0
+
+    def _start(self) -> None:
+        asked, self._write = os.pipe()
+        self._answer, answers = os.pipe()
+        self._pid = os.fork()
+        if self._pid:
+            with contextlib.suppress(OSError):
+                os.setpgid(self._pid, self._pid)
+        else:
+            try:
+                os.close(self._write)
+                os.close(self._answer)
+                self._run(asked, answers)
+            finally:
+                os._exit(1)
+        os.close(asked)
+        os.close(answers)
+        self._lines = os.fdopen(self._answer)
+
+    def _run(self, asked: int, answers: int) -> None:
+        os.setpgid(0, 0)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: nothing stays when the test is ended
+        for stream, capture in enumerate(self._captures, 1):
+            os.dup2(os.open(capture, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600), stream)
+        sys.stdout = os.fdopen(1, "w", errors="backslashreplace", closefd=False)
+        sys.stderr = os.fdopen(2, "w", errors="backslashreplace", closefd=False, buffering=1)
+        limit = _status("VmSize") + 2 * GROWTH
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        with os.fdopen(asked) as cases:
+            for line in cases:
+                outcome = self._measured(Case(*json.loads(line)))
+                os.write(answers, (json.dumps([outcome.kind, outcome.text[:2000]]) + "\n").encode())
+        os._exit(0)
+
+    def _measured(self, case: Case) -> Outcome:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = _status("VmRSS")
+        outcome = self._serve(case)
+        grown = _status("VmHWM") - before
+        if grown > GROWTH:
+            return Outcome("growth", f"{grown >> 20} MiB; {outcome.kind}: {outcome.text}")
+        return outcome
+
+
+def _status(name: str) -> int:
+    """Bytes that /proc/self/status says of this process."""
+    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(found[1]) << 10 if found else 0
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Of a process and of those that it has waited for."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
+def taking(captures: tuple[Path, Path]) -> Callable[[], Said]:
+    """A function that returns, and forgets, what this process and its children have printed."""
+
+    def said() -> Said:
+        texts = []
+        for number, (stream, capture) in enumerate(zip((sys.stdout, sys.stderr), captures), 1):
+            stream.flush()
+            texts.append(capture.read_bytes().decode(errors="backslashreplace"))
+            os.ftruncate(number, 0)
+        return Said(*texts)
+
+    return said

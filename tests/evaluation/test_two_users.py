@@ -1,0 +1,113 @@
+"""Runs and checkpoints of one user in the hands of another: used without a byte written into them, in every umask."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from multitrain.config import dump
+from multitrain.engine import checkpoint as checkpoints
+from multitrain.model import MultiTrain
+from tests import support, users
+
+OTHER = 61999
+"""The group of the folder that is shared."""
+DATASETS = {"stride": 5, "segment": 3, "with.dot": 4}
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    with users.meeting_place() as place:
+        yield place
+
+
+@pytest.fixture
+def desk(folder: Path) -> Iterator[Path]:
+    """Bob's working folder."""
+    place = folder / "bob"
+    place.mkdir()
+    os.chown(place, users.BOB, users.LAB)
+    yield place
+    shutil.rmtree(place)
+
+
+@pytest.fixture(scope="module")
+def shared_run(tiny_data: Path, folder: Path) -> Path:
+    """Alice's run, which the group may read and not write, as root's umask 022 leaves it."""
+    shutil.copytree(tiny_data, folder / "data")
+    run, config = support.write_run(folder / "runs", support.settings(folder / "data") | {"runs": str(folder / "runs")})
+    torch.manual_seed(0)
+    weights = {k: v.detach() for k, v in MultiTrain(config.model, DATASETS).state_dict().items()}
+    state = {"update": 1, "datasets": DATASETS, "multi_label": [], "model": config.model.model_dump(mode="json")}
+    checkpoints.write(run / "checkpoints", checkpoints.Checkpoint(weights, {}, state), dump(config))
+    (run / "events.jsonl").write_text('{"event": "start", "time": "2026-01-01T00:00:00+00:00"}\n')
+    (run / "metrics.jsonl").write_text('{"update": 0, "loss": 1.0}\n')
+    for place in (folder, *folder.rglob("*")):
+        os.chown(place, users.ALICE, users.LAB)
+        if place.is_dir():
+            place.chmod(0o755)
+    (folder / "data/stride").chmod(0o700)  # names of classes are looked for there, and need not be found
+    return run
+
+
+def everything(run: Path) -> dict[Path, int]:
+    return {p: p.stat().st_mtime_ns for p in sorted(run.parent.rglob("*"))}
+
+
+@pytest.mark.parametrize(("writable", "umask"), [(False, 0o077), (True, 0o002)], ids=["closed", "open"])
+def test_another_users_run_is_used_and_not_written_into_and_files_have_the_mode_and_group_of_the_place(
+    shared_run: Path, desk: Path, writable: bool, umask: int
+) -> None:
+    for place in (shared_run.parent, *shared_run.parent.rglob("*")):
+        place.chmod(0o2775 if place.is_dir() and writable else 0o755 if place.is_dir() else 0o644)
+    lab = desk / "lab"
+    lab.mkdir()
+    os.chown(lab, users.BOB, OTHER)
+    lab.chmod(0o2777)
+    before = everything(shared_run)
+    run = str(shared_run)
+    commands = [
+        ["evaluate", run, "--dataset", "segment", "data.workers=0"],
+        ["evaluate", run, "--dataset", "segment", "data.workers=0", "--out", "lab/test"],
+        ["report", run, "--evaluation", "evaluation/tiny/update-00000001/test", "--clips", "0"],
+        ["report", run, "--out", "lab/report", "--clips", "0"],
+        ["export", run, "lab/export"],
+        ["convert", run, "lab/a.safetensors"],
+        ["convert", run, "lab/a.pyth"],
+        ["compare", run, run],
+        ["status", run],
+    ]
+    done = users.run_as(users.BOB, commands, desk, umask, heavy=True)
+    assert done.returncode == 0, done.stderr
+    assert everything(shared_run) == before
+    assert (desk / "report/tiny/report.html").is_file()
+    assert (desk / "evaluation/tiny/update-00000001/test/metrics.json").is_file()
+    made = [p for p in lab.rglob("*") if p.is_file() and ".index" not in p.parts]
+    assert len(made) > 10
+    assert {p.name: oct(p.stat().st_mode & 0o777) for p in made} == {p.name: oct(0o666 & ~umask) for p in made}
+    assert {p.stat().st_gid for p in made} == {OTHER}
+
+
+@pytest.mark.parametrize("verb", ["report", "evaluate", "export", "convert", "embed", "nearest"])
+def test_a_folder_that_cannot_be_written_is_one_line(
+    shared_run: Path, verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from multitrain.cli import main
+
+    words = {
+        "report": [str(shared_run), "--out", "/sys/zz", "--clips", "0"],
+        "evaluate": [str(shared_run), "--dataset", "segment", "--out", "/sys/zz"],
+        "export": [str(shared_run), "/sys/zz"],
+        "convert": [str(shared_run), "/sys/zz.pyth"],
+        "embed": ["none.mp4", "--checkpoint", str(shared_run), "--out", "/sys/zz/a.npz"],
+        "nearest": [str(shared_run), "--plot", "/sys/zz/a.png"],
+    }[verb]
+    assert main([verb, *words]) == 2
+    said = capsys.readouterr().err
+    assert "/sys" in said
+    assert len(said.strip().splitlines()) == 1, said

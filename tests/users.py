@@ -1,0 +1,120 @@
+"""Commands run by other users of the machine, for tests that root runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT
+
+ALICE, BOB, LAB = 61001, 61002, 61000
+"""Numbers of two users and of their group; the system need not know them."""
+
+
+@contextmanager
+def meeting_place() -> Iterator[Path]:
+    """A new folder that every user may look into (pytest closes its own again and again); skips the test without root."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to be two users")
+    folder = Path(tempfile.mkdtemp(prefix="two-users-"))
+    folder.chmod(0o755)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+_AS = """
+import importlib, json, os, sys
+user, group, umask = map(int, sys.argv[1:4])
+for name in sys.argv[4].split(","):  # the interpreter's own files may be closed to the user
+    importlib.import_module(name)
+os.umask(umask); os.setgroups([]); os.setgid(group); os.setuid(user)
+from multitrain.cli import main
+for words in json.loads(sys.argv[5]):
+    status = main(words)
+    if status:
+        print("failed:", words, file=sys.stderr)
+        sys.exit(status)
+"""
+_LIGHT = [
+    "pwd",
+    "encodings.idna",
+    "encodings.utf_8_sig",
+    "encodings.cp437",
+    "encodings.latin_1",
+    "encodings.utf_16",
+    "multitrain.monitor.status",
+    "multitrain.monitor.compare",
+]
+_HEAVY = [
+    "torch",
+    "torch._dynamo",
+    "safetensors.torch",
+    "numpy.lib.format",
+    "zipfile",
+    "av",
+    "cv2",
+    "zoneinfo",
+    "unittest.mock",
+    "PIL.PngImagePlugin",
+    "multiprocessing.synchronize",
+    "matplotlib.backends.backend_agg",
+    "hydra.compose",
+    "hydra.core.global_hydra",
+    "hydra.core.override_parser.overrides_parser",
+    "hydra._internal.core_plugins.file_config_source",
+    "hydra._internal.core_plugins.importlib_resources_config_source",
+    "hydra._internal.core_plugins.structured_config_source",
+    "hydra._internal.core_plugins.basic_launcher",
+    "hydra._internal.core_plugins.basic_sweeper",
+    "hydra._internal.core_plugins.zsh_completion",
+    "multitrain.commands.evaluate",
+    "multitrain.commands.convert",
+    "multitrain.data.decode.pyav",
+    "multitrain.data.loader",
+    "multitrain.engine.checkpoint",
+    "multitrain.evaluation.evaluator",
+    "multitrain.evaluation.predictor",
+    "multitrain.evaluation.report",
+    "multitrain.interop.convert",
+    "multitrain.interop.export",
+]
+"""What has to be imported before the interpreter's own files are closed to the user."""
+
+
+def run_as(
+    user: int, commands: list[list[str]], folder: Path, umask: int = 0o022, heavy: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """``multitrain WORDS`` for each of `commands`, until one fails, by `user` of the group :data:`LAB`, in `folder`.
+
+    Args:
+        heavy: a verb needs torch.
+    """
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "HOME", "XDG_"))}
+    environment |= {
+        "PYTHONPATH": str(ROOT),
+        "HOME": str(folder),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "MPLCONFIGDIR": "/tmp",
+    }
+    modules = ",".join([*_LIGHT, *(_HEAVY if heavy else [])])
+    done = subprocess.run(
+        [sys.executable, "-c", _AS, str(user), str(LAB), str(umask), modules, json.dumps(commands)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
+    return done
