@@ -74,8 +74,8 @@ def _training(run: Path, job: str, ended: Ended, *, early: bool) -> int:
         history.append(Start(ended.restart))  # it died before it could say that it began
     said = history[-1].ended
     decision = requeue.decide(ended, history, cluster, went_well=restarts.progressed(told))
-    if early and decision.action != Action.COME_BACK:
-        return DONE
+    if early and decision.action != Action.COME_BACK and decision.status != requeue.GAVE_UP:
+        return DONE  # the ranks may still say more; that it gives up nobody can say after SIGKILL
     if decision.status == said and decision.action != Action.COME_BACK:
         return DONE  # the ranks have said it
     print(f"{run.name}: {described(decision, ended)}", flush=True)

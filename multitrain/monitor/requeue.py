@@ -24,6 +24,8 @@ from multitrain.monitor.slurm import BATCH_ENDED, CANCELLED, OPERATOR, PREEMPTED
 
 BAD_NODE = "bad node"
 """Status of a `requeue` after preflight has found a node that cannot work."""
+GAVE_UP = "gave up"
+"""Status of an `end` that another start would not mend."""
 COMING_BACK = (PREEMPTED, TIME_LIMIT, BATCH_ENDED, STEP_ENDED, BAD_NODE, restarts.FAILED)
 SCRIPT = "job.sh"
 """The batch script that a run was submitted with, in its folder: what a successor job runs."""
@@ -85,7 +87,8 @@ def decide(ended: Ended, history: Sequence[Start], cluster: ClusterConfig, *, we
     if ended.exit_status == Exit.HELD:
         return Decision(Action.END, "held", "another start of the run holds its lease")
     if taken == OPERATOR or (taken == PREEMPTED and _is_back(ended)):
-        return Decision(Action.IS_BACK, taken)
+        own = last.restart == ended.restart and last.ended in COMING_BACK  # it has put itself back
+        return Decision(Action.IS_BACK, str(last.ended) if own else taken)
     if last.ended is not None and last.ended not in COMING_BACK:  # it has ended in order, and said why
         return Decision(Action.END, last.ended)
     if taken == CANCELLED:
@@ -112,7 +115,7 @@ def _after_failure(
     reason = last.final or (None if went_well else last.mistake) or final
     reason = reason or restarts.refusal(history, *limits, went_well=went_well)
     if reason is not None:
-        return Decision(Action.END, "gave up", reason)
+        return Decision(Action.END, GAVE_UP, reason)
     bad = [*last.bad_nodes, *(last.failed_nodes if went_well and not last.trained else ())]
     return Decision(Action.COME_BACK, status, explained(int(ended.exit_status or 0)), tuple(dict.fromkeys(bad)))
 

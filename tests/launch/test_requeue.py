@@ -32,7 +32,7 @@ class Job:
     def begin(self, in_place: int = 0) -> None:
         self.write("begin", in_place=in_place)
 
-    def ended(self, status: int = 1, *, signals: str = "", **record: str) -> bool:
+    def ended(self, status: int = 1, *, signals: str = "", early: bool = False, **record: str) -> bool:
         """The batch script asks; whether the job comes back."""
         self.monkeypatch.setenv("SLURM_JOB_ID", "1")
         self.monkeypatch.setenv("SLURM_RESTART_COUNT", str(self.restart))
@@ -45,9 +45,8 @@ class Job:
             **record,
         }
         text = " ".join(f"{key}={value}" for key, value in shown.items())
-        back = (
-            requeue.main([str(self.folder), str(status), "--signals", signals, "--record", text]) == requeue.NO_SCONTROL
-        )
+        asked = [str(self.folder), str(status), "--signals", signals, "--record", text, *(["--early"] if early else [])]
+        back = requeue.main(asked) == requeue.NO_SCONTROL
         self.restart += back
         return back
 
@@ -206,6 +205,27 @@ def test_a_limit_shorter_than_the_start_up_gives_up_and_says_why(job: Job) -> No
     job.begin()
     assert not job.ended(137, EndTime=soon)
     assert "3 starts in a row, 2 of them restarts, brought no new checkpoint" in job.last["reason"]
+
+
+@pytest.mark.parametrize("status", ["preempted", "ended from outside", "time limit"])
+def test_a_job_that_has_put_itself_back_was_not_put_back_by_an_operator(job: Job, status: str) -> None:
+    job.begin()
+    job.write("requeue", status=status)
+    assert not job.ended(75, JobState="PENDING", Restarts="1")
+    assert [e["status"] for e in read(job.folder / "events.jsonl") if e["event"] == "requeue"] == [status]
+
+
+def test_at_the_time_limit_the_batch_script_says_why_the_job_does_not_come_back(job: Job) -> None:
+    """It asks before its ranks have ended; SIGKILL may be all that comes after that."""
+    at_the_limit = {"JobState": "COMPLETING", "Reason": "TimeLimit"}
+    for _ in range(2):
+        job.begin()
+        assert job.ended(143, early=True, **at_the_limit)
+    job.begin()
+    assert not job.ended(143, early=True, **at_the_limit)
+    assert (job.last["event"], job.last["status"]) == ("end", "gave up")
+    assert not job.ended(143, **at_the_limit)
+    assert [e["event"] for e in read(job.folder / "events.jsonl")].count("end") == 1
 
 
 def test_a_cancelled_job_ends_and_a_job_that_an_operator_put_back_is_left_alone(job: Job) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,38 @@ def test_tests_wait_for_the_last_end_of_training_and_go_when_it_is_cancelled(
     assert all(f"afterok:{job}(unfulfilled)" in line for line in waiting)
     cluster.run("scancel", job)
     cluster.until(lambda: not [line for line in queue(cluster) if "-test-" in line], "tests that go with the training")
+
+
+def test_tests_do_not_need_the_nodes_of_the_training_and_refused_ones_leave_it_in_the_queue(
+    cluster: Cluster, tiny_data: Path, tmp_path: Path
+) -> None:
+    submit = [
+        sys.executable,
+        "launch/submit.py",
+        "--config-dir",
+        "tests/configs",
+        "experiment=tiny",
+        f"runs={tmp_path}",
+    ]
+    submit += ["cluster.partition=low", "nodes=2", "gpus=1", "updates=5000", "then=eval"]
+    said = call(tiny_data, *submit, "name=named", "cluster.nodelist='node[1-2]'")
+    assert said.count("tests ") == 3
+    bin_ = tmp_path / "bin"
+    bin_.mkdir()
+    refused = "sbatch: error: Batch job submission failed: Requested node configuration is not available"
+    (bin_ / "sbatch").write_text(
+        f'#!/bin/sh\nfor last; do :; done\ngrep -q afterok "$last" && {{ echo "{refused}" >&2; exit 1; }}\n'
+        f'exec {shutil.which("sbatch")} "$@"\n'
+    )
+    (bin_ / "sbatch").chmod(0o755)
+    environment = os.environ | {"TINY_DATA": str(tiny_data), "PATH": f"{bin_}:{os.environ['PATH']}"}
+    command = [*submit, "name=untested"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    job = done.stdout.split()[1]
+    assert f"training is job {job}; its tests were refused: " in done.stderr
+    assert "Requested node configuration is not available" in done.stderr
+    assert cluster.job(job)["JobState"] in ("PENDING", "RUNNING", "CONFIGURING")
 
 
 def test_a_sweep_is_one_array_and_each_dataset_is_tested(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
