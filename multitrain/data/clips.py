@@ -31,6 +31,11 @@ _GRACE = 1.0  # seconds by which the guard waits longer than the decoder's own t
 _RETRY_AFTER = 0.5  # seconds before a file is tried again after an error of the operating system
 
 
+HELD = 32 << 20
+"""Bytes of decoded frames that are augmented together. A clip of usual size is decoded first and augmented then, which keeps
+the processor's caches warm; of 4K there are one or two frames."""
+
+
 class UnreadableError(RuntimeError):
     """A video and all its stand-ins cannot be read."""
 
@@ -158,7 +163,7 @@ class TrainJob:
             lease.end()  # a call left behind must not write to what by then is another video's place
 
     def read(self, path: Path, clip: Clip, out: np.ndarray, lease: Lease | None = None) -> np.ndarray:
-        """Fill `out`, uint8 [copies, T, S, S, 3], with a training clip; each frame is augmented as soon as it is decoded.
+        """Fill `out`, uint8 [copies, T, S, S, 3], with a training clip; frames are augmented while it is decoded, a few at a time.
 
         Args:
             lease: right to write to `out`, asked for before each frame.
@@ -172,15 +177,23 @@ class TrainJob:
         """
         lease = lease or Lease()
         augmenters: list[Augmenter] = []
+        held: list[tuple[np.ndarray, list[int]]] = []
+        stack = np.empty(0, np.uint8)
         for frame, places in self.decoded(path, clip):
             augmenters = augmenters or [
                 self.augmenter(frame.shape[0], frame.shape[1], clip, copy) for copy in range(len(out))
             ]
-            with lease:
-                for augmenter, target in zip(augmenters, out):
-                    augmenter(frame, target[places[0]])
-                    target[places[1:]] = target[places[0]]
-            del frame  # before the next one is decoded
+            if len(held) == len(stack):
+                _augment(held, augmenters, out, lease)
+            if not len(stack):
+                stack = np.empty((min(len(clip.uniforms), HELD // frame.nbytes), *frame.shape), np.uint8)
+            if len(stack):
+                stack[len(held)] = frame
+                held.append((stack[len(held)], places))
+            else:  # one that is larger than what is held
+                _augment([(frame, places)], augmenters, out, lease)
+            del frame  # before the next one is decoded: its memory is used again
+        _augment(held, augmenters, out, lease)
         return np.stack([augmenter.box for augmenter in augmenters])
 
     def decoded(self, path: Path, clip: Clip) -> Iterator[tuple[np.ndarray, list[int]]]:
@@ -198,6 +211,18 @@ class TrainJob:
         """What is done to the frames, of height × width, of one copy of a clip."""
         config, draws = self.config, Draws("augment", *clip.identity, copy)
         return Augmenter(height, width, config.augment, config.model.crop, draws, clip.dataset.flip)
+
+
+def _augment(
+    held: list[tuple[np.ndarray, list[int]]], augmenters: list[Augmenter], out: np.ndarray, lease: Lease
+) -> None:
+    """Augments the frames that are held, and lets them go."""
+    for augmenter, target in zip(augmenters, out):
+        for frame, places in held:
+            with lease:
+                augmenter(frame, target[places[0]])
+                target[places[1:]] = target[places[0]]
+    held.clear()
 
 
 class TestJob:
