@@ -245,7 +245,7 @@ def supervisors(run: Path) -> dict[int, int]:
     table = _processes()
     found = {p: f for p, f in table.items() if f" -m launch.supervisor {run} " in f.title}
     return {
-        int(next(w[14:] for w in f.environment if w.startswith("SLURM_PROCID="))): p
+        int(next(w.partition("=")[2] for w in f.environment if w.startswith("SLURM_PROCID="))): p
         for p, f in found.items()
         if table.get(f.parent) is None or f.parent not in found
     }

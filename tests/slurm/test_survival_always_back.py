@@ -63,7 +63,7 @@ def test_preflight_leaves_a_bad_node_out_and_a_preemption_in_the_middle_of_it_br
     fake.write_text(NVIDIA_SMI)
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
-    run, job = runs.submit("looked-at", "preflight=true", "cluster.setup=[export CUDA_VISIBLE_DEVICES=]")
+    run, job = runs.submit("looked-at", "preflight=true")
     said = runs.back_in_queue(run, job, starts=1)
     assert (said["status"], said["exclude"]) == ("bad node", ["node1"])
     assert runs.cluster.job(job)["ExcNodeList"] == "node1"
