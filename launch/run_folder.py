@@ -17,47 +17,29 @@ edited, moved or deleted changes nothing; `update_code=true` takes the code of t
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib.metadata
 import os
-import platform
-import re
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from launch import resume
+from launch.resume import ONCE, Flat, flat, key, options
+from launch.snapshot import ROOT, digest, environment, snapshot
 from multitrain import lease
-from multitrain.config import ConfigError, RunConfig, compose, config_folder, dump, load, nearest, validate
+from multitrain.config import ConfigError, RunConfig, compose, config_folder, dump, load, nearest
 from multitrain.config.class_names import LOOKED_FOR, find_class_names, read_class_names
-from multitrain.config.reading import parse_yaml, read_yaml
+from multitrain.config.reading import read_yaml
 from multitrain.files import replace_text
 from multitrain.monitor import slurm
 from multitrain.monitor.events import Events, read
 from multitrain.order.batch import BatchShape, solve
 
-ROOT = Path(__file__).resolve().parents[1]
-
-FREE = re.compile(
-    r"data\.(root|index|workers|prefetch|skip_cap|decoder|decode_timeout)"
-    r"|data\.datasets\..+\.(annotations|videos|class_names|temporal_views|spatial_views|test_short_side)"
-)
-"""Options under `data` that a resumed run may change: where files lie, how fast they are read, how testing looks at them.
-Whether other files hold the same videos is checked by the run itself, by content."""
-
 JOBS = ".jobs"
 """Folder beside the runs: for each job of `slurm/train.sh` a file with the run's folder, which its later starts read."""
-ONCE = ("name", "runs", "dry_run", "from_scratch", "update_code")
-"""Options of one submission, or known otherwise; not part of what was typed for the run."""
-
-PATH_OPTIONS = re.compile(r"init_from|data\.(root|index)|data\.datasets\..+\.(annotations|videos|class_names)")
-"""Options that are paths."""
 
 
 @dataclass(frozen=True)
@@ -114,12 +96,12 @@ def ask(words: Sequence[str], *, config_dirs: Sequence[str] = (), default_name: 
     path = _folder(typed, [w for w in words if w not in typed], config_dirs, default_name)
     saved = load(path) if (path / "config.yaml").is_file() else None
     if saved:
-        config, dirs = _resumed(saved, path, typed, config_dirs)
-        _refuse_another_run(path.name, saved, config)
-        _refuse_another_start(path, saved, config)
+        config, dirs = resume.resumed(saved, path, typed, config_dirs)
+        resume.refuse_another_run(path.name, saved, config)
+        resume.refuse_another_start(path, saved, config)
     else:
         dirs = list(config_dirs)
-        config = _placed(_flat(compose(_options(typed), config_dirs=dirs)), path)
+        config = resume.placed(flat(compose(options(typed), config_dirs=dirs)), path)
     flags = {"from_scratch": config.from_scratch, "update_code": config.update_code}
     config = config.model_copy(update=dict.fromkeys(flags, False))
     shape = solve(
@@ -138,7 +120,7 @@ def folder(words: Sequence[str], config_dirs: Sequence[str] = ()) -> Path | None
     """
     typed = [w for w in words if "=" in w or w.startswith("~")]
     plain = [w for w in words if w not in typed]
-    if not plain and not any(_key(o) == "name" for o in typed):
+    if not plain and not any(key(o) == "name" for o in typed):
         return None
     path = _folder(typed, plain, config_dirs, None)
     return path if (path / "config.yaml").is_file() else None
@@ -151,33 +133,9 @@ def of_job(job: str, runs: Path) -> Path | None:
     return None
 
 
-def merge(lists: Sequence[Sequence[str]]) -> list[str]:
-    """Overrides of several submissions as one list: for each option, and each config group, the last one counts."""
-    last: dict[str, str] = {}
-    for override in (o for overrides in lists for o in overrides):
-        last.pop(_key(override), None)
-        last[_key(override)] = override
-    return list(last.values())
-
-
-def _options(*lists: Sequence[str]) -> list[str]:
-    """The merged overrides without the run's name and folder, which are known otherwise."""
-    return [o for o in merge(lists) if _key(o) not in ("name", "runs")]
-
-
-def _new_words(typed: Sequence[str], earlier: Sequence[str]) -> list[str]:
-    """What was typed now and does not stand in the earlier submissions in the same words."""
-    known = set(_options(earlier))
-    return [o for o in _options(typed) if o not in known]
-
-
-def _key(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~")
-
-
 def _folder(typed: list[str], plain: list[str], config_dirs: Sequence[str], default_name: str | None) -> Path:
     """The run's folder: of the run that a plain word names, or of the `name` that was typed, or a new one."""
-    given = {_key(o): o.partition("=")[2].strip("'\"") for o in typed}
+    given = {key(o): o.partition("=")[2].strip("'\"") for o in typed}
     usual = read_yaml(config_folder() / "config.yaml").get("runs", "runs")
     runs = Path(given.get("runs") or usual).absolute()
     name = None if given.get("name") in (None, "", "null") else given["name"]
@@ -187,7 +145,7 @@ def _folder(typed: list[str], plain: list[str], config_dirs: Sequence[str], defa
             raise ConfigError(f"name={name} and the run {folder.name!r} are two names; give one")
         return folder
     if name is None:
-        config = compose(merge([typed]), config_dirs=config_dirs)
+        config = compose(resume.merge([typed]), config_dirs=config_dirs)
         name = config.name or f"{config.experiment_name}-{default_name or time.strftime('%Y%m%d-%H%M%S')}"
     if "/" in name:
         raise ConfigError(
@@ -208,167 +166,6 @@ def _existing(plain: list[str], runs: Path) -> Path:
     )
 
 
-def _history(path: Path) -> list[dict[str, Any]]:
-    """What was typed for a run so far, one entry a submission."""
-    file = path / "overrides.yaml"
-    try:
-        entries = parse_yaml(file.read_text(), file)
-        return [{**entry, "overrides": [str(o) for o in entry["overrides"]]} for entry in entries or []]
-    except FileNotFoundError:
-        raise ConfigError(f"{file} is missing, so the run cannot be resumed by name; restore it") from None
-    except (OSError, TypeError, KeyError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} cannot be read ({' '.join(str(error).split())}); restore it") from None
-
-
-Flat = dict[tuple[str, ...], Any]
-"""A configuration as leaves by path; names of datasets may hold dots."""
-
-
-def _resumed(saved: RunConfig, path: Path, typed: list[str], config_dirs: Sequence[str]) -> tuple[RunConfig, list[str]]:
-    """The configuration of a resumed run: as saved, and what newly typed options change.
-
-    What they change is the difference of two compositions, with and without them, so that neither an edited YAML file,
-    nor another working folder, nor another `MULTITRAIN_DATA` changes a run behind its owner's back. A word that stands in
-    an earlier submission already changes nothing.
-    """
-    history = _history(path)
-    dirs = list(dict.fromkeys([*(d for entry in history for d in entry.get("config_dirs", [])), *config_dirs]))
-    result = _flat(saved)
-    earlier = merge([entry["overrides"] for entry in history])
-    new = _new_words(typed, earlier)
-    if not new:
-        return _placed(result, path), dirs
-    frozen = [_frozen(path, i, d) for i, d in enumerate(dirs)]
-    before = _flat(compose(_options(earlier), config_dirs=frozen))
-    now = _flat(compose(_options(earlier, new), config_dirs=frozen))
-    named = {_key(o) for o in new}
-    for leaf in {**before, **now}:
-        dotted = ".".join(leaf)
-        is_named = "experiment" in named or any(dotted == k or dotted.startswith(k + ".") for k in named)
-        if leaf in now and (is_named or before.get(leaf, ...) != now[leaf]):
-            result[leaf] = now[leaf]
-        elif leaf not in now:
-            result.pop(leaf, None)
-    return _placed(result, path), dirs
-
-
-def _frozen(path: Path, number: int, folder: str) -> str:
-    """The run's own copy of a folder with config groups, where its code is what resumes it."""
-    copy = ROOT / "config_dirs" / str(number)
-    return str(copy) if path / "code" == ROOT and copy.is_dir() else folder
-
-
-def changed_since(path: Path, typed: Sequence[str], config_dirs: Sequence[str]) -> list[str]:
-    """What this checkout would make of the run's first commands today that the run does not; a line each.
-
-    The run keeps its own values and its own code.
-    """
-    notes = []
-    if _options(typed):
-        history = _history(path)
-        dirs = list(dict.fromkeys([*(d for entry in history for d in entry.get("config_dirs", [])), *config_dirs]))
-        try:
-            today = _flat(compose(_options(*(entry["overrides"] for entry in history)), config_dirs=dirs))
-        except ConfigError as error:
-            notes.append(f"the configuration of this checkout cannot be composed ({error}); the run keeps its own")
-        else:
-            notes += _differences(_flat(load(path)), today, [entry["overrides"] for entry in history])
-    if digest(path / "code") != _digest_here(path):
-        notes.append(
-            "the code of this checkout is not that of the run, which keeps its own; update_code=true takes this one"
-        )
-    return notes
-
-
-def _differences(own: Flat, today: Flat, typed: Sequence[Sequence[str]]) -> list[str]:
-    named = {_key(o) for o in _options(*typed)}
-    differ = [
-        f"{'.'.join(leaf)} is {today[leaf]} there and {own[leaf]} in the run"
-        for leaf in today
-        if leaf in own
-        and own[leaf] != today[leaf]
-        and leaf[0] not in ONCE
-        and ".".join(leaf) not in named
-        and not PATH_OPTIONS.fullmatch(".".join(leaf))
-        and leaf != ("data", "root")
-        and not (leaf[:2] == ("data", "datasets") and leaf[-1] in ("videos", "annotations", "class_names"))
-    ]
-    if not differ:
-        return []
-    more = f" (and {len(differ) - 3} more)" if len(differ) > 3 else ""
-    return [
-        f"the configuration of this checkout has changed since: {', '.join(differ[:3])}{more}; the run keeps its own, "
-        "type the option to change it"
-    ]
-
-
-def _digest_here(path: Path) -> str:
-    """What the digest of the run's snapshot would be if it were taken now."""
-    with contextlib.ExitStack() as stack:
-        import tempfile
-
-        copy = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "code"
-        snapshot(copy, [d for entry in _history(path) for d in entry.get("config_dirs", [])])
-        return digest(copy)
-
-
-def _placed(flat: Flat, path: Path) -> RunConfig:
-    """The configuration with its name, and with absolute paths, since ranks run in another folder."""
-    nested: dict[str, Any] = {}
-    for leaf, value in flat.items():
-        if value is not None and PATH_OPTIONS.fullmatch(".".join(leaf)):
-            value = str(Path(value).expanduser().absolute())
-        inner = nested
-        for part in leaf[:-1]:
-            inner = inner.setdefault(part, {})
-        if value == {}:
-            inner.setdefault(leaf[-1], {})
-        else:
-            inner[leaf[-1]] = value
-    return validate({**nested, "name": path.name, "runs": str(path.parent)})
-
-
-def _flat(config: RunConfig) -> Flat:
-    flat: Flat = {}
-
-    def add(leaf: tuple[str, ...], value: Any) -> None:
-        if isinstance(value, dict) and value:
-            for key, inner in value.items():
-                add((*leaf, key), inner)
-        else:
-            flat[leaf] = value
-
-    add((), config.model_dump(mode="json"))
-    return flat
-
-
-def _refuse_another_run(name: str, saved: RunConfig, config: RunConfig) -> None:
-    """Refuse to go on with other videos, another order of them, or another network.
-
-    Raises:
-        ConfigError: names the option, both values, and the remedy.
-    """
-    before, now = _fixed(saved), _fixed(config)
-    changed = [k for k in {**before, **now} if before.get(k, "absent") != now.get(k, "absent")]
-    if changed:
-        k = changed[0]
-        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-        raise ConfigError(
-            f"{k}: run {name!r} has {before.get(k, 'absent')}, and {now.get(k, 'absent')} was asked for{more}; "
-            f"that is another run: give it another name (name=…), or leave {k} as it is"
-        )
-
-
-def _refuse_another_start(path: Path, saved: RunConfig, config: RunConfig) -> None:
-    """Refuse other initial weights for a run that has a checkpoint: resuming would leave them out in silence."""
-    started = any((path / "checkpoints").glob("update-*"))
-    if started and config.init_from not in (saved.init_from, None):
-        raise ConfigError(
-            f"init_from: run {path.name!r} has checkpoints and goes on from the newest; initial weights are for new runs: "
-            "give it another name (name=…), or leave init_from out to resume"
-        )
-
-
 def _refuse_from_scratch(run: Run) -> None:
     """Starting over is for runs whose checkpoints are gone; others are not thrown away.
 
@@ -384,18 +181,6 @@ def _refuse_from_scratch(run: Run) -> None:
             f"from_scratch=true: run {run.name!r} {what}; the option is for runs whose checkpoints are gone: "
             "leave it out, or give the new run another name (name=…)"
         )
-
-
-def _fixed(config: RunConfig) -> dict[str, Any]:
-    """The options that a resumed run must keep: seed, effective batch, mix group, model, and the data's plan."""
-    kept = {".".join(leaf): value for leaf, value in _flat(config).items() if leaf[0] in ("data", "model")}
-    return {
-        "seed": config.seed,
-        "effective_batch": config.effective_batch,
-        "data.datasets": ", ".join(config.data.datasets),
-        **{name: value for name, value in kept.items() if not FREE.fullmatch(name)},
-        "augment.mix_group": config.group,
-    }
 
 
 # ------------------------------------------------------------------------------------------------------ on the disk
@@ -483,7 +268,7 @@ def wait_for_first_host(run: Run) -> None:
 
 def _machine_independent(config: RunConfig) -> Flat:
     own = (("cluster", "node"),)
-    return {leaf: v for leaf, v in _flat(config).items() if leaf not in own and leaf[-1] != "class_names"}
+    return {leaf: v for leaf, v in flat(config).items() if leaf not in own and leaf[-1] != "class_names"}
 
 
 def _appear(new: Path, path: Path) -> None:
@@ -584,116 +369,12 @@ def _overrides_text(run: Run) -> str:
     entry = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "directory": os.getcwd(),
-        "overrides": [o for o in run.typed if _key(o) not in ONCE],
+        "overrides": [o for o in run.typed if key(o) not in ONCE],
         "config_dirs": run.config_dirs,
     }
-    history = _history(run.path) if run.exists else []
+    history = resume.history(run.path) if run.exists else []
     return yaml.safe_dump([*history, entry], sort_keys=False, allow_unicode=True)
 
 
 def _appended(file: Path, text: str) -> str:
     return (file.read_text() + "\n" if file.is_file() else "") + text
-
-
-# ---------------------------------------------------------------------------------------------- code and environment
-
-CODE = ("multitrain", "launch", "configs", "slurm", "pyproject.toml")
-LARGEST = 1 << 20
-"""Bytes of one file of a snapshot."""
-
-
-def snapshot(target: Path, config_dirs: Sequence[str] = ()) -> None:
-    """Copy the code to `target`: what git tracks, and new Python, shell and YAML files that it does not ignore; without git, all
-    sources. No hidden file, and nothing behind a link.
-
-    The user's own config groups go to ``target/config_dirs/0``, ``1`` … Of them only the groups that have a name of a
-    shipped one are copied: the folder may hold anything else.
-
-    Raises:
-        ConfigError: a file is too large for code.
-    """
-    for file in sources():
-        _copy(ROOT / file, target / file)
-    configs = config_folder()
-    if configs != ROOT / "configs":  # installed, not a checkout
-        for file in _plain_files(configs, "*.yaml"):
-            _copy(file, target / "configs" / file.relative_to(configs))
-    groups = sorted(p.name for p in configs.iterdir() if p.is_dir())
-    for i, folder in enumerate(config_dirs):
-        for group in groups:
-            for file in _plain_files(Path(folder) / group, "*.yaml"):
-                _copy(file, target / "config_dirs" / str(i) / file.relative_to(folder))
-
-
-def _copy(file: Path, copy: Path) -> None:
-    if (size := file.stat().st_size) > LARGEST:
-        raise ConfigError(
-            f"{file} has {size / 1e6:.1f} MB, and the snapshot of the code takes files up to {LARGEST / 1e6:.1f} MB: "
-            "move it out of the code, or add it to .gitignore"
-        )
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(file, copy)
-
-
-def _plain_files(folder: Path, pattern: str) -> list[Path]:
-    """The files below `folder`: no link, nothing hidden, nothing below either."""
-    if folder.is_symlink() or not folder.is_dir():
-        return []
-    found = [p for p in folder.glob(pattern) if p.is_file() and not p.is_symlink() and not p.name.startswith(".")]
-    for inner in folder.iterdir():
-        if not inner.name.startswith(".") and inner.name != "__pycache__":
-            found += _plain_files(inner, pattern) if inner.is_dir() else []
-    return sorted(found)
-
-
-def sources() -> list[Path]:
-    """The files of a snapshot, relative to the root of the checkout."""
-    tracked = _git("ls-files", "--cached", "-z", "--", *CODE)
-    if tracked:
-        new = _git("ls-files", "--others", "--exclude-standard", "-z", "--", *CODE) or ""
-        files = [Path(name) for name in tracked.split("\0") if name]
-        files += [Path(n) for n in new.split("\0") if n.endswith((".py", ".sh", ".yaml")) and "/." not in f"/{n}"]
-    else:
-        found = [
-            p for name in CODE for p in ([ROOT / name] if (ROOT / name).is_file() else _plain_files(ROOT / name, "*"))
-        ]
-        kept = (p for p in found if p.suffix in (".py", ".yaml", ".toml", ".typed", ".txt", ".json", ".sh", ""))
-        files = [p.relative_to(ROOT) for p in kept]
-    return sorted({f for f in files if (ROOT / f).is_file() and not (ROOT / f).is_symlink()})
-
-
-def digest(code: Path) -> str:
-    """A short hash of the names and contents of the files under `code`."""
-    total = hashlib.sha256()
-    for file in sorted(p for p in code.rglob("*") if p.is_file() and p.suffix != ".pyc"):
-        total.update(f"{file.relative_to(code)}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
-    return total.hexdigest()[:12]
-
-
-def environment() -> str:
-    """Python, machine, git revision and installed packages, as text."""
-    revision = (_git("rev-parse", "HEAD") or "").strip()
-    changed = len((_git("status", "--porcelain") or "").splitlines())
-    packages = sorted({f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions()}, key=str.lower)
-    return "\n".join(
-        [
-            f"time      {time.strftime('%Y-%m-%dT%H:%M:%S%z')}",
-            f"host      {platform.node()}",
-            f"platform  {platform.platform()}",
-            f"python    {platform.python_version()} {sys.executable}",
-            f"git       {revision or 'not a checkout'}{f' with {changed} changed files' if changed else ''}",
-            *packages,
-            "",
-        ]
-    )
-
-
-def _git(*arguments: str) -> str | None:
-    """The output of git in the checkout; None without git, or outside a checkout."""
-    if not (ROOT / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.decode(errors="replace") if done.returncode == 0 else None

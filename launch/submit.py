@@ -20,7 +20,7 @@ from typing import NoReturn
 
 import yaml
 
-from launch import chain, forecast, run_folder
+from launch import chain, forecast, resume, run_folder
 from launch.rank import python_path
 from launch.run_folder import ROOT, Run
 from multitrain.config import ConfigError, dump
@@ -147,7 +147,7 @@ def _resume_by_its_own_code(words: list[str], config_dirs: list[str]) -> None:
     if not (path / "code" / "launch" / "job.sh").is_file():
         print(f"note: run {path.name!r} is of an older version; it goes on with the code of this one", file=sys.stderr)
         return
-    for note in run_folder.changed_since(path, [w for w in words if "=" in w], config_dirs):
+    for note in resume.changed_since(path, [w for w in words if "=" in w], config_dirs):
         print(f"note: {note}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -12,7 +12,9 @@ import pytest
 import yaml
 
 from launch import run_folder
-from launch.run_folder import ask, changed_since, claimed, merge, snapshot, sources, write
+from launch.resume import changed_since, merge
+from launch.run_folder import ask, claimed, write
+from launch.snapshot import snapshot, sources
 from launch.submit import main
 from multitrain.config import ConfigError, load
 

@@ -1,0 +1,221 @@
+"""What a run keeps when it is submitted again, and what newly typed words change."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.snapshot import ROOT, digest, snapshot
+from multitrain.config import ConfigError, RunConfig, compose, load, validate
+from multitrain.config.reading import parse_yaml
+
+FREE = re.compile(
+    r"data\.(root|index|workers|prefetch|skip_cap|decoder|decode_timeout)"
+    r"|data\.datasets\..+\.(annotations|videos|class_names|temporal_views|spatial_views|test_short_side)"
+)
+"""Options under `data` that a resumed run may change: where files lie, how fast they are read, how testing looks at them.
+Whether other files hold the same videos is checked by the run itself, by content."""
+
+ONCE = ("name", "runs", "dry_run", "from_scratch", "update_code")
+"""Options of one submission, or known otherwise; not part of what was typed for the run."""
+
+PATH_OPTIONS = re.compile(r"init_from|data\.(root|index)|data\.datasets\..+\.(annotations|videos|class_names)")
+"""Options that are paths."""
+
+
+def merge(lists: Sequence[Sequence[str]]) -> list[str]:
+    """Overrides of several submissions as one list: for each option, and each config group, the last one counts."""
+    last: dict[str, str] = {}
+    for override in (o for overrides in lists for o in overrides):
+        last.pop(key(override), None)
+        last[key(override)] = override
+    return list(last.values())
+
+
+def options(*lists: Sequence[str]) -> list[str]:
+    """The merged overrides without the run's name and folder, which are known otherwise."""
+    return [o for o in merge(lists) if key(o) not in ("name", "runs")]
+
+
+def _new_words(typed: Sequence[str], earlier: Sequence[str]) -> list[str]:
+    """What was typed now and does not stand in the earlier submissions in the same words."""
+    known = set(options(earlier))
+    return [o for o in options(typed) if o not in known]
+
+
+def key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def history(path: Path) -> list[dict[str, Any]]:
+    """What was typed for a run so far, one entry a submission."""
+    file = path / "overrides.yaml"
+    try:
+        entries = parse_yaml(file.read_text(), file)
+        return [{**entry, "overrides": [str(o) for o in entry["overrides"]]} for entry in entries or []]
+    except FileNotFoundError:
+        raise ConfigError(f"{file} is missing, so the run cannot be resumed by name; restore it") from None
+    except (OSError, TypeError, KeyError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read ({' '.join(str(error).split())}); restore it") from None
+
+
+Flat = dict[tuple[str, ...], Any]
+"""A configuration as leaves by path; names of datasets may hold dots."""
+
+
+def resumed(saved: RunConfig, path: Path, typed: list[str], config_dirs: Sequence[str]) -> tuple[RunConfig, list[str]]:
+    """The configuration of a resumed run: as saved, and what newly typed options change.
+
+    What they change is the difference of two compositions, with and without them, so that neither an edited YAML file,
+    nor another working folder, nor another `MULTITRAIN_DATA` changes a run behind its owner's back. A word that stands in
+    an earlier submission already changes nothing.
+    """
+    submissions = history(path)
+    dirs = list(dict.fromkeys([*(d for entry in submissions for d in entry.get("config_dirs", [])), *config_dirs]))
+    result = flat(saved)
+    earlier = merge([entry["overrides"] for entry in submissions])
+    new = _new_words(typed, earlier)
+    if not new:
+        return placed(result, path), dirs
+    frozen = [_frozen(path, i, d) for i, d in enumerate(dirs)]
+    before = flat(compose(options(earlier), config_dirs=frozen))
+    now = flat(compose(options(earlier, new), config_dirs=frozen))
+    named = {key(o) for o in new}
+    for leaf in {**before, **now}:
+        dotted = ".".join(leaf)
+        is_named = "experiment" in named or any(dotted == k or dotted.startswith(k + ".") for k in named)
+        if leaf in now and (is_named or before.get(leaf, ...) != now[leaf]):
+            result[leaf] = now[leaf]
+        elif leaf not in now:
+            result.pop(leaf, None)
+    return placed(result, path), dirs
+
+
+def _frozen(path: Path, number: int, folder: str) -> str:
+    """The run's own copy of a folder with config groups, where its code is what resumes it."""
+    copy = ROOT / "config_dirs" / str(number)
+    return str(copy) if path / "code" == ROOT and copy.is_dir() else folder
+
+
+def changed_since(path: Path, typed: Sequence[str], config_dirs: Sequence[str]) -> list[str]:
+    """What this checkout would make of the run's first commands today that the run does not; a line each.
+
+    The run keeps its own values and its own code.
+    """
+    notes = []
+    if options(typed):
+        submissions = history(path)
+        dirs = list(dict.fromkeys([*(d for entry in submissions for d in entry.get("config_dirs", [])), *config_dirs]))
+        try:
+            today = flat(compose(options(*(entry["overrides"] for entry in submissions)), config_dirs=dirs))
+        except ConfigError as error:
+            notes.append(f"the configuration of this checkout cannot be composed ({error}); the run keeps its own")
+        else:
+            notes += _differences(flat(load(path)), today, [entry["overrides"] for entry in submissions])
+    if digest(path / "code") != _digest_here(path):
+        notes.append(
+            "the code of this checkout is not that of the run, which keeps its own; update_code=true takes this one"
+        )
+    return notes
+
+
+def _differences(own: Flat, today: Flat, typed: Sequence[Sequence[str]]) -> list[str]:
+    named = {key(o) for o in options(*typed)}
+    differ = [
+        f"{'.'.join(leaf)} is {today[leaf]} there and {own[leaf]} in the run"
+        for leaf in today
+        if leaf in own
+        and own[leaf] != today[leaf]
+        and leaf[0] not in ONCE
+        and ".".join(leaf) not in named
+        and not PATH_OPTIONS.fullmatch(".".join(leaf))
+        and leaf != ("data", "root")
+        and not (leaf[:2] == ("data", "datasets") and leaf[-1] in ("videos", "annotations", "class_names"))
+    ]
+    if not differ:
+        return []
+    more = f" (and {len(differ) - 3} more)" if len(differ) > 3 else ""
+    return [
+        f"the configuration of this checkout has changed since: {', '.join(differ[:3])}{more}; the run keeps its own, "
+        "type the option to change it"
+    ]
+
+
+def _digest_here(path: Path) -> str:
+    """What the digest of the run's snapshot would be if it were taken now."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "code"
+        snapshot(copy, [d for entry in history(path) for d in entry.get("config_dirs", [])])
+        return digest(copy)
+
+
+def placed(flat: Flat, path: Path) -> RunConfig:
+    """The configuration with its name, and with absolute paths, since ranks run in another folder."""
+    nested: dict[str, Any] = {}
+    for leaf, value in flat.items():
+        if value is not None and PATH_OPTIONS.fullmatch(".".join(leaf)):
+            value = str(Path(value).expanduser().absolute())
+        inner = nested
+        for part in leaf[:-1]:
+            inner = inner.setdefault(part, {})
+        if value == {}:
+            inner.setdefault(leaf[-1], {})
+        else:
+            inner[leaf[-1]] = value
+    return validate({**nested, "name": path.name, "runs": str(path.parent)})
+
+
+def flat(config: RunConfig) -> Flat:
+    flat: Flat = {}
+
+    def add(leaf: tuple[str, ...], value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                add((*leaf, key), inner)
+        else:
+            flat[leaf] = value
+
+    add((), config.model_dump(mode="json"))
+    return flat
+
+
+def refuse_another_run(name: str, saved: RunConfig, config: RunConfig) -> None:
+    """Refuse to go on with other videos, another order of them, or another network.
+
+    Raises:
+        ConfigError: names the option, both values, and the remedy.
+    """
+    before, now = _fixed(saved), _fixed(config)
+    changed = [k for k in {**before, **now} if before.get(k, "absent") != now.get(k, "absent")]
+    if changed:
+        k = changed[0]
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise ConfigError(
+            f"{k}: run {name!r} has {before.get(k, 'absent')}, and {now.get(k, 'absent')} was asked for{more}; "
+            f"that is another run: give it another name (name=…), or leave {k} as it is"
+        )
+
+
+def refuse_another_start(path: Path, saved: RunConfig, config: RunConfig) -> None:
+    """Refuse other initial weights for a run that has a checkpoint: resuming would leave them out in silence."""
+    started = any((path / "checkpoints").glob("update-*"))
+    if started and config.init_from not in (saved.init_from, None):
+        raise ConfigError(
+            f"init_from: run {path.name!r} has checkpoints and goes on from the newest; initial weights are for new runs: "
+            "give it another name (name=…), or leave init_from out to resume"
+        )
+
+
+def _fixed(config: RunConfig) -> dict[str, Any]:
+    """The options that a resumed run must keep: seed, effective batch, mix group, model, and the data's plan."""
+    kept = {".".join(leaf): value for leaf, value in flat(config).items() if leaf[0] in ("data", "model")}
+    return {
+        "seed": config.seed,
+        "effective_batch": config.effective_batch,
+        "data.datasets": ", ".join(config.data.datasets),
+        **{name: value for name, value in kept.items() if not FREE.fullmatch(name)},
+        "augment.mix_group": config.group,
+    }

@@ -1,0 +1,118 @@
+"""The code of a run: a copy of the checkout's, which every start of the run uses; and the environment, as text."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from multitrain.config import ConfigError, config_folder
+
+ROOT = Path(__file__).resolve().parents[1]
+"""Of the checkout, or of the run's own code."""
+CODE = ("multitrain", "launch", "configs", "slurm", "pyproject.toml")
+LARGEST = 1 << 20
+"""Bytes of one file of a snapshot."""
+
+
+def snapshot(target: Path, config_dirs: Sequence[str] = ()) -> None:
+    """Copy the code to `target`: what git tracks, and new Python, shell and YAML files that it does not ignore; without git, all
+    sources. No hidden file, and nothing behind a link.
+
+    The user's own config groups go to ``target/config_dirs/0``, ``1`` … Of them only the groups that have a name of a
+    shipped one are copied: the folder may hold anything else.
+
+    Raises:
+        ConfigError: a file is too large for code.
+    """
+    for file in sources():
+        _copy(ROOT / file, target / file)
+    configs = config_folder()
+    if configs != ROOT / "configs":  # installed, not a checkout
+        for file in _plain_files(configs, "*.yaml"):
+            _copy(file, target / "configs" / file.relative_to(configs))
+    groups = sorted(p.name for p in configs.iterdir() if p.is_dir())
+    for i, folder in enumerate(config_dirs):
+        for group in groups:
+            for file in _plain_files(Path(folder) / group, "*.yaml"):
+                _copy(file, target / "config_dirs" / str(i) / file.relative_to(folder))
+
+
+def _copy(file: Path, copy: Path) -> None:
+    if (size := file.stat().st_size) > LARGEST:
+        raise ConfigError(
+            f"{file} has {size / 1e6:.1f} MB, and the snapshot of the code takes files up to {LARGEST / 1e6:.1f} MB: "
+            "move it out of the code, or add it to .gitignore"
+        )
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, copy)
+
+
+def _plain_files(folder: Path, pattern: str) -> list[Path]:
+    """The files below `folder`: no link, nothing hidden, nothing below either."""
+    if folder.is_symlink() or not folder.is_dir():
+        return []
+    found = [p for p in folder.glob(pattern) if p.is_file() and not p.is_symlink() and not p.name.startswith(".")]
+    for inner in folder.iterdir():
+        if not inner.name.startswith(".") and inner.name != "__pycache__":
+            found += _plain_files(inner, pattern) if inner.is_dir() else []
+    return sorted(found)
+
+
+def sources() -> list[Path]:
+    """The files of a snapshot, relative to the root of the checkout."""
+    tracked = _git("ls-files", "--cached", "-z", "--", *CODE)
+    if tracked:
+        new = _git("ls-files", "--others", "--exclude-standard", "-z", "--", *CODE) or ""
+        files = [Path(name) for name in tracked.split("\0") if name]
+        files += [Path(n) for n in new.split("\0") if n.endswith((".py", ".sh", ".yaml")) and "/." not in f"/{n}"]
+    else:
+        found = [
+            p for name in CODE for p in ([ROOT / name] if (ROOT / name).is_file() else _plain_files(ROOT / name, "*"))
+        ]
+        kept = (p for p in found if p.suffix in (".py", ".yaml", ".toml", ".typed", ".txt", ".json", ".sh", ""))
+        files = [p.relative_to(ROOT) for p in kept]
+    return sorted({f for f in files if (ROOT / f).is_file() and not (ROOT / f).is_symlink()})
+
+
+def digest(code: Path) -> str:
+    """A short hash of the names and contents of the files under `code`."""
+    total = hashlib.sha256()
+    for file in sorted(p for p in code.rglob("*") if p.is_file() and p.suffix != ".pyc"):
+        total.update(f"{file.relative_to(code)}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return total.hexdigest()[:12]
+
+
+def environment() -> str:
+    """Python, machine, git revision and installed packages, as text."""
+    revision = (_git("rev-parse", "HEAD") or "").strip()
+    changed = len((_git("status", "--porcelain") or "").splitlines())
+    packages = sorted({f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions()}, key=str.lower)
+    return "\n".join(
+        [
+            f"time      {time.strftime('%Y-%m-%dT%H:%M:%S%z')}",
+            f"host      {platform.node()}",
+            f"platform  {platform.platform()}",
+            f"python    {platform.python_version()} {sys.executable}",
+            f"git       {revision or 'not a checkout'}{f' with {changed} changed files' if changed else ''}",
+            *packages,
+            "",
+        ]
+    )
+
+
+def _git(*arguments: str) -> str | None:
+    """The output of git in the checkout; None without git, or outside a checkout."""
+    if not (ROOT / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.decode(errors="replace") if done.returncode == 0 else None
