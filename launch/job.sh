@@ -20,15 +20,17 @@ job_record() { scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null; }
 
 # srun in the background, so that this script acts on a signal at once; its exit status is srun's.
 srun() {
-    local step status
+    local step status again
     command srun "$@" &
     step=$!
-    wait "$step"
-    status=$?
-    while kill -0 "$step" 2>/dev/null; do
+    while :; do
         wait "$step"
         status=$?
+        [ "$status" -gt 128 ] && kill -0 "$step" 2>/dev/null || break # a signal to this script ended the wait
     done
+    wait "$step" 2>/dev/null # the same once more, for a signal that came as srun ended
+    again=$?
+    [ "$again" -eq 127 ] || status=$again
     return "$status"
 }
 
