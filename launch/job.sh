@@ -59,7 +59,21 @@ come_back() {
         case $record in '' | *' JobState=RUNNING '*) ;; *) return ;; esac
         ;;
     esac
-    until scontrol requeue "$SLURM_JOB_ID"; do sleep 5; done
+    put_back
+}
+
+# put_back: into the queue; a controller that does not answer is asked until this script is ended.
+put_back() {
+    local said
+    until said=$(scontrol requeue "$SLURM_JOB_ID" 2>&1); do
+        case $said in
+        *'Unable to contact'* | *'imed out'* | *busy* | *'emporar'*) sleep 5 ;;
+        *)
+            echo "multitrain: the job could not be put back into the queue: $said" >&2
+            return
+            ;;
+        esac
+    done
 }
 
 # finish STATUS: the end of the script.
