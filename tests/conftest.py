@@ -66,6 +66,7 @@ LONG = (
 """Beginnings of the files whose tests start processes or train for seconds; `make test-fast` leaves them out."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist writes the groups into the names of the tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks: `slow` tests run only when MULTITRAIN_SLOW=1; a file is the unit that workers share, all of tests/slurm another.
 
