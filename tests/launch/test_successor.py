@@ -15,6 +15,7 @@ from multitrain.monitor import requeue, restarts
 from multitrain.monitor.events import Events
 from multitrain.monitor.requeue import Action, Ended
 from multitrain.monitor.restarts import Start
+from multitrain.monitor.slurm import show_job
 
 CLUSTER = ClusterConfig(requeue="resubmit")
 
@@ -34,7 +35,7 @@ def test_successors_that_die_before_they_begin_are_counted() -> None:
         if decision.action != Action.COME_BACK:
             break
         told += [_event("ended", job, status=decision.status), _event("requeue", job, status=decision.status)]
-    assert decision.status == requeue.GAVE_UP and job == 5, (decision, job)
+    assert (decision.status, job) == (requeue.GAVE_UP, 5)
 
 
 def test_the_batch_script_submits_no_second_successor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,3 +56,14 @@ def test_the_batch_script_submits_no_second_successor(tmp_path: Path, monkeypatc
     monkeypatch.setenv("SLURM_JOB_ID", "2")
     batch._training(tmp_path, "2", Ended({"JobState": "RUNNING"}, (), 137, 0), early=False)
     assert submitted == ["one"], "another job still does"
+
+
+def test_the_time_of_scontrol_can_be_read_whatever_the_site_prefers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\necho "JobId=1 EndTime=${SLURM_TIME_FORMAT:-unset}"\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("SLURM_TIME_FORMAT", "relative")
+    assert show_job("1")["EndTime"] == "standard"
