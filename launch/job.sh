@@ -12,7 +12,7 @@ hold='env --block-signal=TERM,INT,USR1,USR2'
 $hold true 2>/dev/null || hold=
 
 # Of the shell that submitted; the tasks' own come from srun.
-unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT SLURM_TIME_FORMAT
 [ -z "${SLURM_MEM_PER_NODE:-}" ] || unset SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU
 
 # job_record: what the controller says of this job; nothing when it does not answer.
@@ -50,7 +50,7 @@ done
 come_back() {
     local record
     record=$(job_record)
-    "${python[@]}" -m launch.requeue "$run" "$1" ${2:-} ${task:+--task "$task"} --signals "$signals" --record "$record"
+    $hold "${python[@]}" -m launch.requeue "$run" "$1" ${2:-} ${task:+--task "$task"} --signals "$signals" --record "$record"
     case $? in
     0) return ;;
     69) ;; # it is to come back, and there is no scontrol where Python is

@@ -70,8 +70,11 @@ def _training(run: Path, job: str, ended: Ended, *, early: bool) -> int:
         print(f"multitrain: {error}", flush=True)
         return Exit.FAILED
     history = restarts.starts(told)
-    if not history or history[-1].restart != ended.restart:
-        history.append(Start(ended.restart))  # it died before it could say that it began
+    if not history or not history[-1].is_of(job, ended.restart):
+        history.append(Start(ended.restart, job=job))  # it died before it could say that it began
+    own = [e for e in told if e["event"] == "requeue" and (e.get("job"), e.get("restart")) == (job, ended.restart)]
+    if any(str(e.get("by")).startswith("successor") for e in own):
+        return DONE  # its successor waits already
     said = history[-1].ended
     decision = requeue.decide(ended, history, cluster, went_well=restarts.progressed(told))
     if early and decision.action != Action.COME_BACK and decision.status != requeue.GAVE_UP:

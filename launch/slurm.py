@@ -111,7 +111,7 @@ def submit_array(folder: Path, name: str, runs: Sequence[tuple[Path, RunConfig]]
     config = runs[0][1].model_copy(update={"name": name})
     executor = _executor(folder, config, checked=True)
     task = f'run=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(str(folder / "runs.txt"))})'
-    logs = str(folder / "logs")
+    logs = _in_script(str(folder / "logs"))
     arguments = [a for a in executor.parameters["srun_args"] if not a.endswith("-rank%t.log")]
     executor.update_parameters(
         setup=[task, *executor.parameters["setup"][1:]],

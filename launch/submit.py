@@ -14,6 +14,7 @@ if not __package__:
 import argparse
 import contextlib
 import os
+import shlex
 import subprocess
 import tempfile
 from typing import NoReturn
@@ -377,7 +378,7 @@ def _batch(run: Run) -> str:
 
 def _again(run: Run) -> str:
     """The command that resumes the run, from any folder."""
-    return f"python {run.path}/code/launch/submit.py {run.path}"
+    return shlex.join(["python", f"{run.path}/code/launch/submit.py", str(run.path)])
 
 
 if __name__ == "__main__":

@@ -204,6 +204,7 @@ class Guard:
         self.run = run
         self.start = start
         self.generation = generation
+        self.pid: int | None = None  # of the process that has claimed the lease, in that process
 
     def check(self) -> None:
         """Return while this start is the run's writer.
@@ -218,6 +219,10 @@ class Guard:
                 raise LeaseLost(f"the lease of run {self.run.name!r} was removed ({self.run / FOLDER})")
             if over:
                 raise LeaseLost(f"run {self.run.name!r}: the lease of this start is over: {over}")
+            holder = _state(self.run / FOLDER, self.generation).holder
+            own = (self.start, self.pid or (holder and holder.pid))
+            if holder is not None and (holder.start, holder.pid) != own:  # the folder was removed, and counted anew
+                raise LeaseLost(f"run {self.run.name!r} is held by {holder}")
             return
         state = newest(self.run)
         if state is not None and not state.over and state.holder is not None and state.holder.start != self.start:
@@ -237,6 +242,7 @@ class Lease(Guard):
 
     def __init__(self, run: Path, start: str, generation: int, file: int, offset: int) -> None:
         super().__init__(run, start, generation)
+        self.pid = os.getpid()
         self._file = file
         self._offset = offset
         self._end = threading.Event()
@@ -250,7 +256,8 @@ class Lease(Guard):
             return
         self._end.set()
         assert self.generation is not None
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, LeaseLost):
+            self.check()
             _mark(self.run / FOLDER, self.generation, "released")
 
     def __enter__(self) -> Lease:

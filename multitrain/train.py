@@ -367,6 +367,8 @@ def _requeue(
         _release()
         return Exit.FAILED
     _release()
+    if config.cluster.requeue == "resubmit":  # SLURM does not end this job, and its successor waits for that
+        return Exit.INTERRUPTED
     deadline = time.monotonic() + WAIT_FOR_END
     while time.monotonic() < deadline and len(interruption.signals) == seen:
         time.sleep(0.1)

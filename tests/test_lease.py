@@ -213,3 +213,15 @@ def test_processes_of_the_holders_start_may_write_and_others_may_not(run: Path) 
         with pytest.raises(LeaseLost):
             other.check()
     other.check()
+
+
+def test_a_holder_whose_folder_was_deleted_does_not_share_a_generation_with_the_next(run: Path) -> None:
+    with acquire(run) as old:
+        for file in (run / "lease").iterdir():
+            file.unlink()
+        with Other(run) as new:
+            assert new.generation == old.generation, "counted from 1 again"
+            with pytest.raises(LeaseLost, match=f"process {new.process.pid}"):
+                old.check()
+            old.release()
+            assert (run / "lease" / "00000001.over").read_text() == "", "and the next one keeps it"

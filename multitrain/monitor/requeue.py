@@ -6,6 +6,7 @@ ranks (if they have ended) and the history of the run's starts. Whoever asks car
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import os
 import shutil
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from multitrain.config import ClusterConfig
 from multitrain.monitor import restarts, slurm
+from multitrain.monitor.events import read
 from multitrain.monitor.exits import Exit, explained
 from multitrain.monitor.restarts import Start
 from multitrain.monitor.slurm import BATCH_ENDED, CANCELLED, OPERATOR, PREEMPTED, STEP_ENDED, TIME_LIMIT, SlurmError
@@ -241,7 +243,12 @@ def _successor(run: Path, job: str, exclude: Sequence[str]) -> str:
         raise SlurmError("sbatch: no answer within 60 s") from None
     if done.returncode:
         raise SlurmError(f"sbatch: {' '.join(done.stderr.split())}")
-    return done.stdout.strip().partition(";")[0]
+    successor = done.stdout.strip().partition(";")[0]
+    for test in {str(e["test_job"]): e for e in read(run / "events.jsonl") if e["event"] == "then"}:
+        with contextlib.suppress(SlurmError):  # what waits for the good end of this job waits for the successor's
+            if f"afterok:{job}" in slurm.show_job(test).get("Dependency", "").replace("_*", ""):
+                slurm.control("update", f"jobid={test}", f"dependency=afterok:{successor}")
+    return successor
 
 
 Write = Callable[..., object]

@@ -29,6 +29,7 @@ class Start:
     updates than there was one of. `final`: the error that no restart mends. `mistake`: the error that no restart mends,
     unless the same run went well before. `trained`: whether it came to its first update. `failed_nodes`: where its ranks
     failed first. `bad_nodes`: what preflight found. `wanted`: why it wanted to come back and could not put itself back.
+    `job`: the SLURM job.
     """
 
     restart: int = 0
@@ -41,6 +42,11 @@ class Start:
     failed_nodes: list[str] = field(default_factory=list)
     bad_nodes: list[str] = field(default_factory=list)
     wanted: str | None = None
+    job: str | None = None
+
+    def is_of(self, job: str | None, restart: int) -> bool:
+        """Whether it is this start of this job; a successor job begins with 0 restarts again."""
+        return (self.job, self.restart) == (job, restart)
 
 
 def starts(events: Sequence[Mapping[str, Any]]) -> list[Start]:
@@ -54,21 +60,23 @@ def starts(events: Sequence[Mapping[str, Any]]) -> list[Start]:
     by_process: dict[tuple[Any, Any], Start] = {}
     for event in events:
         name, update, restart = event["event"], event.get("update"), int(event.get("restart") or 0)
-        process = (event.get("host"), event.get("pid"))
+        job, process = event.get("job"), (event.get("host"), event.get("pid"))
         own = by_process.get(process) or (found[-1] if found else None)
         if name == "submit":
             found, by_process = [], {}
         elif name == "begin":
-            found.append(Start(restart, int(event.get("in_place", 0)), bad_nodes=_bad_before_it_began(found, restart)))
+            found.append(
+                Start(restart, int(event.get("in_place", 0)), bad_nodes=_bad_before_it_began(found, restart), job=job)
+            )
             by_process[process] = found[-1]
         elif name == "checkpoint" and isinstance(update, int):
             if own is not None and update > newest:
                 own.progress = True
             newest = max(newest, update)
         elif name == "preflight" and event.get("nodes"):
-            found.append(Start(restart, bad_nodes=[str(node) for node in event["nodes"]]))
-        elif name in ("ended", "requeue") and _is_of_no_start(own, restart):  # it died before it could begin
-            found.append(Start(restart, ended=str(event.get("status")) if name == "requeue" else None))
+            found.append(Start(restart, bad_nodes=[str(node) for node in event["nodes"]], job=job))
+        elif name in ("ended", "requeue") and _is_of_no_start(own, job, restart):  # it died before it could begin
+            found.append(Start(restart, ended=str(event.get("status")) if name == "requeue" else None, job=job))
         elif own is not None:
             _note(own, event)
     return found
@@ -81,8 +89,8 @@ def _bad_before_it_began(found: list[Start], restart: int) -> list[str]:
     return []
 
 
-def _is_of_no_start(own: Start | None, restart: int) -> bool:
-    return own is None or own.ended is not None or restart > own.restart
+def _is_of_no_start(own: Start | None, job: str | None, restart: int) -> bool:
+    return own is None or own.ended is not None or restart > own.restart or job != own.job
 
 
 def _note(own: Start, event: Mapping[str, Any]) -> None:

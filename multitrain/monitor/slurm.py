@@ -287,12 +287,15 @@ def fields(line: str) -> dict[str, str]:
 def _scontrol(*arguments: str, attempts: int = 3, timeout: float = 10.0) -> str:
     """The output of `scontrol`, which can hang or fail for a moment while the controller is busy."""
     command = ["scontrol", *arguments]
+    environment = {**os.environ, "SLURM_TIME_FORMAT": "standard"}  # sites set others, which cannot be compared
     said = ""
     for attempt in range(attempts):
         if attempt:
             time.sleep(1.0)
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=timeout, check=False, env=environment
+            )
         except FileNotFoundError:
             raise SlurmError(
                 "there is no scontrol here; bind it and SLURM's configuration into the container"
