@@ -103,6 +103,7 @@ def retime(path: Path, target: Path, times: Sequence[float]) -> None:
             delay = max(number - places[packet.pts or 0] for number, packet in enumerate(packets))
             step = (ticks[-1] - ticks[0]) // max(len(ticks) - 1, 1)
             stream = out.add_stream_from_template(source.streams.video[0])
+            stream.time_base = Fraction(1, _TICKS)  # the source's is coarser: times one tick apart would become one
             for number, packet in enumerate(packets):
                 packet.pts = ticks[places[packet.pts or 0]]
                 packet.dts = ticks[number - delay] if number >= delay else ticks[0] - (delay - number)

@@ -151,7 +151,10 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     reason = verify(path)
     if reason is not None:
         raise CheckpointError(f"{path}: {reason}; use an older checkpoint of the run")
-    return safetensors.torch.load_file(path / "model.safetensors"), _read_state(path)
+    try:
+        return safetensors.torch.load_file(path / "model.safetensors"), _read_state(path)
+    except safetensors.SafetensorError as error:  # damaged before its digest was taken
+        raise CheckpointError(f"{path}: model.safetensors: {error}; use an older checkpoint of the run") from None
 
 
 def write(checkpoints: Path, checkpoint: Checkpoint, config_text: str) -> Path:

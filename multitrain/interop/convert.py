@@ -118,6 +118,14 @@ def _check_target(source: Path, target: Path, force: bool) -> None:
         raise ConfigError(f"{target}: is a run's folder, which is never written into; choose another name")
     if not target.absolute().parent.is_dir():
         raise ConfigError(f"{target}: there is no folder {target.parent}; create it first")
+    if target.suffix == ".safetensors":
+        folder = target.absolute().parent
+        if (folder / "manifest.json").exists():
+            raise ConfigError(f"{target}: lies in a checkpoint's folder, which is never written into; choose another")
+        described = folder / "config.json" if target.name == MODEL_FILE else target.with_suffix(".json")
+        for file in (optimizer_file(target), described):
+            if file.is_symlink() or (file.exists() and not force):
+                raise ConfigError(f"{file}: is in the way of what goes beside {target.name}; choose another name")
 
 
 def _for_crop(run: RunConfig, old: int, new: int) -> RunConfig:
@@ -185,11 +193,11 @@ def write_model(target: Path, state: Mapping[str, torch.Tensor], description: Ma
 
 
 def _description_file(target: Path, description: Mapping[str, Any]) -> Path:
-    """``config.json`` beside `target`, or ``NAME.json`` where that one describes another model."""
+    """``config.json`` beside `target`, or ``NAME.json`` where another file has that name."""
     beside = target.parent / "config.json"
     try:
         found = parse_json(beside.read_bytes(), beside)
-        other = any(found.get(key) != description[key] for key in ("model", "datasets"))
+        other = found != json.loads(json.dumps(description))  # somebody's, or of another model
     except FileNotFoundError:
         other = False
     except (OSError, ValueError, AttributeError):
