@@ -66,15 +66,13 @@ LONG = (
 """Beginnings of the files whose tests start processes or train for seconds; `make test-fast` leaves them out."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist writes the groups into the names of the tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks: `slow` tests run only when MULTITRAIN_SLOW=1; a file is the unit that workers share, all of tests/slurm another.
+    """Marks: `slow` tests run only when MULTITRAIN_SLOW=1; `long` ones are left out by `make test-fast`.
 
-    The tests of one cluster come first: they wait most, beside a worker that computes.
+    The tests on real controllers come first: they wait most, beside a worker that computes.
     """
     for item in items:
         name = item.path.relative_to(ROOT / "tests").as_posix()
-        item.add_marker(pytest.mark.xdist_group("slurm" if name.startswith("slurm/") else name))
         if name.startswith(LONG):
             item.add_marker(pytest.mark.long)
         if item.get_closest_marker("slow") and os.environ.get("MULTITRAIN_SLOW") != "1":
