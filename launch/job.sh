@@ -62,10 +62,13 @@ come_back() {
     put_back
 }
 
-# put_back: into the queue; a controller that does not answer is asked until this script is ended.
+# put_back: into the queue, or a successor that starts when this job has ended; a controller that does not answer is asked until this script is ended.
 put_back() {
-    local said
-    until said=$(scontrol requeue "$SLURM_JOB_ID" 2>&1); do
+    local said again=(scontrol requeue "$SLURM_JOB_ID")
+    if grep -q '^  requeue: resubmit' "$run/config.yaml" 2>/dev/null; then
+        again=(sbatch "--dependency=afterany:$SLURM_JOB_ID" "$run/job.sh")
+    fi
+    until said=$("${again[@]}" 2>&1); do
         case $said in
         *'Unable to contact'* | *'imed out'* | *busy* | *'emporar'*) sleep 5 ;;
         *)

@@ -270,7 +270,8 @@ def _in_script(path: str) -> str:
 
 def _more(cluster: ClusterConfig, gpus: int) -> dict[str, Any]:
     """`sbatch` options that submitit has no name for, or spells in its own way."""
-    more: dict[str, Any] = {"requeue": True, "signal": f"USR2@{cluster.lead_time}"}
+    back = "requeue" if cluster.requeue == "requeue" else "no-requeue"  # else SLURM would requeue beside the successor
+    more: dict[str, Any] = {back: True, "signal": f"USR2@{cluster.lead_time}"}
     kind = f"{cluster.gpu_type}:{gpus}" if cluster.gpu_type else str(gpus)
     if cluster.gpu_request == "gres":
         more["gres"] = f"gpu:{kind}"
@@ -296,7 +297,7 @@ def foreign_variables(environment: Mapping[str, str] = os.environ) -> list[str]:
     return sorted(k for k in environment if FOREIGN.match(k) and k not in KEPT)
 
 
-KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_TIME_FORMAT")
+KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER")
 
 
 @contextlib.contextmanager

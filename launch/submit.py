@@ -243,7 +243,11 @@ def _run_here(run: Run) -> int:
     from launch.rank import training
 
     on_hosts = run.config.cluster.kind == "hosts"
-    log = hosts.rank_log(run.path, 0) if on_hosts else local.rank_log(run.path)
+    log = (
+        hosts.rank_log(run.path, (run.config.cluster.node or 0) * run.config.gpus)
+        if on_hosts
+        else local.rank_log(run.path)
+    )
     print(f"run     {run.path}")
     print(f"batch   {_batch(run)}")
     print(f"log     {log}", flush=True)

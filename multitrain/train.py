@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -124,7 +125,7 @@ def _refuse_lost_checkpoints(run: Path, told: Sequence[Mapping[str, Any]]) -> No
         raise ConfigError(
             f"{folder} has no checkpoint, and the run has written some, up to update {max(written)}: bring the folder back "
             f"(a purge? a file system that is not mounted here?), or start over on purpose with "
-            f"python launch/submit.py {run} from_scratch=true"
+            f"python launch/submit.py {shlex.quote(str(run))} from_scratch=true"
         )
 
 

@@ -158,7 +158,7 @@ def load(path: str | Path) -> RunConfig:
     """The configuration of a run: `path` is its folder, its `config.yaml`, or its name in `runs`."""
     path = find_run(path)
     file = path / "config.yaml" if path.is_dir() else path
-    if not os.path.exists(file):
+    if _is_missing(file):
         if len(path.parts) == 1 and file is path:
             raise ConfigError(
                 f"{shown(path)}: no such run, neither a folder here nor a name in `runs`; multitrain status lists them"
@@ -171,6 +171,17 @@ def load(path: str | Path) -> RunConfig:
         return validate(mapping)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
+
+
+def _is_missing(file: Path) -> bool:
+    """Whether there is no such file; one in a folder that we may not look into is not missing."""
+    try:
+        os.stat(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def dump(config: RunConfig) -> str:

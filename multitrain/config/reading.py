@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,12 @@ _DIGITS = re.compile(r"[-+]?[0-9_]+")
 def read_bytes(file: Path, largest: int = LARGEST_TEXT) -> bytes:
     """The content of a file. Raises ConfigError: missing, not readable, no file of bytes, or larger than `largest`."""
     try:
-        if file.is_dir():
+        status = file.stat()
+        if stat.S_ISDIR(status.st_mode):
             raise ConfigError(f"{file}: is a folder; give a file")
-        size = file.stat().st_size
+        if not stat.S_ISREG(status.st_mode):  # a pipe or a device, which may never end
+            raise ConfigError(f"{shown(file)}: is no ordinary file; write its content to one")
+        size = status.st_size
         with file.open("rb") as opened:
             content = b"" if size > largest else opened.read(largest + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name

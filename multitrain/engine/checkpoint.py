@@ -112,7 +112,8 @@ def newest_verified(checkpoints: Path) -> tuple[Path | None, dict[Path, str]]:
     if refused:
         worst = "; ".join(f"{f.name}: {r}" for f, r in refused.items())
         raise CheckpointError(
-            f"{checkpoints}: no checkpoint is whole ({worst}); restore one from a backup, or move the folder away to start over"
+            f"{checkpoints}: no checkpoint is whole ({worst}); restore one from a backup, or move the folder away and start over "
+            "with from_scratch=true"
         )
     return None, {}
 
@@ -127,11 +128,7 @@ def read(folder: Path) -> Checkpoint:
         raise CheckpointError(
             f"{folder}: format {state.get('format')!r}, this version reads format {FORMAT}; use the version that wrote it"
         )
-    return Checkpoint(
-        safetensors.torch.load_file(folder / "model.safetensors"),
-        safetensors.torch.load_file(folder / "optimizer.safetensors"),
-        state,
-    )
+    return Checkpoint(_tensors(folder / "model.safetensors"), _tensors(folder / "optimizer.safetensors"), state)
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
@@ -151,10 +148,14 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     reason = verify(path)
     if reason is not None:
         raise CheckpointError(f"{path}: {reason}; use an older checkpoint of the run")
+    return _tensors(path / "model.safetensors"), _read_state(path)
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
     try:
-        return safetensors.torch.load_file(path / "model.safetensors"), _read_state(path)
+        return safetensors.torch.load_file(file)
     except safetensors.SafetensorError as error:  # damaged before its digest was taken
-        raise CheckpointError(f"{path}: model.safetensors: {error}; use an older checkpoint of the run") from None
+        raise CheckpointError(f"{file.parent}: {file.name}: {error}; use an older checkpoint of the run") from None
 
 
 def write(checkpoints: Path, checkpoint: Checkpoint, config_text: str) -> Path:

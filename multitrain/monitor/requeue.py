@@ -225,12 +225,23 @@ def _exclude(job: str, nodes: Sequence[str]) -> None:
         print(f"multitrain: the nodes {','.join(nodes)} could not be excluded: {error}", flush=True)
 
 
+def _as_submitted(job: str) -> list[str]:
+    """Options that may have been given to `sbatch slurm/train.sh`, and are not in the run's own script."""
+    try:
+        shown = slurm.show_job(job)
+    except SlurmError:
+        return []
+    fields = {"partition": "Partition", "account": "Account", "qos": "QOS", "time": "TimeLimit"}
+    given = {option: shown.get(name, "") for option, name in fields.items()}
+    return [f"--{option}={value}" for option, value in given.items() if value not in ("", "(null)", "N/A")]
+
+
 def _successor(run: Path, job: str, exclude: Sequence[str]) -> str:
     """Submit the run's own batch script again, to start when this job has ended; the new job's id."""
     script = run / SCRIPT
     if not script.is_file():
         raise SlurmError(f"there is no {script}; submit the run again")
-    more = [f"--exclude={','.join(exclude)}"] if exclude else []
+    more = [*_as_submitted(job), *([f"--exclude={','.join(exclude)}"] if exclude else [])]
     command = ["sbatch", "--parsable", f"--dependency=afterany:{job}", *more, str(script)]
     kept = {
         k: v for k, v in os.environ.items() if k == "SLURM_CONF" or not k.startswith(("SLURM_", "SBATCH_", "SRUN_"))

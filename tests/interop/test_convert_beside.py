@@ -21,7 +21,8 @@ def test_a_file_in_the_way_beside_the_target_stays(source: Path, tmp_path: Path,
     (tmp_path / name).write_text("mine")
     with pytest.raises(ConfigError, match="in the way"):
         convert(source, tmp_path / "new.safetensors")
-    assert (tmp_path / name).read_text() == "mine" and (tmp_path / "config.json").read_text() == "{}"
+    assert (tmp_path / name).read_text() == "mine"
+    assert (tmp_path / "config.json").read_text() == "{}"
 
 
 def test_a_description_of_the_same_model_with_other_content_stays(source: Path, tmp_path: Path) -> None:
@@ -29,7 +30,8 @@ def test_a_description_of_the_same_model_with_other_content_stays(source: Path, 
     mine = (tmp_path / "config.json").read_text().replace("{", '{\n "note": "mine",', 1)
     (tmp_path / "config.json").write_text(mine)
     convert(source, tmp_path / "second.safetensors")
-    assert (tmp_path / "config.json").read_text() == mine and (tmp_path / "second.json").exists()
+    assert (tmp_path / "config.json").read_text() == mine
+    assert (tmp_path / "second.json").exists()
 
 
 def test_a_checkpoint_is_never_written_into_even_by_force(source: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from multitrain.config import ModelConfig, dump
+from multitrain.config import ConfigError, ModelConfig, dump
 from multitrain.engine import checkpoint as checkpoints
 from multitrain.engine.checkpoint import Checkpoint
 from multitrain.interop.convert import convert
@@ -134,5 +134,5 @@ def test_nested_values_come_back_with_their_types() -> None:
     value = {"a": (1, [2.5, None, "x"], {3: torch.ones(2, dtype=torch.bfloat16)}), 0: {}, "t": ()}
     structure, tensors = flatten(value)
     assert identical(unflatten(structure, tensors), value)
-    with pytest.raises(TypeError, match="set"):
+    with pytest.raises(ConfigError, match="set"):
         flatten({"a": {1, 2}})
