@@ -275,9 +275,9 @@ def test_evaluate_follows_overrides_of_the_stored_settings(
     for wrong, expected in {
         "model.depth=4": "cannot be changed",
         "eval.videos_per_bach=2": "did you mean 'videos_per_batch'",
-        "evil.workers=2": "unknown option 'evil'",
+        "evil.workers=2": "unknown option 'evil.workers'",
         "eval.workers=many": "eval.workers",
-        "eval=[": "is no override",
+        "eval=[": "eval is chosen by name",
     }.items():
         status, _, err = said(capsys, "evaluate", run, "--out", out, wrong)
         assert status == 2

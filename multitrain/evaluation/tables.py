@@ -90,7 +90,8 @@ def require_own(folder: Path, keys: Sequence[str]) -> None:
             raise ConfigError(f"{inside}: is a link, which is not followed; choose another --out")
         if not (file.exists() or file.is_symlink()):
             others = [n for n in ("table.txt", "scores.npz", "confusion.png") if (inside / n).exists()]
-            if others and not (inside / "shards").is_dir():
+            begun = (inside / "shards").is_dir() or any(inside.glob("*/shards"))  # an evaluation that was cut short
+            if others and not begun:
                 raise ConfigError(f"{inside / others[0]}: no evaluation wrote it; choose another --out")
             continue
         if not _is_own(file):

@@ -185,7 +185,9 @@ def test_passes_and_copies_differ(setting: Setting) -> None:
 def test_copies_share_their_frames_and_datasets_that_forbid_it_are_not_mirrored(
     videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[tuple[int, bool]] = []
+    calls: dict[int, list[tuple[int, bool]]] = {}
+
+    kept: list[object] = []
 
     class Recorded(clips.Augmenter):
         def __init__(self, *given: Any) -> None:
@@ -193,12 +195,15 @@ def test_copies_share_their_frames_and_datasets_that_forbid_it_are_not_mirrored(
             self.flip_allowed = given[-1]
 
         def __call__(self, frame: np.ndarray, target: np.ndarray) -> None:
-            calls.append((hash(frame.tobytes()), self.flip_allowed))
+            calls.setdefault(id(self), []).append((hash(frame.tobytes()), self.flip_allowed))
+            kept.append(self)  # so that no other one gets its id
 
     monkeypatch.setattr(clips, "Augmenter", Recorded)
     (batch, *_) = Setting(videos, tmp_path / "index").batches(0, 1, micro=16)
-    assert [a[0] == b[0] for a, b in zip(calls[::2], calls[1::2])] == [True] * (len(calls) // 2)
-    assert {allowed for _, allowed in calls} == {d != 1 for d in batch.dataset.tolist()}
+    copies = list(calls.values())
+    assert len(copies) == 2 * len(batch.tickets)
+    assert copies[::2] == copies[1::2], "both copies of a video are made of the same frames"
+    assert {allowed for copy in copies for _, allowed in copy} == {d != 1 for d in batch.dataset.tolist()}
 
 
 def test_next_batch_returns_in_time_with_nothing_and_loses_nothing(

@@ -295,7 +295,7 @@ def test_the_snapshot_has_the_sources_and_nothing_that_git_ignores(tmp_path: Pat
 
 def test_a_resumed_run_goes_on_with_its_own_code_unless_told_otherwise(tmp_path: Path, root: Path) -> None:
     """The whole resubmission is done by it: what the checkout says, or no longer says, does not matter."""
-    run = written("name=r", "gpus=8")
+    run = written("name=r", "gpus=8", "cluster.check_data=false")
     (run.path / "code" / "configs" / "cluster" / "own.yaml").write_text("kind: slurm\npartition: frozen\n")
     submit = [sys.executable, str(root / "launch" / "submit.py"), "r", "dry_run=true"]
     own = subprocess.run([*submit, "cluster=own"], capture_output=True, text=True, check=False)
@@ -306,7 +306,7 @@ def test_a_resumed_run_goes_on_with_its_own_code_unless_told_otherwise(tmp_path:
 
 
 def test_a_run_of_an_older_version_goes_on_with_the_code_of_this_one(tmp_path: Path, root: Path) -> None:
-    run = written("name=r", "gpus=8")
+    run = written("name=r", "gpus=8", "cluster.check_data=false")
     (run.path / "code" / "launch" / "job.sh").unlink()
     submit = [sys.executable, str(root / "launch" / "submit.py"), "r", "dry_run=true"]
     done = subprocess.run(submit, capture_output=True, text=True, check=False)
