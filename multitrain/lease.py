@@ -188,6 +188,8 @@ def start_name(job: str | None, restart: int, environment: Mapping[str, str] = o
     if "TORCHELASTIC_RUN_ID" in environment:  # torchrun
         names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
         return "torchrun " + " ".join(environment.get(name, "") for name in names)
+    if environment.get("WORLD_SIZE", "1") != "1":  # placed by hand, or by another launcher
+        return f"ranks at {environment.get('MASTER_ADDR', '')}:{environment.get('MASTER_PORT', '')}"
     return f"process {os.getpid()} on {socket.gethostname()} {_began(os.getpid())}"
 
 
@@ -228,9 +230,9 @@ class Guard:
         if state is not None and not state.over and state.holder is not None and state.holder.start != self.start:
             raise LeaseLost(f"run {self.run.name!r} is held by {state.holder}")
 
-    def follow(self, generation: int) -> None:
-        """From now on it is this generation that must not be over."""
-        self.generation = generation
+    def follow(self, generation: int | None, start: str) -> None:
+        """From now on it is this generation, which rank 0 has claimed for this start, that must not be over."""
+        self.generation, self.start = generation, start
 
 
 class Lease(Guard):

@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         from multitrain.engine.distributed import join
 
         world = join(config.world_size, config.engine.collective_timeout, config.engine.threads)
-        guard.follow(world.broadcast(guard.generation))
+        guard.follow(*world.broadcast((guard.generation, guard.start)))
         trainer = build(config, run, world, interruption, watchdog)
         _start(config, run, trainer)
         request = trainer.train()

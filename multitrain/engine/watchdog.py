@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from multitrain.lease import LeaseLost
 from multitrain.monitor.events import Events
 from multitrain.monitor.exits import Exit
 from multitrain.monitor.supervised import PULSE_FD, STACKS
@@ -75,7 +76,7 @@ class Watchdog:
         self._say(f"{text}; where its threads are:", *stacks())
         try:
             Events(self._run / "events.jsonl").write("hung", rank=self._rank, reason=f"{text}; see the ranks' logs")
-        except OSError as error:
+        except (OSError, LeaseLost) as error:  # the rank ends all the same
             self._say(f"{self._run}/events.jsonl cannot be written: {error}")
         time.sleep(PEERS)
         self._end(Exit.FAILED)
