@@ -42,8 +42,8 @@ def block_stop_signals() -> None:
 
 
 def unblock_stop_signals() -> None:
-    """Deliver :data:`STOP_SIGNALS` again, those held back first. Call it after the handlers are installed."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    """Deliver :data:`STOP_SIGNALS` and SIGINT again, those held back first. Call it after the handlers are installed."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (*STOP_SIGNALS, signal.SIGINT))
 
 
 # ------------------------------------------------------------------------------------------------ place in the world

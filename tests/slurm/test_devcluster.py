@@ -46,7 +46,8 @@ WAITS = """
     while not signals:
         time.sleep(0.05)
     time.sleep(0.3)
-    reason = slurm.taken_away(slurm.job_id(), signals) if rank == 0 else None
+    reason = slurm.taken_away(slurm.show_job(slurm.job_id()), signals) if rank == 0 else None
+    reason = None if reason in (slurm.CANCELLED, slurm.OPERATOR) else reason
     report(signals=[signal.Signals(s).name for s in signals], reason=reason)
     if reason:
         slurm.requeue(slurm.job_id())
@@ -157,7 +158,7 @@ def test_two_nodes_of_eight_ranks(cluster: Cluster, board: Path, monkeypatch: py
     assert [r["CUDA_VISIBLE_DEVICES"].split(",")[int(r["LOCAL_RANK"])] for r in ranks] == [str(i) for i in range(8)] * 2
     assert {(r["WORLD_SIZE"], r["LOCAL_WORLD_SIZE"], r["MASTER_ADDR"]) for r in ranks} == {("16", "8", "127.0.0.1")}
     assert len({r["MASTER_PORT"] for r in ranks}) == 1
-    assert {tuple(r["held"]) for r in ranks} == {("SIGTERM", "SIGUSR1", "SIGUSR2")}
+    assert {tuple(r["held"]) for r in ranks} == {("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")}
     assert "quiet,mask_cpu:0x1" not in {r["SLURM_CPU_BIND"] for r in ranks}
     run = board.parent / "runs" / "drill"
     assert {r["cwd"] for r in ranks} == {str(run / "code")}
@@ -327,7 +328,7 @@ def test_train_sh_finds_its_run_again_after_a_requeue(
     run = runs / f"k400-job{job}"
     assert [p for p in runs.iterdir() if not p.name.startswith(".")] == [run]
     assert cluster.job(job)["JobName"] == run.name
-    assert {r["held"][0] for r in reports(board)} == {"SIGTERM"}
+    assert {r["held"][0] for r in reports(board)} == {"SIGINT"}
     assert slurm.active(run.name, run_folder.jobs(run)) == {job: "RUNNING"}
     (run / "code" / "marker").write_text("a requeued job keeps its code")
     cluster.run("scontrol", "requeue", job)
