@@ -329,7 +329,7 @@ def test_train_sh_finds_its_run_again_after_a_requeue(
     assert [p for p in runs.iterdir() if not p.name.startswith(".")] == [run]
     assert cluster.job(job)["JobName"] == run.name
     assert {r["held"][0] for r in reports(board)} == {"SIGINT"}
-    assert slurm.active(run.name, run_folder.jobs(run)) == {job: "RUNNING"}
+    assert slurm.active(run, run_folder.jobs(run)) == {job: "RUNNING"}
     (run / "code" / "marker").write_text("a requeued job keeps its code")
     cluster.run("scontrol", "requeue", job)
     cluster.start_now(job)
