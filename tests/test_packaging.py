@@ -111,7 +111,16 @@ def run(folder: Path, *command: str | Path) -> str:
 def test_an_installed_wheel_submits_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
     where = run(tmp_path, installed / "python", "-c", "import multitrain, launch; print(multitrain.__file__)")
     assert str(installed.parent) in where
-    text = run(tmp_path, installed / "multitrain", "submit", "nodes=2", "gpus=8", "name=first", "dry_run=true")
+    text = run(
+        tmp_path,
+        installed / "multitrain",
+        "submit",
+        "nodes=2",
+        "gpus=8",
+        "name=first",
+        "dry_run=true",
+        "cluster.check_data=false",
+    )
     assert "#SBATCH --nodes=2" in text
     assert "gpu" in text
     assert not list(tmp_path.iterdir()), "a dry run writes nothing"
@@ -124,7 +133,9 @@ def test_an_installed_wheel_has_all_that_the_checkout_reads(installed: Path, roo
     for folder in ("configs", "slurm"):
         assert names(package / folder) == names(root / folder)
     assert os.access(package / "slurm/devcluster/start", os.X_OK)
-    data = {p.relative_to(root) for p in root.glob("launch/*.json")} | {Path("multitrain/py.typed")}
+    data = {p.relative_to(root) for p in (*root.glob("launch/*.json"), *root.glob("launch/*.sh"))} | {
+        Path("multitrain/py.typed")
+    }
     assert [name for name in data if not (package.parent / name).is_file()] == []
 
 
