@@ -15,8 +15,10 @@ import argparse
 import contextlib
 import os
 import shlex
+import signal
 import subprocess
 import tempfile
+from types import FrameType
 from typing import NoReturn
 
 import yaml
@@ -52,6 +54,7 @@ SHOWN = ("job", "all")
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0 submitted or finished, 2 refused; of a local run also 75 (interrupted) or a failed rank's."""
     options, words = _parser().parse_known_args(arguments)
+    _given[:] = sys.argv[1:] if arguments is None else arguments
     try:
         unknown = [w for w in words if w.startswith("-")]
         if unknown:
@@ -105,7 +108,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _submit(words: list[str], config_dirs: list[str]) -> int:
-    _resume_by_its_own_code(words, config_dirs)
+    if (code := _resume_by_its_own_code(words, config_dirs)) is not None:
+        return code
     run = run_folder.ask(words, config_dirs=config_dirs)
     if run.config.cluster.kind == "slurm":
         from launch import slurm
@@ -140,24 +144,41 @@ def _write_claimed(run: Run, claim: contextlib.ExitStack, job: str | None = None
         claim.enter_context(run_folder.claimed(run.path))
 
 
-def _resume_by_its_own_code(words: list[str], config_dirs: list[str]) -> None:
-    """Replace this process by the run's own `submit.py`, when the command line resumes a run that has one."""
+def _resume_by_its_own_code(words: list[str], config_dirs: list[str]) -> int | None:
+    """When the command line resumes a run that has a `submit.py` of its own: the exit status of that; else None."""
     path = run_folder.folder(words, config_dirs)
     if path is None or path / "code" == ROOT or any(w.partition("=")[0] == "update_code" for w in words):
-        return
+        return None
     if not (path / "code" / "launch" / "job.sh").is_file():
         print(f"note: run {path.name!r} is of an older version; it goes on with the code of this one", file=sys.stderr)
-        return
+        return None
     for note in resume.changed_since(path, [w for w in words if "=" in w], config_dirs):
         print(f"note: {note}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    program = str(path / "code" / "launch" / "submit.py")
-    os.execve(
-        sys.executable,
-        [sys.executable, program, *sys.argv[1:]],
-        {**os.environ, "PYTHONPATH": python_path(path / "code")},
-    )
+    command = [sys.executable, str(path / "code" / "launch" / "submit.py"), *_given]
+    return _replaced_by(command, {**os.environ, "PYTHONPATH": python_path(path / "code")})
+
+
+_given: list[str] = []
+"""The command line of this process, for the run's own `submit.py`."""
+
+
+def _replaced_by(command: list[str], environment: dict[str, str]) -> int:
+    """Run a command in this one's place: signals reach it, and its exit status is returned."""
+    process = subprocess.Popen(command, env=environment)
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        if number != signal.SIGINT:  # a terminal sends that to both
+            process.send_signal(number)
+
+    before = {n: signal.signal(n, pass_on) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 128 - code if code < 0 else code
 
 
 def _dry_run(run: Run) -> int:
@@ -270,7 +291,8 @@ def _prepare(words: list[str], config_dirs: list[str]) -> int:
 
     job = job_id()
     words = [*words, *_allocated(words)]
-    _resume_by_its_own_code(words, config_dirs)
+    if (code := _resume_by_its_own_code(words, config_dirs)) is not None:
+        return code
     run = run_folder.ask(words, config_dirs=config_dirs, default_name=f"job{job}" if job else None)
     if not (job and run.exists and job in run_folder.jobs(run.path)):  # else a requeued job: all is written
         with contextlib.ExitStack() as claim:

@@ -273,25 +273,25 @@ def test_submitting_returns_at_once_and_says_where_everything_is(cluster: Cluste
     assert said["run"] == str(board.parent / "runs" / "first")
     assert said["log"] == str(board.parent / "runs" / "first" / "logs" / f"{job}-rank0.log")
     assert said["cancel"] == f"scancel {job}"
-    assert said["resume"] == "python launch/submit.py first"
+    assert said["resume"] == f"python {said['run']}/code/launch/submit.py {said['run']}"
     print(f"submitted in {seconds:.1f} s")
 
 
 def test_a_run_in_the_queue_is_not_submitted_twice(
-    cluster: Cluster, board: Path, capsys: pytest.CaptureFixture[str]
+    cluster: Cluster, board: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["name=twice", "gpus=8", *LATER]) == 0
-    job = capsys.readouterr().out.split()[1]
+    job = capfd.readouterr().out.split()[1]
     for words in (["twice", "nodes=2"], ["name=twice", "cluster=local", "gpus=1"]):
         assert main(words) == 2
-        error = capsys.readouterr().err
+        error = capfd.readouterr().err
         assert f"job {job} (pending)" in error
         assert f"scancel {job}" in error
         assert error.count("\n") == 1
     cluster.run("scancel", job)
-    cluster.until(lambda: not slurm.active("twice", [job]), "the end of the job")
+    cluster.until(lambda: not slurm.active(board.parent / "runs" / "twice", [job]), "the end of the job")
     assert main(["twice", "nodes=2"]) == 0
-    second = capsys.readouterr().out.split()[1]
+    second = capfd.readouterr().out.split()[1]
     assert cluster.job(second)["NumNodes"].startswith("2")
     assert run_folder.jobs(board.parent / "runs" / "twice") == [job, second]
 
