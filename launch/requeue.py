@@ -94,6 +94,8 @@ def _training(run: Path, job: str, ended: Ended, *, early: bool) -> int:
 def _evaluation(run: Path, job: str, ended: Ended) -> int:
     """A test goes on where it was; one that failed by itself stays away."""
     cluster = load(run).cluster if (run / "config.yaml").is_file() else ClusterConfig()
+    if ended.exit_status == Exit.FINISHED:
+        return DONE
     decision = requeue.decide_evaluation(ended, cluster)
     print(f"evaluation: {described(decision, ended)}", flush=True)
     if decision.action == Action.COME_BACK and not shutil.which("scontrol"):

@@ -238,7 +238,7 @@ def _parameters(run: Path, config: RunConfig, task: str) -> dict[str, Any]:
     setup += [f"python=({_python(config)})"]
     setup += ["task=evaluate"] if task == "evaluate" else []
     setup += ['export PYTHONPATH="$run/code${PYTHONPATH:+:$PYTHONPATH}"', f'. "$run/code/{JOB}"', *cluster.setup]
-    if config.preflight and task == "train":
+    if config.preflight:
         step = shlex.join(["srun", "--kill-on-bad-exit=1", *steps])
         setup.append(f'{step} $hold {_python(config)} -u -m launch.preflight --dir "$run" || finish $?')
     return {
