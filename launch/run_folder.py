@@ -126,13 +126,6 @@ def folder(words: Sequence[str], config_dirs: Sequence[str] = ()) -> Path | None
     return path if (path / "config.yaml").is_file() else None
 
 
-def of_job(job: str, runs: Path) -> Path | None:
-    """The run that a job of `slurm/train.sh` was the first to prepare."""
-    with contextlib.suppress(OSError):
-        return Path((runs / JOBS / job).read_text().strip())
-    return None
-
-
 def _folder(typed: list[str], plain: list[str], config_dirs: Sequence[str], default_name: str | None) -> Path:
     """The run's folder: of the run that a plain word names, or of the `name` that was typed, or a new one."""
     given = {key(o): o.partition("=")[2].strip("'\"") for o in typed}

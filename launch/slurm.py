@@ -227,7 +227,9 @@ def _executor(run: Path, config: RunConfig, *, checked: bool, task: str = "train
 
 
 def _python(config: RunConfig) -> str:
-    return config.cluster.python or shlex.quote(sys.executable)
+    """The Python command of the ranks; in a job of `slurm/train.sh` the one that the script was given."""
+    given = os.environ.get("MULTITRAIN_PYTHON") if "SLURM_JOB_ID" in os.environ else None
+    return config.cluster.python or shlex.quote(given or sys.executable)
 
 
 def _parameters(run: Path, config: RunConfig, task: str) -> dict[str, Any]:
