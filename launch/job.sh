@@ -14,6 +14,8 @@ $hold true 2>/dev/null || hold=
 # Of the shell that submitted; the tasks' own come from srun.
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT SLURM_TIME_FORMAT
 [ -z "${SLURM_MEM_PER_NODE:-}" ] || unset SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU
+# srun does not inherit --cpus-per-task since 22.05. The job's own value counts: sbatch --cpus-per-task=4 slurm/train.sh
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
 # job_record: what the controller says of this job; nothing when it does not answer.
 job_record() { scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null; }

@@ -235,13 +235,12 @@ def _python(config: RunConfig) -> str:
 def _parameters(run: Path, config: RunConfig, task: str) -> dict[str, Any]:
     """submitit's parameters of a job: one task a GPU, warned before the limit, requeued, one log a rank."""
     cluster = config.cluster
-    steps = [f"--cpus-per-task={cluster.cpus_per_gpu}", *cluster.srun_args]  # srun does not inherit it since 22.05
     setup = [f"run={shlex.quote(str(run))}"]
     setup += [f"python=({_python(config)})"]
     setup += ["task=evaluate"] if task == "evaluate" else []
     setup += ['export PYTHONPATH="$run/code${PYTHONPATH:+:$PYTHONPATH}"', f'. "$run/code/{JOB}"', *cluster.setup]
     if config.preflight:
-        step = shlex.join(["srun", "--kill-on-bad-exit=1", *steps])
+        step = shlex.join(["srun", "--kill-on-bad-exit=1", *cluster.srun_args])
         setup.append(f'{step} $hold {_python(config)} -u -m launch.preflight --dir "$run" || finish $?')
     return {
         "job_name": config.name or "multitrain",
@@ -258,7 +257,7 @@ def _parameters(run: Path, config: RunConfig, task: str) -> dict[str, Any]:
         "signal_delay_s": cluster.lead_time,
         "setup": setup,
         "teardown": ["finish $?"],
-        "srun_args": ["--kill-on-bad-exit=1", *steps, "--output", _in_script(str(run / "logs")) + "/%j-rank%t.log"],
+        "srun_args": ["--kill-on-bad-exit=1", *cluster.srun_args, "--output", _in_script(str(run / "logs")) + "/%j-rank%t.log"],
         "stderr_to_stdout": True,
         "wckey": None,
         "additional_parameters": _more(cluster, config.gpus) | {"output": f"{_in_script(str(run))}/logs/%j.log"},

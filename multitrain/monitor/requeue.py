@@ -231,7 +231,16 @@ def _as_submitted(job: str) -> list[str]:
         shown = slurm.show_job(job)
     except SlurmError:
         return []
-    fields = {"partition": "Partition", "account": "Account", "qos": "QOS", "time": "TimeLimit"}
+    fields = {
+        "partition": "Partition",
+        "account": "Account",
+        "qos": "QOS",
+        "time": "TimeLimit",
+        "cpus-per-task": "CPUs/Task",
+        "constraint": "Features",
+        "reservation": "Reservation",
+        "licenses": "Licenses",
+    }
     given = {option: shown.get(name, "") for option, name in fields.items()}
     return [f"--{option}={value}" for option, value in given.items() if value not in ("", "(null)", "N/A")]
 

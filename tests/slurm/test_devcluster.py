@@ -306,7 +306,6 @@ def test_what_slurm_refuses_leaves_no_run_behind(
     assert not (board.parent / "runs" / "x").exists()
 
 
-@pytest.mark.slow  # its stand-in for Python does not reach the run's own batch script yet
 def test_train_sh_finds_its_run_again_after_a_requeue(
     cluster: Cluster, board: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,7 +25,7 @@ export PYTHONPATH="$run/code${PYTHONPATH:+:$PYTHONPATH}"
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output /shared/runs/golden/logs/submitit/%j_%t_log.out --kill-on-bad-exit=1 --cpus-per-task=8 --output /shared/runs/golden/logs/%j-rank%t.log $hold apptainer exec --nv --bind /shared,/usr/bin/scontrol,/etc/slurm,/run/munge multitrain.sif python -u -m submitit.core._submit /shared/runs/golden/logs/submitit
+srun --unbuffered --output /shared/runs/golden/logs/submitit/%j_%t_log.out --kill-on-bad-exit=1 --output /shared/runs/golden/logs/%j-rank%t.log $hold apptainer exec --nv --bind /shared,/usr/bin/scontrol,/etc/slurm,/run/munge multitrain.sif python -u -m submitit.core._submit /shared/runs/golden/logs/submitit
 
 
 # teardown

@@ -24,11 +24,11 @@ run=/shared/runs/golden
 python=(apptainer exec --nv image.sif python)
 export PYTHONPATH="$run/code${PYTHONPATH:+:$PYTHONPATH}"
 . "$run/code/launch/job.sh"
-srun --kill-on-bad-exit=1 --cpus-per-task=8 $hold apptainer exec --nv image.sif python -u -m launch.preflight --dir "$run" || finish $?
+srun --kill-on-bad-exit=1 $hold apptainer exec --nv image.sif python -u -m launch.preflight --dir "$run" || finish $?
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output /shared/runs/golden/logs/submitit/%j_%t_log.out --kill-on-bad-exit=1 --cpus-per-task=8 --output /shared/runs/golden/logs/%j-rank%t.log $hold apptainer exec --nv image.sif python -u -m submitit.core._submit /shared/runs/golden/logs/submitit
+srun --unbuffered --output /shared/runs/golden/logs/submitit/%j_%t_log.out --kill-on-bad-exit=1 --output /shared/runs/golden/logs/%j-rank%t.log $hold apptainer exec --nv image.sif python -u -m submitit.core._submit /shared/runs/golden/logs/submitit
 
 
 # teardown

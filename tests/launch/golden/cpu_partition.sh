@@ -29,7 +29,7 @@ module load ffmpeg
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output /shared/runs/golden/logs/submitit/%j_%t_log.out --kill-on-bad-exit=1 --cpus-per-task=4 '--container-image=a b' --output /shared/runs/golden/logs/%j-rank%t.log $hold /venv/bin/python -u -m submitit.core._submit /shared/runs/golden/logs/submitit
+srun --unbuffered --output /shared/runs/golden/logs/submitit/%j_%t_log.out --kill-on-bad-exit=1 '--container-image=a b' --output /shared/runs/golden/logs/%j-rank%t.log $hold /venv/bin/python -u -m submitit.core._submit /shared/runs/golden/logs/submitit
 
 
 # teardown

@@ -24,7 +24,7 @@ export PYTHONPATH="$run/code${PYTHONPATH:+:$PYTHONPATH}"
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output /shared/runs/golden/logs/submitit/%j_%t_log.out --kill-on-bad-exit=1 --cpus-per-task=8 --output /shared/runs/golden/logs/%j-rank%t.log $hold /venv/bin/python -u -m submitit.core._submit /shared/runs/golden/logs/submitit
+srun --unbuffered --output /shared/runs/golden/logs/submitit/%j_%t_log.out --kill-on-bad-exit=1 --output /shared/runs/golden/logs/%j-rank%t.log $hold /venv/bin/python -u -m submitit.core._submit /shared/runs/golden/logs/submitit
 
 
 # teardown
