@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 import multitrain.model
 from benchmarks.network import loss_of, trained_outputs
 from multitrain.config import ModelConfig
-from multitrain.model import MultiTrain
+from multitrain.model import MultiTrain, constants
 
 LOWERED = {torch.nn.functional.linear, torch.nn.functional.conv3d, torch.matmul, Tensor.matmul, Tensor.__matmul__}
 RAISED = {torch.nn.functional.layer_norm, torch.nn.functional.softmax, torch.softmax, Tensor.softmax}
@@ -154,6 +154,7 @@ def as_on_cuda() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         FakeTensorMode.cache_clear()  # results that were computed with the processor's answers, and ours when we leave
         stack.callback(FakeTensorMode.cache_clear)
+        stack.enter_context(mock.patch.dict(constants.KEPT, clear=True))  # it may hold tensors with data
         for module in map(importlib.import_module, names):
             for name in ANSWERS.keys() & vars(module).keys():
                 stack.enter_context(mock.patch.object(module, name, ANSWERS[name]))

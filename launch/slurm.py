@@ -257,7 +257,12 @@ def _parameters(run: Path, config: RunConfig, task: str) -> dict[str, Any]:
         "signal_delay_s": cluster.lead_time,
         "setup": setup,
         "teardown": ["finish $?"],
-        "srun_args": ["--kill-on-bad-exit=1", *cluster.srun_args, "--output", _in_script(str(run / "logs")) + "/%j-rank%t.log"],
+        "srun_args": [
+            "--kill-on-bad-exit=1",
+            *cluster.srun_args,
+            "--output",
+            _in_script(str(run / "logs")) + "/%j-rank%t.log",
+        ],
         "stderr_to_stdout": True,
         "wckey": None,
         "additional_parameters": _more(cluster, config.gpus) | {"output": f"{_in_script(str(run))}/logs/%j.log"},

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from multitrain.model.constants import kept
 from multitrain.model.device import is_cuda
 from multitrain.model.products import conv3d, rounding
 
@@ -75,19 +76,14 @@ def read_positions(grid: Grid, stride: int, device: torch.device) -> tuple[Tenso
         return None
     t, h, w = grid
     rows, columns = _read(h, stride), _read(w, stride)
-    key = (grid, stride, device)
-    found = _positions.get(key)
-    if found is None:
+
+    def make() -> Tensor:
         found = torch.arange(t * h * w, device=device).view(grid)
         for dim, axis in ((1, rows), (2, columns)):
             found = found.index_select(dim, torch.tensor(axis, device=device))
-        found = found.flatten()
-        if type(found) is Tensor:  # not a stand-in without data
-            _positions[key] = found
-    return found, (t, len(rows), len(columns))
+        return found.flatten()
 
-
-_positions: dict[tuple[Grid, int, torch.device], Tensor] = {}
+    return kept(("read_positions", grid, stride, device), make), (t, len(rows), len(columns))
 
 
 def _read(size: int, stride: int) -> list[int]:

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from multitrain.model.constants import kept
+
 
 def _signed(value: int) -> int:
     """`value` modulo 2**64 as a signed 64-bit integer."""
@@ -134,14 +136,6 @@ def kept_masks(layers: Sequence[KeyedDropPath], keys: Tensor, dtype: torch.dtype
     return [Mask(next(masks), 1 / (1 - layer.p), zero) if layer.p else None for layer in layers]
 
 
-_constants: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
-
-
 def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`values` on the device; copied there once, as each copy to a GPU waits for it."""
-    found = _constants.get((values, device))
-    if found is None:
-        found = torch.tensor(values, dtype=dtype, device=device)
-        if type(found) is Tensor:  # not a stand-in without data
-            _constants[values, device] = found
-    return found
+    """`values` on the device."""
+    return kept((values, dtype, device), lambda: torch.tensor(values, dtype=dtype, device=device))

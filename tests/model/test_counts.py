@@ -11,6 +11,7 @@ import torch
 from benchmarks.counting import counts_of_baseline, counts_of_ours, per_clip
 from multitrain.config import ModelConfig
 from multitrain.model import products
+from multitrain.model.multitrain import MultiTrain
 
 DATASETS = {"kinetics": 400, "mit": 305, "ssv2": 174}
 
@@ -50,8 +51,12 @@ def test_a_step_of_six_blocks_needs_no_more_than_it_did(mode: str) -> None:
 
 
 def test_counts_stand_for_cuda_whatever_the_processor_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch and our products ask the processor for bf16 instructions: neither answer is in the counts."""
+    """torch and our products ask the processor for bf16 instructions: neither answer is in the counts, nor is what a
+    model that was used before has left in memory.
+    """
     small = ModelConfig(depth=3, stages=(1,))
+    used = MultiTrain(small, DATASETS).train()
+    used.features(torch.zeros(1, 3, small.frames, small.crop, small.crop), torch.zeros(1, dtype=torch.int64))
     found = []
     for layout, slow in ((torch.channels_last_3d, ()), (torch.contiguous_format, (torch.bfloat16, torch.float16))):
         monkeypatch.setattr(torch._C, "_conv_determine_backend_memory_format", lambda *_, answer=layout: answer)

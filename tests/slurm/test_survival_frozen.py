@@ -9,7 +9,7 @@ import pytest
 
 from tests.slurm.drill import Runs, copied_checkout, ranks
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400), pytest.mark.slow]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400)]
 
 
 def test_a_requeued_job_of_train_sh_goes_on_though_its_checkout_is_edited_half_edited_moved_and_deleted(
