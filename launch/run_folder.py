@@ -36,6 +36,7 @@ from multitrain.config.reading import read_yaml
 from multitrain.files import replace_text
 from multitrain.monitor import slurm
 from multitrain.monitor.events import Events, read
+from multitrain.monitor.restarts import refuse_lost_checkpoints
 from multitrain.order.batch import BatchShape, solve
 
 JOBS = ".jobs"
@@ -108,7 +109,7 @@ def ask(words: Sequence[str], *, config_dirs: Sequence[str] = (), default_name: 
         config.effective_batch, nodes=config.nodes, gpus=config.gpus, micro_batch=config.micro_batch, group=config.group
     )
     run = Run(path, config, shape, typed, [str(Path(d).absolute()) for d in dirs], **flags)
-    _refuse_from_scratch(run)
+    _refuse_wrong_start(run)
     return run
 
 
@@ -159,13 +160,15 @@ def _existing(plain: list[str], runs: Path) -> Path:
     )
 
 
-def _refuse_from_scratch(run: Run) -> None:
-    """Starting over is for runs whose checkpoints are gone; others are not thrown away.
+def _refuse_wrong_start(run: Run) -> None:
+    """Starting over is for runs whose checkpoints are gone; others are not thrown away, and these do not start over unasked.
 
     Raises:
-        ConfigError: the run is new, or has checkpoints.
+        ConfigError: the run is new, or has checkpoints; or it has lost them and `from_scratch` was not typed.
     """
     if not run.from_scratch:
+        if run.exists:
+            refuse_lost_checkpoints(run.path, read(run.path / "events.jsonl"))
         return
     found = sorted(p.name for p in (run.path / "checkpoints").glob("update-*"))
     if found or not run.exists:

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -56,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     lease.guarded(guard)
     try:
         config = load(run)
+        _refuse_other_code(run)
         if rank == 0:
             guard = _acquire(run)
             _begin(config, run)
@@ -71,6 +71,20 @@ def main(arguments: list[str] | None = None) -> int:
         return _leave(config, run, trainer, request, interruption)
     except BaseException as error:
         _die(run, rank, error)
+
+
+def _refuse_other_code(run: Path) -> None:
+    """A run is trained by the code in its folder. Python takes that of the checkout where it is missing.
+
+    Raises:
+        ConfigError: this is other code.
+    """
+    code, this = run / "code", Path(__file__).resolve().parents[1]
+    if code.is_dir() and this != code.resolve():
+        raise ConfigError(
+            f"the run has its own code, {code}, and this is {this}: set PYTHONPATH={shlex.quote(str(code))}; if the run's is "
+            f"gone (a purge?): python launch/submit.py {shlex.quote(str(run))} update_code=true"
+        )
 
 
 def _acquire(run: Path) -> Lease:
@@ -107,26 +121,7 @@ def _begin(config: RunConfig, run: Path) -> None:
             raise GaveUp(f"{reason}; see {run}/logs, mend the cause, and submit the run again")
     restart = slurm.restart_count() if slurm.job_id() else starts_before(told)
     Events(run / "events.jsonl", restart=restart).write("begin", in_place=in_place)
-    _refuse_lost_checkpoints(run, told)
-
-
-def _refuse_lost_checkpoints(run: Path, told: Sequence[Mapping[str, Any]]) -> None:
-    """A run whose checkpoints are gone (a purge, another file system in their place) does not start over by itself.
-
-    Raises:
-        ConfigError: the events tell of checkpoints, and the folder has none.
-    """
-    folder = run / "checkpoints"
-    if folder.is_dir() and any(folder.glob("update-*")):
-        return
-    again = [i for i, event in enumerate(told) if event["event"] == "submit" and event.get("from_scratch")]
-    written = [e["update"] for e in told[again[-1] if again else 0 :] if e["event"] == "checkpoint" and e.get("update")]
-    if written:
-        raise ConfigError(
-            f"{folder} has no checkpoint, and the run has written some, up to update {max(written)}: bring the folder back "
-            f"(a purge? a file system that is not mounted here?), or start over on purpose with "
-            f"python launch/submit.py {shlex.quote(str(run))} from_scratch=true"
-        )
+    restarts.refuse_lost_checkpoints(run, told)
 
 
 def build(

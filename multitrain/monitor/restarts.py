@@ -6,10 +6,13 @@ after that; one without has died, and whether the rank, the batch script or the 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from multitrain.config import ConfigError
 from multitrain.monitor.exits import Exit
 from multitrain.monitor.slurm import BATCH_ENDED, OPERATOR, PREEMPTED, STEP_ENDED
 
@@ -166,3 +169,25 @@ def refusal(
     if died > most:
         return f"it died {died} times since it was submitted (cluster.max_restarts={most})"
     return None
+
+
+def refuse_lost_checkpoints(run: Path, told: Sequence[Mapping[str, Any]]) -> None:
+    """A run whose checkpoints are gone (a purge, another file system in their place) does not start over by itself.
+
+    Args:
+        told: its events.
+
+    Raises:
+        ConfigError: the events tell of checkpoints, and the folder has none.
+    """
+    folder = run / "checkpoints"
+    if folder.is_dir() and any(folder.glob("update-*")):
+        return
+    again = [i for i, event in enumerate(told) if event["event"] == "submit" and event.get("from_scratch")]
+    written = [e["update"] for e in told[again[-1] if again else 0 :] if e["event"] == "checkpoint" and e.get("update")]
+    if written:
+        raise ConfigError(
+            f"{folder} has no checkpoint, and the run has written some, up to update {max(written)}: bring the folder back "
+            f"(a purge? a file system that is not mounted here?), or start over on purpose with "
+            f"python launch/submit.py {shlex.quote(str(run))} from_scratch=true"
+        )

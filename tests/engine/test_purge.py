@@ -27,12 +27,16 @@ def test_a_run_whose_checkpoints_are_gone_starts_over_only_on_purpose(
     run = tmp_path / "purged"
     before = (run / "metrics.jsonl").read_bytes()
     shutil.rmtree(run / "checkpoints")
-    done = submit("purged", "updates=3")
-    assert done.returncode == 2, done.stdout + done.stderr
-    said = done.stdout + done.stderr + "".join(p.read_text() for p in (run / "logs").iterdir() if p.is_file())
-    assert "the run has written some, up to update 2" in said
-    assert "from_scratch=true" in said
-    assert "Traceback" not in said
+    told = "the run has written some, up to update 2"
+    for words in (["dry_run=true"], []):
+        done = submit("purged", "updates=3", *words)
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert told in done.stderr
+        assert "from_scratch=true" in done.stderr
+        assert "Traceback" not in done.stderr
+    command = [sys.executable, "-m", "multitrain.train", str(run)]  # as a requeued job
+    done = subprocess.run(command, cwd=run / "code", capture_output=True, text=True, check=False)
+    assert (done.returncode, told in done.stderr) == (2, True), done.stderr
     assert (run / "metrics.jsonl").read_bytes() == before
     done = submit("purged", "updates=3", "from_scratch=true")
     assert done.returncode == 0, done.stdout + done.stderr
