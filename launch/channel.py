@@ -41,6 +41,8 @@ STRANGERS = 64
 PORTS = 8
 """Ports that are tried: the given one, then others that follow from the secret."""
 FIRST_PORT, LAST_PORT = 20000, 31999
+TAKEN = "taken"
+"""What a server tells a rank that has come already, before it closes the second connection."""
 
 Message = dict[str, Any]
 
@@ -419,6 +421,8 @@ class Server:
                 self._close(stranger)
             return
         rank = messages[0].get("rank") if messages else None
+        if type(rank) is int and rank in self.channels:
+            stranger.channel.send(do=TAKEN, rank=rank)
         if type(rank) is not int or not 0 < rank < self._size or rank in self.channels:
             self._close(stranger)
             return

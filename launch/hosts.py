@@ -38,7 +38,7 @@ from multitrain.monitor.exits import Exit
 WAIT = 86400.0
 """Seconds that a machine waits for the others."""
 AGAIN = 10.0
-"""Seconds after which a machine that `ssh` cannot reach is tried again."""
+"""Seconds after which a machine that `ssh` cannot reach is tried again; and from one start of ranks to the next, at least."""
 UNREACHED = 255
 """What `ssh` ends with when the connection failed or was lost."""
 FIRST_PORT, PORTS = 20000, 12000
@@ -86,8 +86,11 @@ def _here(folder: Path, config: RunConfig, node: int, where: str, requests: list
     for attempt in range(config.cluster.max_restarts + 1):
         if config.nodes > 1:
             say(f"machine {node} of {config.nodes}: the ranks meet at {where}; waiting for all of them (Ctrl-C ends)")
+        begun = time.monotonic()
         with _Supervisors(folder, config, node, where) as ranks:
             status = _watch(ranks, requests)
+        while Exit.restartable(status) and not requests and time.monotonic() - begun < AGAIN:
+            time.sleep(0.1)
         if requests or not Exit.restartable(status):
             return status
         if attempt < config.cluster.max_restarts:

@@ -44,6 +44,8 @@ JOIN_SECONDS = "MULTITRAIN_JOIN"
 HUB_STATUS = "MULTITRAIN_HUB_STATUS"
 """Environment variable: when it is set, a supervisor ends with the status for which rank 0's supervisor has ended all, so that all
 machines decide alike whether to go on."""
+PATIENT = 30.0
+"""Seconds after which a rank that waits for rank 0 says so."""
 TICK = 0.1
 STOPS = (*STOP_SIGNALS, signal.SIGINT)
 """Signals that end a run in order. They reach the rank as well."""
@@ -85,6 +87,7 @@ class Supervisor:
         self._ending = False
         self._stopping = False  # the hub: of any rank
         self._told = 0
+        self._waits = False
         self._grace: list[int] = []
 
     def supervise(self) -> int:
@@ -192,6 +195,9 @@ class Supervisor:
             self._child.leave_within(max(0, channel.integer(message, "seconds", 0, 1 << 20) - MARGIN), "SIGTERM")
         elif do == "stopped":
             self._ending, self._code = True, int(Exit.INTERRUPTED)
+        elif do == channel.TAKEN:
+            self._say(f"another process is rank {self.rank} of this start already: was the same command typed twice?")
+            self._ending, self._code = True, int(Exit.FAILED)
         elif do == "start" and not self._child.running:
             self._code = None
             attempt = channel.integer(message, "attempt", 0, 1 << 20)
@@ -289,16 +295,27 @@ class Supervisor:
             address = "127.0.0.1" if self._here else self._place["MASTER_ADDR"]
             hello = {"rank": self.rank, "node": _node()}
             port, deadline = int(self._place["MASTER_PORT"]), time.monotonic() + seconds
-            self._link = channel.connect(self._key, address, port, deadline, hello, pause=self._pause)
+            begun = time.monotonic()
+            self._link = channel.connect(
+                self._key, address, port, deadline, hello, pause=lambda: self._pause(begun, f"{address}:{port}")
+            )
         except _Stopped:
             return False
         return True
 
-    def _pause(self) -> None:
+    def _pause(self, begun: float, where: str) -> None:
         self._note_signals()
         if self._child.stop is not None:
             raise _Stopped
+        if not self._waits and time.monotonic() - begun > PATIENT:
+            self._waits = True
+            held = lease.newest(self._run)
+            holder = f"; the run is trained by {held.holder}" if held and held.holder and not held.over else ""
+            self._say(f"still waiting for rank 0 at {where}{holder}")
         time.sleep(0.05)
+
+    def _say(self, text: str) -> None:
+        print(f"multitrain: rank {self.rank}: {text}", file=sys.stderr, flush=True)
 
     def _gather(self, seconds: float) -> bool:
         """The hub: wait for all others."""

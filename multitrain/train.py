@@ -79,10 +79,10 @@ def _refuse_other_code(run: Path) -> None:
     Raises:
         ConfigError: this is other code.
     """
-    code, this = run / "code", Path(__file__).resolve().parents[1]
-    if code.is_dir() and this != code.resolve():
+    code, this = run / "code", Path(__file__).resolve().parent
+    if code.is_dir() and this != (code / this.name).resolve():
         raise ConfigError(
-            f"the run has its own code, {code}, and this is {this}: set PYTHONPATH={shlex.quote(str(code))}; if the run's is "
+            f"the run has its own code, {code}, and this is {this.parent}: set PYTHONPATH={shlex.quote(str(code))}; if the run's is "
             f"gone (a purge?): python launch/submit.py {shlex.quote(str(run))} update_code=true"
         )
 

@@ -113,6 +113,8 @@ def test_a_rank_that_there_is_not_or_that_is_there_already_does_not_join(server:
     while time.monotonic() < end:
         assert list(server.poll(0.05)) == []
     thread.join()
+    if rank == 2 and type(rank) is int:
+        assert result[0].receive() == [{"do": channel.TAKEN, "rank": 2}]
     assert result[0].receive() is None
     assert list(server.channels) == [2]
     there.close()

@@ -218,6 +218,22 @@ def test_the_weights_are_the_same_bits_when_a_machine_was_killed(
     assert_same_bits(run, reference)
 
 
+def test_the_same_command_typed_twice_says_so_and_harms_nothing(machines: Machines, waiting: Path) -> None:
+    config = waiting / "config.yaml"
+    config.write_text(config.read_text().replace("nodes: 2", "nodes: 3"))  # so that all wait for a third
+    first, twin = (machines.start(waiting, 1) for _ in range(2))
+    second = machines.start(waiting, 0)
+    log = waiting / "logs" / "hosts-rank1.log"
+    said = "rank 1: another process is rank 1 of this start already: was the same command typed twice?"
+    try:
+        until(lambda: log.exists() and said in log.read_text(), [first, twin, second], waiting)
+        assert not started(waiting, 0)
+    finally:
+        for process in (first, twin, second):
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=60)
+
+
 def test_a_stop_while_a_machine_waits_for_the_other_ends_it(
     machines: Machines, root: Path, tmp_path: Path, tiny_data: Path
 ) -> None:
