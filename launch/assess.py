@@ -84,7 +84,8 @@ def judge(rows: Sequence[Row], *, gpus: int | None = None, cpus: int | None = No
             )
             found.append(Finding(text, node, fatal=abs(skew) > 1e3 * WRONG))
     found += _odd(rows, lambda r: r["versions"], "has another version of")
-    found += _odd(rows, lambda r: {k: r[k] for k in ("model", "driver") if r.get(k)}, "has another GPU")
+    shown = [r for r in rows if r.get("model")]  # where none is shown, that is said above
+    found += _odd(shown, lambda r: {k: r[k] for k in ("model", "driver") if r.get(k)}, "has another GPU")
     for key, what in (("read_MB_s", "reads videos"), ("write_MB_s", "writes"), ("link_GB_s", "talks to other ranks")):
         found += _slow(rows, key, what)
     return list(dict.fromkeys(found))
@@ -158,14 +159,16 @@ def _cpus(rows: Sequence[Row], cpus: int | None) -> list[Finding]:
 
 
 def _odd(rows: Sequence[Row], values: Callable[[Row], Mapping[str, str]], what: str) -> list[Finding]:
-    """Nodes that differ from most."""
+    """Nodes that differ from most; of two halves that differ, neither is to blame."""
     found = []
     for key in dict.fromkeys(k for row in rows for k in values(row)):
         by_node = {row["node"]: values(row).get(key, "none") for row in rows}
-        usual = Counter(by_node.values()).most_common(1)[0][0]
+        (usual, most), *others = Counter(by_node.values()).most_common(2)
+        halves = bool(others) and others[0][1] == most
         for node, value in by_node.items():
             if value != usual:
-                found.append(Finding(f"{node} {what} {key}: {value} instead of {usual}", node))
+                text = f"{node} {what} {key}: {value} instead of {usual}"
+                found.append(Finding(text, None if halves else node))
     return found
 
 

@@ -142,6 +142,7 @@ def _write_claimed(run: Run, claim: contextlib.ExitStack, job: str | None = None
     run_folder.write(run)
     if not resumed:
         claim.enter_context(run_folder.claimed(run.path))
+        _refuse_active(run.path, but=job)  # another submission may have found the folder before it was claimed
 
 
 def _resume_by_its_own_code(words: list[str], config_dirs: list[str]) -> int | None:

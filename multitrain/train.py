@@ -308,7 +308,7 @@ def _leave(config: RunConfig, run: Path, trainer: Trainer, request: Request, int
     world, recorder = trainer.world, trainer.recorder
     job = slurm.job_id()
     signals = [s for rank in world.gather(interruption.signals) for s in rank]
-    decision: Decision = world.broadcast(_decide(config, request, job, signals) if world.is_main else None)
+    decision: Decision = world.broadcast(_decide(config, run, request, job, signals) if world.is_main else None)
     comes_back = decision.action == Action.COME_BACK
     if request == Request.NONE:
         recorder.event("end", update=trainer.completed, status="finished")
@@ -328,8 +328,8 @@ def _leave(config: RunConfig, run: Path, trainer: Trainer, request: Request, int
     return Exit.FINISHED if request == Request.NONE else Exit.INTERRUPTED
 
 
-def _decide(config: RunConfig, request: Request, job: str | None, signals: list[int]) -> Decision:
-    """What becomes of the job; asked by rank 0 when all is saved."""
+def _decide(config: RunConfig, run: Path, request: Request, job: str | None, signals: list[int]) -> Decision:
+    """What becomes of the job; asked by rank 0 when all is saved. The batch script may have put it back already."""
     if request == Request.NONE:
         return Decision(Action.END, "finished")
     if request == Request.STOP:
@@ -341,7 +341,9 @@ def _decide(config: RunConfig, request: Request, job: str | None, signals: list[
     except slurm.SlurmError as error:
         print(f"SLURM does not answer ({error}); the batch script asks it again", flush=True)
         return Decision(Action.COME_BACK, slurm.STEP_ENDED)
-    return requeue.decide(Ended(record or {"JobState": "CANCELLED"}, signals), [], config.cluster, went_well=True)
+    own = [s for s in restarts.starts(read(run / "events.jsonl")) if s.is_of(job, slurm.restart_count())]
+    ended = Ended(record or {"JobState": "CANCELLED"}, signals)
+    return requeue.decide(ended, own, config.cluster, went_well=True)
 
 
 def _requeue(

@@ -27,8 +27,7 @@ if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
         case $word in runs=*) runs=${word#runs=} ;; esac
     done
     run=$(cat "$runs/.jobs/$SLURM_JOB_ID" 2>/dev/null) ||
-        run=$(scontrol show job -o "$SLURM_JOB_ID" |
-            sed -n 's/.* Comment=multitrain run \//\//p' | sed 's/ [A-Z][A-Za-z]*=.*//')
+        run=$(squeue --noheader --format=%k "--jobs=$SLURM_JOB_ID" | sed -n 's/^multitrain run \//\//p')
 fi
 if [ -z "$run" ]; then
     home=${MULTITRAIN_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
@@ -41,4 +40,13 @@ if [ -z "$run" ]; then
     scontrol update "jobid=$SLURM_JOB_ID" "name=$(basename "$run")" "comment=multitrain run $run"
 fi
 echo "run $run"
+if [ ! -r "$run/job.sh" ]; then # a file system that is not mounted here
+    out=$(squeue --noheader --Format=ExcNodes:2000 "--jobs=$SLURM_JOB_ID" | tr -d ' ')
+    again=requeue
+    [ "$(scontrol show hostnames "$out" 2>/dev/null | wc -l)" -lt 8 ] || again=requeuehold
+    echo "error: $run/job.sh is not to be read on $SLURMD_NODENAME: $again, without this node" >&2
+    scontrol "$again" "$SLURM_JOB_ID"
+    scontrol update "jobid=$SLURM_JOB_ID" "excnodelist=${out:+$out,}$SLURMD_NODENAME"
+    exit 1
+fi
 exec bash "$run/job.sh"

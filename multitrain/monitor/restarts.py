@@ -32,7 +32,7 @@ class Start:
     updates than there was one of. `final`: the error that no restart mends. `mistake`: the error that no restart mends,
     unless the same run went well before. `trained`: whether it came to its first update. `failed_nodes`: where its ranks
     failed first. `bad_nodes`: what preflight found. `wanted`: why it wanted to come back and could not put itself back.
-    `job`: the SLURM job.
+    `job`: the SLURM job. `began`: whether rank 0 said that it began; else others have told of it.
     """
 
     restart: int = 0
@@ -46,6 +46,7 @@ class Start:
     bad_nodes: list[str] = field(default_factory=list)
     wanted: str | None = None
     job: str | None = None
+    began: bool = True
 
     def is_of(self, job: str | None, restart: int) -> bool:
         """Whether it is this start of this job; a successor job begins with 0 restarts again."""
@@ -68,28 +69,23 @@ def starts(events: Sequence[Mapping[str, Any]]) -> list[Start]:
         if name == "submit":
             found, by_process = [], {}
         elif name == "begin":
-            found.append(
-                Start(restart, int(event.get("in_place", 0)), bad_nodes=_bad_before_it_began(found, restart), job=job)
-            )
+            if found and found[-1].is_of(job, restart) and not found[-1].began:
+                found[-1].began = True  # preflight, or a batch script at its limit, was faster
+            else:
+                found.append(Start(restart, int(event.get("in_place", 0)), job=job))
             by_process[process] = found[-1]
         elif name == "checkpoint" and isinstance(update, int):
             if own is not None and update > newest:
                 own.progress = True
             newest = max(newest, update)
         elif name == "preflight" and event.get("nodes"):
-            found.append(Start(restart, bad_nodes=[str(node) for node in event["nodes"]], job=job))
+            found.append(Start(restart, bad_nodes=[str(node) for node in event["nodes"]], job=job, began=False))
         elif name in ("ended", "requeue") and _is_of_no_start(own, job, restart):  # it died before it could begin
-            found.append(Start(restart, ended=str(event.get("status")) if name == "requeue" else None, job=job))
+            ended = str(event.get("status")) if name == "requeue" else None
+            found.append(Start(restart, ended=ended, job=job, began=False))
         elif own is not None:
             _note(own, event)
     return found
-
-
-def _bad_before_it_began(found: list[Start], restart: int) -> list[str]:
-    """What preflight found wrong in this start of the job, which began all the same; that entry becomes the start's."""
-    if found and found[-1].restart == restart and found[-1].bad_nodes and found[-1].ended is None:
-        return found.pop().bad_nodes
-    return []
 
 
 def _is_of_no_start(own: Start | None, job: str | None, restart: int) -> bool:

@@ -57,6 +57,16 @@ def test_the_bad_node_is_named_and_its_exclusion_advised(changes: dict[str, Any]
     assert assess.advice(findings, cluster(**changes)) == "node3"
 
 
+def test_of_two_nodes_that_differ_none_is_to_blame_but_one_without_gpu_is() -> None:
+    rows = [row(0, "node1", model="A100"), row(1, "node2")]
+    findings = assess.judge(rows, gpus=1)
+    assert [f.node for f in findings if "another GPU model" in f.text] == [None]
+    assert assess.advice(findings, rows) is None
+    rows[0] |= {"missing": ["0"], "gpus": 0, "model": None, "driver": None}
+    findings = assess.judge(rows, gpus=1)
+    assert assess.advice(findings, rows) == "node1", findings
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

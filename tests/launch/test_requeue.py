@@ -14,7 +14,7 @@ from multitrain.config import compose, dump
 from multitrain.monitor import restarts
 from multitrain.monitor.events import Events, read
 from multitrain.monitor.exits import Exit
-from multitrain.monitor.requeue import Decision, Ended, decide
+from multitrain.monitor.requeue import Action, Decision, Ended, decide
 
 
 class Job:
@@ -226,6 +226,24 @@ def test_at_the_time_limit_the_batch_script_says_why_the_job_does_not_come_back(
     assert (job.last["event"], job.last["status"]) == ("end", "gave up")
     assert not job.ended(143, **at_the_limit)
     assert [e["event"] for e in read(job.folder / "events.jsonl")].count("end") == 1
+
+
+def test_ranks_that_come_to_themselves_after_the_batch_script_put_the_job_back_are_no_second_start(job: Job) -> None:
+    """SLURM wakes ranks that were frozen before they could say that they begin, when the job is requeued."""
+    at_the_limit = {"JobState": "RUNNING", "Reason": "TimeLimit"}
+    soon = (datetime.now() + timedelta(seconds=20)).isoformat(timespec="seconds")
+    assert job.ended(143, early=True, EndTime=soon, **at_the_limit)
+    job.restart -= 1
+    job.begin()
+    job.write("start")
+    (start,) = restarts.starts(read(job.folder / "events.jsonl"))
+    assert (start.restart, start.ended, start.trained) == (0, "time limit", True)
+    put_back = Ended({"JobState": "PENDING", "Restarts": "1"}, [], restart=0)
+    said = decide(put_back, [start], compose(["experiment=k400"]).cluster, went_well=True)
+    assert (said.action, said.status) == (Action.IS_BACK, "time limit")
+    job.restart += 1
+    job.begin()
+    assert len(restarts.starts(read(job.folder / "events.jsonl"))) == 2
 
 
 def test_a_cancelled_job_ends_and_a_job_that_an_operator_put_back_is_left_alone(job: Job) -> None:
