@@ -89,7 +89,7 @@ def starts(events: Sequence[Mapping[str, Any]]) -> list[Start]:
 
 
 def _is_of_no_start(own: Start | None, job: str | None, restart: int) -> bool:
-    return own is None or own.ended is not None or restart > own.restart or job != own.job
+    return own is None or restart > own.restart or job != own.job
 
 
 def _note(own: Start, event: Mapping[str, Any]) -> None:

@@ -236,6 +236,7 @@ def test_ranks_that_come_to_themselves_after_the_batch_script_put_the_job_back_a
     job.restart -= 1
     job.begin()
     job.write("start")
+    job.write("requeue", status="time limit", update=0)
     (start,) = restarts.starts(read(job.folder / "events.jsonl"))
     assert (start.restart, start.ended, start.trained) == (0, "time limit", True)
     put_back = Ended({"JobState": "PENDING", "Restarts": "1"}, [], restart=0)
