@@ -1,6 +1,6 @@
 """Damaged and hostile input for every reader, as a table: reader × outcome.
 
-python -m benchmarks.fuzz [--full] [--cases N] [READER …] [--show READER/NUMBER]
+python benchmarks/fuzz.py [--full] [--cases N] [READER …] [--show READER/NUMBER]
 
 An input is accepted, or refused in one line. A traceback, a library's own words, no end after 10 s of the processor, or 1 GB more
 memory is a fault; each is kept in results/fuzz.json with the number that makes it again.
@@ -8,14 +8,18 @@ memory is a fault; each is kept in results/fuzz.json with the number that makes 
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path[:1] = [str(Path(__file__).resolve().parents[1])]
+
 import argparse
 import itertools
 import os
 import shutil
-import sys
 import tempfile
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from benchmarks.fuzzing.judge import BAD, GOOD, Case, Outcome, Worker, content, judged, taking
@@ -65,7 +69,7 @@ def table(outcomes: dict[str, Counter[str]]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit status: 0, or 1 when there were faults."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python benchmarks/fuzz.py", description=__doc__.splitlines()[0])
     parser.add_argument("readers", nargs="*", metavar="READER", help="which; all when none is named")
     parser.add_argument("--full", action="store_true", help=f"{CASES['full']} cases instead of {CASES['small']}")
     parser.add_argument("--cases", type=int, metavar="N", help="in all")

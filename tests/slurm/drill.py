@@ -284,7 +284,7 @@ def send(pids: Iterable[int], number: int) -> None:
     """A signal to processes, as far as they live."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.Signals(number))
+            os.kill(pid, number)
 
 
 UPDATES = 20
