@@ -21,6 +21,19 @@ def root() -> Path:
     return ROOT
 
 
+_WHOLE = [ROOT.parent / "shared" / "golden"]
+
+
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(ROOT / "tests/published", id="small"), *(pytest.param(f, id="whole") for f in _WHOLE if f.is_dir())],
+)
+def published(request: pytest.FixtureRequest) -> Path:
+    """What the published code computed, for `benchmarks.published`: the folder here, and the developers' where it is there."""
+    folder: Path = request.param
+    return folder
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Material that only lies beside the developers' checkouts: golden values, real, odd and broken video files."""
