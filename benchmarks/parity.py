@@ -240,7 +240,9 @@ def augmentations(values: dict[str, Any]) -> Iterator[Row]:
         theirs, sign = name.rsplit("_", 1)
         own_name = theirs.removesuffix("Increasing").removesuffix("Rel")
         op = operation(own_name, 7.0, -1.0 if sign == "a" else 1.0, increasing=True)
-        yield tensors(f"{theirs}{tuple(case['args'])}", randaugment_pil.apply(image, [op])[0], case["out"], relative=0.0)
+        yield tensors(
+            f"{theirs}{tuple(case['args'])}", randaugment_pil.apply(image, [op])[0], case["out"], relative=0.0
+        )
 
 
 def primitives(spatial: dict[str, Any]) -> Iterator[Row]:
@@ -334,7 +336,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python benchmarks/parity.py", description="Compare with the published values."
     )
-    parser.add_argument("--golden", type=Path, default=published.WHOLE, help="folder of the values; tests/published ships")
+    parser.add_argument(
+        "--golden", type=Path, default=published.WHOLE, help="folder of the values; tests/published ships"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "parity.md", help="page to write")
     parser.add_argument("--full", action="store_true", help="as for the other benchmarks; changes nothing")
     given = parser.parse_args(arguments)

@@ -26,7 +26,10 @@ _WHOLE = [ROOT.parent / "shared" / "golden"]
 
 @pytest.fixture(
     scope="session",
-    params=[pytest.param(ROOT / "tests/published", id="small"), *(pytest.param(f, id="whole") for f in _WHOLE if f.is_dir())],
+    params=[
+        pytest.param(ROOT / "tests/published", id="small"),
+        *(pytest.param(f, id="whole") for f in _WHOLE if f.is_dir()),
+    ],
 )
 def published(request: pytest.FixtureRequest) -> Path:
     """What the published code computed, for `benchmarks.published`: the folder here, and the developers' where it is there."""

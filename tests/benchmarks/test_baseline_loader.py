@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from benchmarks.baseline import loader as baseline
 from benchmarks.published import matching, same_bits, values

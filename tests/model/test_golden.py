@@ -271,7 +271,9 @@ def test_the_folder_that_ships_is_small_and_holds_no_file_of_the_whole_one() -> 
     if not published.WHOLE.is_dir():
         return
     whole = {p.stat().st_size: p for p in published.WHOLE.rglob("*") if p.is_file()}
-    assert not [p for p in files if p.stat().st_size in whole and p.read_bytes() == whole[p.stat().st_size].read_bytes()]
+    assert not [
+        p for p in files if p.stat().st_size in whole and p.read_bytes() == whole[p.stat().st_size].read_bytes()
+    ]
     again = published.values(published.WHOLE, "data")
     small = published.values(published.SMALL, "data")
     assert torch.equal(again["spatial"]["x"], small["spatial"]["x"])
