@@ -16,7 +16,7 @@ _PLAIN = [*_H264, "-g", "30"]
 ODD: dict[str, tuple[str, list[str]]] = {
     "making_cake.mp4": ("mandelbrot=s=320x240:r=25", ["-t", "5", *_PLAIN]),
     "yoga.mp4": ("testsrc2=s=320x240:r=30", ["-t", "5", *_PLAIN]),
-    "arm_wrestling.mp4": ("cellauto=s=320x240:r=25:rule=110", ["-t", "3", *_PLAIN]),
+    "arm_wrestling.mp4": ("mandelbrot=s=320x240:r=25:start_scale=1.2:maxiter=400,gblur=2", ["-t", "3", *_PLAIN]),
     "d_1frame.mp4": ("testsrc2=s=128x96:r=25", ["-frames:v", "1", *_PLAIN]),
     "d_2frames.mp4": ("testsrc2=s=128x96:r=25", ["-frames:v", "2", *_PLAIN]),
     "d_bframes_longgop.mp4": ("testsrc2=s=192x128:r=25", ["-t", "4", *_H264, "-g", "500", "-bf", "8"]),

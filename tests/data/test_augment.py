@@ -288,7 +288,8 @@ class TestFastBackend:
         from multitrain.data.decode import open_video
 
         pairs = []
-        for name in sorted(material.names(odd, "yoga.mp4", "arm_wrestling.mp4", "making_cake.mp4")):
+        files = material.names(odd, "yoga.mp4", "arm_wrestling.mp4", "making_cake.mp4") - {"yoga.mp4"}  # a test card
+        for name in sorted(files):
             with open_video(odd / name) as video:
                 frames = video.frames([0, 30])
             pairs += [both_clips(frames, number) for number in range(12)]
