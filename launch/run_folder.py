@@ -343,6 +343,8 @@ def _replace(run: Run, new: Path) -> None:
     for name in ("STOP", "SAVE"):  # of a start that died before it saw it
         (path / name).unlink(missing_ok=True)
     if (new / "class_names").is_dir():
+        if (path / "class_names").is_symlink():
+            raise ConfigError(f"{path / 'class_names'} is a link, which is not followed; remove it")
         (path / "class_names").mkdir(exist_ok=True)
         for file in (new / "class_names").iterdir():
             os.replace(file, path / "class_names" / file.name)
