@@ -128,7 +128,7 @@ def folder(words: Sequence[str], config_dirs: Sequence[str] = ()) -> Path | None
 
 def _folder(typed: list[str], plain: list[str], config_dirs: Sequence[str], default_name: str | None) -> Path:
     """The run's folder: of the run that a plain word names, or of the `name` that was typed, or a new one."""
-    given = {key(o): o.partition("=")[2].strip("'\"") for o in typed}
+    given = {key(o): _bare(o.partition("=")[2].strip()) for o in typed}
     usual = read_yaml(config_folder() / "config.yaml").get("runs", "runs")
     runs = Path(given.get("runs") or usual).absolute()
     name = None if given.get("name") in (None, "", "null") else given["name"]
@@ -145,6 +145,11 @@ def _folder(typed: list[str], plain: list[str], config_dirs: Sequence[str], defa
             f"name={name} cannot be a folder name; give the folder of runs as runs=…, and a name without '/'"
         )
     return runs / name
+
+
+def _bare(text: str) -> str:
+    """A value without the quotation marks around it; one mark alone is part of it."""
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
 
 
 def _existing(plain: list[str], runs: Path) -> Path:
