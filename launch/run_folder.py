@@ -129,7 +129,7 @@ def folder(words: Sequence[str], config_dirs: Sequence[str] = ()) -> Path | None
 
 def _folder(typed: list[str], plain: list[str], config_dirs: Sequence[str], default_name: str | None) -> Path:
     """The run's folder: of the run that a plain word names, or of the `name` that was typed, or a new one."""
-    given = {key(o): o.partition("=")[2].strip("'\"") for o in typed}
+    given = {key(o): _bare(o.partition("=")[2].strip()) for o in typed}
     usual = read_yaml(config_folder() / "config.yaml").get("runs", "runs")
     runs = Path(given.get("runs") or usual).absolute()
     name = None if given.get("name") in (None, "", "null") else given["name"]
@@ -146,6 +146,11 @@ def _folder(typed: list[str], plain: list[str], config_dirs: Sequence[str], defa
             f"name={name} cannot be a folder name; give the folder of runs as runs=…, and a name without '/'"
         )
     return runs / name
+
+
+def _bare(text: str) -> str:
+    """A value without the quotation marks around it; one mark alone is part of it."""
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
 
 
 def _existing(plain: list[str], runs: Path) -> Path:
@@ -346,6 +351,8 @@ def _replace(run: Run, new: Path) -> None:
     for name in ("STOP", "SAVE"):  # of a start that died before it saw it
         (path / name).unlink(missing_ok=True)
     if (new / "class_names").is_dir():
+        if (path / "class_names").is_symlink():
+            raise ConfigError(f"{path / 'class_names'} is a link, which is not followed; remove it")
         (path / "class_names").mkdir(exist_ok=True)
         for file in (new / "class_names").iterdir():
             os.replace(file, path / "class_names" / file.name)

@@ -21,7 +21,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,6 +79,27 @@ def output_file(path: Path, maker: str, sources: Iterable[Path] = ()) -> Iterato
         yield temporary
 
 
+def checkpoint_above(path: Path | str) -> Path | None:
+    """The checkpoint that `path` is or lies in, links followed; None where it lies in none."""
+    resolved = Path(os.path.realpath(path))
+    for place in (resolved, *resolved.parents):
+        with contextlib.suppress(OSError):
+            if all((place / name).exists() for name in ("manifest.json", "model.safetensors")):
+                return place
+    return None
+
+
+def refuse_same(outputs: Mapping[str, Path | str | None]) -> None:
+    """Two options of a command that name one file, over whatever links, are a ConfigError. `outputs`: by option."""
+    seen: dict[str, str] = {}
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        other = seen.setdefault(os.path.realpath(path), option)
+        if other != option:
+            raise ConfigError(f"{other} and {option} are one file, {printable(str(path))}; give two names")
+
+
 def remove_tree(folder: Path, inside: Path) -> None:
     """Delete a folder that lies below `inside`, without following any link.
 
@@ -125,6 +146,10 @@ class OutputFolder:
         self.root, self.maker, self._known = Path(os.path.realpath(root)), maker, known
         self._sources = {os.path.realpath(s) for s in sources}
         self._record = _Record(self.root, maker)
+        if (checkpoint := checkpoint_above(self.root)) is not None:
+            raise InTheWayError(
+                f"{root} lies in the checkpoint {checkpoint}, which is never written into; choose another folder"
+            )
         if str(self.root) in self._sources:
             raise InTheWayError(f"{root} is what {maker} reads; choose another folder for what it writes")
         try:

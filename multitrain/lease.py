@@ -16,6 +16,7 @@ Standard library only.
 from __future__ import annotations
 
 import contextlib
+import errno
 import getpass
 import json
 import os
@@ -316,6 +317,8 @@ def _claim(run: Path, before: State | None, me: Holder) -> Lease | None:
     """The lease of the next generation, unless another start was faster."""
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
+    if folder.is_symlink():  # files of other runs would be deleted there
+        raise OSError(errno.ELOOP, "is a link, which is not followed; remove it", str(folder))
     generation = before.generation + 1 if before else 1
     text = (json.dumps(asdict(me), ensure_ascii=False) + "\n").encode()
     try:
@@ -324,7 +327,7 @@ def _claim(run: Path, before: State | None, me: Holder) -> Lease | None:
         return None
     os.write(file, text + b"0" * _COUNTER + b"\n")
     os.fsync(file)
-    os.close(os.open(folder / f"{generation:08d}.over", os.O_WRONLY | os.O_CREAT, 0o666))
+    os.close(os.open(folder / f"{generation:08d}.over", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666))
     for earlier in range(max(1, generation - _KEPT), generation):
         if (folder / f"{earlier:08d}.json").exists() and not _read(folder / f"{earlier:08d}.over"):
             _mark(folder, earlier, f"taken over by {me}")
@@ -345,7 +348,7 @@ def _mark(folder: Path, generation: int, text: str) -> None:
     path = folder / f"{generation:08d}.over"
     if _read(path):
         return
-    file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         os.pwrite(file, text.encode() + b"\n", 0)
         os.fsync(file)

@@ -21,13 +21,53 @@ def root() -> Path:
     return ROOT
 
 
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(
+    scope="session",
+    params=[
+        pytest.param(ROOT / "tests/published", id="small"),
+        *(pytest.param(f, id="whole") for f in [SHARED / "golden"] if f.is_dir()),
+    ],
+)
+def published(request: pytest.FixtureRequest) -> Path:
+    """What the published code computed, for `benchmarks.published`: the folder here, and the developers' where it is there."""
+    folder: Path = request.param
+    return folder
+
+
+@pytest.fixture(scope="session")
+def joint_pyth(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A joint model in the published layout: random weights, small hidden layers, the solver's options of a training run."""
+    from support import write_joint_pyth
+
+    return write_joint_pyth(tmp_path_factory.mktemp("joint") / "tiny_multi.pyth")
+
+
+@pytest.fixture(scope="session")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Playable files of unusual kinds, made here; beside them the developers' where they are there."""
+    from material import write_odd
+
+    return write_odd(tmp_path_factory.mktemp("odd"))
+
+
+@pytest.fixture(scope="session")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Broken files, made here; beside them the developers' where they are there."""
+    from material import write_broken
+
+    return write_broken(tmp_path_factory.mktemp("broken"))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Material that only lies beside the developers' checkouts: golden values, real, odd and broken video files."""
-    folder = ROOT.parent / "shared"
-    if not (folder / "golden").is_dir():
-        pytest.skip(f"the developers' test material is not at {folder}; everything else is tested without it")
-    return folder
+    """Material that only lies beside the developers' checkouts; where it is not there, tests of it are not collected.
+
+    Each of them has a twin that makes its own files.
+    """
+    return SHARED
 
 
 LONG = (
@@ -66,7 +106,7 @@ LONG = (
 """Beginnings of the files whose tests start processes or train for seconds; `make test-fast` leaves them out."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks: `slow` tests run only when MULTITRAIN_SLOW=1; `long` ones are left out by `make test-fast`.
 
     The tests on real controllers come first: they wait most, beside a worker that computes.
@@ -77,6 +117,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.long)
         if item.get_closest_marker("slow") and os.environ.get("MULTITRAIN_SLOW") != "1":
             item.add_marker(pytest.mark.skip(reason="slow; set MULTITRAIN_SLOW=1 to run it"))
+    if not (SHARED / "bugs").is_dir():
+        beside = [item for item in items if "shared" in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=beside)
+        items[:] = [item for item in items if item not in beside]
     items.sort(key=lambda item: not item.path.is_relative_to(ROOT / "tests/slurm"))
 
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,31 @@ def write_run(runs: Path, mapping: dict[str, Any]) -> tuple[Path, RunConfig]:
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(dump(config))
     return run, config
+
+
+def write_joint_pyth(path: Path) -> Path:
+    """A joint model in the published layout: random weights, small hidden layers, the solver's options of a training run."""
+    import torch
+    import yaml
+
+    from multitrain.config import ModelConfig
+    from multitrain.interop.published_cfg import make_cfg
+    from multitrain.interop.pyslowfast import write_pyth
+    from multitrain.model import MultiTrain
+
+    config = ModelConfig(
+        frames=8, crop=64, depth=4, width=32, stages=(1, 3), kv_stride=8, head_hidden=24, expander_hidden=40
+    )
+    datasets = {"kinetics": 400, "mit": 305, "ssv2": 174}
+    torch.manual_seed(0)
+    model = MultiTrain(config, datasets)
+    excite(model)
+    solver = {"BASE_LR": 2e-4, "MAX_EPOCH": 200, "WEIGHT_DECAY": 0.05}
+    cfg = yaml.safe_dump(yaml.safe_load(make_cfg(config, datasets)) | {"SOLVER": solver})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # small widths are not the published ones
+        write_pyth(path, config, datasets, {n: t.clone() for n, t in model.state_dict().items()}, cfg=cfg)
+    return path
 
 
 def free_port() -> int:

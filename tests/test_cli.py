@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.published import SMALL
 from multitrain import cli, load
 from multitrain.commands.data import VERBS as DATA_VERBS
 from multitrain.config import dump
@@ -345,12 +346,11 @@ def test_a_signalled_evaluation_goes_on_where_it_was(run: Path, tmp_path: Path, 
 
 
 def test_evaluating_a_published_file_needs_only_the_folder_of_the_data(
-    shared: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    joint_pyth: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    root = shared / "golden" / "videos"
-    golden = torch.load(shared / "golden" / "data.golden.pt", weights_only=False)["test"]
-    model = shared / "golden" / "tiny_multi.pyth"
+    root = SMALL / "videos"
+    model = joint_pyth
     overrides = [f"data.root={root}", "eval.workers=0"]
     for name, folder, label in (("kinetics", "kinetics400", 0), ("ssv2", "ssv2", 2)):
         (tmp_path / folder).mkdir()
@@ -359,13 +359,17 @@ def test_evaluating_a_published_file_needs_only_the_folder_of_the_data(
     status, out, _ = said(capsys, "evaluate", model, "--dataset", "kinetics", "ssv2", *overrides)
     assert status == 0
     assert [cell.split()[0] for cell in out.split(" | ")] == ["kinetics", "ssv2", "average"]
+    from multitrain.data.views import load_views
     from multitrain.evaluation.predictor import load
 
     published = load(model)
-    for name, views in (("kinetics", "kinetics_1x5"), ("ssv2", "ssv2_3x1")):
+    for name, folder, label in (("kinetics", "kinetics400", 0), ("ssv2", "ssv2", 2)):
         found = np.load(tmp_path / "evaluation" / "tiny_multi" / "test" / name / "scores.npz")
-        clips = torch.stack([view["frames"] for view in golden[views]])
+        video = root / folder / "videos_320p" / "test_0.mp4"
+        clips = torch.from_numpy(
+            load_views(video, published.run.data.datasets[name], published.run.data, published.config)
+        )  # as published: tests/data/test_views.py
         with torch.no_grad():
             expected = published(clips)[name].sum(0)
-        assert found["labels"].tolist() == [golden[views][0]["label"]]
+        assert found["labels"].tolist() == [label]
         np.testing.assert_allclose(found["scores"][0], expected, atol=1e-5)

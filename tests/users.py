@@ -40,10 +40,13 @@ for name in sys.argv[4].split(","):  # the interpreter's own files may be closed
     importlib.import_module(name)
 os.umask(umask); os.setgroups([]); os.setgid(group); os.setuid(user)
 from multitrain.cli import main
+from multitrain.data.prepare import crew
+crew.work_through = lambda items, work, **_: ((item, work(item)) for item in items)  # nor can it be started again
 for words in json.loads(sys.argv[5]):
+    print("#", *words, file=sys.stderr, flush=True)
     status = main(words)
-    if status:
-        print("failed:", words, file=sys.stderr)
+    print("=", status, file=sys.stderr, flush=True)
+    if status and sys.argv[6] == "all":
         sys.exit(status)
 """
 _LIGHT = [
@@ -93,12 +96,18 @@ _HEAVY = [
 
 
 def run_as(
-    user: int, commands: list[list[str]], folder: Path, umask: int = 0o022, heavy: bool = False
+    user: int,
+    commands: list[list[str]],
+    folder: Path,
+    umask: int = 0o022,
+    heavy: bool = False,
+    each: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """``multitrain WORDS`` for each of `commands`, until one fails, by `user` of the group :data:`LAB`, in `folder`.
 
     Args:
         heavy: a verb needs torch.
+        each: go on after a failure; :func:`ends` tells the commands apart.
     """
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "HOME", "XDG_"))}
     environment |= {
@@ -109,7 +118,17 @@ def run_as(
     }
     modules = ",".join([*_LIGHT, *(_HEAVY if heavy else [])])
     done = subprocess.run(
-        [sys.executable, "-c", _AS, str(user), str(LAB), str(umask), modules, json.dumps(commands)],
+        [
+            sys.executable,
+            "-c",
+            _AS,
+            str(user),
+            str(LAB),
+            str(umask),
+            modules,
+            json.dumps(commands),
+            "each" if each else "all",
+        ],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -118,3 +137,12 @@ def run_as(
     )
     assert "Traceback" not in done.stderr, done.stderr[-3000:]
     return done
+
+
+def ends(done: subprocess.CompletedProcess[str]) -> dict[str, tuple[int, list[str]]]:
+    """Exit status and lines of errors of each command of :func:`run_as`, by its words."""
+    found = {}
+    for part in ("\n" + done.stderr).split("\n# ")[1:]:
+        words, *lines, status = part.strip().splitlines()
+        found[words] = (int(status.removeprefix("= ")), lines)
+    return found

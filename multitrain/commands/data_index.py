@@ -20,16 +20,20 @@ def main(arguments: Arguments) -> int:
         "--run", metavar="DIR", help="a run's folder or its config.yaml, instead of the shipped configuration"
     )
     parser.add_argument(
-        "--index", type=Path, metavar="DIR", help="folder for the index (default: data.index, else RUNS/.index)"
+        "--index",
+        type=Path,
+        metavar="DIR",
+        help="folder for the index (default: data.index, else RUNS/.index, or .index)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_overrides("data=ssv2 data.root=/datasets")
     given = parser.parse_with_overrides(arguments)
     from multitrain.config import dump
     from multitrain.data.catalog import main as check
+    from multitrain.evaluation.beside import index_folder
 
     config = configured(given.run, given.overrides, given.config_dir)
-    index = given.index or config.data.index or Path(config.runs) / ".index"
+    index = index_folder(config, given.index)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"
         file.write_text(dump(config))

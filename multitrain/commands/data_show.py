@@ -23,7 +23,10 @@ def main(arguments: Arguments) -> int:
         "--run", metavar="DIR", help="a run's folder or its config.yaml, instead of the shipped configuration"
     )
     parser.add_argument(
-        "--index", type=Path, metavar="DIR", help="folder for the index (default: data.index, else RUNS/.index)"
+        "--index",
+        type=Path,
+        metavar="DIR",
+        help="folder for the index (default: data.index, else RUNS/.index, or .index)",
     )
     parser.add_argument("--update", type=int, default=0, metavar="N", help="update to show, counted from 0 (default 0)")
     parser.add_argument(
@@ -44,9 +47,10 @@ def main(arguments: Arguments) -> int:
     from multitrain.data.catalog import open_catalogs, plan_of
     from multitrain.data.clips import UnreadableError
     from multitrain.data.show import clips_of, write
+    from multitrain.evaluation.beside import index_folder
 
     config = configured(given.run, given.overrides, given.config_dir)
-    index = given.index or Path(config.data.index or Path(config.runs) / ".index")
+    index = index_folder(config, given.index)
     catalogs = open_catalogs(config.data, "train", index)
     try:
         shown = clips_of(config, catalogs, plan_of(config, catalogs), given.update, given.videos)

@@ -22,7 +22,10 @@ def main(arguments: Arguments) -> int:
         "--run", metavar="DIR", help="a run's folder or its config.yaml, instead of the shipped configuration"
     )
     parser.add_argument(
-        "--index", type=Path, metavar="DIR", help="folder for the index (default: data.index, else RUNS/.index)"
+        "--index",
+        type=Path,
+        metavar="DIR",
+        help="folder for the index (default: data.index, else RUNS/.index, or .index)",
     )
     parser.add_argument(
         "--sample",
@@ -43,9 +46,10 @@ def main(arguments: Arguments) -> int:
     given = parser.parse_with_overrides(arguments)
     from multitrain.data.prepare import stats
     from multitrain.data.prepare.crew import Journal
+    from multitrain.evaluation.beside import index_folder
 
     config = configured(given.run, given.overrides, given.config_dir)
-    index = given.index or Path(config.data.index or Path(config.runs) / ".index")
+    index = index_folder(config, given.index)
     scans = Journal.records(given.checked, "check") if given.checked else {}
     found, measured = stats.collect(config, index, given.sample, scans)
     if given.plot:

@@ -60,8 +60,9 @@ def main(arguments: Arguments) -> int:
     from multitrain.evaluation import embed as e
     from multitrain.evaluation.predictor import load
     from multitrain.evaluation.settings import with_overrides
-    from multitrain.files import OutputFolder, output_file
+    from multitrain.files import OutputFolder, output_file, refuse_same
 
+    refuse_same({"--out": given.out, "--plot": given.plot})
     for target in filter(None, (given.out, given.plot)):
         OutputFolder(target.parent, e.MAKER, [given.checkpoint, *given.videos]).check(target.name)
     model = load(given.checkpoint)

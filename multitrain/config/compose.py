@@ -61,6 +61,11 @@ def compose_mapping(overrides: Sequence[str] = (), *, config_dirs: Sequence[str 
     groups = {p.name for f in folders for p in f.iterdir() if p.is_dir()}
     chosen, set_here = [], []
     for override in map(split, overrides):
+        if override.key.startswith(("hydra.", "hydra/")):
+            raise ConfigError(
+                f"{shown(override.word, 100)}: cannot be set here, Hydra's own options do nothing in a run; "
+                "runs=FOLDER and name=NAME say where it lies, python launch/sweep.py starts several"
+            )
         if is_group(override.key, groups):
             chosen.append(group_word(override, folders, has_default=(folders[0] / override.key).is_dir()))
         else:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from multitrain.config import RunConfig
+
 
 def is_ours(folder: Path) -> bool:
     """Whether this user owns `folder`, or the nearest folder above it that exists, and may write there."""
@@ -12,6 +14,13 @@ def is_ours(folder: Path) -> bool:
     while not place.exists() and place != place.parent:
         place = place.parent
     return place.stat().st_uid == os.geteuid() and os.access(place, os.W_OK)
+
+
+def index_folder(config: RunConfig, given: Path | None = None, here: Path = Path()) -> Path:
+    """Where the index of annotation files lies: `given`, else ``data.index``, else ``RUNS/.index``; of another user's runs,
+    which are never written into, ``HERE/.index``."""
+    runs = Path(config.runs)
+    return given or Path(config.data.index or (runs if is_ours(runs) else here) / ".index")
 
 
 def beside(run: Path, *parts: str) -> Path:

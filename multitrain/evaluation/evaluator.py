@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from multitrain.config import ConfigError, DatasetConfig, RunConfig, nearest
 from multitrain.config.boundary import writing_to
 from multitrain.evaluation import tables
-from multitrain.evaluation.beside import is_ours
+from multitrain.evaluation.beside import index_folder
 from multitrain.evaluation.scoring import (
     POLL_SECONDS,
     Precision,
@@ -105,8 +105,8 @@ def evaluate(
     """
     from multitrain.data.catalog import Catalog
 
-    out, runs = Path(out_dir), Path(config.runs)
-    index = Path(config.data.index or (runs if is_ours(runs) else out) / ".index")
+    out = Path(out_dir)
+    index = index_folder(config, here=out)
     tasks = []
     for name in datasets:
         chosen = _known(name, config.data.datasets, "dataset")

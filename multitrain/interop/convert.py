@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from multitrain.config import ConfigError, RunConfig, dump
 from multitrain.config.reading import parse_json
-from multitrain.files import replace_text, replacing
+from multitrain.files import checkpoint_above, replace_text, replacing
 from multitrain.interop import protocol, pyslowfast
 from multitrain.interop.optimizer_state import Grouping
 from multitrain.interop.places import MODEL_FILE, is_of_a_run, locate, sha256
@@ -118,14 +118,46 @@ def _check_target(source: Path, target: Path, force: bool) -> None:
         raise ConfigError(f"{target}: is a run's folder, which is never written into; choose another name")
     if not target.absolute().parent.is_dir():
         raise ConfigError(f"{target}: there is no folder {target.parent}; create it first")
+    if checkpoint_above(target.absolute().parent):
+        raise ConfigError(f"{target}: lies in a checkpoint's folder, which is never written into; choose another")
     if target.suffix == ".safetensors":
-        folder = target.absolute().parent
-        if (folder / "manifest.json").exists():
-            raise ConfigError(f"{target}: lies in a checkpoint's folder, which is never written into; choose another")
-        described = folder / "config.json" if target.name == MODEL_FILE else target.with_suffix(".json")
-        for file in (optimizer_file(target), described):
-            if file.is_symlink() or (file.exists() and not force):
-                raise ConfigError(f"{file}: is in the way of what goes beside {target.name}; choose another name")
+        described = target.parent / "config.json" if target.name == MODEL_FILE else target.with_suffix(".json")
+        _refuse_foreign(target, described, force)
+    elif target.suffix != ".pyth":
+        _refuse_foreign(target / MODEL_FILE, target / "config.json", force)
+        for name in ("config.yaml", "manifest.json"):
+            if (target / name).exists() and not checkpoint_above(target):
+                raise ConfigError(f"{target / name}: is in the way, and no conversion's; choose another folder")
+
+
+def _refuse_foreign(target: Path, described: Path, force: bool) -> None:
+    """What goes beside `target` replaces nothing unasked, and even with `force` only what a conversion writes."""
+    for file, ours in ((optimizer_file(target), is_safetensors), (described, is_description)):
+        if file.is_symlink() or (file.exists() and not (force and ours(file))):
+            why = (
+                "is in the way of what goes beside"
+                if not force
+                else "is no conversion's, and in the way of what goes beside"
+            )
+            raise ConfigError(f"{file}: {why} {target.name}; choose another name")
+
+
+def is_description(file: Path) -> bool:
+    """Whether a JSON file is one that says what model lies beside it."""
+    try:
+        return {"model", "datasets"} <= set(parse_json(file.read_bytes(), file))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return False
+
+
+def is_safetensors(file: Path) -> bool:
+    """Whether a file begins as a safetensors file does."""
+    try:
+        with open(file, "rb") as content:
+            begin = content.read(9)
+        return len(begin) == 9 and begin[8:] == b"{" and int.from_bytes(begin[:8], "little") <= file.stat().st_size
+    except OSError:
+        return False
 
 
 def _for_crop(run: RunConfig, old: int, new: int) -> RunConfig:

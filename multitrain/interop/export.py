@@ -13,8 +13,8 @@ from multitrain.config import ConfigError, RunConfig
 from multitrain.config.arguments import Parser
 from multitrain.config.boundary import writing_to
 from multitrain.config.reading import read_yaml
-from multitrain.files import replace_text
-from multitrain.interop.convert import describe_model, write_model
+from multitrain.files import checkpoint_above, replace_text
+from multitrain.interop.convert import describe_model, is_description, is_safetensors, write_model
 from multitrain.interop.matching import listed
 from multitrain.interop.places import MODEL_FILE, is_of_a_run, locate, sha256
 from multitrain.interop.sharing import shareable, shareable_words
@@ -77,7 +77,11 @@ def _check_target(source: Path, target: Path, force: bool) -> None:
     with writing_to(target):
         if target.exists() and not target.is_dir():
             raise ConfigError(f"{target}: is a file; give a new folder")
-        if is_of_a_run(target) or (source.exists() and target.exists() and target.samefile(source)):
+        if (
+            is_of_a_run(target)
+            or checkpoint_above(target.parent)
+            or (source.exists() and target.exists() and target.samefile(source))
+        ):
             raise ConfigError(
                 f"{target}: is a run's or a checkpoint's folder, which is never written into; give another"
             )
@@ -87,10 +91,23 @@ def _check_target(source: Path, target: Path, force: bool) -> None:
     odd = [n for n in taken if (target / n).is_symlink() or not (target / n).is_file()]
     if odd:
         raise ConfigError(f"{target / odd[0]}: is a folder or a link, which is not replaced; move it away")
+    ours = {MODEL_FILE: is_safetensors, "config.json": is_description, "README.md": _is_card}
+    foreign = [n for n in taken if n in ours and not ours[n](target / n)]
+    if foreign:
+        raise ConfigError(
+            f"{target / foreign[0]}: is no export's, and is not replaced; move it away, or give another folder"
+        )
     if taken and not force:
         raise ConfigError(
             f"{target}: has {', '.join(taken)} already; choose another folder, or add --force to replace them"
         )
+
+
+def _is_card(file: Path) -> bool:
+    try:
+        return "library_name: multitrain" in file.read_text("utf-8", errors="replace")[:200]
+    except OSError:
+        return False
 
 
 def upload(folder: Path, repository: str, *, private: bool = True) -> str:

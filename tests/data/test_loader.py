@@ -32,6 +32,7 @@ from multitrain.data.loader import Batch, LoaderError, TestLoader, TrainLoader
 from multitrain.data.pool import IGNORED, Answer, Pool, ProcessPool, open_pool
 from multitrain.data.views import load_views
 from multitrain.order import BatchShape, Plan, key
+from tests import material
 from tests.data.numbered import run_config, write_numbered
 
 BATCH = 16
@@ -572,20 +573,13 @@ def test_no_videos_are_no_views(tested: Setting) -> None:
         assert list(loader_) == []
 
 
-def test_real_files_load_with_workers(shared: Path, tmp_path: Path) -> None:
-    names = [
-        "d_editlist.mp4",
-        "d_vp9.webm",
-        "ucf_archery.avi",
-        "rot90.mov",
-        "d_1frame.mp4",
-        "av1.mkv",
-        "d_odd_341x255_vp9.webm",
-    ]
+def test_odd_files_load_with_workers(odd: Path, tmp_path: Path) -> None:
+    kinds = ["d_editlist.mp4", "d_vp9.webm", "ucf_archery.avi", "rot90.mov", "d_1frame.mp4", "av1.mkv"]
+    names = sorted(material.names(odd, *kinds, "d_odd_341x255_vp9.webm"))
     (tmp_path / "train.csv").write_text("".join(f"{n} {i % 5}\n" for i, n in enumerate(names)))
     write_numbered(tmp_path / "unused.mp4", 1)
-    data = {"stride": {"annotations": str(tmp_path), "videos": str(shared / "videos"), "classes": 5}}
-    setting = Setting(shared, tmp_path / "index", data__datasets=data)
+    data = {"stride": {"annotations": str(tmp_path), "videos": str(odd), "classes": 5}}
+    setting = Setting(odd, tmp_path / "index", data__datasets=data)
     batches = setting.batches(0, 1, workers=2)
     assert all(b.skipped == [] for b in batches)
     assert all(same(a, b) for a, b in zip(batches, setting.batches(0, 1)))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.published import values
 from multitrain.config import AugmentConfig, DataConfig, DatasetConfig
 from multitrain.data import mix
 from multitrain.data.mix import Mixing, Prepared, prepare
@@ -77,8 +78,8 @@ def run(batch: Batch, augment: AugmentConfig, seed: int = 0, **settings: Any) ->
 
 
 @pytest.fixture(scope="module")
-def golden(shared: Path) -> dict[str, Any]:
-    return torch.load(shared / "golden" / "tiny_multi.golden.pt", weights_only=False)
+def golden(published: Path) -> dict[str, Any]:
+    return values(published, "tiny_multi")
 
 
 class TestPublished:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from material import NO_VIDEO, PLAYABLE, kind, names
 from support import settings, start_ranks, train, wait, write_dataset, write_run
 
 from multitrain.config import validate
@@ -17,20 +18,18 @@ from multitrain.evaluation.evaluator import evaluate
 from multitrain.evaluation.predictor import load
 
 pytestmark = pytest.mark.timeout(600)
-PLAYABLE = {"one_frame.mp4", "wrong_ext_mp4_as.avi"}
-"""Files of the folder that a player shows whole."""
 PARTLY = {f"truncated_faststart_{n}.mp4" for n in (50, 95)} | {"decord_corrupted.mp4", "zeroed_middle.mp4"}
 """Files of which a part is whole: they are answered where all frames that are asked for lie in it."""
 
 
 @pytest.fixture(scope="module")
-def data(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(broken: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`odd`: every broken file once, and eight good ones."""
     folder = tmp_path_factory.mktemp("broken") / "odd"
     write_dataset(folder, 8, 2, seed=3)
-    for file in sorted((shared / "broken").iterdir()):
+    for file in sorted(broken.iterdir()):
         (folder / file.name).symlink_to(file)
-    lines = (folder / "test.csv").read_text() + "".join(f"{f.name} 0\n" for f in sorted((shared / "broken").iterdir()))
+    lines = (folder / "test.csv").read_text() + "".join(f"{f.name} 0\n" for f in sorted(broken.iterdir()))
     for split in ("train", "test"):
         (folder / f"{split}.csv").write_text(lines)
     return folder
@@ -38,7 +37,7 @@ def data(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def configured(data: Path, **changes: Any) -> dict[str, Any]:
     entry = {"annotations": str(data), "videos": str(data), "classes": 2, "temporal_views": 2}
-    mapping = settings(data, updates=4, effective_batch=8, micro_batch=4, **changes)
+    mapping = settings(data, updates=6, effective_batch=8, micro_batch=4, **changes)
     mapping["data"] |= {"datasets": {"odd": entry}, "workers": 2}
     mapping["loss"] = {"projection_weight": 0}
     return mapping
@@ -52,20 +51,13 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_training_replaces_what_cannot_be_read_and_writes_it_down(trained: Path, shared: Path) -> None:
+def test_training_replaces_what_cannot_be_read_and_writes_it_down(trained: Path, broken: Path) -> None:
     skipped = [json.loads(line) for line in (trained / "skipped.jsonl").read_text().splitlines()]
     unreadable = {record["path"] for record in skipped}
-    assert unreadable >= {
-        "zero_byte.mp4",
-        "text.mp4",
-        "random_bytes.mp4",
-        "audio_only.mp4",
-        "moov_missing.mp4",
-        "jpeg_as.mp4",
-    }
-    assert not unreadable & PLAYABLE
+    assert unreadable >= names(broken, *NO_VIDEO)
+    assert not unreadable & names(broken, *PLAYABLE)
     assert all(r["reason"] and r["stand_in"] != r["path"] for r in skipped)
-    assert len((trained / "metrics.jsonl").read_text().splitlines()) == 4
+    assert len((trained / "metrics.jsonl").read_text().splitlines()) == 6
 
 
 def test_training_stops_at_the_cap_and_says_why(data: Path, tmp_path: Path) -> None:
@@ -75,7 +67,9 @@ def test_training_stops_at_the_cap_and_says_why(data: Path, tmp_path: Path) -> N
     assert "skip_cap" in (run / "log.txt").read_text()
 
 
-def test_testing_lists_what_cannot_be_read_and_scores_the_rest(data: Path, trained: Path, tmp_path: Path) -> None:
+def test_testing_lists_what_cannot_be_read_and_scores_the_rest(
+    data: Path, broken: Path, trained: Path, tmp_path: Path
+) -> None:
     model = load(trained)
     done = evaluate(model, validate(configured(data)), ["odd"], out_dir=tmp_path)
     result = done.results["odd"]
@@ -84,10 +78,10 @@ def test_testing_lists_what_cannot_be_read_and_scores_the_rest(data: Path, train
     listed = {line.rpartition(" ")[0] for line in (data / "test.csv").read_text().splitlines()}
     assert scored | lost == listed
     assert not scored & lost
-    assert scored >= PLAYABLE
+    assert scored >= names(broken, *PLAYABLE)
     good = {f"v {i}.mp4" for i in range(8)}
-    assert scored <= good | PLAYABLE | PARTLY
-    assert lost >= {"zero_byte.mp4", "text.mp4", "audio_only.mp4", "bitflips_mdat.mp4"}
+    assert scored <= good | names(broken, *PLAYABLE, *PARTLY)
+    assert lost >= names(broken, *NO_VIDEO, "bitflips_mdat.mp4")
     assert all(u["reason"] for u in result["unreadable"])
     assert result["coverage"] == len(scored) / len(listed)
     assert f"({len(scored)}/{len(listed)})" in done.table
@@ -97,18 +91,18 @@ def test_testing_lists_what_cannot_be_read_and_scores_the_rest(data: Path, train
             torch.testing.assert_close(torch.from_numpy(row), expected, atol=1e-5, rtol=0)
 
 
-def test_prediction_gives_an_answer_or_one_clear_error(data: Path, trained: Path, shared: Path) -> None:
+def test_prediction_gives_an_answer_or_one_clear_error(broken: Path, trained: Path) -> None:
     model = load(trained)
-    for file in sorted((shared / "broken").iterdir()):
+    for file in sorted(broken.iterdir()):
         answer, error = None, ""
         try:
             answer = model.predict(file)
         except VideoError as raised:
             error = str(raised)
         if answer is None:
-            assert file.name not in PLAYABLE
+            assert kind(file.name) not in PLAYABLE
             assert error.startswith(f"{file}: ")
             assert "\n" not in error
         else:
             assert sum(p for _, p in answer["odd"]) == pytest.approx(1, abs=1e-5)
-            assert file.name in PLAYABLE | PARTLY, file.name
+            assert kind(file.name) in {*PLAYABLE, *PARTLY}, file.name

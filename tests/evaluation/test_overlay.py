@@ -9,7 +9,7 @@ import pytest
 
 from multitrain.data.decode import VideoError, open_video
 from multitrain.evaluation.overlay import caption, write_overlay
-from tests import support
+from tests import material, support
 
 FOUND = {"kinetics": [("arm wrestling", 0.75), ("yoga", 0.125)], "ssv2": [("pushing something", 0.5)]}
 
@@ -27,12 +27,14 @@ def test_size_times_and_picture_stay_and_the_corner_holds_the_classes(tmp_path: 
     assert np.abs(before - after)[:, -height:, :width].mean() > 20
 
 
-def test_turned_and_uneven_videos_are_written_upright_at_their_own_times(shared: Path, tmp_path: Path) -> None:
-    for name, (height, width) in {"rot90.mov": (568, 320), "d_vfr_yoga.mp4": (320, 568)}.items():
-        source = shared / "videos" / name
+def test_turned_and_uneven_videos_are_written_upright_at_their_own_times(odd: Path, tmp_path: Path) -> None:
+    for name in sorted(material.names(odd, "rot90.mov", "d_vfr_yoga.mp4")):
+        source = odd / name
         write_overlay(source, tmp_path / "b.mp4", FOUND, "pyav")
         with open_video(source) as a, open_video(tmp_path / "b.mp4") as b:
-            assert b.frames([0]).shape[1:3] == (height, width)
+            height, width = b.frames([0]).shape[1:3]
+            assert (height > width) == (material.kind(name) == "rot90.mov")
+            assert a.frames([0]).shape[1:3] == (height, width)
             assert a.times() == pytest.approx(b.times(), abs=1e-3)
 
 

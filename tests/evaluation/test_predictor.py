@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import multitrain
+from benchmarks import published
 from multitrain.config import ConfigError, dump, validate
 from multitrain.data.decode import VideoError
 from multitrain.data.views import load_views
@@ -17,7 +18,7 @@ from multitrain.engine.checkpoint import Checkpoint
 from multitrain.evaluation.predictor import Predictor
 from multitrain.evaluation.predictor import load as load_predictor
 from multitrain.model import MultiTrain
-from tests import support
+from tests import material, support
 
 NAMES = {"stride": 5, "segment": 3, "with.dot": 4}
 
@@ -52,14 +53,21 @@ def model(run: Path) -> Predictor:
 
 
 @pytest.fixture(scope="module")
-def released(shared: Path) -> Predictor:
-    return multitrain.load(str(shared / "golden" / "tiny_multi.pyth"))
+def released(joint_pyth: Path) -> Predictor:
+    return multitrain.load(str(joint_pyth))
 
 
-def test_a_loaded_model_is_ready_and_gives_the_published_probabilities(shared: Path, released: Predictor) -> None:
-    golden = torch.load(shared / "golden" / "tiny_multi.golden.pt", weights_only=False)
-    assert released.datasets == {"kinetics": 400, "mit": 305, "ssv2": 174}
-    assert list(released.datasets) == ["kinetics", "mit", "ssv2"]
+def test_the_datasets_of_a_published_file_are_in_the_order_of_its_heads(released: Predictor) -> None:
+    assert list(released.datasets.items()) == [("kinetics", 400), ("mit", 305), ("ssv2", 174)]
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [(folder, name) for folder in (published.SMALL, published.WHOLE) for name in published.models(folder)],
+)
+def test_a_loaded_model_is_ready_and_gives_the_published_probabilities(folder: Path, name: str) -> None:
+    golden = published.values(folder, name)
+    released = multitrain.load(str(folder / f"{name}.pyth"))
     assert not released.training
     assert {p.device.type for p in released.parameters()} == {"cpu"}
     with torch.no_grad():
@@ -151,26 +159,20 @@ def test_a_head_without_its_datasets_settings_is_refused(run: Path, tmp_path: Pa
         load_predictor(copy)
 
 
-def _playable(shared: Path) -> list[Path]:
-    return sorted(p for p in (shared / "videos").iterdir() if p.suffix not in (".md", ".csv"))
-
-
-def test_every_odd_but_playable_file_gives_an_answer(shared: Path, released: Predictor) -> None:
-    files = _playable(shared)
-    assert len(files) > 30
+def test_every_odd_but_playable_file_gives_an_answer(odd: Path, released: Predictor) -> None:
+    files = sorted(odd.iterdir())
+    assert len(files) >= 20
     for file in files:
         found = released.predict(file, top=1)
         assert all(np.isfinite(best[0][1]) and best[0][1] > 0 for best in found.values()), file
 
 
-@pytest.mark.parametrize(
-    "name", ["zero_byte.mp4", "text.mp4", "jpeg_as.mp4", "audio_only.mp4", "moov_missing.mp4", "random_bytes.mp4"]
-)
-def test_a_broken_file_is_one_clear_line(shared: Path, released: Predictor, name: str) -> None:
-    with pytest.raises(VideoError) as caught:
-        released.predict(shared / "broken" / name)
-    assert name in str(caught.value)
-    assert "\n" not in str(caught.value)
+def test_a_broken_file_is_one_clear_line(broken: Path, released: Predictor) -> None:
+    for name in sorted(material.names(broken, *material.NO_VIDEO)):
+        with pytest.raises(VideoError) as caught:
+            released.predict(broken / name)
+        assert name in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_missing_file_is_one_clear_line(model: Predictor, tmp_path: Path) -> None:

@@ -93,6 +93,77 @@ def test_another_users_run_is_used_and_not_written_into_and_files_have_the_mode_
     assert {p.stat().st_gid for p in made} == {OTHER}
 
 
+def verbs(run: str, data: str) -> dict[str, list[str]]:
+    """Every verb that reads a run or data, on another user's."""
+    clip = f"{data}/segment/v 0.mp4"
+    return {
+        "predict": [run, clip, "--top", "1", "--device", "cpu"],
+        "predict --overlay": [run, clip, "--overlay", "seen.mp4", "--device", "cpu"],
+        "embed": [run, clip, "--out", "clip.npz", "--device", "cpu"],
+        "embed --dataset": [run, "--dataset", "segment", "--per-dataset", "2", "--out", "set.npz", "--device", "cpu"],
+        "nearest": [run, "--plot", "heat.png"],
+        "evaluate": [run, "--dataset", "segment", "data.workers=0"],
+        "report": [run, "--out", "page", "--clips", "1"],
+        "export": [run, "given"],
+        "convert": [run, "a.safetensors"],
+        "compare": [run, run],
+        "status": [run],
+        "status --runs": ["--runs", str(Path(run).parent)],
+        "flops": [run],
+        "data check": ["--run", run, "--out", "checked"],
+        "data check FOLDER": [f"{data}/segment", "--out", "looked"],
+        "data stats": ["--run", run, "--sample", "2", "--plot", "stats.png"],
+        "data show": ["--run", run, "--videos", "2", "--out", "shown.png"],
+        "data index": ["--run", run],
+    }
+
+
+def used(run: Path, data: Path, desk: Path, umask: int) -> dict[str, tuple[int, list[str]]]:
+    """How each verb ends for Bob."""
+    words = verbs(str(run), str(data))
+    commands = [[*verb.partition(" --")[0].removesuffix(" FOLDER").split(), *rest] for verb, rest in words.items()]
+    done = users.run_as(users.BOB, commands, desk, umask, heavy=True, each=True)
+    return dict(zip(words, users.ends(done).values(), strict=True))
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077], ids=lambda u: f"{u:03o}")
+def test_every_verb_uses_another_users_run_and_data_without_writing_into_them(
+    shared_run: Path, desk: Path, umask: int
+) -> None:
+    data = shared_run.parents[1] / "data"
+    places = [shared_run.parent, *shared_run.parent.rglob("*"), data, *data.rglob("*")]
+    for place in places:
+        place.chmod(0o755 if place.is_dir() else 0o644)
+    before = {p: p.stat().st_mtime_ns for p in places}
+    found = used(shared_run, data, desk, umask)
+    checked = {"data check": 1}  # the same videos are for training and for tests
+    assert {verb: end for verb, end in found.items() if end[0] != checked.get(verb, 0)} == {}
+    assert {
+        p: p.stat().st_mtime_ns for p in (shared_run.parent, *shared_run.parent.rglob("*"), data, *data.rglob("*"))
+    } == before
+    made = [p for p in desk.rglob("*") if p.is_file()]
+    assert {oct(p.stat().st_mode & 0o777) for p in made} == {oct(0o666 & ~umask)}
+
+
+def test_every_verb_says_in_a_line_which_folder_is_closed(shared_run: Path, desk: Path) -> None:
+    data = shared_run.parents[1] / "data"
+    shared_run.chmod(0o700)
+    data.chmod(0o700)
+    try:
+        found = used(shared_run, data, desk, 0o022)
+    finally:
+        shared_run.chmod(0o755)
+        data.chmod(0o755)
+    for verb in ("status", "status --runs"):
+        assert found.pop(verb) == (0, []), "shown as unreadable, beside the others"
+    for verb, (status, lines) in found.items():
+        assert status == 2, (verb, status, lines)
+        assert len(lines) == 1, (verb, lines)
+        assert str(shared_run.parents[1]) in lines[0], (verb, lines)
+        assert "ermission denied" in lines[0] or "not be read" in lines[0], (verb, lines)
+    assert list(desk.iterdir()) == []
+
+
 @pytest.mark.parametrize("verb", ["report", "evaluate", "export", "convert", "embed", "nearest"])
 def test_a_folder_that_cannot_be_written_is_one_line(
     shared_run: Path, verb: str, capsys: pytest.CaptureFixture[str]

@@ -11,8 +11,8 @@ from multitrain.interop.convert import convert
 
 
 @pytest.fixture
-def source(shared: Path) -> Path:
-    return shared / "golden" / "tiny_multi.pyth"
+def source(joint_pyth: Path) -> Path:
+    return joint_pyth
 
 
 @pytest.mark.parametrize("name", ["new.optimizer.safetensors", "new.json"])

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from benchmarks import published
 from multitrain.config import ConfigError, ModelConfig
 from multitrain.interop.layout import layout, name_map
 from multitrain.interop.official import UnfitWeights
@@ -22,6 +23,7 @@ from multitrain.interop.pyslowfast import (
     write_pyth,
 )
 from multitrain.model import MultiTrain
+from tests.interop.conftest import OF_WHOLE
 
 SMALL = ModelConfig(
     frames=4, crop=64, depth=3, width=16, heads=1, stages=(1,), kv_stride=4, head_hidden=24, expander_hidden=32
@@ -82,10 +84,14 @@ def same(a: Any, b: Any) -> bool:
 # -- what the published code wrote -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tiny_multi", "tiny_k400_32x3"])
-def test_a_published_file_gives_the_published_probabilities(shared: Path, name: str) -> None:
-    config, datasets, state, epoch = read_pyth(shared / "golden" / f"{name}.pyth")
-    golden = torch.load(shared / "golden" / f"{name}.golden.pt", weights_only=False)
+@pytest.mark.parametrize(
+    "path",
+    [published.SMALL / f"{published.SINGLE}.pyth", *OF_WHOLE],
+    ids=lambda p: f"{'small' if p.parent == published.SMALL else 'whole'}-{p.stem}",
+)
+def test_a_published_file_gives_the_published_probabilities(path: Path) -> None:
+    config, datasets, state, epoch = read_pyth(path)
+    golden = published.values(path.parent, path.stem)
     model = MultiTrain(config, datasets).eval()
     model.load_state_dict(state)
     with torch.no_grad():
@@ -96,9 +102,9 @@ def test_a_published_file_gives_the_published_probabilities(shared: Path, name: 
         torch.testing.assert_close(found[dataset], expected, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["tiny_multi", "tiny_k400_32x3"])
-def test_a_published_file_written_again_is_the_same_in_every_part(shared: Path, tmp_path: Path, name: str) -> None:
-    source = shared / "golden" / f"{name}.pyth"
+@pytest.mark.filterwarnings("ignore:.*the published code builds")
+def test_a_published_file_written_again_is_the_same_in_every_part(pyth: Path, tmp_path: Path) -> None:
+    source = pyth
     file = read_published(source)
     target = tmp_path / "again.pyth"
     write_pyth(
@@ -114,20 +120,14 @@ def test_a_published_file_written_again_is_the_same_in_every_part(shared: Path, 
     assert same(before, after)
 
 
-@pytest.mark.parametrize(
-    ("listing", "single"), [("reference-keys-multi.txt", False), ("reference-keys-k400.txt", True)]
-)
-def test_the_full_models_have_the_published_tensors_in_the_published_order(
-    shared: Path, listing: str, single: bool
-) -> None:
-    lines = (shared / "facts" / listing).read_text().splitlines()[1:]
-    rows = (line.split(maxsplit=1) for line in lines if line.strip())
-    published = {name: tuple(yaml.safe_load(shape)) for name, shape in rows}
+@pytest.mark.parametrize(("listing", "single"), [("multi", False), ("k400", True)])
+def test_the_full_models_have_the_published_tensors_in_the_published_order(listing: str, single: bool) -> None:
+    theirs = {name: tuple(shape) for name, shape in published.names()["tensors"][listing].items()}
     config = ModelConfig() if not single else ModelConfig(head="linear", projections=False, expander=False)
     datasets = {"kinetics": 400} if single else {"kinetics": 400, "mit": 305, "ssv2": 174}
     shapes = layout(config, datasets)
-    ours = {theirs: shapes[name] for theirs, name in name_map(config, datasets, single=single).items()}
-    assert list(ours.items()) == list(published.items())
+    ours = {n: shapes[name] for n, name in name_map(config, datasets, single=single).items()}
+    assert list(ours.items()) == list(theirs.items())
 
 
 # Rows of the facts' table of published configurations: options that differ from the multi-dataset one, parameters.
@@ -144,9 +144,9 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_published_configuration_gives_its_network(shared: Path, variant: str) -> None:
+def test_every_published_configuration_gives_its_network(joint_pyth: Path, variant: str) -> None:
     shape, full, drop_path, dataset, parameters = VARIANTS[variant]
-    cfg = yaml.safe_load(torch.load(shared / "golden" / "tiny_multi.pyth", weights_only=True)["cfg"])
+    cfg = yaml.safe_load(torch.load(joint_pyth, weights_only=True)["cfg"])
     cfg["DATA"] |= {"NUM_FRAMES": shape["frames"], "TRAIN_CROP_SIZE": 224, "TEST_CROP_SIZE": 224}
     steps = [[b, 2.0] for b in shape["at"]]
     cfg["MVIT"] |= {
@@ -169,13 +169,13 @@ def test_every_published_configuration_gives_its_network(shared: Path, variant: 
     assert datasets == (dict([dataset]) if dataset else {"kinetics": 400, "mit": 305, "ssv2": 174})
 
 
-def test_a_made_configuration_uses_only_options_and_types_that_the_published_schema_has(shared: Path) -> None:
-    published = yaml.safe_load(torch.load(shared / "golden" / "tiny_multi.pyth", weights_only=True)["cfg"])
+def test_a_made_configuration_uses_only_options_and_types_that_the_published_schema_has() -> None:
+    theirs = published.names()["options"]
     made = yaml.safe_load(make_cfg(ModelConfig(drop_path=0, head_dropout=0), {"a": 2, "b": 3}, ["b"]))
     for section, options in made.items():
         for option, value in options.items():
-            assert option in published[section], f"{section}.{option}"
-            assert type(value) is type(published[section][option]), f"{section}.{option}"
+            assert option in theirs[section], f"{section}.{option}"
+            assert type(value).__name__ == theirs[section][option], f"{section}.{option}"
 
 
 # -- our own models, there and back --------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.published import JOINT, SINGLE, SMALL, values
 from multitrain.config import ConfigError, ModelConfig, dump
 from multitrain.engine import checkpoint as checkpoints
 from multitrain.engine.checkpoint import Checkpoint
@@ -49,14 +50,10 @@ def trained_pyth(source: Path, target: Path) -> Path:
     return target
 
 
-@pytest.mark.parametrize("name", ["tiny_multi", "tiny_k400_32x3"])
+@pytest.mark.filterwarnings("ignore:.*expander_hidden")
 @pytest.mark.parametrize("trained", [False, True])
-def test_a_published_file_comes_back_from_our_formats_in_every_part(
-    shared: Path, tmp_path: Path, name: str, trained: bool
-) -> None:
-    source = shared / "golden" / f"{name}.pyth"
-    if trained:
-        source = trained_pyth(source, tmp_path / "trained.pyth")
+def test_a_published_file_comes_back_from_our_formats_in_every_part(pyth: Path, tmp_path: Path, trained: bool) -> None:
+    source = trained_pyth(pyth, tmp_path / "trained.pyth") if trained else pyth
     (tmp_path / "folder").mkdir()
     way = [tmp_path / "a.safetensors", tmp_path / "folder", tmp_path / "b.safetensors", tmp_path / "c.pyth"]
     for before, after in zip([source, *way], way):
@@ -65,10 +62,12 @@ def test_a_published_file_comes_back_from_our_formats_in_every_part(
     assert (tmp_path / "a.optimizer.safetensors").is_file() is trained
 
 
-@pytest.mark.parametrize("name", ["tiny_multi", "tiny_k400_32x3"])
-def test_parameter_groups_are_numbered_as_the_published_code_numbers_them(shared: Path, name: str) -> None:
-    file = read_published(shared / "golden" / f"{name}.pyth")
-    golden = torch.load(shared / "golden" / f"{name}.golden.pt", weights_only=False)
+@pytest.mark.parametrize("name", [JOINT, SINGLE])
+def test_parameter_groups_are_numbered_as_the_published_code_numbers_them(
+    published: Path, joint_pyth: Path, name: str
+) -> None:
+    file = read_published(joint_pyth if name == JOINT else SMALL / f"{SINGLE}.pyth")
+    golden = values(published, name)
     theirs = {v: k for k, v in name_map(file.config, file.datasets, single=len(file.datasets) == 1).items()}
     found = groups(layout(file.config, file.datasets), "single")
     assert [[theirs[n] for n in g] for g in found] == [list(g) for g in golden["optimizer_group_names"]]
@@ -111,19 +110,18 @@ def test_a_runs_moments_become_a_state_that_the_published_optimizer_loads(tmp_pa
 
 
 def test_a_file_without_optimizer_state_gets_one_that_the_published_optimizer_loads(
-    shared: Path, tmp_path: Path
+    joint_pyth: Path, tmp_path: Path
 ) -> None:
-    source = shared / "golden" / "tiny_multi.pyth"
-    convert(source, tmp_path / "a.pyth", weights_only=True)
+    convert(joint_pyth, tmp_path / "a.pyth", weights_only=True)
     state = torch.load(tmp_path / "a.pyth", weights_only=True)["optimizer_state"]
     assert [len(g["params"]) for g in state["param_groups"]] == [47, 69]
     parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(116)]
     torch.optim.AdamW([{"params": parameters[:47]}, {"params": parameters[47:]}]).load_state_dict(state)
 
 
-def test_two_models_in_one_folder_keep_a_description_each(tmp_path: Path, shared: Path) -> None:
-    for name in ("tiny_multi", "tiny_k400_32x3"):
-        convert(shared / "golden" / f"{name}.pyth", tmp_path / f"{name}.safetensors")
+def test_two_models_in_one_folder_keep_a_description_each(tmp_path: Path, joint_pyth: Path) -> None:
+    for path in (joint_pyth, SMALL / f"{SINGLE}.pyth"):
+        convert(path, tmp_path / f"{path.stem}.safetensors")
     assert (tmp_path / "config.json").is_file()
     assert (tmp_path / "tiny_k400_32x3.json").is_file()
     assert len(read_weights(tmp_path / "tiny_k400_32x3.safetensors").datasets) == 1

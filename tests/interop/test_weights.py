@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import published
 from multitrain.config import ConfigError, ModelConfig, RunConfig, dump, validate
 from multitrain.engine import checkpoint as checkpoints
 from multitrain.engine.checkpoint import Checkpoint
@@ -168,8 +169,8 @@ def test_the_configuration_of_a_run_is_its_own(run: Path, tmp_path: Path) -> Non
     assert run_config(alone) == expected
 
 
-def test_a_published_files_configuration_reads_clips_as_it_was_trained(shared: Path) -> None:
-    config = run_config(shared / "golden" / "tiny_multi.pyth")
+def test_a_published_files_configuration_reads_clips_as_it_was_trained(joint_pyth: Path) -> None:
+    config = run_config(joint_pyth)
     views = {n: (d.sampling, d.temporal_views, d.spatial_views) for n, d in config.data.datasets.items()}
     assert views == {"kinetics": ("stride", 5, 1), "mit": ("stride", 2, 3), "ssv2": ("segment", 1, 3)}
     assert (config.data.sampling_rate, config.model.frames, config.model.crop) == (3, 8, 64)
@@ -193,8 +194,8 @@ def test_a_k400_model_gives_the_joint_one_516_tensors_and_leaves_22() -> None:
     assert [kinds.count(k) for k in ("heads", "projections", "expander")] == [12, 6, 4]
 
 
-def test_starting_from_a_published_single_model_copies_the_backbone_and_nothing_else(shared: Path) -> None:
-    path = shared / "golden" / "tiny_k400_32x3.pyth"
+def test_starting_from_a_published_single_model_copies_the_backbone_and_nothing_else() -> None:
+    path = published.SMALL / f"{published.SINGLE}.pyth"
     config = read_published(path).config.model_copy(
         update={"head": "mlp", "projections": True, "expander": True, "head_hidden": 24, "expander_hidden": 32}
     )
@@ -290,10 +291,9 @@ def test_a_description_beside_the_file_is_enough_too(run: Path, tmp_path: Path) 
     assert run_config(tmp_path / "model.safetensors").model == CONFIG
 
 
-def test_a_published_file_keeps_its_optimizer_state_and_text(shared: Path, tmp_path: Path) -> None:
-    source = shared / "golden" / "tiny_k400_32x3.pyth"
-    convert(source, tmp_path / "b.pyth")
-    before, after = (torch.load(p, weights_only=True) for p in (source, tmp_path / "b.pyth"))
+def test_a_published_file_keeps_its_optimizer_state_and_text(pyth: Path, tmp_path: Path) -> None:
+    convert(pyth, tmp_path / "b.pyth")
+    before, after = (torch.load(p, weights_only=True) for p in (pyth, tmp_path / "b.pyth"))
     assert before["cfg"] == after["cfg"]
     assert before["epoch"] == after["epoch"]
     assert str(before["optimizer_state"]) == str(after["optimizer_state"])

@@ -355,3 +355,10 @@ def test_own_config_groups_are_used_remembered_and_kept(tmp_path: Path) -> None:
 def test_unnamed_runs_are_called_after_experiment_and_time(tmp_path: Path) -> None:
     assert ask(["gpus=8", "experiment=ssv2"]).name.startswith("ssv2-20")
     assert ask(["gpus=8"], default_name="job7").name == "k400_mit_ssv2-job7"
+
+
+def test_a_lone_quotation_mark_in_a_name_is_refused_and_not_lost(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("'a", 'a"'):
+        assert main([f"name={name}", "experiment=demo", "cluster=local", "dry_run=true"]) == 2
+        assert "cannot be a folder name" in capsys.readouterr().err
+    assert ask(["name='a'", "experiment=demo"]).name == "a"

@@ -23,21 +23,29 @@ from tests.slurm.drill import Cluster, scorers
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 ROOT = Path(__file__).resolve().parents[2]
-BROKEN = "zeroed_middle.mp4"
+BROKEN = "broken.mp4"
 
 
 @pytest.fixture
-def run(shared: Path, tmp_path: Path) -> Path:
-    """A run with a checkpoint whose `kinetics` has real clips for tests, and one file that cannot be read."""
-    annotations = tmp_path / "annotations"
-    annotations.mkdir()
-    real = shared / "real" / "annotations" / "surv_fight"
-    lines = [f"real/{line}" for part in ("test", "train") for line in (real / f"{part}.csv").read_text().splitlines()]
-    lines.insert(7, f"broken/{BROKEN} 0")
-    (annotations / "test.csv").write_text("\n".join(lines[:60]) + "\n")
-    (annotations / "classes.txt").write_text((real / "classes.txt").read_text())
+def run(tmp_path: Path) -> Path:
+    """A run with a checkpoint whose `kinetics` has 60 videos for tests, of which one cannot be read."""
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for number in range(60):
+        support.write_video(folder / f"{number}.mp4", number, frames=50, size=(160, 128))
+    (folder / "7.mp4").rename(folder / BROKEN)
+    (folder / BROKEN).write_bytes(b"no video")
+    lines = [f"{BROKEN if n == 7 else f'{n}.mp4'} {n % 2}" for n in range(60)]
+    (folder / "test.csv").write_text("\n".join(lines) + "\n")
+    (folder / "classes.txt").write_text("calm\nfight\n")
     settings = support.settings(tmp_path / "none")
-    kinetics = {"annotations": str(annotations), "videos": str(shared), "classes": 2, "temporal_views": 4}
+    kinetics = {
+        "annotations": str(folder),
+        "videos": str(folder),
+        "classes": 2,
+        "temporal_views": 10,
+        "spatial_views": 3,
+    }
     settings["data"] |= {"datasets": {"kinetics": kinetics}, "index": str(tmp_path / "index")}
     settings |= {"loss": {"projection_weight": 0, "informative_weight": 0}}
     settings["model"] |= {"expander": False, "projections": False, "frames": 8}

@@ -22,6 +22,7 @@ from multitrain.data.prepare.check import Entry, judge
 from multitrain.data.prepare.listing import PARTS, Copy, Layout, Listed, copies, found_below
 from multitrain.data.prepare.resize import Encoding, Item, Resize
 from multitrain.data.prepare.scan import ScanFile
+from tests import material
 
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg on this machine")
 
@@ -239,11 +240,11 @@ def test_two_sources_of_one_name_are_refused(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- real files
 
 
-def test_every_broken_file_is_named_and_every_playable_one_is_not(shared: Path) -> None:
+def test_every_broken_file_is_named_and_every_playable_one_is_not(broken: Path, odd: Path) -> None:
     work = ScanFile()
-    broken = {f.name: work(str(f)).get("error") for f in (shared / "broken").iterdir() if f.suffix in (".mp4", ".avi")}
-    assert {name for name, reason in broken.items() if reason is None} == {"one_frame.mp4", "wrong_ext_mp4_as.avi"}
-    odd = ("d_editlist.mp4", "d_ssv2_like.webm", "unordered.mov", "rot90.mov", "av1.mkv", "ucf_archery.avi")
-    packed = shared / "real" / "ut_interaction" / "handshake" / "set1_41_8_0.avi"
-    for file in (*(shared / "videos" / name for name in odd), packed):
+    found = {f.name: work(str(f)).get("error") for f in broken.iterdir()}
+    assert {name for name, reason in found.items() if reason is None} == material.names(broken, *material.PLAYABLE)
+    kinds = ("d_editlist.mp4", "d_ssv2_like.webm", "unordered.mov", "rot90.mov", "av1.mkv", "ucf_archery.avi")
+    packed = material.BESIDE / "real" / "ut_interaction" / "handshake" / "set1_41_8_0.avi"
+    for file in (*(odd / name for name in material.names(odd, *kinds)), *([packed] if packed.is_file() else [])):
         assert "error" not in work(str(file)), file
