@@ -318,7 +318,7 @@ def _leave(config: RunConfig, run: Path, trainer: Trainer, request: Request, int
             recorder.event(decision.event, update=trainer.completed, status=decision.status)
         then = "the job comes back by itself" if decision.event == "requeue" else "submit the same name to resume"
         recorder.write(f"{decision.status} after {trainer.completed} of {trainer.updates} updates; {then}")
-        interruption.stopped()
+        interruption.stopped(request)
     recorder.close()
     sys.stdout.flush()
     world.agree(0)  # everybody has saved and closed

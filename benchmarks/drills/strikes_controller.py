@@ -319,8 +319,14 @@ def preempt_preflight(stage: Stage, chance: random.Random) -> None:
     """Evicted twice: while it trains, and while the next start looks at its nodes."""
     restarts = _evict_and_wait(stage)
     stage.cluster.start_now(stage.job)
-    stage.cluster.until(lambda: looking(stage.folder), "preflight", pause=0.01)
-    with frozen(looking(stage.folder)):
+    found: list[int] = []
+
+    def looks() -> bool:
+        found[:] = looking(stage.folder)
+        return bool(found)
+
+    stage.cluster.until(looks, "preflight", pause=0.01)
+    with frozen(found):
         stage.cluster.evict(nodes=NODES)
         stage.cluster.until(
             lambda: stage.cluster.job(stage.job).get("PreemptTime", "None") != "None" or _restarts(stage) > restarts,

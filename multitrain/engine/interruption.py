@@ -105,9 +105,11 @@ class Interruption:
             self._request = Request.NONE
         self._take_away("SAVE")
 
-    def stopped(self) -> None:
-        """The run has saved and stopped; the files are taken away so that it can be submitted again."""
-        self._take_away("STOP", "SAVE")
+    def stopped(self, request: Request) -> None:
+        """The run has saved, and leaves because of `request`. STOP is taken away when it was that, so that the run can be
+        submitted again; written while SLURM takes the nodes away, it is for the next start.
+        """
+        self._take_away("SAVE", *(["STOP"] if request == Request.STOP else []))
 
     def _take_away(self, *names: str) -> None:
         for name in names if self._watches_files else ():

@@ -15,6 +15,7 @@ from engine.test_resume import events, metrics
 from support import settings, start_ranks, train, wait, write_run
 
 from multitrain.engine import checkpoint as ck
+from multitrain.engine.interruption import Interruption, Request
 
 UPDATES = 6
 LIMIT = 8
@@ -150,3 +151,15 @@ def test_an_update_is_held_up_only_for_the_copy(run: Path) -> None:
     assert first["seconds"] > 2.0
     assert first["held_up"] < first["seconds"]
     assert ck.newest_verified(run / "checkpoints")[0] == ck.folder_of(run / "checkpoints", UPDATES)
+
+
+def test_a_stop_that_comes_while_slurm_takes_the_nodes_away_is_for_the_next_start(tmp_path: Path) -> None:
+    start = Interruption(tmp_path, lambda value: value, watches_files=True, file_interval=0)
+    start.ask(Request.LEAVE)
+    assert start.agreed() == Request.LEAVE
+    (tmp_path / "STOP").touch()
+    start.stopped(Request.LEAVE)
+    again = Interruption(tmp_path, lambda value: value, watches_files=True, file_interval=0)
+    assert again.agreed() == Request.STOP
+    again.stopped(Request.STOP)
+    assert not (tmp_path / "STOP").exists()

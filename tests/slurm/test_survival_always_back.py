@@ -13,7 +13,7 @@ import pytest
 
 from tests.slurm.drill import Runs, frozen, looking, ranks, send, supervisors
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400), pytest.mark.slow]
 NVIDIA_SMI = """#!/bin/sh
 # A GPU a node, which node1 has lost. A mock: there are no GPUs here.
 [ "$SLURMD_NODENAME" = node1 ] || echo "0, GPU-$SLURMD_NODENAME, H100, , 0"
