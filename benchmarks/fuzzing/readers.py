@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +41,11 @@ class Reader(NamedTuple):
 
 def readers(material: Material) -> dict[str, Reader]:
     """All readers by name; those of command lines begin with the command."""
-    return {**dict(_texts()), **dict(_files(material)), **dict(_videos(material)), **dict(_commands(material))}
+    called = {**dict(_texts()), **dict(_files(material)), **dict(_videos(material)), **dict(_commands(material))}
+    return {
+        **called,
+        **{f"$ {name}": Reader(called[name].seeds, partial(_shelled, called[name].call), 50) for name in SHELLED},
+    }
 
 
 # -------------------------------------------------------------------------------------------------------- functions
@@ -191,15 +198,34 @@ def _commands(material: Material) -> Iterator[tuple[str, Reader]]:
     yield "convert .pyth", Reader([material.pyth.read_bytes()], _convert, 5)
 
 
+SHELLED = ("submit WORDS", "predict h264.mp4", "status events.jsonl", "data check csv", "convert .pyth")
+"""Command lines that are tried in a process of their own too."""
+
+_ROOT = Path(__file__).resolve().parents[2]
+_shell = ContextVar("shell", default=False)
+
+
+def _shelled(call: Call, folder: Path, data: bytes) -> int:
+    """`call`, whose command is started as from a shell."""
+    token = _shell.set(True)
+    try:
+        return int(call(folder, data))
+    finally:
+        _shell.reset(token)
+
+
 def main(*arguments: str | Path) -> int:
-    """A command in this process."""
-    return cli.main([str(a) for a in arguments])
+    """A command in this process, or in one of its own; its exit status."""
+    words = [str(a) for a in arguments]
+    if not _shell.get():
+        return cli.main(words)
+    environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
+    command = [sys.executable, "-m", "multitrain", *words]
+    return subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False).returncode
 
 
 def _submit(arguments: list[str]) -> int:
-    from launch import submit
-
-    return submit.main(arguments)
+    return main("submit", *arguments)
 
 
 def _predict(material: Material, name: str, folder: Path, data: bytes) -> int:
