@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Generic, TextIO, TypeVar
 
 from multitrain.config import ConfigError
+from multitrain.data.packs import DamagedError, locate
 from multitrain.monitor import lines
 from multitrain.monitor.progress import duration
 
@@ -160,10 +161,15 @@ def _is_journal(file: Path) -> bool:
 
 
 def version(path: Path) -> list[int]:
-    """Size and time of change of a file in nanoseconds, [-1, -1] when it is not there: a changed file is done again."""
+    """Size and time of change of a file in nanoseconds, [-1, -1] when it is not there: a changed file is done again.
+
+    Of a packed video its size, the time of change of the shard, and its checksum.
+    """
     try:
+        if (stored := locate(path)) is not None:
+            return [stored.size, stored.shard.stat().st_mtime_ns, stored.crc or 0]
         found = path.stat()
-    except (OSError, ValueError):  # ValueError: no disk takes such a name
+    except (OSError, ValueError, DamagedError):  # ValueError: no disk takes such a name
         return [-1, -1]
     return [found.st_size, found.st_mtime_ns]
 
