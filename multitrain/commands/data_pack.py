@@ -54,7 +54,7 @@ def main(arguments: Arguments) -> int:
     task = Packing(wanted, Shard.parse(given.shard))
     stop, items = StopSignals(), list(task.items())
     task.journal.claim()
-    bar: Bar[Item] = Bar("pack, shards", len(items))
+    bar: Bar[Item] = Bar("pack", len(items), unit="shard")
     failed: list[tuple[str, str]] = []
     work = PackShard(wanted.videos, task.parts, wanted.leave_out)
     limit = given.timeout * wanted.shard_videos

@@ -39,7 +39,7 @@ def main(arguments: Arguments) -> int:
     mine = Shard.parse(given.shard).of(shards)
     stop = StopSignals()
     failed: list[tuple[str, str]] = []
-    bar: Bar[list[Stored]] = Bar("unpack, shards", len(mine))
+    bar: Bar[list[Stored]] = Bar("unpack", len(mine), unit="shard")
     counts = {"written": 0, "there": 0}
     limit = given.timeout * max((len(shard) for shard in mine), default=1)
     work = Unpack(given.pack.absolute(), out.root)

@@ -267,6 +267,8 @@ def plan_of(config: RunConfig, catalogs: Mapping[str, Catalog]) -> Plan:
         proportions=config.data.proportions,
         temperature=config.data.temperature,
         group=config.group,
+        shuffle_window=config.data.shuffle_window,
+        shard_videos=config.data.shard_videos,
     )
 
 

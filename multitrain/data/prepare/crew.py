@@ -179,15 +179,15 @@ class Bar(Generic[Item]):
 
     EVERY = 30.0
 
-    def __init__(self, title: str, total: int, stream: TextIO | None = None) -> None:
-        self._title, self._total, self._stream = title, total, stream or sys.stderr
+    def __init__(self, title: str, total: int, stream: TextIO | None = None, unit: str = "file") -> None:
+        self._unit, self._title, self._total, self._stream = unit, title, total, stream or sys.stderr
         self._done = self._bad = 0
         self._began = self._said = time.monotonic()
         self._bar: Any = None
         if self._stream.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, desc=title, unit="file", file=self._stream, dynamic_ncols=True)
+            self._bar = tqdm(total=total, desc=title, unit=self._unit, file=self._stream, dynamic_ncols=True)
 
     def add(self, *, bad: bool) -> None:
         """One more is done."""
@@ -202,7 +202,7 @@ class Bar(Generic[Item]):
             left = f", {duration((self._total - self._done) / pace)} left" if self._done < self._total else ""
             some = f", {self._bad} bad" if self._bad else ""
             print(
-                f"{self._title}: {self._done} of {self._total} files{some}, {pace:.1f} a second{left}",
+                f"{self._title}: {self._done} of {self._total} {self._unit}s{some}, {pace:.1f} a second{left}",
                 file=self._stream,
                 flush=True,
             )

@@ -11,7 +11,7 @@ import os
 import platform
 import stat
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -66,16 +66,16 @@ class PackShard:
     leave_out: bool
 
     def __call__(self, item: Item) -> Record:
-        unreadable = [[n, why] for n in item.names if (why := _unreadable(self.videos / n))]
+        unreadable = {name: why for name in item.names if (why := _unreadable(self.videos / name))}
         if unreadable and not self.leave_out:
-            return {"error": f"{len(unreadable)} of its videos cannot be read", "unreadable": unreadable}
+            return {"error": f"{len(unreadable)} of its videos cannot be read", "unreadable": [*unreadable.items()]}
         sources = self._sources(item.names)
         if item.known is not None and item.known["sources"] == sources:
             return item.known
         part = self.parts / f"part-{platform.node()}-{os.getpid()}-{os.urandom(4).hex()}.tar"
         try:
             with open(part, "xb") as file:
-                record = self._write(file, item.names)
+                record = self._write(file, item.names, unreadable)
             if "error" in record:
                 part.unlink()
                 return record
@@ -85,11 +85,13 @@ class PackShard:
             return {"error": f"{printable(str(part.parent))}: cannot be written ({error.strerror})", "unreadable": []}
         return {**record, "sources": sources, "part": part.name}
 
-    def _write(self, file: BinaryIO, names: Sequence[str]) -> Record:
+    def _write(self, file: BinaryIO, names: Sequence[str], unreadable: Mapping[str, str]) -> Record:
         record: Record = {"offsets": [], "sizes": [], "crcs": [], "left_out": []}
         for name in names:
             begin = file.tell()
             try:
+                if name in unreadable:
+                    raise SourceError(unreadable[name])
                 found: tuple[int | None, ...] = _append(file, self.videos / name, name)
             except SourceError as error:
                 record["left_out"].append([name, str(error)])
