@@ -19,7 +19,7 @@ from support import settings
 from multitrain.cli import main
 from multitrain.config import validate
 from multitrain.data import packs
-from multitrain.data.catalog import open_catalogs, plan_of
+from multitrain.data.catalog import open_catalogs, plan_of, summary
 from multitrain.data.clips import Task, TrainJob
 from multitrain.data.decode import VideoError, open_video
 from multitrain.data.packs import BLOCK, INDEX, locate, open_pack
@@ -267,3 +267,16 @@ def test_json_says_what_was_packed(tmp_path: Path, capsys: pytest.CaptureFixture
     assert json.loads(capsys.readouterr().out) == {
         "shards": 1, "waiting": 0, "videos": 1, "left_out": 0, "failures": {},
     }  # fmt: skip
+
+
+def test_a_window_over_other_shards_than_the_packed_ones_is_said(
+    videos: Path, packed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mapping = settings(videos, data__shuffle_window=2, data__shard_videos=4)
+    for name in NAMES:
+        mapping["data"]["datasets"][name]["videos"] = str(packed / name)
+    summary(validate(mapping), tmp_path)
+    assert "packed with" not in caplog.text
+    mapping["data"]["shard_videos"] = 5
+    summary(validate(mapping), tmp_path)
+    assert "packed with 4 videos a shard for 11 lines" in caplog.text
