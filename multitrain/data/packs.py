@@ -70,6 +70,8 @@ class Pack:
             self.header, arrays = read_index(folder / INDEX, FORMAT)
             self._hashes, self._shard, self._offset, self._size, self._crc, self._starts, self._names = arrays
             self._shards: list[str] = self.header["shards"]
+            if any(os.path.basename(shard) != shard for shard in self._shards):
+                raise ValueError("a shard lies elsewhere")
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{folder / INDEX}: is damaged ({error}); the same `multitrain data pack` command writes it anew"
@@ -98,7 +100,10 @@ class Pack:
         return self._names[self._starts[at] : self._starts[at + 1]].tobytes()
 
     def _stored(self, at: int) -> Stored:
-        shard = self.folder / self._shards[int(self._shard[at])]
+        number = int(self._shard[at])
+        if number >= len(self._shards):
+            raise ConfigError(f"{self.folder / INDEX}: is damaged (no shard {number}); pack again")
+        shard = self.folder / self._shards[number]
         return Stored(
             shard, int(self._offset[at]), int(self._size[at]), int(self._crc[at]), os.fsdecode(self._name(at))
         )
@@ -217,10 +222,11 @@ def _is_whole(stored: Stored, content: bytes) -> bool:
 
 
 def _range(stored: Stored) -> bytes:
-    file = _opened(str(stored.shard))
-    content = os.pread(file.fileno(), stored.size, stored.offset)
-    while len(content) < stored.size:  # at the end, or a read of more than 2 GiB
-        more = os.pread(file.fileno(), stored.size - len(content), stored.offset + len(content))
+    file = _opened(str(stored.shard)).fileno()
+    size = max(0, min(stored.size, os.fstat(file).st_size - stored.offset))  # memory for what is there only
+    content = os.pread(file, size, stored.offset)
+    while len(content) < size:  # a read of more than 2 GiB
+        more = os.pread(file, size - len(content), stored.offset + len(content))
         if not more:
             break
         content += more
