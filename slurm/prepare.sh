@@ -2,9 +2,10 @@
 # Data preparation as a SLURM array: the tasks share the files among them.
 #
 #   sbatch --array=0-15 slurm/prepare.sh resize /data/k400 /data/k400_320p --fast-decode
+#   sbatch --array=0-15 slurm/prepare.sh pack /data/k400_320p /data/k400_packed --annotations k400
 #   sbatch --array=0-15 slurm/prepare.sh check data=ssv2 data.root=/datasets --out checked
 #
-# What follows is a verb of `multitrain data` and its arguments. The last task of `check` to end writes the table. A task that
+# What follows is a verb of `multitrain data` and its arguments. The last task of `check` to end writes the table, that of `pack` the index. A task that
 # is preempted or runs out of time comes back and goes on; so does the whole array when it is submitted again. Nothing is written
 # outside the folder of copies or findings, and nothing in it replaced that the same verb did not make (docs/data.md).
 #
@@ -25,8 +26,8 @@ fi
 . "$home/slurm/common.sh"
 
 case ${1:-} in
-    check | resize) ;;
-    *) echo "usage: sbatch [--array=0-N] slurm/prepare.sh check|resize …" >&2; exit 2 ;;
+    check | resize | pack | unpack) ;;
+    *) echo "usage: sbatch [--array=0-N] slurm/prepare.sh check|resize|pack|unpack …" >&2; exit 2 ;;
 esac
 
 # Tasks count from the array's first; without --array there is one.

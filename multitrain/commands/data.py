@@ -16,6 +16,8 @@ VERBS: dict[str, tuple[str, str]] = {
         "multitrain.commands.data_resize",
         "Copies with a short side of 320 pixels; goes on where it was interrupted.",
     ),
+    "pack": ("multitrain.commands.data_pack", "Videos as tar shards with one index, for a million of them."),
+    "unpack": ("multitrain.commands.data_unpack", "The videos of a pack as files again."),
     "check": (
         "multitrain.commands.data_check",
         "Decode every file: what is missing, broken, short, there twice, mislabelled.",

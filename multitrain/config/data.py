@@ -68,6 +68,11 @@ class DataConfig(Settings):
     """Shares of the datasets under `interleave`: by number of videos × replicas, by `weight`, or by size to the power 1/temperature."""
     temperature: float = Field(1.0, gt=0)
     """1 is proportional to size; larger evens the shares out. Used with `proportions=temperature`."""
+    shuffle_window: int | None = Field(None, ge=1, le=10**6)
+    """Packed shards that an update reads of a dataset at most (or one more), so that reads are local; null permutes all videos of
+    a pass at once. Part of the order of a run. See docs/million.md."""
+    shard_videos: int = Field(1000, ge=1, le=10**9)
+    """Videos a shard, as `multitrain data pack --shard-videos` was told; counts with `shuffle_window` only."""
     sampling_rate: int = Field(3, ge=1)
     """Frames of the video, at `target_fps`, between two frames of the clip (the 3 in 32×3)."""
     target_fps: float = Field(30.0, gt=0)

@@ -25,6 +25,7 @@ from multitrain.config.class_names import find_class_names, read_class_names
 from multitrain.config.reading import shown
 from multitrain.data.annotations import CatalogError, Syntax, lines
 from multitrain.data.index import indexed, read_index
+from multitrain.data.packs import open_pack
 from multitrain.data.presence import Looked, absent, frames_column
 from multitrain.order import Plan, Source
 
@@ -267,7 +268,26 @@ def plan_of(config: RunConfig, catalogs: Mapping[str, Catalog]) -> Plan:
         proportions=config.data.proportions,
         temperature=config.data.temperature,
         group=config.group,
+        shuffle_window=config.data.shuffle_window,
+        shard_videos=config.data.shard_videos,
     )
+
+
+def warn_of_other_shards(data: DataConfig, catalogs: Mapping[str, Catalog]) -> None:
+    """Warn of packs whose shards are not those that `data.shuffle_window` counts on: as right, but read from more shards."""
+    if data.shuffle_window is None:
+        return
+    for catalog in catalogs.values():
+        pack = open_pack(catalog.videos)
+        if pack is None:
+            continue
+        was = pack.header.get("shard_videos"), dict(pack.header.get("rows", {})).get("train")
+        if was != (data.shard_videos, len(catalog)):
+            _log.warning(
+                "%s was packed with %s videos a shard for %s lines of train.csv; with data.shard_videos=%d and %d lines updates read "
+                "from more shards than data.shuffle_window=%d says. Set data.shard_videos, or pack again",
+                catalog.videos, *was, data.shard_videos, len(catalog), data.shuffle_window,
+            )  # fmt: skip
 
 
 def resolve_classes(dataset: DatasetConfig) -> int:
@@ -352,6 +372,7 @@ def summary(config: RunConfig, index_dir: Path | str) -> dict[str, Any]:
         CatalogError: an annotation file of the run cannot be used, or too many of its videos are missing.
     """
     train = open_catalogs(config.data, "train", index_dir)
+    warn_of_other_shards(config.data, train)
     validation, tests = {}, {}
     val: dict[str, Catalog] = {}
     if config.eval.every is not None:

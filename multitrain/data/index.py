@@ -102,8 +102,8 @@ def read_header(index: Path) -> dict[str, Any]:
         return dict(json.loads(file.read(int.from_bytes(file.read(8), "little"))))
 
 
-def read_index(index: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """Header and arrays of an index file, mapped: paths, starts, labels, label_starts.
+def read_index(index: Path, version: int = FORMAT) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """Header and arrays of an index file of a version, mapped; of annotations: paths, starts, labels, label_starts.
 
     paths: all paths, one behind the other, uint8; starts: where each begins, and the end [N + 1]; labels and
     label_starts as in `Annotations`. Of all, the narrowest unsigned integers that hold them.
@@ -113,7 +113,7 @@ def read_index(index: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
     """
     header = read_header(index)
     whole = np.memmap(index, dtype=np.uint8, mode="r")
-    if len(whole) != header["bytes"] or header["format"] != FORMAT:
+    if len(whole) != header["bytes"] or header["format"] != version:
         raise ValueError(f"{len(whole)} bytes, not {header['bytes']}")
     plain = whole.view(np.ndarray)
     arrays = [plain[at : at + size].view(dtype) for dtype, at, size in header["arrays"]]
@@ -160,11 +160,12 @@ def _build(content: bytes, csv: Path, syntax: Syntax) -> list[Any]:
         "duplicates": duplicates,
         "largest_label": int(parsed.labels.max()),
     }
-    return _laid_out(header, arrays)
+    return laid_out(header, arrays)
 
 
-def _laid_out(header: dict[str, Any], arrays: list[np.ndarray]) -> list[Any]:
-    room = 2048  # for magic, length and the header itself
+def laid_out(header: dict[str, Any], arrays: list[np.ndarray]) -> list[Any]:
+    """The parts of an index file with this header and these arrays, each at a multiple of 64 bytes."""
+    room = -(-(len(json.dumps(header)) + 1024) // 2048) * 2048  # for magic, length and the header itself
     at = room
     places: list[list[Any]] = []
     parts: list[Any] = []
@@ -178,4 +179,4 @@ def _laid_out(header: dict[str, Any], arrays: list[np.ndarray]) -> list[Any]:
     return [head.ljust(room, b"\0"), *parts]
 
 
-__all__ = ["FORMAT", "indexed", "read_index"]
+__all__ = ["FORMAT", "indexed", "laid_out", "read_index"]

@@ -8,6 +8,8 @@ import stat
 from pathlib import Path
 from typing import NamedTuple
 
+from multitrain.data.packs import DamagedError, locate
+
 
 class Looked(NamedTuple):
     """What looking for videos on the disk found."""
@@ -33,12 +35,14 @@ class Looked(NamedTuple):
 
 
 def absent(path: Path) -> str | None:
-    """Why there is no file at `path`, or None."""
+    """Why there is no video at `path`, neither a file nor packed, or None."""
     try:
+        if locate(path) is not None:
+            return None
         return "folder" if stat.S_ISDIR(os.stat(path).st_mode) else None
     except PermissionError:
         return "unreadable"
-    except (OSError, ValueError):
+    except (OSError, ValueError, DamagedError):
         return "missing"
 
 

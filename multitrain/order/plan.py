@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from multitrain.order.permutation import key, permute
+from multitrain.order.windows import SHARD_VIDEOS, Part, scatter, shard_pass
 
 ORDER_VERSION = 1
 """Raised with every change that gives an old plan a new order: no run goes on in an order it did not start in."""
@@ -83,10 +84,21 @@ class Plan:
     temperature: float = 1.0
     group: int = 1
     """interleave: this many consecutive samples are of one dataset, but for a few at the end of an update."""
+    shuffle_window: int | None = None
+    """Shards that an update reads of a dataset, or one more, in place of any: see `multitrain.order.windows`. None: all videos
+    of a pass are permuted at once."""
+    shard_videos: int = SHARD_VIDEOS
+    """Videos of a shard; counts with `shuffle_window` only."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sources", tuple(self.sources))
-        _make_integers(self, "seed", "effective_batch", "group")
+        _make_integers(self, "seed", "effective_batch", "group", "shard_videos")
+        if self.shuffle_window is not None:
+            _make_integers(self, "shuffle_window")
+        if min(self.shuffle_window or 1, self.shard_videos) < 1 or self.shuffle_window == 0:
+            raise ValueError(
+                f"shuffle_window={self.shuffle_window} with shard_videos={self.shard_videos}: both are numbers from 1 up"
+            )
         names = [s.name for s in self.sources]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"a plan needs one dataset or more, each with a name of its own; got {names}")
@@ -152,8 +164,15 @@ class Plan:
             "proportions": self.proportions,
             "temperature": float(self.temperature),
             "group": self.group,
+            **self._windows(),
             "sources": [asdict(s) | {"weight": None if s.weight is None else float(s.weight)} for s in self.sources],
         }
+
+    def _windows(self) -> dict[str, Any]:
+        """What `describe` says of windows: nothing without any, as before there were any."""
+        if self.shuffle_window is None:
+            return {}
+        return {"shuffle_window": self.shuffle_window, "shard_videos": self.shard_videos}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -178,6 +197,9 @@ class Plan:
         ends = np.cumsum([s.draws for s in self.sources])
         sizes = np.array([s.size for s in self.sources])
         replicas = np.array([s.replicas for s in self.sources])
+        if self.shuffle_window is not None:
+            self._concat_in_windows(tickets, start, stop)
+            return
         union, place = self._shuffled(("concat", self.seed), np.arange(start, stop), self.epoch_size)
         dataset = np.searchsorted(ends, place, side="right")
         replica, video = np.divmod(place - (ends - sizes * replicas)[dataset], sizes[dataset])
@@ -189,8 +211,41 @@ class Plan:
         for number, source in enumerate(self.sources):
             own = np.flatnonzero(tickets["dataset"] == number)
             if own.size:
-                lap, video = self._shuffled(("order", self.seed, source.name), draw[own], source.size)
+                shuffled = self._shuffled if self.shuffle_window is None else self._in_windows
+                lap, video = shuffled(("order", self.seed, source.name), draw[own], source.size)
                 tickets["index"][own], tickets["pass"][own] = video, lap
+
+    def _in_windows(
+        self, name: tuple[str | int, ...], place: NDArray[np.int64], size: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """As `_shuffled`, in windows of shards."""
+        lap, _, video = self._windowed((Part(size, 1),), name, place)
+        return lap, scatter(video, size)
+
+    def _concat_in_windows(self, tickets: NDArray[np.void], start: int, stop: int) -> None:
+        """As `_concat`; what is permuted is the shards of all replicas of all datasets."""
+        parts = tuple(Part(s.size, s.replicas) for s in self.sources)
+        union, part, video = self._windowed(parts, ("concat", self.seed), np.arange(start, stop))
+        replicas = np.array([s.replicas for s in self.sources])
+        dataset = np.searchsorted(np.cumsum(replicas), part, side="right")
+        replica = part - (np.cumsum(replicas) - replicas)[dataset]
+        for number, source in enumerate(self.sources):
+            own = np.flatnonzero(dataset == number)
+            tickets["index"][own] = scatter(video[own], source.size)
+        tickets["dataset"], tickets["pass"] = dataset, union * replicas[dataset] + replica
+
+    def _windowed(
+        self, parts: tuple[Part, ...], name: tuple[str | int, ...], place: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Pass, part (replicas counted one by one) and place within the part, of ascending places [N] of the endless list."""
+        lap, offset = np.divmod(place, sum(p.videos * p.replicas for p in parts))
+        part, video = np.empty_like(lap), np.empty_like(lap)
+        assert self.shuffle_window is not None
+        for number in range(int(lap[0]), int(lap[-1]) + 1):
+            own = slice(*np.searchsorted(lap, [number, number + 1]))
+            shards = shard_pass(parts, self.shard_videos, self.shuffle_window, (*name, number))
+            part[own], video[own] = shards.shuffled(offset[own])
+        return lap, part, video
 
     def _shuffled(
         self, name: tuple[str | int, ...], place: NDArray[np.int64], size: int

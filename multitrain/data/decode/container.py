@@ -6,12 +6,14 @@ A name is a file's name and nothing else: no address, no pattern, no list of oth
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from multitrain.data.decode.video import VideoError, may_pass
+from multitrain.data.packs import DamagedError, read
 
 if TYPE_CHECKING:
     import av
@@ -60,10 +62,10 @@ def open_container(path: Path) -> tuple[av.container.InputContainer, av.VideoStr
     """
     import av
 
-    name = local_name(path)
+    source = opened(path)
     options = {"protocol_whitelist": "file", "format_whitelist": _KNOWN, "max_pixels": str(MAX_PIXELS)}
     try:
-        container = av.open(name, options=options, metadata_errors="replace")
+        container = av.open(source, "r", options=options, metadata_errors="replace")
     except av.error.ArgumentError as error:
         raise VideoError(
             path, "no video format; a text, playlist, picture or other file under a video's name"
@@ -79,6 +81,31 @@ def open_container(path: Path) -> tuple[av.container.InputContainer, av.VideoStr
         container.close()
         raise
     return container, stream
+
+
+class Bytes(io.BytesIO):
+    """A video in memory; libavformat is told its name, whose ending it looks at as it does with a file."""
+
+    name: str
+
+
+def opened(path: Path) -> str | Bytes:
+    """What libraries open: the name of a file (see `local_name`), or the bytes of a packed video.
+
+    Raises:
+        VideoError: the video lies in a shard that cannot be read.
+    """
+    try:
+        content = read(path)
+    except DamagedError as error:
+        raise VideoError(path, str(error)) from error
+    except OSError as error:
+        raise VideoError(path, error.strerror or str(error), transient=may_pass(error)) from error
+    if content is None:
+        return local_name(path)
+    source = Bytes(content)
+    source.name = local_name(path)
+    return source
 
 
 def local_name(path: Path) -> str:
@@ -153,4 +180,13 @@ def _reason(error: BaseException) -> str:
     return f"{text} ({log[2].strip()})" if log else str(text).splitlines()[-1]
 
 
-__all__ = ["MAX_PIXELS", "VIDEO_FORMATS", "as_video_error", "check_size", "has_flag", "local_name", "open_container"]
+__all__ = [
+    "MAX_PIXELS",
+    "VIDEO_FORMATS",
+    "as_video_error",
+    "check_size",
+    "has_flag",
+    "local_name",
+    "open_container",
+    "opened",
+]

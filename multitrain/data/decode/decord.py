@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from multitrain.config import ConfigError
-from multitrain.data.decode.container import local_name, open_container
+from multitrain.data.decode.container import Bytes, open_container, opened
 from multitrain.data.decode.rate import average_rate
 from multitrain.data.decode.video import Video, VideoError, check_time, may_pass
 
@@ -38,7 +38,7 @@ class DecordVideo(Video):
             size = stream.codec_context.width * stream.codec_context.height * 3
             self._together = max(1, min(_TOGETHER, _BYTES // max(size, 1)))
             try:
-                self._reader = decord.VideoReader(self._name(), ctx=decord.cpu(0), num_threads=1)
+                self._reader = decord.VideoReader(self._source(), ctx=decord.cpu(0), num_threads=1)
                 self.frame_count, keys = len(self._reader), self._reader.get_key_indices()
                 self.begins_inside = len(keys) > 0 and keys[0] > 0
                 self.fps = average_rate(container, stream, self.frame_count, self._seconds())
@@ -56,9 +56,11 @@ class DecordVideo(Video):
             os.close(self._handle)
             self._handle = -1
 
-    def _name(self) -> str:
-        """The file's name; decord knows UTF-8 only, so that of another file goes by its descriptor."""
-        name = local_name(self.path)
+    def _source(self) -> str | Bytes:
+        """The bytes of a packed video, or a file's name; decord knows UTF-8 only, so another file goes by its descriptor."""
+        name = opened(self.path)
+        if isinstance(name, Bytes):
+            return name
         try:
             name.encode()
         except UnicodeEncodeError:

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from multitrain.data.packs import DamagedError, Stored, locate
+
 _LASTING = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 
@@ -116,8 +118,22 @@ class Video(ABC):
         self.close()
 
 
+def located(path: Path) -> Stored | None:
+    """Where a packed video is, None for a file. Raises VideoError when the pack cannot be read."""
+    try:
+        return locate(path)
+    except DamagedError as error:
+        raise VideoError(path, str(error)) from error
+    except OSError as error:
+        raise VideoError(path, error.strerror or str(error), transient=may_pass(error)) from error
+
+
 def check_file(path: Path) -> None:
     """Raises VideoError for what is no file with something in it: libraries say less about that, or wait."""
+    if (stored := located(path)) is not None:
+        if not stored.size:
+            raise VideoError(path, "empty file")
+        return
     try:
         found = os.stat(path)
     except ValueError as error:
@@ -142,4 +158,4 @@ def check_time(path: Path, deadline: float) -> None:
         raise VideoError(path, "decoding took longer than data.decode_timeout")
 
 
-__all__ = ["Video", "VideoError", "check_file", "check_time", "may_pass"]
+__all__ = ["Video", "VideoError", "check_file", "check_time", "located", "may_pass"]

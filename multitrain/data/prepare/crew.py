@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Generic, TextIO, TypeVar
 
 from multitrain.config import ConfigError
+from multitrain.data.packs import DamagedError, locate
 from multitrain.monitor import lines
 from multitrain.monitor.progress import duration
 
@@ -160,10 +161,15 @@ def _is_journal(file: Path) -> bool:
 
 
 def version(path: Path) -> list[int]:
-    """Size and time of change of a file in nanoseconds, [-1, -1] when it is not there: a changed file is done again."""
+    """Size and time of change of a file in nanoseconds, [-1, -1] when it is not there: a changed file is done again.
+
+    Of a packed video its size, the time of change of the shard, and its checksum.
+    """
     try:
+        if (stored := locate(path)) is not None:
+            return [stored.size, stored.shard.stat().st_mtime_ns, stored.crc or 0]
         found = path.stat()
-    except (OSError, ValueError):  # ValueError: no disk takes such a name
+    except (OSError, ValueError, DamagedError):  # ValueError: no disk takes such a name
         return [-1, -1]
     return [found.st_size, found.st_mtime_ns]
 
@@ -173,15 +179,15 @@ class Bar(Generic[Item]):
 
     EVERY = 30.0
 
-    def __init__(self, title: str, total: int, stream: TextIO | None = None) -> None:
-        self._title, self._total, self._stream = title, total, stream or sys.stderr
+    def __init__(self, title: str, total: int, stream: TextIO | None = None, unit: str = "file") -> None:
+        self._unit, self._title, self._total, self._stream = unit, title, total, stream or sys.stderr
         self._done = self._bad = 0
         self._began = self._said = time.monotonic()
         self._bar: Any = None
         if self._stream.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, desc=title, unit="file", file=self._stream, dynamic_ncols=True)
+            self._bar = tqdm(total=total, desc=title, unit=self._unit, file=self._stream, dynamic_ncols=True)
 
     def add(self, *, bad: bool) -> None:
         """One more is done."""
@@ -196,7 +202,7 @@ class Bar(Generic[Item]):
             left = f", {duration((self._total - self._done) / pace)} left" if self._done < self._total else ""
             some = f", {self._bad} bad" if self._bad else ""
             print(
-                f"{self._title}: {self._done} of {self._total} files{some}, {pace:.1f} a second{left}",
+                f"{self._title}: {self._done} of {self._total} {self._unit}s{some}, {pace:.1f} a second{left}",
                 file=self._stream,
                 flush=True,
             )

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from multitrain.data.annotations import CatalogError, Line, Syntax, lines
+from multitrain.data.packs import open_pack
 from multitrain.data.prepare.importing import SPLITS, VIDEO_ENDINGS
 from multitrain.text import quoted
 
@@ -62,12 +63,14 @@ class Layout:
         out: the folder of copies. It may lie inside `videos` (its files are no sources then) or around it.
 
     Raises:
-        CatalogError: `videos` is no folder.
+        CatalogError: `videos` is no folder, or a pack.
     """
 
     def __init__(self, videos: Path, out: Path) -> None:
         if not videos.is_dir():
             raise CatalogError(f"{videos}: no such folder of videos")
+        if open_pack(videos) is not None:
+            raise CatalogError(f"{videos} is packed, and this works on files; write them with `multitrain data unpack`")
         self.videos = Path(os.path.abspath(videos))
         self._real, self._out = os.path.realpath(videos), os.path.realpath(out)
         self._folder = lru_cache(maxsize=4096)(os.path.realpath)
@@ -179,7 +182,7 @@ def _rows(file: Path) -> Iterator[tuple[Place, dict[str, str]]]:
 
 
 def found_below(folder: Path, without: Path | None = None) -> list[str]:
-    """The video files below a folder, by the ends of their names: relative paths in order.
+    """The video files below a folder, by the ends of their names, or the videos of a pack: relative paths in order.
 
     Args:
         without: a folder (its path without links) that is not looked into.
@@ -193,6 +196,8 @@ def found_below(folder: Path, without: Path | None = None) -> list[str]:
     def refuse(error: OSError) -> None:
         raise CatalogError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions")
 
+    if (pack := open_pack(folder)) is not None:
+        return sorted(video.name for video in pack)
     found = []
     for at, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(f for f in folders if not f.startswith("."))

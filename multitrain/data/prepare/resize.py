@@ -33,7 +33,7 @@ from multitrain.data.prepare.scan import is_of_system
 from multitrain.files import stamp
 
 _STALE = 3600.0  # seconds after which a copy in the making of another machine has been given up
-_PART = re.compile(r"part-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}\.mp4")
+_PART = re.compile(r"part-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}\.(mp4|tar)")
 _CLOSE = 1e-3  # seconds that a frame's time may move
 _ALIKE = 16.0  # mean difference, of 255, up to which two pictures are one in two sizes
 
@@ -212,7 +212,7 @@ class Resize:
             made.frames([0, made.frame_count - 1])
         except VideoError as error:
             raise VideoError(source, said or f"nothing of its copy can be decoded ({error.reason})") from None
-        _make_durable(part)
+        make_durable(part)
         return made
 
     @staticmethod
@@ -306,7 +306,8 @@ def _complaint(stderr: str, source: Path) -> str:
     return ""
 
 
-def _make_durable(file: Path) -> None:
+def make_durable(file: Path) -> None:
+    """Wait until a file is on disk."""
     handle = os.open(file, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -314,4 +315,4 @@ def _make_durable(file: Path) -> None:
         os.close(handle)
 
 
-__all__ = ["Encoding", "Item", "Resize", "clean_parts", "ffmpeg", "stamps", "timing_options"]
+__all__ = ["Encoding", "Item", "Resize", "clean_parts", "ffmpeg", "make_durable", "stamps", "timing_options"]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from multitrain.data.decode import VideoError, read_whole
+from multitrain.data.decode.video import located
+from multitrain.data.packs import wrong_frame
 from multitrain.data.prepare.crew import FINAL
 
 
@@ -18,10 +21,13 @@ class ScanFile:
     """
 
     def __call__(self, path: str) -> dict[str, Any]:
-        if not os.path.exists(path):
-            return {"kind": "missing", "error": "no such file", FINAL: True}
         try:
-            return asdict(read_whole(path))
+            if (stored := located(Path(path))) is None and not os.path.exists(path):
+                return {"kind": "missing", "error": "no such file", FINAL: True}
+            whole = asdict(read_whole(path))
+            if stored is not None and stored.crc is not None and (wrong := wrong_frame(stored)):
+                return {"kind": "broken", "error": wrong, FINAL: True}
+            return whole
         except VideoError as error:
             return {"kind": "broken", "error": error.reason, FINAL: not is_of_system(error)}
 

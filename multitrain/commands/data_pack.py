@@ -1,0 +1,89 @@
+"""``multitrain data pack``: videos into tar shards with one index, by many processes or jobs, resumed where interrupted."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from multitrain.commands.common import StopSignals
+from multitrain.commands.data_resize import add_work_options
+from multitrain.config.arguments import Arguments, Parser, whole_number
+from multitrain.order.windows import SHARD_VIDEOS
+from multitrain.text import printable
+
+if TYPE_CHECKING:
+    from multitrain.data.prepare.packing import Packing
+
+_SHOWN = 20
+
+
+def main(arguments: Arguments) -> int:
+    """``multitrain data pack``; returns the exit status: 0, 1 when videos could not be read, 75 when interrupted."""
+    parser = Parser(
+        "data pack",
+        "Videos as plain tar shards of a fixed number of videos, with one index. OUT then stands for VIDEOS in a dataset's\n"
+        "`videos:`; nothing else changes, also for a run in progress. A shard is there whole or not at all; the same command\n"
+        "goes on where it was interrupted. VIDEOS is only read.",
+        "multitrain data pack /data/k400_320p /data/k400_packed --annotations k400",
+        "sbatch --array=0-15 slurm/prepare.sh pack /data/k400_320p /data/k400_packed --annotations k400",
+    )
+    parser.add_argument("videos", type=Path, help="folder of videos")
+    parser.add_argument("out", type=Path, help="folder for the shards and their index")
+    parser.add_argument(
+        "--annotations", type=Path, metavar="DIR", help="the videos that DIR/{train,val,test}.csv list (default: all)"
+    )
+    parser.add_argument("--separator", default=" ", help="what separates path and label (default: a blank)")
+    parser.add_argument(
+        "--shard-videos",
+        type=whole_number,
+        default=SHARD_VIDEOS,
+        metavar="N",
+        help=f"videos a shard (default {SHARD_VIDEOS}); data.shard_videos has to say the same for data.shuffle_window",
+    )
+    parser.add_argument("--leave-out", action="store_true", help="pack without the videos that cannot be read")
+    add_work_options(parser)
+    given = parser.parse_args(list(arguments))
+    from multitrain.data.prepare.crew import INTERRUPTED, Bar, Shard, work_through
+    from multitrain.data.prepare.packing import Item, Packing, PackShard, Wanted
+
+    wanted = Wanted(
+        given.videos.absolute(), given.out.absolute(), given.annotations, given.separator, given.shard_videos, given.leave_out
+    )  # fmt: skip
+    task = Packing(wanted, Shard.parse(given.shard))
+    stop, items = StopSignals(), list(task.items())
+    task.journal.claim()
+    bar: Bar[Item] = Bar("pack", len(items), unit="shard")
+    failed: list[tuple[str, str]] = []
+    work = PackShard(wanted.videos, task.parts, wanted.leave_out)
+    limit = given.timeout * wanted.shard_videos
+    for item, answer in work_through(items, work, workers=given.workers, timeout=limit, stop=stop):
+        if reason := task.done(item, answer):
+            failed += [(name, why) for name, why in answer.get("unreadable", [])] or [(item.target, reason)]
+        bar.add(bad=bool(reason))
+    bar.close()
+    if stop():
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+    return _report(task, failed, as_json=given.json)
+
+
+def _report(task: Packing, failed: list[tuple[str, str]], *, as_json: bool) -> int:
+    missing, packed, left_out = task.write_index()
+    failed += [(name, why) for name, why in left_out]
+    counts = {"shards": len(task.shards), "waiting": missing, "videos": packed, "left_out": len(left_out)}
+    if as_json:
+        print(json.dumps({**counts, "failures": dict(failed)}))
+    else:
+        for name, reason in failed[:_SHOWN]:
+            print(f"failed: {printable(name)}: {printable(reason)}")
+        if len(failed) > _SHOWN:
+            print(f"… and {len(failed) - _SHOWN} more")
+        print(", ".join(f"{n} {k.replace('_', ' ')}" for k, n in counts.items()))
+    if missing:
+        why = "mend these videos, or pack without them: --leave-out" if failed else "another task writes it"
+        print(f"{missing} shards are not there yet, so there is no index yet; {why}", file=sys.stderr)
+    elif not as_json:
+        print(f"for a dataset's configuration: videos: {printable(str(task.out.root))}")
+    return 1 if failed else 0

@@ -1,0 +1,63 @@
+"""``multitrain data unpack``: the videos of a pack as files again."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+from multitrain.commands.common import StopSignals
+from multitrain.commands.data_resize import add_work_options
+from multitrain.config import ConfigError
+from multitrain.config.arguments import Arguments, Parser
+from multitrain.text import printable
+
+
+def main(arguments: Arguments) -> int:
+    """``multitrain data unpack``; returns the exit status: 0, 1 when a video is damaged, 75 when interrupted."""
+    parser = Parser(
+        "data unpack",
+        "The videos of a pack as files, each compared with its checksum. The same command goes on where it was interrupted;\n"
+        "files that are there already, byte for byte, are left alone. (Any tar program opens the shards, too.)",
+        "multitrain data unpack /data/k400_packed /data/k400_320p",
+    )
+    parser.add_argument("pack", type=Path, help="folder of shards")
+    parser.add_argument("out", type=Path, help="folder for the files")
+    add_work_options(parser)
+    given = parser.parse_args(list(arguments))
+    from multitrain.data.packs import INDEX, Stored, open_pack
+    from multitrain.data.prepare.crew import INTERRUPTED, Bar, Shard, work_through
+    from multitrain.data.prepare.packing import Unpack
+    from multitrain.files import OutputFolder
+
+    found = open_pack(given.pack)
+    if found is None:
+        raise ConfigError(f"{given.pack}: no pack, for there is no {INDEX} in it; `multitrain data pack` writes it")
+    out = OutputFolder(given.out, "data unpack", [given.pack])
+    shards = [list(group) for _, group in itertools.groupby(found, key=lambda video: video.shard)]
+    mine = Shard.parse(given.shard).of(shards)
+    stop = StopSignals()
+    failed: list[tuple[str, str]] = []
+    bar: Bar[list[Stored]] = Bar("unpack", len(mine), unit="shard")
+    counts = {"written": 0, "there": 0}
+    limit = given.timeout * max((len(shard) for shard in mine), default=1)
+    work = Unpack(given.pack.absolute(), out.root)
+    for shard, answer in work_through(mine, work, workers=given.workers, timeout=limit, stop=stop):
+        bad: list[tuple[str, str]] = (
+            answer["unreadable"] if "unreadable" in answer else [(shard[0].shard.name, answer["error"])]
+        )
+        counts = {kind: number + answer.get(kind, 0) for kind, number in counts.items()}
+        failed += bad
+        bar.add(bad=bool(bad))
+    bar.close()
+    if stop():
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+    if given.json:
+        print(json.dumps({**counts, "failures": dict(failed)}))
+    else:
+        for name, reason in failed:
+            print(f"failed: {printable(name)}: {printable(reason)}")
+        print(f"{counts['written']} written, {counts['there']} there already, {len(failed)} failed")
+    return 1 if failed else 0

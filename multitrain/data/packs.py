@@ -1,0 +1,300 @@
+"""Packed videos: plain tar shards and one index, read as if the videos were files.
+
+A folder with a file `INDEX` is a pack. Whoever has the path of a video below such a folder (``PACK/class/v1.mp4``) asks
+`locate` where its bytes are: in which shard, from where, how many, and with which checksum. ``SHARD.tar::class/v1.mp4`` names a video
+of one shard, also of a tar that something else has written. Paths that lie in no pack are files.
+
+The index is memory-mapped: all processes of a node share its pages. Neither torch nor a decoder is imported.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from multitrain.data.index import laid_out, read_index
+from multitrain.errors import ConfigError
+from multitrain.text import printable
+
+INDEX = "pack.index"
+"""The file that makes a folder a pack."""
+MEMBER = ".tar::"
+"""Between a shard and the path of one of its videos."""
+FORMAT = 1
+"""Version of the index; stays readable, for packs outlive releases."""
+BLOCK = 512
+_OPEN = 16  # shards that a process keeps open
+_NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+
+
+class DamagedError(Exception):
+    """The bytes of a packed video are not those that were packed. The message is one line without the video's path."""
+
+
+class Stored(NamedTuple):
+    """Where the bytes of a video are."""
+
+    shard: Path
+    offset: int
+    size: int
+    crc: int | None
+    """CRC-32 of the video's bytes; None for a tar that has no index."""
+    name: str
+    """Of the member."""
+
+
+class Pack:
+    """The index of a pack, mapped into memory.
+
+    Attributes:
+        folder: of shards and index.
+        header: ``shard_videos`` (videos a shard, at most), ``rows`` (lines of each csv by split), ``shards`` (their names).
+
+    Raises:
+        ConfigError: the index is no index, or not all of it is there.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.header, arrays = read_index(folder / INDEX, FORMAT)
+            self._hashes, self._shard, self._offset, self._size, self._crc, self._starts, self._names = arrays
+            self._shards: list[str] = self.header["shards"]
+            if any(os.path.basename(shard) != shard for shard in self._shards):
+                raise ValueError("a shard lies elsewhere")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{folder / INDEX}: is damaged ({error}); the same `multitrain data pack` command writes it anew"
+            ) from None
+
+    def __len__(self) -> int:
+        return len(self._hashes)
+
+    def find(self, name: str) -> Stored | None:
+        """Where a video is, by its path below the folder (normalised), or None."""
+        wanted = os.fsencode(name)
+        hashed = np.uint64(_hash(wanted))
+        at = int(np.searchsorted(self._hashes, hashed))
+        while at < len(self._hashes) and self._hashes[at] == hashed:
+            if self._name(at) == wanted:
+                return self._stored(at)
+            at += 1
+        return None
+
+    def __iter__(self) -> Iterator[Stored]:
+        """All videos, shard by shard, as they lie there."""
+        for at in np.lexsort((self._offset, self._shard)):
+            yield self._stored(int(at))
+
+    def _name(self, at: int) -> bytes:
+        return self._names[self._starts[at] : self._starts[at + 1]].tobytes()
+
+    def _stored(self, at: int) -> Stored:
+        number = int(self._shard[at])
+        if number >= len(self._shards):
+            raise ConfigError(f"{self.folder / INDEX}: is damaged (no shard {number}); pack again")
+        shard = self.folder / self._shards[number]
+        return Stored(
+            shard, int(self._offset[at]), int(self._size[at]), int(self._crc[at]), os.fsdecode(self._name(at))
+        )
+
+
+def index_parts(videos: Sequence[Stored], shards: Sequence[str], header: dict[str, Any]) -> list[Any]:
+    """The parts of the index file of some videos in `shards`, whose names are relative to the pack."""
+    names = [os.fsencode(v.name) for v in videos]
+    hashes = np.array([_hash(n) for n in names], np.uint64)
+    order = np.argsort(hashes, kind="stable")
+    number = {shard: i for i, shard in enumerate(shards)}
+
+    def column(values: list[int]) -> np.ndarray:
+        plain = np.array(values, np.uint64)[order]
+        return plain.astype(np.min_scalar_type(int(plain.max(initial=0))))
+
+    sorted_names = [names[i] for i in order]
+    starts = np.concatenate([[0], np.cumsum([len(n) for n in sorted_names])]).astype(np.uint64)
+    arrays = [
+        hashes[order],
+        column([number[v.shard.name] for v in videos]),
+        column([v.offset for v in videos]),
+        column([v.size for v in videos]),
+        column([v.crc or 0 for v in videos]),
+        starts.astype(np.min_scalar_type(int(starts[-1]))),
+        np.frombuffer(b"".join(sorted_names), np.uint8),
+    ]
+    return laid_out({"format": FORMAT, "shards": list(shards), **header}, arrays)
+
+
+def _hash(name: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def open_pack(folder: Path) -> Pack | None:
+    """The pack in a folder, or None where that is no pack. Raises as `Pack`."""
+    return _pack_in(os.path.abspath(folder))
+
+
+def locate(path: Path | str) -> Stored | None:
+    """Where the bytes of a video are, or None when it is a file (or nothing at all).
+
+    Raises:
+        ConfigError, OSError: as `Pack`.
+    """
+    text = os.path.abspath(path)
+    if MEMBER in text:
+        shard, _, name = text.partition(MEMBER)
+        found = _member(f"{shard}.tar", name)
+        if found is not None or not os.path.lexists(text):
+            return found
+    pack = _pack_above(os.path.dirname(text))
+    return None if pack is None else pack.find(os.path.relpath(text, pack.folder))
+
+
+def read(path: Path | str) -> bytes | None:
+    """The bytes of a packed video, by one read of its range; None when the path is a file.
+
+    Raises:
+        DamagedError: the shard has been cut off, or other bytes are there.
+        ConfigError, OSError: the index or the shard cannot be read.
+    """
+    stored = locate(path)
+    return None if stored is None else read_stored(stored)
+
+
+def read_stored(stored: Stored) -> bytes:
+    """`read` of a video whose place is known."""
+    try:
+        content = _range(stored)
+        if not _is_whole(stored, content):
+            content = _range(stored)  # once more: a server, not the disk, may have been wrong
+    except OSError:
+        _opened.cache_clear()  # e.g. a stale handle: the next try opens the shard anew
+        raise
+    if len(content) < stored.size:
+        raise DamagedError(f"{printable(stored.shard.name)} is cut off: it ends within this video; pack it again")
+    if not _is_whole(stored, content):
+        raise DamagedError(
+            f"its bytes in {printable(stored.shard.name)} are damaged (another checksum); pack it again from its file"
+        )
+    return content
+
+
+def wrong_frame(stored: Stored) -> str:
+    """What is wrong with what surrounds a video in its shard (the tar's header, the filling behind it), or an empty text."""
+    head, filling = header(stored.name, stored.size), -stored.size % BLOCK
+    before = _range(stored._replace(offset=stored.offset - len(head), size=len(head)))
+    behind = _range(stored._replace(offset=stored.offset + stored.size, size=filling))
+    if before != head:
+        return f"its header in {printable(stored.shard.name)} is damaged; pack it again from its file"
+    return "" if behind == bytes(filling) else f"the filling behind it in {printable(stored.shard.name)} is damaged"
+
+
+def forget() -> None:
+    """Look at every folder anew: this process has just written a pack."""
+    for cache in (_pack_in, _pack_above, _opened, _members):
+        cache.cache_clear()
+
+
+def header(name: str, size: int) -> bytes:
+    """What stands before a video in its shard: a USTAR header; one in pax format for a name or a size beyond that."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = size, 0o644
+    try:
+        return info.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape")
+    except ValueError:
+        return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+
+
+def _is_whole(stored: Stored, content: bytes) -> bool:
+    return len(content) == stored.size and (stored.crc is None or zlib.crc32(content) == stored.crc)
+
+
+def _range(stored: Stored) -> bytes:
+    file = _opened(str(stored.shard)).fileno()
+    size = max(0, min(stored.size, os.fstat(file).st_size - stored.offset))  # memory for what is there only
+    content = os.pread(file, size, stored.offset)
+    while len(content) < size:  # a read of more than 2 GiB
+        more = os.pread(file, size - len(content), stored.offset + len(content))
+        if not more:
+            break
+        content += more
+    return content
+
+
+@lru_cache(maxsize=_OPEN)
+def _opened(shard: str) -> IO[bytes]:
+    """Closed when the last reader has let go of it."""
+    return open(shard, "rb", buffering=0)
+
+
+@lru_cache(maxsize=1 << 14)
+def _pack_above(folder: str) -> Pack | None:
+    """The pack that a folder is or lies in; a folder is looked at once in the life of a process."""
+    found = _pack_in(folder)
+    parent = os.path.dirname(folder)
+    return found if found is not None or parent == folder else _pack_above(parent)
+
+
+@lru_cache(maxsize=256)
+def _pack_in(folder: str) -> Pack | None:
+    index = os.path.join(folder, INDEX)
+    try:
+        os.stat(index)
+    except (FileNotFoundError, NotADirectoryError, PermissionError, ValueError):
+        return None
+    except OSError as error:
+        if error.errno in _NO_NAME:
+            return None
+        raise
+    return Pack(Path(folder))
+
+
+@lru_cache(maxsize=8)
+def _members(tar: str) -> dict[str, Stored]:
+    """The members of a tar without index."""
+    with tarfile.open(tar, "r:", encoding="utf-8", errors="surrogateescape") as file:
+        return {
+            os.path.normpath(m.name): Stored(Path(tar), m.offset_data, m.size, None, m.name) for m in file if m.isfile()
+        }
+
+
+def _member(tar: str, name: str) -> Stored | None:
+    pack = _pack_in(os.path.dirname(tar))
+    found = None if pack is None else pack.find(name)
+    if found is not None and str(found.shard) == tar:
+        return found
+    try:
+        return _members(tar).get(name)
+    except FileNotFoundError:
+        return None
+    except (tarfile.TarError, EOFError) as error:
+        raise DamagedError(f"{printable(os.path.basename(tar))} is no plain tar file ({error})") from None
+
+
+__all__ = [
+    "BLOCK",
+    "INDEX",
+    "DamagedError",
+    "Pack",
+    "Stored",
+    "forget",
+    "header",
+    "index_parts",
+    "locate",
+    "open_pack",
+    "read",
+    "read_stored",
+    "wrong_frame",
+]
