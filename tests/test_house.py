@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 FLOORS = [
-    {"errors", "text"},
+    {"text"},
+    {"errors"},
     {"files", "lease"},
     {"config", "order"},
     {"loss", "model", "monitor"},

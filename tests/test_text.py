@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from multitrain.config.boundary import understood
+from multitrain.errors import ConfigError
 from multitrain.text import cell, csv_text, printable
 
 
@@ -42,3 +44,15 @@ def test_every_row_of_a_csv_is_a_line(rows: list[list[str]]) -> None:
     assert text.count("\n") == len(rows)
     for row, read in zip(rows, csv.reader(text.splitlines())):
         assert read == [cell(value) for value in row]
+
+
+def test_an_error_holds_nothing_that_a_terminal_obeys_whoever_prints_it() -> None:
+    assert str(ConfigError("no \x1b[2J\u202ename")) == r"no \x1b[2J\u202ename"
+
+
+def test_a_missing_entry_is_called_so() -> None:
+    with (
+        pytest.raises(ConfigError, match="entry 'views' is missing"),
+        understood("results.json: damaged", "restore it"),
+    ):
+        {}["views"]

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from multitrain.config.errors import ConfigError
+from multitrain.text import quoted
 
 
 @contextmanager
@@ -30,8 +31,15 @@ def understood(where: str, remedy: str) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(f"{where} ({error.strerror or error}); {remedy}") from None
     except Exception as error:  # damage makes readers fail in every way that there is
-        said = " ".join(str(error).split())[:160]
-        raise ConfigError(f"{where} ({type(error).__name__}{': ' if said else ''}{said}); {remedy}") from None
+        raise ConfigError(f"{where} ({in_words(error)}); {remedy}") from None
+
+
+def in_words(error: Exception) -> str:
+    """What a reader tripped over, for a message of one line."""
+    if isinstance(error, KeyError):
+        return f"the entry {quoted(str(error.args[0]), 80) if error.args else ''} is missing"
+    said = " ".join(str(error).split())[:160]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 @contextmanager

@@ -109,7 +109,8 @@ def _refuse_no_text(content: bytes, csv: Path) -> None:
             f"(tr -d '\\000' < {csv.name})"
         )
     if content.count(b"\r") != content.count(b"\r\n"):
-        alone = next(i for i, part in enumerate(content.split(b"\n"), start=1) if b"\r" in part.removesuffix(b"\r"))
+        lines = content.split(b"\n")
+        alone = next((i for i, line in enumerate(lines, start=1) if b"\r" in line.removesuffix(b"\r")), len(lines))
         raise CatalogError(
             f"{csv}:{alone}: lines that end with a carriage return alone; save it with Unix or Windows line ends"
         )

@@ -74,6 +74,7 @@ def test_lines_of_other_tools_are_read(content: bytes, syntax: Syntax, expected:
         (b"a.mp4 " + b"9" * 5000 + b"\n", "is no whole number up to 1,000,000,000"),
         ("a.mp4 ²\n".encode(), "train.csv:1: label '²' is no whole number"),
         (b"a.mp4 1\rb.mp4 2\r", "carriage return alone"),
+        (b"a.mp4 1\r\nb.mp4 2\r", "carriage return alone"),
         (b'"a ""b"".mp4" 3\n', 'train.csv:1: \'"a ""b"".mp4"\' is quoted and has quotation marks within'),
     ],
 )

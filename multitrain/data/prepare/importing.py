@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from multitrain.config import ConfigError, nearest
+from multitrain.config.boundary import in_words
 from multitrain.config.class_names import read_class_names
-from multitrain.config.reading import read_json, read_text, shown
+from multitrain.config.reading import read_json, read_text
 from multitrain.data.annotations import CatalogError
 from multitrain.files import OutputFolder
 from multitrain.text import printable, quoted
@@ -80,9 +81,8 @@ def read(form: str, files: list[Path], classes: Path | None = None) -> Imported:
     except ConfigError:
         raise
     except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError, csv.Error) as error:
-        reason = f"{type(error).__name__}: {shown(error, 100)}"
         raise CatalogError(
-            f"{files[0]}: not the annotation file of {form} ({reason}); restore the official file"
+            f"{files[0]}: not the annotation file of {form} ({in_words(error)}); restore the official file"
         ) from error
     for sample in found.samples:
         for path in (sample.path, *((sample.segment[0],) if sample.segment else ())):
