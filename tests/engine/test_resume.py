@@ -195,11 +195,11 @@ def test_files_stop_and_save_do_what_they_say(fp32_reference: Path, tmp_path: Pa
         assert all(p.poll() is None for p in processes), (run / "ranks.log").read_text()
         time.sleep(0.02)
     (run / "SAVE").touch()
-    deadline = time.monotonic() + 30
-    while not (run / "checkpoints" / "latest").exists() and time.monotonic() < deadline:
+    deadline = time.monotonic() + 300
+    while not (run / "checkpoints" / "latest").exists() or (run / "SAVE").exists():
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     assert all(p.poll() is None for p in processes)
-    assert not (run / "SAVE").exists()
     (run / "STOP").touch()
     assert wait(processes) == [75, 75]
     assert not (run / "STOP").exists()
