@@ -71,7 +71,7 @@ def _training(run: Path, job: str, ended: Ended, *, early: bool) -> int:
         return Exit.FAILED
     history = restarts.starts(told)
     if not history or not history[-1].is_of(job, ended.restart):
-        history.append(Start(ended.restart, job=job))  # it died before it could say that it began
+        history.append(Start(ended.restart, job=job, began=False))  # it died before it could say that it began
     own = [e for e in told if e["event"] == "requeue" and (e.get("job"), e.get("restart")) == (job, ended.restart)]
     if any(str(e.get("by")).startswith("successor") for e in own):
         return DONE  # its successor waits already

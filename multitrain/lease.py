@@ -194,6 +194,15 @@ def start_name(job: str | None, restart: int, environment: Mapping[str, str] = o
     return f"process {os.getpid()} on {socket.gethostname()} {_began(os.getpid())}"
 
 
+def is_later(start: str, other: str) -> bool:
+    """Whether two names are of one SLURM job, and the first of a later start: what the other one held is over, though it
+    could not say so, and rank 0 of the later one may not have claimed the lease yet.
+    """
+    names = [re.fullmatch(r"job (.+)\.(\d+)", name) for name in (start, other)]
+    (job, number), (other_job, other_number) = ((m.group(1), int(m.group(2))) if m else ("", 0) for m in names)
+    return job != "" and job == other_job and number > other_number
+
+
 class Guard:
     """Whether a process of a start may still write to its run.
 
@@ -228,7 +237,9 @@ class Guard:
                 raise LeaseLost(f"run {self.run.name!r} is held by {holder}")
             return
         state = newest(self.run)
-        if state is not None and not state.over and state.holder is not None and state.holder.start != self.start:
+        if state is None or state.over or state.holder is None:
+            return
+        if state.holder.start != self.start and not is_later(self.start, state.holder.start):
             raise LeaseLost(f"run {self.run.name!r} is held by {state.holder}")
 
     def follow(self, generation: int | None, start: str) -> None:

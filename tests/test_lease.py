@@ -225,3 +225,16 @@ def test_a_holder_whose_folder_was_deleted_does_not_share_a_generation_with_the_
                 old.check()
             old.release()
             assert (run / "lease" / "00000001.over").read_text() == "", "and the next one keeps it"
+
+
+def test_a_later_start_of_a_job_is_not_held_up_by_an_earlier_one_that_could_not_say_that_it_is_over(
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    held = lease.acquire(run, job="5", restart=1)
+    Guard(run, lease.start_name("5", 2)).check()
+    for start in (lease.start_name("5", 0), lease.start_name("6", 2), "process 5.2"):
+        with pytest.raises(LeaseLost):
+            Guard(run, start).check()
+    held.release()

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from multitrain.config import ClusterConfig
@@ -82,10 +82,12 @@ def decide(ended: Ended, history: Sequence[Start], cluster: ClusterConfig, *, we
         history: the starts since the run was last submitted; the last one is the one that ended.
         went_well: whether the run has ever got on (:func:`multitrain.monitor.restarts.progressed`).
     """
-    last = history[-1] if history else Start(ended.restart)
+    last = history[-1] if history else Start(ended.restart, began=False)
     taken = slurm.taken_away(ended.job, ended.signals, restart=ended.restart, close=close_to_limit(cluster))
     if ended.exit_status == Exit.FINISHED:
-        return Decision(Action.END, "finished")
+        if last.ended == "finished" or not (last.began or taken):
+            return Decision(Action.END, "finished")
+        ended = replace(ended, exit_status=Exit.FAILED)  # srun ends with 0 when it gives up waiting for killed ranks
     if ended.exit_status == Exit.HELD:
         return Decision(Action.END, "held", "another start of the run holds its lease")
     if taken == OPERATOR or (taken == PREEMPTED and _is_back(ended)):

@@ -19,6 +19,9 @@ from multitrain.monitor.slurm import BATCH_ENDED, OPERATOR, PREEMPTED, STEP_ENDE
 IN_PLACE = "MULTITRAIN_RESTARTS_IN_PLACE"
 """Environment variable of a rank: how often the ranks were started again inside this start of the job."""
 
+LAST = ("ended", "requeue", "end")
+"""Events that say how a start ended; those of the batch script may come before the ranks say that they begin."""
+
 FAILED = "failed"
 """Status of a `requeue` after the ranks had died; of others it is why SLURM took the job away."""
 
@@ -80,8 +83,8 @@ def starts(events: Sequence[Mapping[str, Any]]) -> list[Start]:
             newest = max(newest, update)
         elif name == "preflight" and event.get("nodes"):
             found.append(Start(restart, bad_nodes=[str(node) for node in event["nodes"]], job=job, began=False))
-        elif name in ("ended", "requeue") and _is_of_no_start(own, job, restart):  # it died before it could begin
-            ended = str(event.get("status")) if name == "requeue" else None
+        elif name in LAST and process not in by_process and _is_of_no_start(own, job, restart):
+            ended = None if name == "ended" else str(event.get("status"))  # it died before it could begin
             found.append(Start(restart, ended=ended, job=job, began=False))
         elif own is not None:
             _note(own, event)

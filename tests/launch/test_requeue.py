@@ -131,7 +131,19 @@ def test_restarts_in_place_are_no_deaths_of_the_job_but_must_get_on(job: Job) ->
 @pytest.mark.parametrize("status", [Exit.FINISHED, Exit.MISTAKE, Exit.GAVE_UP, Exit.HELD])
 def test_an_end_in_order_or_a_mistake_is_not_requeued(job: Job, status: int) -> None:
     job.begin()
+    if status == Exit.FINISHED:
+        job.write("end", status="finished")
     assert not job.ended(status)
+
+
+def test_exit_status_0_of_srun_alone_is_no_end_of_a_run(job: Job) -> None:
+    """srun ends with 0 when it gives up waiting for ranks that were killed at the time limit."""
+    job.begin()
+    assert job.ended(0, JobState="COMPLETING", Reason="TimeLimit")
+    assert job.last["status"] == "time limit"
+    job.begin()
+    assert job.ended(0)
+    assert job.last["status"] == "failed"
 
 
 def test_a_stopped_run_is_not_requeued(job: Job) -> None:
@@ -243,8 +255,12 @@ def test_ranks_that_come_to_themselves_after_the_batch_script_put_the_job_back_a
     said = decide(put_back, [start], compose(["experiment=k400"]).cluster, went_well=True)
     assert (said.action, said.status) == (Action.IS_BACK, "time limit")
     job.restart += 1
+    job.write("end", status="gave up", pid=99)
     job.begin()
-    assert len(restarts.starts(read(job.folder / "events.jsonl"))) == 2
+    _, last = restarts.starts(read(job.folder / "events.jsonl"))
+    soon = {"JobState": "COMPLETING", "Reason": "TimeLimit"}
+    said = decide(Ended(soon, [], restart=1), [last], compose(["experiment=k400"]).cluster, went_well=True)
+    assert (said.action, said.status) == (Action.END, "gave up")
 
 
 def test_a_cancelled_job_ends_and_a_job_that_an_operator_put_back_is_left_alone(job: Job) -> None:
