@@ -24,9 +24,6 @@ import tempfile
 from collections import Counter
 from typing import Any
 
-if not __package__:  # started by its path
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 from benchmarks.fuzzing.judge import BAD, GOOD, Case, Outcome, Worker, content, judged, taking
 from benchmarks.fuzzing.material import Material
 from benchmarks.fuzzing.readers import REFUSALS, Reader, readers

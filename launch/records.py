@@ -26,7 +26,5 @@ def record(run: Path, event: str, **fields: Any) -> None:
 
 def _other(run: Path) -> lease.Holder | None:
     """Who holds the run's lease, when it is not this start and not one that is known to be over."""
-    holder = lease.live(run)
-    if holder is None or holder.start == lease.start_name(job_id(), restart_count()):
-        return None
-    return None if holder.job is not None and holder.job == job_id() and holder.restart < restart_count() else holder
+    holder, own = lease.live(run), lease.start_name(job_id(), restart_count())
+    return None if holder is None or holder.start == own or lease.is_later(own, holder.start) else holder

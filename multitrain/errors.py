@@ -8,7 +8,7 @@ from multitrain.text import printable
 class ConfigError(ValueError):
     """A setting, file or combination that cannot work. The message is one line: what, where, and the remedy.
 
-    What a terminal would obey in it (names and words of strangers) becomes an escape here, whoever prints it.
+    What a terminal would obey in it (names and words of strangers) becomes an escape here, for all code that prints it.
     """
 
     def __init__(self, message: object = "") -> None:

@@ -108,6 +108,27 @@ def write_run(runs: Path, mapping: dict[str, Any]) -> tuple[Path, RunConfig]:
     return run, config
 
 
+TINY_CLASSES = {"stride": 5, "segment": 3, "with.dot": 4}
+"""Classes of the datasets of `tiny_data`."""
+
+
+def write_random_run(folder: Path) -> Path:
+    """``FOLDER/runs/tiny`` on ``FOLDER/data``, with one checkpoint of random weights, as if it had trained an update."""
+    import torch
+
+    from multitrain.engine import checkpoint as checkpoints
+    from multitrain.model import MultiTrain
+
+    run, config = write_run(folder / "runs", settings(folder / "data") | {"runs": str(folder / "runs")})
+    torch.manual_seed(0)
+    weights = {k: v.detach() for k, v in MultiTrain(config.model, TINY_CLASSES).state_dict().items()}
+    state = {"update": 1, "datasets": TINY_CLASSES, "multi_label": [], "model": config.model.model_dump(mode="json")}
+    checkpoints.write(run / "checkpoints", checkpoints.Checkpoint(weights, {}, state), dump(config))
+    (run / "events.jsonl").write_text('{"event": "start", "time": "2026-01-01T00:00:00+00:00"}\n')
+    (run / "metrics.jsonl").write_text('{"update": 0, "loss": 1.0}\n')
+    return run
+
+
 def write_joint_pyth(path: Path) -> Path:
     """A joint model in the published layout: random weights, small hidden layers, the solver's options of a training run."""
     import torch

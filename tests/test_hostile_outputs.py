@@ -7,15 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from multitrain.cli import main
-from multitrain.config import dump
-from multitrain.engine import checkpoint as checkpoints
-from multitrain.model import MultiTrain
 from tests import support
-
-DATASETS = {"stride": 5, "segment": 3, "with.dot": 4}
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +17,7 @@ def home(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`runs/tiny` with a checkpoint, `data`, and `precious`: a folder that no command may touch."""
     folder = tmp_path_factory.mktemp("hostile")
     (folder / "data").symlink_to(tiny_data)
-    run, config = support.write_run(folder / "runs", support.settings(folder / "data") | {"runs": str(folder / "runs")})
-    torch.manual_seed(0)
-    weights = {k: v.detach() for k, v in MultiTrain(config.model, DATASETS).state_dict().items()}
-    state = {"update": 1, "datasets": DATASETS, "multi_label": [], "model": config.model.model_dump(mode="json")}
-    checkpoints.write(run / "checkpoints", checkpoints.Checkpoint(weights, {}, state), dump(config))
-    (run / "events.jsonl").write_text('{"event": "start", "time": "2026-01-01T00:00:00+00:00"}\n')
-    (run / "metrics.jsonl").write_text('{"update": 0, "loss": 1.0}\n')
+    support.write_random_run(folder)
     (folder / "precious").mkdir()
     (folder / "precious" / "file").write_text("precious")
     return folder
@@ -205,7 +193,7 @@ def test_a_folder_of_clean_annotations_that_is_the_annotations_is_refused(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "clean").mkdir()
-    for name in DATASETS:
+    for name in support.TINY_CLASSES:
         (tmp_path / "clean" / name).symlink_to(home / "data" / name)
     before = tree((home / "data").resolve())
     words = ["data", "check", "--run", f"{home}/runs/tiny", "--out", str(tmp_path / "checked"), "--workers", "1"]

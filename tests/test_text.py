@@ -46,7 +46,7 @@ def test_every_row_of_a_csv_is_a_line(rows: list[list[str]]) -> None:
         assert read == [cell(value) for value in row]
 
 
-def test_an_error_holds_nothing_that_a_terminal_obeys_whoever_prints_it() -> None:
+def test_an_error_holds_nothing_that_a_terminal_obeys() -> None:
     assert str(ConfigError("no \x1b[2J\u202ename")) == r"no \x1b[2J\u202ename"
 
 

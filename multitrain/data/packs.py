@@ -1,6 +1,6 @@
 """Packed videos: plain tar shards and one index, read as if the videos were files.
 
-A folder with a file `INDEX` is a pack. Whoever has the path of a video below such a folder (``PACK/class/v1.mp4``) asks
+A folder with a file `INDEX` is a pack. Code that has the path of a video below such a folder (``PACK/class/v1.mp4``) asks
 `locate` where its bytes are: in which shard, from where, how many, and with which checksum. ``SHARD.tar::class/v1.mp4`` names a video
 of one shard, also of a tar that something else has written. Paths that lie in no pack are files.
 

@@ -73,8 +73,8 @@ class Pass:
 def shard_pass(parts: tuple[Part, ...], shard_videos: int, reach: int, name: tuple[str | int, ...]) -> Pass:
     """The pass that `name` identifies.
 
-    Windows are as even as they can be, of ``(reach + 1) // 2`` shards at most: so whoever takes videos of two windows in a row
-    reads ``reach + 1`` shards at most. It costs a fraction of a microsecond a shard, once a pass and process.
+    Windows are as even as they can be, of ``(reach + 1) // 2`` shards at most: so an update whose videos come from two windows in a
+    row reads ``reach + 1`` shards at most. It costs a fraction of a microsecond a shard, once a pass and process.
     """
     each = [np.arange(0, videos, shard_videos) for videos, replicas in parts for _ in range(replicas)]
     ends = [videos for videos, replicas in parts for _ in range(replicas)]

@@ -8,16 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-from multitrain.config import dump
-from multitrain.engine import checkpoint as checkpoints
-from multitrain.model import MultiTrain
 from tests import support, users
 
 OTHER = 61999
 """The group of the folder that is shared."""
-DATASETS = {"stride": 5, "segment": 3, "with.dot": 4}
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +35,7 @@ def desk(folder: Path) -> Iterator[Path]:
 def shared_run(tiny_data: Path, folder: Path) -> Path:
     """Alice's run, which the group may read and not write, as root's umask 022 leaves it."""
     shutil.copytree(tiny_data, folder / "data")
-    run, config = support.write_run(folder / "runs", support.settings(folder / "data") | {"runs": str(folder / "runs")})
-    torch.manual_seed(0)
-    weights = {k: v.detach() for k, v in MultiTrain(config.model, DATASETS).state_dict().items()}
-    state = {"update": 1, "datasets": DATASETS, "multi_label": [], "model": config.model.model_dump(mode="json")}
-    checkpoints.write(run / "checkpoints", checkpoints.Checkpoint(weights, {}, state), dump(config))
-    (run / "events.jsonl").write_text('{"event": "start", "time": "2026-01-01T00:00:00+00:00"}\n')
-    (run / "metrics.jsonl").write_text('{"update": 0, "loss": 1.0}\n')
+    run = support.write_random_run(folder)
     for place in (folder, *folder.rglob("*")):
         os.chown(place, users.ALICE, users.LAB)
         if place.is_dir():

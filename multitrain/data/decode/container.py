@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from multitrain.data.decode.video import VideoError, may_pass
-from multitrain.data.packs import DamagedError, read
+from multitrain.data.decode.video import VideoError, from_pack, may_pass
+from multitrain.data.packs import read
 
 if TYPE_CHECKING:
     import av
@@ -95,12 +95,8 @@ def opened(path: Path) -> str | Bytes:
     Raises:
         VideoError: the video lies in a shard that cannot be read.
     """
-    try:
+    with from_pack(path):
         content = read(path)
-    except DamagedError as error:
-        raise VideoError(path, str(error)) from error
-    except OSError as error:
-        raise VideoError(path, error.strerror or str(error), transient=may_pass(error)) from error
     if content is None:
         return local_name(path)
     source = Bytes(content)

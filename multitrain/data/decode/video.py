@@ -8,6 +8,7 @@ import stat
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -118,14 +119,21 @@ class Video(ABC):
         self.close()
 
 
-def located(path: Path) -> Stored | None:
-    """Where a packed video is, None for a file. Raises VideoError when the pack cannot be read."""
+@contextmanager
+def from_pack(path: Path) -> Iterator[None]:
+    """A block that looks `path` up in packs. Raises VideoError when a shard or an index cannot be read."""
     try:
-        return locate(path)
+        yield
     except DamagedError as error:
         raise VideoError(path, str(error)) from error
     except OSError as error:
         raise VideoError(path, error.strerror or str(error), transient=may_pass(error)) from error
+
+
+def located(path: Path) -> Stored | None:
+    """Where a packed video is, None for a file. Raises VideoError when the pack cannot be read."""
+    with from_pack(path):
+        return locate(path)
 
 
 def check_file(path: Path) -> None:
@@ -158,4 +166,4 @@ def check_time(path: Path, deadline: float) -> None:
         raise VideoError(path, "decoding took longer than data.decode_timeout")
 
 
-__all__ = ["Video", "VideoError", "check_file", "check_time", "located", "may_pass"]
+__all__ = ["Video", "VideoError", "check_file", "check_time", "from_pack", "located", "may_pass"]
