@@ -255,7 +255,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(VideoError, match="pipe"):
         open_video(tmp_path / "x.mp4")
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 30, "opening a pipe waits for a writer, without end"
 
 
 def test_a_cut_off_file_has_the_frames_that_are_there(tmp_path: Path) -> None:
@@ -272,9 +272,9 @@ def test_the_time_limit_ends_a_decode(tmp_path: Path) -> None:
     path = write_numbered(tmp_path / "a.mp4", 40)
     with pytest.raises(VideoError, match=r"longer than data\.decode_timeout"):
         open_video(path, timeout=0.0)
-    with open_video(path, timeout=0.4) as video:
+    with open_video(path, timeout=3) as video:
         video.frames([3])
-        time.sleep(0.5)
+        time.sleep(3.2)
         with pytest.raises(VideoError, match=r"longer than data\.decode_timeout"):
             video.frames([3])
 

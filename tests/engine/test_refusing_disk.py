@@ -120,7 +120,9 @@ def test_a_disk_slower_than_the_interval_holds_the_training_up_is_named_and_comp
     assert all(e["waited"] >= 0.2 for e in slow)
     assert saves[0]["held_up"] >= 0.2, "the wait is part of what the save held up"
     assert "takes longer than checkpoint.every=3 updates" in rank.said
-    (short,) = events(run, "lead_time_short")
+    short, *grown = events(run, "lead_time_short")
+    needed = [short["needed"], *(e["needed"] for e in grown)]
+    assert all(b > 1.2 * a for a, b in zip(needed, needed[1:])), "again only when it has grown by a quarter (rounded)"
     assert short["setting"] == "the partition's GraceTime with KillWait"
     assert short["needed"] > short["seconds"] == 0.0
     assert "WARNING: stopping takes" in rank.said

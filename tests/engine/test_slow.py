@@ -95,7 +95,7 @@ def stuck(tiny_data: Path) -> Iterator[str]:
 def test_a_video_whose_decoding_never_ends_is_cut_off_told_of_and_replaced(
     tiny_data: Path, tmp_path: Path, stuck: str
 ) -> None:
-    run, config = write_run(tmp_path, settings(tiny_data, updates=2, data__decode_timeout=0.5, data__workers=1))
+    run, config = write_run(tmp_path, settings(tiny_data, updates=2, data__decode_timeout=4.0, data__workers=1))
     train(run, 1)
     records = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
     catalogs = open_catalogs(config.data, "train", tmp_path / "index")

@@ -223,7 +223,7 @@ def test_what_strangers_send_to_a_supervisor_changes_nothing(root: Path, tmp_pat
     assert not list(tmp_path.glob("started*")), "nobody was taken for a rank"
     second = process(root, 1, port, *command)
     for found in (first, second):
-        _, errors = found.communicate(timeout=60)
+        _, errors = found.communicate(timeout=300)
         assert (found.returncode, errors) == (0, "")
     assert len(list(tmp_path.glob("started*"))) == 2
 
@@ -236,7 +236,7 @@ def test_what_strangers_send_to_a_preflight_changes_nothing(root: Path, tmp_path
     as_another_user(lambda: attack([port], MESSAGES, seed=7))
     assert first.poll() is None
     second = process(root, 1, port, *command, **{channel.SECRET: "ab" * 32})
-    out, errors = first.communicate(timeout=60)
-    second.communicate(timeout=60)
+    out, errors = first.communicate(timeout=300)
+    second.communicate(timeout=300)
     assert (first.returncode, second.returncode, errors) == (0, 0, "")
     assert [line.split()[0] for line in out.splitlines()] == ["rank", "0", "1"]

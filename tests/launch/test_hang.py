@@ -68,7 +68,7 @@ def test_a_suspended_job_goes_on_where_it_was(root: Path, tmp_path: Path) -> Non
     time.sleep(5.0 + GAP + 3.0)
     for pid in pids:
         os.kill(pid, signal.SIGCONT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert events(tmp_path) == []
     assert len((tmp_path / "started").read_text().split()) == 1
@@ -82,7 +82,7 @@ def test_a_rank_whose_interpreter_is_held_ends_with_its_stacks(root: Path, tmp_p
         held()
     """
     process = supervised(root, tmp_path, body, 2.0)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGKILL
     assert "in held" in errors, errors
     assert "no sign of life" in str(events(tmp_path)[0]["text"])
@@ -112,7 +112,7 @@ def test_what_has_not_left_long_after_the_warning_is_killed(
         os.kill(pid, signal.SIGSTOP)
     for target in (pid, process.pid):
         os.kill(target, number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGKILL
     assert "had not left 2 s after the warning of the time limit" in str(events(tmp_path)[0]["text"]), errors
 

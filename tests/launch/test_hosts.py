@@ -231,7 +231,7 @@ def test_the_same_command_typed_twice_says_so_and_harms_nothing(machines: Machin
     finally:
         for process in (first, twin, second):
             process.send_signal(signal.SIGINT)
-            process.wait(timeout=60)
+            process.wait(timeout=300)
 
 
 def test_a_stop_while_a_machine_waits_for_the_other_ends_it(
@@ -243,7 +243,7 @@ def test_a_stop_while_a_machine_waits_for_the_other_ends_it(
         assert process.stderr is not None
         assert "waiting for all of them" in process.stderr.readline()
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
         assert process.returncode == 75, errors
 
 

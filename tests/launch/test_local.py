@@ -101,12 +101,12 @@ def test_a_failing_rank_ends_the_others_and_is_shown(folder: Path, monkeypatch: 
         if rank == 1:
             print("the reason why")
             sys.exit(7)
-        time.sleep(60)
+        time.sleep(600)
     """
     said: list[str] = []
     begin = time.monotonic()
     assert local.run(folder, config(3), rank_program(folder, body), say=said.append) == 7
-    assert time.monotonic() - begin < 30
+    assert time.monotonic() - begin < 300
     assert gone([int(p["pid"]) for p in started(folder, 3)])
     assert "the reason why" in said[0]
     assert "rank 1 failed with exit code 7" in said[1]
@@ -149,7 +149,7 @@ def test_a_stop_is_passed_on_once_and_the_run_is_resumable(root: Path, folder: P
     process = launcher(root, folder, 2, SAVES)
     pids = [int(p["pid"]) for p in started(folder, 2)]
     process.send_signal(number)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 75
     assert "saved after 1" in out
     assert "saved after 1" in local.rank_log(folder, 1).read_text()
@@ -157,22 +157,22 @@ def test_a_stop_is_passed_on_once_and_the_run_is_resumable(root: Path, folder: P
 
 
 def test_a_second_stop_ends_ranks_that_do_not_leave(root: Path, folder: Path) -> None:
-    process = launcher(root, folder, 2, "signal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(60)")
+    process = launcher(root, folder, 2, "signal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(600)")
     pids = [int(p["pid"]) for p in started(folder, 2)]
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
     assert all(map(alive, pids))
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
+    process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGINT
     assert gone(pids)
 
 
 def test_no_rank_outlives_a_killed_launcher(root: Path, folder: Path) -> None:
-    process = launcher(root, folder, 2, "time.sleep(60)")
+    process = launcher(root, folder, 2, "time.sleep(600)")
     pids = [int(p["pid"]) for p in started(folder, 2)]
     process.kill()
-    process.communicate(timeout=30)
+    process.communicate(timeout=300)
     assert gone(pids)
 
 
@@ -180,7 +180,7 @@ def test_a_stop_that_comes_during_imports_is_not_lost(root: Path, folder: Path) 
     process = launcher(root, folder, 1, "    time.sleep(1.5)" + SAVES)
     started(folder, 1)
     process.send_signal(signal.SIGTERM)  # the rank is 'importing': its handler comes later
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 75
     assert "saved after 1" in out
 
@@ -222,7 +222,7 @@ EAT = """
         open({procs!r}, "w").write(str(os.getpid()))
         eaten = bytearray({bytes})
         eaten[::4096] = b"x" * len(eaten[::4096])
-    time.sleep(60)
+    time.sleep(600)
 """
 
 

@@ -22,6 +22,7 @@ from multitrain.engine import checkpoint as ck
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVCLUSTER = ROOT / "slurm" / "devcluster"
+LIMIT = 900.0  # seconds: what has not come by then never will, on the slowest of machines
 
 
 def reason_to_skip() -> str | None:
@@ -42,7 +43,7 @@ def started(nodes: int, gpus: int) -> Iterator[tuple[Cluster, Path]]:
     start = [str(DEVCLUSTER / "start"), "--nodes", str(nodes), "--gpus", str(gpus), "--dir", str(folder / "slurm")]
     before = os.environ.get("SLURM_CONF")
     try:
-        done = subprocess.run(start, capture_output=True, text=True, timeout=200, check=False)
+        done = subprocess.run(start, capture_output=True, text=True, timeout=LIMIT, check=False)
         assert done.returncode == 0, done.stderr
         configuration = done.stdout.strip().removeprefix("export SLURM_CONF=")
         os.environ["SLURM_CONF"] = configuration
@@ -77,7 +78,7 @@ class Cluster:
 
     def run(self, *command: str) -> str:
         """The output of a SLURM command; a failed one fails the test."""
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
         return done.stdout
 
@@ -86,12 +87,12 @@ class Cluster:
         fields = self.run("scontrol", "show", "job", "-o", job).split()
         return dict(field.split("=", 1) for field in fields if "=" in field)
 
-    def wait(self, job: str, *states: str, seconds: float = 300) -> dict[str, str]:
+    def wait(self, job: str, *states: str, seconds: float = LIMIT) -> dict[str, str]:
         """Wait until the job is in one of the states."""
         return self.until(lambda: (info := self.job(job))["JobState"] in states and info, f"{job} {states}", seconds)
 
     def until(
-        self, condition: Callable[[], object], what: str, seconds: float = 300, pause: float = 0.1
+        self, condition: Callable[[], object], what: str, seconds: float = LIMIT, pause: float = 0.1
     ) -> dict[str, str]:
         """Wait until the condition holds; returns what it gave."""
         deadline = time.monotonic() + seconds
@@ -175,7 +176,7 @@ class Cluster:
     def _is_controller(self, found: Process) -> bool:
         return found.title.startswith("slurmctld") and f" {self.configuration}" in found.title
 
-    def _wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 300) -> None:
+    def _wait_for(self, condition: Callable[[], bool], what: str, seconds: float = LIMIT) -> None:
         """As :meth:`until`, where the controller may not answer."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -355,7 +356,7 @@ class Runs:
         """Event and status, of the events of these names."""
         return [(e["event"], str(e.get("status"))) for e in self.events(run) if e["event"] in names]
 
-    def back_in_queue(self, run: Path, job: str, *, starts: int, seconds: float = 300) -> dict[str, Any]:
+    def back_in_queue(self, run: Path, job: str, *, starts: int, seconds: float = LIMIT) -> dict[str, Any]:
         """Wait until the job is in the queue after so many starts; the event `requeue` that says why."""
 
         def queued() -> bool:
@@ -375,7 +376,7 @@ class Runs:
         files = [*sorted(run.glob("logs/*.log")), *sorted(self.runs.glob("*.out"))]
         return "\n".join(f"--- {p.name}\n{p.read_text()[-3000:]}" for p in files)
 
-    def reach(self, run: Path, job: str, update: int, seconds: float = 600) -> None:
+    def reach(self, run: Path, job: str, update: int, seconds: float = LIMIT) -> None:
         """Wait until `update` updates are recorded."""
 
         def reached() -> bool:
@@ -386,7 +387,7 @@ class Runs:
         self.cluster.until(reached, f"update {update} of {run.name}", seconds=seconds)
 
     def finish(self, run: Path, job: str) -> None:
-        info = self.cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", seconds=900)
+        info = self.cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         assert info["JobState"] == "COMPLETED", f"{info}\n{self.log(run)}"
 
     def assert_same(self, run: Path, reference: Path, update: int | None = None) -> None:

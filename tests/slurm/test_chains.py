@@ -43,7 +43,7 @@ def test_tests_wait_for_the_last_end_of_training_and_go_when_it_is_cancelled(
     said = call(tiny_data, *submit, "name=chain", "cluster.partition=low", "gpus=1", "updates=5000", "then=eval")
     job = next(line.split()[1] for line in said.splitlines() if line.startswith("job "))
     assert said.count("tests ") == 3
-    cluster.until(lambda: (tmp_path / "chain" / "metrics.jsonl").exists(), "the first update", seconds=120)
+    cluster.until(lambda: (tmp_path / "chain" / "metrics.jsonl").exists(), "the first update")
     cluster.evict()
     cluster.until(lambda: cluster.job(job).get("Restarts") == "1", "the requeue")
     waiting = [line for line in queue(cluster) if "-test-" in line]
@@ -105,6 +105,6 @@ def test_prepare_shares_the_files_among_an_arrays_tasks(cluster: Cluster, tiny_d
     command = ["sbatch", "--parsable", "--array=3-4", "--cpus-per-task=1", "--mem=1000", f"--output={tmp_path}/%a.log"]
     job = call(tiny_data, *command, "slurm/prepare.sh", "check", str(videos), "--out", str(out)).strip()
     for task in (3, 4):
-        cluster.wait(f"{job}_{task}", "COMPLETED", seconds=120)
+        cluster.wait(f"{job}_{task}", "COMPLETED")
     assert [line.split(",")[4] for line in (out / "check.csv").read_text().splitlines()[1:]] == ["bad.mp4"]
     assert {p.name for p in out.glob("check-*.jsonl")} == {"check-0-of-2.jsonl", "check-1-of-2.jsonl"}

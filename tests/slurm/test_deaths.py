@@ -29,7 +29,7 @@ def test_a_killed_rank_comes_back_inside_the_allocation(runs: Runs) -> None:
     runs.reach(run, job, 5)
     moment = time.time()
     os.kill(ranks(run)[1], signal.SIGKILL)
-    runs.cluster.until(lambda: after(runs, run, "resume", moment), "the resume", seconds=120)
+    runs.cluster.until(lambda: after(runs, run, "resume", moment), "the resume")
     print(
         f"back after {datetime.fromisoformat(after(runs, run, 'resume', moment)['time']).timestamp() - moment:.1f} s in place"
     )
@@ -50,11 +50,11 @@ def test_a_killed_rank_sends_the_job_back_into_the_queue_a_bounded_number_of_tim
     print(f"requeued after {time.time() - moment:.1f} s")
     assert runs.events(run)[-1]["status"] == "failed"
     runs.cluster.start_now(job)
-    runs.cluster.until(lambda: after(runs, run, "resume", moment), "the resume", seconds=120)
+    runs.cluster.until(lambda: after(runs, run, "resume", moment), "the resume")
     print(f"back after {time.time() - moment:.1f} s through the queue, its two minutes of waiting left out")
     runs.reach(run, job, len(runs.metrics(run)) + 4)
     os.kill(ranks(run)[1], signal.SIGKILL)
-    info = runs.cluster.wait(job, "FAILED", seconds=60)
+    info = runs.cluster.wait(job, "FAILED")
     assert info["Restarts"] == "1"
     assert "cluster.max_restarts=1" in runs.events(run)[-1]["reason"]
 
@@ -65,7 +65,7 @@ def test_a_killed_batch_script_does_not_end_the_run(runs: Runs) -> None:
     script = batch_script(job)
     assert script is not None
     os.kill(script, signal.SIGKILL)
-    runs.cluster.until(lambda: runs.cluster.job(job).get("Restarts") == "1", "the requeue", seconds=90)
+    runs.cluster.until(lambda: runs.cluster.job(job).get("Restarts") == "1", "the requeue")
     assert runs.events(run)[-1]["status"] == "batch script ended"
     assert runs.events(run)[-1]["update"] == len(runs.metrics(run)), "work was lost"
 
@@ -74,6 +74,6 @@ def test_a_mistake_in_the_configuration_is_never_requeued(runs: Runs) -> None:
     run, job = runs.submit(
         "mistaken", "cluster.check_data=false", "data.root=/nowhere", "init_from=/nowhere/at/all.pyth"
     )
-    info = runs.cluster.wait(job, "FAILED", seconds=120)
+    info = runs.cluster.wait(job, "FAILED")
     assert info["Restarts"] == "0"
     assert runs.events(run)[-1]["event"] == "end", runs.log(run)

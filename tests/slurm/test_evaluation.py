@@ -87,12 +87,12 @@ def test_an_evaluation_of_four_ranks_that_was_preempted_has_the_bits_of_one_undi
         assert info["JobState"] in ("PENDING", "RUNNING", "CONFIGURING"), (tmp_path / "job.log").read_text()
         return len(list((out / "kinetics" / "shards").glob("*.scores"))) == 4
 
-    cluster.until(begun, "a shard of each of four ranks", seconds=120)
+    cluster.until(begun, "a shard of each of four ranks")
     cluster.preempt(job, scorers(out))
     before = scored(out)
     assert 0 < len(before) < 59, "not in the middle"
     cluster.start_now(job)
-    info = cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", seconds=240)
+    info = cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
     assert info["JobState"] == "COMPLETED", (tmp_path / "job.log").read_text()
 
     after = scored(out)

@@ -79,7 +79,7 @@ def test_the_real_time_limit(runs: Runs) -> None:
     """SLURM's own warning: the updates do not fit into its two minutes; the run comes back by itself, to the last bit."""
     limits = ("cluster.time_limit=2", "cluster.lead_time=45", "updates=2000")
     run, job = runs.submit("limited", *limits)
-    runs.cluster.until(lambda: runs.cluster.job(job).get("Restarts") == "1", "the requeue", seconds=150)
+    runs.cluster.until(lambda: runs.cluster.job(job).get("Restarts") == "1", "the requeue")
     assert runs.events(run)[-1]["status"] == "time limit"
     before = len(runs.metrics(run))
     runs.cluster.start_now(job)
