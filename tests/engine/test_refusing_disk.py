@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import resource
 import shutil
@@ -122,7 +123,9 @@ def test_a_disk_slower_than_the_interval_holds_the_training_up_is_named_and_comp
     assert "takes longer than checkpoint.every=3 updates" in rank.said
     short, *grown = events(run, "lead_time_short")
     needed = [short["needed"], *(e["needed"] for e in grown)]
-    assert all(b > 1.2 * a for a, b in zip(needed, needed[1:])), "again only when it has grown by a quarter (rounded)"
+    assert all(b > 1.2 * a for a, b in itertools.pairwise(needed)), (
+        "again only when it has grown by a quarter (rounded)"
+    )
     assert short["setting"] == "the partition's GraceTime with KillWait"
     assert short["needed"] > short["seconds"] == 0.0
     assert "WARNING: stopping takes" in rank.said

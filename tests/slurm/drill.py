@@ -22,7 +22,7 @@ from multitrain.engine import checkpoint as ck
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVCLUSTER = ROOT / "slurm" / "devcluster"
-LIMIT = 800.0  # seconds: what has not come by then never will, on the slowest of machines; below the time limit of a test
+LIMIT = 800.0  # seconds: what has not come by then never will; below the time limit of a test
 
 
 def reason_to_skip() -> str | None:
