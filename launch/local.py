@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import BinaryIO
 
 from launch.child import PATIENCE, AwakeClock, Pulse, prepare
 from launch.rank import python_path, training
@@ -80,6 +81,9 @@ def run(
                 code = _watch(ranks, requests, say)
             if requests or not Exit.restartable(code) or attempt == restarts:
                 return code
+            if not (folder / "code").is_dir():
+                say(f"{folder} is not there any more: bring it back, or resume the run from where it lies now")
+                return code
             say(f"restart {attempt + 1} of {restarts}, from the newest checkpoint")
     raise AssertionError("unreachable")
 
@@ -95,7 +99,8 @@ class _Ranks:
     def __init__(self, command: Sequence[str], folder: Path, common: dict[str, str], count: int) -> None:
         self.logs = [rank_log(folder, rank) for rank in range(count)]
         self.logs[0].parent.mkdir(exist_ok=True)
-        self.shown = self.logs[0].stat().st_size if self.logs[0].exists() else 0
+        shown = self.logs[0].stat().st_size if self.logs[0].exists() else 0
+        self._written: list[BinaryIO] = []  # the logs, open for reading: the run's folder may be moved away
         self.processes: list[subprocess.Popen[bytes]] = []
         self.reasons: dict[int, str] = {}
         """Ranks that were killed here because they gave no sign of life."""
@@ -107,6 +112,7 @@ class _Ranks:
             pulse = self._pulses[rank]
             environment[PULSE_FD] = str(pulse.write_end)
             with open(log, "ab") as output:
+                self._written.append(open(log, "rb"))
                 process = subprocess.Popen(
                     command,
                     cwd=folder / "code",
@@ -120,6 +126,7 @@ class _Ranks:
                 )
             pulse.started()
             self.processes.append(process)
+        self._written[0].seek(shown)
 
     def __enter__(self) -> _Ranks:
         return self
@@ -128,6 +135,8 @@ class _Ranks:
         self.kill()
         for pulse in self._pulses:
             pulse.close()
+        for log in self._written:
+            log.close()
 
     def watch(self) -> None:
         """Kill a rank that gives no sign of life. To be called often."""
@@ -156,18 +165,16 @@ class _Ranks:
 
     def show(self) -> None:
         """Copy what rank 0 wrote since the last call to the terminal."""
-        with open(self.logs[0], "rb") as log:
-            log.seek(self.shown)
-            new = log.read()
-        if new:
-            self.shown += len(new)
+        if new := self._written[0].read():
             with contextlib.suppress(OSError):  # it may go to a file on a disk that is full
                 sys.stdout.buffer.write(new)
                 sys.stdout.flush()
 
     def tail(self, rank: int) -> str:
         """The last lines of a rank's log."""
-        lines = self.logs[rank].read_bytes()[-20_000:].decode(errors="replace").splitlines()
+        log = self._written[rank]
+        log.seek(max(0, log.seek(0, os.SEEK_END) - 20_000))
+        lines = log.read().decode(errors="replace").splitlines()
         return "\n".join(f"    {line}" for line in lines[-TAIL:])
 
 

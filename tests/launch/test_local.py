@@ -47,7 +47,7 @@ def rank_program(folder: Path, body: str) -> tuple[str, ...]:
 
 def started(folder: Path, ranks: int) -> list[dict[str, str]]:
     """The first line of every rank, once all have written it."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         logs = [local.rank_log(folder, r) for r in range(ranks)]
         if all(log.exists() and "\n" in log.read_text() for log in logs):
@@ -75,7 +75,7 @@ def alive(pid: int) -> bool:
 
 
 def gone(pids: list[int]) -> bool:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 300
     while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
     return not any(map(alive, pids))
@@ -93,6 +93,25 @@ def test_every_rank_knows_its_place(folder: Path, capfd: pytest.CaptureFixture[s
     out = capfd.readouterr().out
     assert "rank 0 of 3" in out
     assert "rank 1 of 3" not in out
+
+
+def test_a_run_folder_that_is_moved_away_ends_in_words(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = folder / "run"
+    run.mkdir()
+    (folder / "code").rename(run / "code")
+    body = f"""
+        if rank == 0:
+            os.rename({str(run)!r}, {str(folder / "moved")!r})
+            print("the last words", flush=True)
+            sys.exit(1)
+        time.sleep(600)
+    """
+    said: list[str] = []
+    assert local.run(run, config(2, restarts=1), rank_program(folder, body), say=said.append) == 1
+    assert "the last words" in capfd.readouterr().out
+    assert "rank 0 failed with exit code 1" in said[0]
+    assert f"{run} is not there any more" in said[1]
+    assert not run.exists()
 
 
 def test_a_failing_rank_ends_the_others_and_is_shown(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
