@@ -332,9 +332,19 @@ def test_train_sh_finds_its_run_again_after_a_requeue(
     assert slurm.active(run, run_folder.jobs(run)) == {job: "RUNNING"}
     (run / "code" / "marker").write_text("a requeued job keeps its code")
     cluster.run("scontrol", "requeue", job)
+    script = (run / "job.sh").rename(board.parent / "away")  # as on a node without the runs' file system
+    cluster.start_now(job)
+    cluster.until(lambda: cluster.job(job)["Restarts"] == "2", "the requeue by the script itself")
+    left_out = cluster.until(
+        lambda: (info := cluster.job(job))["ExcNodeList"].startswith("node") and info, "a node left out"
+    )
+    assert left_out["JobState"] == "PENDING"
+    assert f"{run}/job.sh is not to be read on {left_out['ExcNodeList']}" in (board.parent / "out").read_text()
+    script.rename(run / "job.sh")
     cluster.start_now(job)
     cluster.wait(job, "COMPLETED")
-    assert len(reports(board, restart=1)) == 4
+    assert left_out["ExcNodeList"] not in {r["SLURMD_NODENAME"] for r in reports(board, restart=2)}
+    assert len(reports(board, restart=2)) == 4
     assert (run / "code" / "marker").exists()
     assert [p for p in runs.iterdir() if not p.name.startswith(".")] == [run]
     assert {p.name for p in (run / "logs").iterdir()} == {f"{job}-rank{i}.log" for i in range(4)}
