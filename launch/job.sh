@@ -5,6 +5,8 @@
 #   task      "evaluate" for a test of the run's weights; training otherwise
 
 signals=
+log=$(readlink /dev/fd/2)                     # of this script and of srun
+log_before=$(stat -c %s "$log" 2>/dev/null) # what earlier starts of the job wrote
 export PYTHONFAULTHANDLER=1
 
 # Ranks start with the stop signals held back, so that none can kill one that is still importing (needs coreutils 8.31).
@@ -52,23 +54,56 @@ done
 come_back() {
     local record
     record=$(job_record)
-    $hold "${python[@]}" -m launch.requeue "$run" "$1" ${2:-} ${task:+--task "$task"} --signals "$signals" --record "$record"
+    $hold "${python[@]}" -m launch.requeue "$run" "$1" ${2:-} ${task:+--task "$task"} --signals "$signals" \
+        --record "$record" --failed-on "$(failed_on)"
     case $? in
     0) return ;;
     69) ;; # it is to come back, and there is no scontrol where Python is
-    *) # Python cannot run on this node: a few more starts, elsewhere
-        [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ] || return
-        case $record in '' | *' JobState=RUNNING '*) ;; *) return ;; esac
+    *) # Python cannot run on this node, or SLURM ends this script since the job is back in the queue
+        record=$(job_record)
+        case $record in '' | *' JobState=RUNNING '*) elsewhere ;; esac
+        return
         ;;
     esac
     put_back
 }
 
-# put_back: into the queue, or a successor that starts when this job has ended; a controller that does not answer is asked until this script is ended.
+# failed_on: the node whose rank ended first with an exit status of its own, as srun said in this start; ranks that could
+# not start Python have told nobody else.
+failed_on() {
+    tail -c "+$((${log_before:-0} + 1))" "$log" 2>/dev/null |
+        sed -n 's/^srun: error: \([^: ]*\): tasks\{0,1\} [0-9,-]*: Exited with exit code .*/\1/p' | head -n 1
+}
+
+# elsewhere: the job goes back without this node. Where that was of no use on three nodes (eight, of a run that has got on),
+# it is not the node: the job ends (is held).
+elsewhere() {
+    local seen=$run/logs/$SLURM_JOB_ID.nodes tried out
+    out=$(squeue --noheader --Format=ExcNodes:2000 "--jobs=$SLURM_JOB_ID" 2>/dev/null | tr -d ' ')
+    out=${out:+$out,}$SLURMD_NODENAME
+    if (echo "$SLURMD_NODENAME" >>"$seen") 2>/dev/null; then
+        tried=$(sort -u "$seen" | wc -l)
+    else
+        tried=$(scontrol show hostnames "$out" | wc -l)
+    fi
+    if [ ! -s "$run/metrics.jsonl" ] && [ "$tried" -ge 3 ]; then
+        echo "multitrain: ${python[*]} does not run on $tried nodes ($seen): the job does not come back" >&2
+        return
+    fi
+    echo "multitrain: ${python[*]} does not run on $SLURMD_NODENAME: the job comes back without this node" >&2
+    put_back "$out"
+    if [ "$tried" -ge 8 ]; then
+        echo "multitrain: it does not run on $tried nodes ($seen); the job is held: scontrol release $SLURM_JOB_ID" >&2
+        scontrol hold "$SLURM_JOB_ID"
+    fi
+}
+
+# put_back [NODES]: into the queue, or a successor that starts when this job has ended, without some nodes; a controller
+# that does not answer is asked until this script is ended.
 put_back() {
     local said again=(scontrol requeue "$SLURM_JOB_ID")
     if grep -q '^  requeue: resubmit' "$run/config.yaml" 2>/dev/null; then
-        again=(sbatch "--dependency=afterany:$SLURM_JOB_ID" "$run/job.sh")
+        again=(sbatch "--dependency=afterany:$SLURM_JOB_ID" ${1:+"--exclude=$1"} "$run/job.sh")
     fi
     until said=$("${again[@]}" 2>&1); do
         case $said in
@@ -79,6 +114,7 @@ put_back() {
             ;;
         esac
     done
+    [ -z "${1:-}" ] || [ "${again[0]}" = sbatch ] || scontrol update "jobid=$SLURM_JOB_ID" "excnodelist=$1"
 }
 
 # finish STATUS: the end of the script.

@@ -112,7 +112,7 @@ class _Ranks:
             pulse = self._pulses[rank]
             environment[PULSE_FD] = str(pulse.write_end)
             with open(log, "ab") as output:
-                self._written.append(open(log, "rb"))
+                self._written.append(log.open("rb"))
                 process = subprocess.Popen(
                     command,
                     cwd=folder / "code",

@@ -1,6 +1,7 @@
 """What a batch script asks when its step has ended: is the job to come back? If so, it is put back.
 
 python -m launch.requeue RUN STATUS [--signals "TERM USR1"] [--record TEXT] [--task evaluate] [--early]
+    [--failed-on NODE]
 
 The decision is made in :mod:`multitrain.monitor.requeue`. Exit status: 0 all is done; 69 the job is to come back, and the
 batch script has to do it, since there is no `scontrol` where Python is (a container).
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.task == "evaluate":
         return _evaluation(run, job, ended)
     try:
-        return _training(run, job, ended, early=given.early)
+        return _training(run, job, ended, early=given.early, failed_on=given.failed_on)
     except LeaseLost as lost:  # this node was lost for a while; the job runs elsewhere
         print(f"multitrain: {lost}", flush=True)
         return DONE
@@ -56,11 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--signals", default="", help="names of the signals that the batch script received")
     parser.add_argument("--record", default="", help="what `scontrol show job -o` says, where Python has no scontrol")
     parser.add_argument("--task", choices=("train", "evaluate"), default="train", help="what the step did")
+    parser.add_argument("--failed-on", default="", help="the node whose rank failed first, as srun said")
     parser.add_argument("--early", action="store_true", help="the step still runs: act only if the job comes back")
     return parser
 
 
-def _training(run: Path, job: str, ended: Ended, *, early: bool) -> int:
+def _training(run: Path, job: str, ended: Ended, *, early: bool, failed_on: str = "") -> int:
     lease.guarded(lease.Guard(run, lease.start_name(job, ended.restart)))
     events = Events(run / "events.jsonl", restart=ended.restart)
     try:
@@ -72,6 +74,8 @@ def _training(run: Path, job: str, ended: Ended, *, early: bool) -> int:
     history = restarts.starts(told)
     if not history or not history[-1].is_of(job, ended.restart):
         history.append(Start(ended.restart, job=job, began=False))  # it died before it could say that it began
+    if failed_on and not history[-1].failed_nodes:  # no rank said so: Python, a library or the run is missing there
+        history[-1].failed_nodes.append(failed_on)
     own = [e for e in told if e["event"] == "requeue" and (e.get("job"), e.get("restart")) == (job, ended.restart)]
     if any(str(e.get("by")).startswith("successor") for e in own):
         return DONE  # its successor waits already
@@ -150,4 +154,5 @@ def _numbers(names: str) -> list[int]:
 
 
 if __name__ == "__main__":
+    slurm.block_stop_signals()  # SLURM sends SIGTERM once the job is back; a script in `cluster.python` may have let it in
     sys.exit(main())

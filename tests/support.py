@@ -190,7 +190,7 @@ def _block_signals() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
 
 
-def wait(processes: Sequence[subprocess.Popen[bytes]], timeout: float = 120) -> list[int]:
+def wait(processes: Sequence[subprocess.Popen[bytes]], timeout: float = 800) -> list[int]:
     """Exit statuses; kills what is left when one fails or the time is up."""
     try:
         return [p.wait(timeout) for p in processes]
@@ -201,7 +201,7 @@ def wait(processes: Sequence[subprocess.Popen[bytes]], timeout: float = 120) -> 
                 p.wait()
 
 
-def train(run: Path, world_size: int, timeout: float = 120, expect: int = 0) -> None:
+def train(run: Path, world_size: int, timeout: float = 800, expect: int = 0) -> None:
     """Run `python -m multitrain.train RUN` on `world_size` ranks to its end."""
     log = run / "ranks.log"
     codes = wait(start_ranks(["-m", "multitrain.train", str(run)], world_size, log=log), timeout)

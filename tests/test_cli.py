@@ -326,7 +326,7 @@ def test_a_signalled_evaluation_goes_on_where_it_was(run: Path, tmp_path: Path, 
     ]
     command += [f"data.datasets.stride.annotations={tmp_path}", f"data.datasets.stride.videos={data}"]
     (process,) = support.start_ranks(command, 1, log=log)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not any(f.stat().st_size for f in out.glob("stride/shards/*")) and time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()
         time.sleep(0.02)

@@ -26,7 +26,7 @@ def test_memory_does_not_grow_with_updates_checkpoints_and_drawn_validations(tin
     settings = support.settings(tiny_data, data__datasets={"stride": dataset}, **changes)
     run, _ = support.write_run(tmp_path, settings)
     log = tmp_path / "log"
-    codes = support.wait(support.start_ranks(["-m", "engine.long_run", str(run)], 1, log=log), timeout=240)
+    codes = support.wait(support.start_ranks(["-m", "engine.long_run", str(run)], 1, log=log), timeout=800)
     assert codes == [0], log.read_text()
     assert "no pictures" not in log.read_text()
     resident, threads = zip(*json.loads((run / "memory.json").read_text())[SETTLED:])

@@ -78,7 +78,7 @@ def test_a_preempted_run_requeues_itself_when_all_is_saved_and_waits_to_be_ended
     """A rank that left by itself would make SLURM count the job as completed."""
     job = Job(tiny_data, tmp_path, 2, TAKEN, "collective")
     send(job.processes, signal.SIGTERM)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while not job.requeued:
         assert time.monotonic() < deadline, job.log()
         time.sleep(0.02)

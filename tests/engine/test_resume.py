@@ -51,7 +51,7 @@ def interrupt(
     With `checkpoint`, not before there is one: it is written beside the training, and may come a few updates later.
     """
     processes = start_ranks(["-m", "multitrain.train", str(run)], ranks, log=run / "ranks.log")
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 600
     while (
         not (run / "metrics.jsonl").exists()
         or len(metrics(run)) < after
@@ -195,7 +195,7 @@ def test_files_stop_and_save_do_what_they_say(fp32_reference: Path, tmp_path: Pa
         assert all(p.poll() is None for p in processes), (run / "ranks.log").read_text()
         time.sleep(0.02)
     (run / "SAVE").touch()
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while not (run / "checkpoints" / "latest").exists() or (run / "SAVE").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -33,7 +33,7 @@ def start(run: Path, phase: str) -> list[subprocess.Popen[bytes]]:
 
 
 def until(run: Path, phase: str, processes: list[subprocess.Popen[bytes]]) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while not list(run.glob(f"in-{phase}-*")):
         assert time.monotonic() < deadline, log(run)
         assert all(p.poll() is None for p in processes), log(run)
@@ -100,7 +100,7 @@ def test_an_error_on_one_rank_ends_both_at_once(run: Path, phase: str) -> None:
 def test_a_killed_loader_worker_ends_the_run_or_is_replaced_and_nothing_hangs(tiny_data: Path, tmp_path: Path) -> None:
     run, _ = write_run(tmp_path, settings(tiny_data, gpus=2, updates=400, data__workers=1))
     processes = start_ranks(["-m", "multitrain.train", str(run)], 2, log=run / "ranks.log")
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while not (run / "metrics.jsonl").exists() or len(metrics(run)) < 2:
         assert time.monotonic() < deadline, log(run)
         time.sleep(0.02)
@@ -113,7 +113,7 @@ def test_a_disk_that_refuses_is_reported_and_tried_again_at_the_next_interval(ru
     """A file where the folder of checkpoints should be: all that writing needs fails, whoever runs the test."""
     (run / "checkpoints").write_text("in the way")
     processes = start(run, "none")
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while not (run / "events.jsonl").exists() or not events(run, "checkpoint_failed"):
         assert time.monotonic() < deadline, log(run)
         time.sleep(0.01)

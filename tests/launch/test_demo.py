@@ -55,7 +55,7 @@ def test_an_interrupted_demo_saves_before_it_leaves(root: Path, tmp_path: Path) 
     metrics = tmp_path / "runs/demo/metrics.jsonl"
     with open(tmp_path / "log", "wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 600
         while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
             assert process.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.2)

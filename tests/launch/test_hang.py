@@ -42,7 +42,7 @@ def supervised(root: Path, run: Path, body: str, limit: float) -> subprocess.Pop
 
 
 def rank_of(run: Path) -> int:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not (run / "started").exists() or not (run / "started").read_text().endswith("\n"):
         assert time.monotonic() < deadline
         time.sleep(0.02)

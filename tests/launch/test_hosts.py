@@ -82,7 +82,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def until(condition: Callable[[], object], processes: list[subprocess.Popen[str]], run: Path) -> None:
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 600
     while not condition():
         logs = "\n".join(f"{log}\n{log.read_text()[-3000:]}" for log in sorted(run.glob("logs/*")))
         assert time.monotonic() < deadline, logs
@@ -274,7 +274,7 @@ def ssh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "ssh").chmod(0o755)
     daemon = subprocess.Popen([sshd, "-D", "-e", "-f", str(folder / "sshd")], stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 600
         while subprocess.run([folder / "ssh", "127.0.0.1", "true"], capture_output=True, check=False).returncode:
             assert time.monotonic() < deadline
             time.sleep(0.1)

@@ -47,7 +47,7 @@ def rank_program(folder: Path, body: str) -> tuple[str, ...]:
 
 def started(folder: Path, ranks: int) -> list[dict[str, str]]:
     """The first line of every rank, once all have written it."""
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         logs = [local.rank_log(folder, r) for r in range(ranks)]
         if all(log.exists() and "\n" in log.read_text() for log in logs):
@@ -75,7 +75,7 @@ def alive(pid: int) -> bool:
 
 
 def gone(pids: list[int]) -> bool:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
     return not any(map(alive, pids))

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def test_a_controller_that_is_away_while_a_node_fails_costs_only_time(runs: Runs
     victim = supervisors(run)[1]
     with runs.cluster.controller_away():
         os.kill(victim, signal.SIGKILL)
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 600
         while ranks(run):
             assert time.monotonic() < deadline, runs.log(run)
             time.sleep(0.1)
@@ -113,6 +114,35 @@ def test_data_that_is_not_there_at_one_start_of_a_run_that_went_well_is_waited_f
     said = runs.back_in_queue(run, job, starts=2)
     assert said["status"] == "failed", said
     away.rename(runs.data)
+    runs.cluster.start_now(job)
+    runs.finish(run, job)
+    runs.assert_same(run, reference)
+
+
+def test_a_python_that_is_missing_on_one_node_costs_a_run_that_went_well_only_that_node(
+    runs: Runs, reference: Path, tmp_path: Path
+) -> None:
+    """At start 4 on the second node, at start 5 on the one where the batch script runs: more restarts than three."""
+    python = tmp_path / "python"
+    missing = 'case "$SLURM_RESTART_COUNT/$SLURM_NODEID" in 4/1 | 5/0) exit 127 ;; esac'
+    python.write_text(f'#!/bin/sh\n{missing}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    run, job = runs.submit("missing", f"cluster.python={python}", "checkpoint.every=1", "cluster.restarts_in_place=0")
+    for starts in range(4):
+        runs.reach(run, job, 1 + starts)
+        runs.cluster.run("scontrol", "requeue", job)
+        runs.cluster.start_now(job)
+
+    def back_without(count: int) -> bool:
+        now = runs.cluster.job(job)
+        out = runs.cluster.run("scontrol", "show", "hostnames", now["ExcNodeList"]).split()
+        return now["Restarts"] == str(4 + count) and now["JobState"] == "PENDING" and len(out) == count
+
+    runs.cluster.until(lambda: back_without(1), "the second node left out")
+    assert runs.said(run, "requeue")[-1] == ("requeue", "failed")
+    runs.cluster.start_now(job)
+    runs.cluster.until(lambda: back_without(2), "the first node left out as well")
+    assert "does not run on node" in runs.log(run)
     runs.cluster.start_now(job)
     runs.finish(run, job)
     runs.assert_same(run, reference)
