@@ -79,7 +79,7 @@ failed_on() {
 # it is not the node: the job ends (is held).
 elsewhere() {
     local seen=$run/logs/$SLURM_JOB_ID.nodes tried out
-    out=$(squeue --noheader --Format=ExcNodes:2000 "--jobs=$SLURM_JOB_ID" 2>/dev/null | tr -d ' ')
+    out=$(job_record | sed -n 's/.* ExcNodeList=\([^( ][^ ]*\).*/\1/p')
     out=${out:+$out,}$SLURMD_NODENAME
     if (echo "$SLURMD_NODENAME" >>"$seen") 2>/dev/null; then
         tried=$(sort -u "$seen" | wc -l)
@@ -94,7 +94,7 @@ elsewhere() {
     put_back "$out"
     if [ "$tried" -ge 8 ]; then
         echo "multitrain: it does not run on $tried nodes ($seen); the job is held: scontrol release $SLURM_JOB_ID" >&2
-        scontrol hold "$SLURM_JOB_ID"
+        $hold scontrol hold "$SLURM_JOB_ID"
     fi
 }
 
@@ -105,7 +105,7 @@ put_back() {
     if grep -q '^  requeue: resubmit' "$run/config.yaml" 2>/dev/null; then
         again=(sbatch "--dependency=afterany:$SLURM_JOB_ID" ${1:+"--exclude=$1"} "$run/job.sh")
     fi
-    until said=$("${again[@]}" 2>&1); do
+    until said=$($hold "${again[@]}" 2>&1); do
         case $said in
         *'Unable to contact'* | *'imed out'* | *busy* | *'emporar'*) sleep 5 ;;
         *)
@@ -114,7 +114,7 @@ put_back() {
             ;;
         esac
     done
-    [ -z "${1:-}" ] || [ "${again[0]}" = sbatch ] || scontrol update "jobid=$SLURM_JOB_ID" "excnodelist=$1"
+    [ -z "${1:-}" ] || [ "${again[0]}" = sbatch ] || $hold scontrol update "jobid=$SLURM_JOB_ID" "excnodelist=$1"
 }
 
 # finish STATUS: the end of the script.

@@ -41,7 +41,7 @@ if [ -z "$run" ]; then
 fi
 echo "run $run"
 if [ ! -r "$run/job.sh" ]; then # a file system that is not mounted here
-    out=$(squeue --noheader --Format=ExcNodes:2000 "--jobs=$SLURM_JOB_ID" | tr -d ' ')
+    out=$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^( ][^ ]*\).*/\1/p')
     again=requeue
     [ "$(scontrol show hostnames "$out" 2>/dev/null | wc -l)" -lt 8 ] || again=requeuehold
     echo "error: $run/job.sh is not to be read on $SLURMD_NODENAME: $again, without this node" >&2

@@ -2,7 +2,8 @@
 
 python benchmarks/drills/mutations.py                    all of them
 python benchmarks/drills/mutations.py --only "requeue"   those whose words, file, page or tests hold these words
-python benchmarks/drills/mutations.py --page             and write docs/guarantees/mutations.md (after all of them)
+python benchmarks/drills/mutations.py --untried          those that the page says were not tried yet
+python benchmarks/drills/mutations.py --page             and write what was noticed into docs/guarantees/mutations.md
 
 `mutations.yaml` has the list. Each is applied to a temporary copy of the tree, in which the tests named beside it are run:
 the first that fails has noticed. Before that, all of these tests must pass in the copy as it is. Exit status 1 when a
@@ -96,11 +97,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="mutations.py", description=__doc__, formatter_class=_Verbatim)
     only = "those whose words, file, page or tests hold these words; may be given more than once"
     parser.add_argument("--only", metavar="WORDS", action="append", default=[], help=only)
-    parser.add_argument("--page", action="store_true", help=f"write {PAGE.relative_to(ROOT)} when all were noticed")
+    parser.add_argument("--untried", action="store_true", help="those of them that the page says were not tried yet")
+    parser.add_argument("--page", action="store_true", help=f"write what was noticed into {PAGE.relative_to(ROOT)}")
     given = parser.parse_args(arguments)
-    chosen = [m for m in mutations() if m.holds(given.only)]
+    before = seen_before()
+    chosen = [m for m in mutations() if m.holds(given.only) and not (given.untried and m in before)]
     if not chosen:
-        print(f"error: no mutation holds {' or '.join(given.only)}", file=sys.stderr)
+        print(f"error: no mutation to try holds {' or '.join(given.only) or 'anything'}", file=sys.stderr)
         return 2
     rotten = {m: reason for m in chosen if (reason := m.rotten(ROOT))}
     for mutation, reason in rotten.items():
@@ -122,13 +125,12 @@ def main(arguments: list[str] | None = None) -> int:
                 noticed[mutation] = found
             verdict = f"noticed by {found.rpartition('::')[2]}" if found else "NOT NOTICED by any of its tests"
             print(f"{time.monotonic() - began:5.0f} s  {mutation.what}: {verdict}", flush=True)
+            if given.page:
+                before.pop(mutation, None)
+                PAGE.write_text(page(before | noticed))
     print("\n" + table(chosen, noticed))
     print(f"\n{len(noticed)} of {len(chosen)} noticed")
-    whole = len(noticed) == len(chosen)
-    if given.page and whole and not given.only:
-        PAGE.write_text(page(noticed))
-        print(PAGE)
-    return 0 if whole else 1
+    return 0 if len(noticed) == len(chosen) else 1
 
 
 @contextmanager
@@ -182,6 +184,7 @@ def run(tree: Path, tests: Sequence[str]) -> tuple[int, str]:
         f"--timeout={LIMIT}",
     ]
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment["MULTITRAIN_SLOW"] = "1"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *tests],
         cwd=tree, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
@@ -200,6 +203,13 @@ def table(chosen: Sequence[Mutation], noticed: dict[Mutation, str]) -> str:
         rows.append((m.what, noticed.get(m, ", ".join(m.tests)).rpartition("::")[2], "yes" if m in noticed else "NO"))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
+
+
+def seen_before() -> dict[Mutation, str]:
+    """The test that noticed each mutation, as far as the page says."""
+    rows = re.findall(r"^\| (.*?) \| `.*?` \| `(.*)` \|$", PAGE.read_text(), re.MULTILINE)
+    tests = {what: test.replace("\\|", "|") for what, test in rows}
+    return {m: tests[m.what] for m in mutations() if m.what in tests}
 
 
 def page(noticed: dict[Mutation, str]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.drills.mutations import PAGE, Mutation, main, mutations
+from benchmarks.drills.mutations import PAGE, Mutation, main, mutations, page, seen_before
 
 
 def test_every_text_to_be_taken_out_is_in_its_file_once(root: Path) -> None:
@@ -38,7 +38,8 @@ def test_the_page_has_them_all_under_their_guarantee(root: Path) -> None:
     listed: dict[str, list[str]] = {}
     for m in mutations():
         listed.setdefault(m.guarantee, []).append(m.what)
-    assert written == listed, "run python benchmarks/drills/mutations.py --page"
+    assert written == listed, "run python benchmarks/drills/mutations.py --untried --page"
+    assert page(seen_before()) == PAGE.read_text(), "written anew, it keeps what was noticed before"
 
 
 def test_a_text_that_is_gone_or_there_twice_is_rotten(tmp_path: Path) -> None:
