@@ -72,7 +72,7 @@ come_back() {
 # not start Python have told nobody else.
 failed_on() {
     tail -c "+$((${log_before:-0} + 1))" "$log" 2>/dev/null |
-        sed -n 's/^srun: error: \([^: ]*\): tasks\{0,1\} [0-9,-]*: Exited with exit code .*/\1/p' | head -n 1
+        sed -n '/exit code 75$/d; s/^srun: error: \([^: ]*\): tasks\{0,1\} [0-9,-]*: Exited with exit code .*/\1/p' | head -n 1
 }
 
 # elsewhere: the job goes back without this node. Where that was of no use on three nodes (eight, of a run that has got on),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.snapshot import ROOT, digest, snapshot
-from multitrain.config import ConfigError, RunConfig, compose, load, validate
+from multitrain.config import ConfigError, RunConfig, compose, leaves, load, validate
 from multitrain.config.reading import parse_yaml
 
 FREE = re.compile(
@@ -75,14 +75,14 @@ def resumed(saved: RunConfig, path: Path, typed: list[str], config_dirs: Sequenc
     """
     submissions = history(path)
     dirs = list(dict.fromkeys([*(d for entry in submissions for d in entry.get("config_dirs", [])), *config_dirs]))
-    result = flat(saved)
+    result = leaves(saved)
     earlier = merge([entry["overrides"] for entry in submissions])
     new = _new_words(typed, earlier)
     if not new:
         return placed(result, path), dirs
     frozen = [_frozen(path, i, d) for i, d in enumerate(dirs)]
-    before = flat(compose(options(earlier), config_dirs=frozen))
-    now = flat(compose(options(earlier, new), config_dirs=frozen))
+    before = leaves(compose(options(earlier), config_dirs=frozen))
+    now = leaves(compose(options(earlier, new), config_dirs=frozen))
     named = {key(o) for o in new}
     for leaf in {**before, **now}:
         dotted = ".".join(leaf)
@@ -110,11 +110,11 @@ def changed_since(path: Path, typed: Sequence[str], config_dirs: Sequence[str]) 
         submissions = history(path)
         dirs = list(dict.fromkeys([*(d for entry in submissions for d in entry.get("config_dirs", [])), *config_dirs]))
         try:
-            today = flat(compose(options(*(entry["overrides"] for entry in submissions)), config_dirs=dirs))
+            today = leaves(compose(options(*(entry["overrides"] for entry in submissions)), config_dirs=dirs))
         except ConfigError as error:
             notes.append(f"the configuration of this checkout cannot be composed ({error}); the run keeps its own")
         else:
-            notes += _differences(flat(load(path)), today, [entry["overrides"] for entry in submissions])
+            notes += _differences(leaves(load(path)), today, [entry["overrides"] for entry in submissions])
     if digest(path / "code") != _digest_here(path):
         notes.append(
             "the code of this checkout is not that of the run, which keeps its own; update_code=true takes this one"
@@ -168,20 +168,6 @@ def placed(flat: Flat, path: Path) -> RunConfig:
     return validate({**nested, "name": path.name, "runs": str(path.parent)})
 
 
-def flat(config: RunConfig) -> Flat:
-    flat: Flat = {}
-
-    def add(leaf: tuple[str, ...], value: Any) -> None:
-        if isinstance(value, dict) and value:
-            for key, inner in value.items():
-                add((*leaf, key), inner)
-        else:
-            flat[leaf] = value
-
-    add((), config.model_dump(mode="json"))
-    return flat
-
-
 def refuse_another_run(name: str, saved: RunConfig, config: RunConfig) -> None:
     """Refuse to go on with other videos, another order of them, or another network.
 
@@ -211,7 +197,7 @@ def refuse_another_start(path: Path, saved: RunConfig, config: RunConfig) -> Non
 
 def _fixed(config: RunConfig) -> dict[str, Any]:
     """The options that a resumed run must keep: seed, effective batch, mix group, model, and the data's plan."""
-    kept = {".".join(leaf): value for leaf, value in flat(config).items() if leaf[0] in ("data", "model")}
+    kept = {".".join(leaf): value for leaf, value in leaves(config).items() if leaf[0] in ("data", "model")}
     return {
         "seed": config.seed,
         "effective_batch": config.effective_batch,

@@ -27,10 +27,10 @@ from pathlib import Path
 import yaml
 
 from launch import resume
-from launch.resume import ONCE, Flat, flat, key, options
+from launch.resume import ONCE, Flat, key, options
 from launch.snapshot import ROOT, digest, environment, snapshot
 from multitrain import lease
-from multitrain.config import ConfigError, RunConfig, compose, config_folder, dump, load, nearest
+from multitrain.config import ConfigError, RunConfig, compose, config_folder, dump, leaves, load, nearest
 from multitrain.config.class_names import LOOKED_FOR, find_class_names, read_class_names
 from multitrain.config.reading import read_yaml
 from multitrain.files import replace_text
@@ -102,7 +102,7 @@ def ask(words: Sequence[str], *, config_dirs: Sequence[str] = (), default_name: 
         resume.refuse_another_start(path, saved, config)
     else:
         dirs = list(config_dirs)
-        config = resume.placed(flat(compose(options(typed), config_dirs=dirs)), path)
+        config = resume.placed(leaves(compose(options(typed), config_dirs=dirs)), path)
     flags = {"from_scratch": config.from_scratch, "update_code": config.update_code}
     config = config.model_copy(update=dict.fromkeys(flags, False))
     shape = solve(
@@ -269,7 +269,7 @@ def wait_for_first_host(run: Run) -> None:
 
 def _machine_independent(config: RunConfig) -> Flat:
     own = (("cluster", "node"),)
-    return {leaf: v for leaf, v in flat(config).items() if leaf not in own and leaf[-1] != "class_names"}
+    return {leaf: v for leaf, v in leaves(config).items() if leaf not in own and leaf[-1] != "class_names"}
 
 
 def _appear(new: Path, path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from multitrain.config.augment import AugmentConfig
 from multitrain.config.cluster import ClusterConfig
-from multitrain.config.compose import compose, config_folder, dump, flat, load, validate
+from multitrain.config.compose import compose, config_folder, dump, flat, leaves, load, validate
 from multitrain.config.data import DataConfig, DatasetConfig
 from multitrain.config.engine import CheckpointConfig, EngineConfig, MonitorConfig
 from multitrain.config.errors import ConfigError, nearest
@@ -30,6 +30,7 @@ __all__ = [
     "config_folder",
     "dump",
     "flat",
+    "leaves",
     "load",
     "nearest",
     "validate",

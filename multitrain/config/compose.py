@@ -194,16 +194,24 @@ def dump(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def leaves(config: RunConfig) -> dict[tuple[str, ...], Any]:
+    """Every setting by the names that lead to it, e.g. ``("optim", "lr")``; lists and empty mappings as they are."""
+    found: dict[tuple[str, ...], Any] = {}
+
+    def walk(path: tuple[str, ...], value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                walk((*path, str(key)), inner)
+        else:
+            found[path] = value
+
+    walk((), config.model_dump(mode="json"))
+    return found
+
+
 def flat(config: RunConfig) -> dict[str, Any]:
-    """Every setting by its dotted name, e.g. ``optim.lr``; lists as they are."""
-
-    def walk(mapping: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in mapping.items():
-            found |= walk(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        return found
-
-    return walk(config.model_dump(mode="json"), "")
+    """Every setting by its dotted name, e.g. ``optim.lr``; lists and empty mappings as they are."""
+    return {".".join(path): value for path, value in leaves(config).items()}
 
 
 def forced(override: str, groups: set[str]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from multitrain.config import ConfigError, RunConfig, load
+from multitrain.config import ConfigError, flat, load
 from multitrain.config.arguments import Arguments, Parser
 from multitrain.config.paths import find_run
 from multitrain.monitor.figures import table
@@ -18,21 +18,6 @@ SAME = ("name", "runs", "experiment_name", "dry_run", "then", "preflight")
 """Options that do not make a difference."""
 
 
-def options(config: RunConfig) -> dict[str, Any]:
-    """All options of a run by dotted name."""
-    flat: dict[str, Any] = {}
-
-    def add(name: str, value: Any) -> None:
-        if isinstance(value, dict) and value:
-            for key, inner in value.items():
-                add(f"{name}.{key}" if name else str(key), inner)
-        else:
-            flat[name] = value
-
-    add("", config.model_dump(mode="json"))
-    return flat
-
-
 def compare(runs: Sequence[str | Path]) -> list[dict[str, Any]]:
     """For each run: ``run``, ``differs`` (options with a value that not all runs have), ``state``, ``update``,
     ``total_updates``, ``loss``, and by dataset ``validation`` and ``test`` in percent.
@@ -40,16 +25,16 @@ def compare(runs: Sequence[str | Path]) -> list[dict[str, Any]]:
     Raises:
         ConfigError: a folder is no run.
     """
-    flats = [options(load(run)) for run in runs]
-    names = list(dict.fromkeys(n for flat in flats for n in flat))
+    flats = [flat(load(run)) for run in runs]
+    names = list(dict.fromkeys(n for options in flats for n in options))
     differing = [n for n in names if n not in SAME and any(f.get(n) != flats[0].get(n) for f in flats)]
     rows = []
-    for run, flat in zip(runs, flats):
+    for run, options in zip(runs, flats):
         found = status(run)
         rows.append(
             {
                 "run": Path(run).resolve().name,
-                "differs": {n: flat.get(n) for n in differing},
+                "differs": {n: options.get(n) for n in differing},
                 **{k: found[k] for k in ("state", "update", "total_updates", "loss")},
                 "validation": {d: _accuracy(m) for d, m in (found["validation"] or {}).items()},
                 "test": _tests(Path(run)),
