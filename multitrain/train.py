@@ -63,7 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
         _make_deterministic(config)
         from multitrain.engine.distributed import join
 
-        world = join(config.world_size, config.engine.collective_timeout, config.engine.threads)
+        world = join(
+            config.world_size, config.engine.collective_timeout, config.engine.threads, config.engine.collective_limit
+        )
         guard.follow(*world.broadcast((guard.generation, guard.start)))
         trainer = build(config, run, world, interruption, watchdog)
         _start(config, run, trainer)

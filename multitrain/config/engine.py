@@ -17,7 +17,7 @@ class EngineConfig(Settings):
     bucket_elements: int = Field(50_000_000, ge=1000)
     """Elements of one gradient bucket."""
     collective_timeout: int = Field(1800, ge=10)
-    """Seconds after which a collective that does not end stops the job."""
+    """Seconds after which a collective that does not end stops the job, where `hang_limit` does not end its ranks before."""
     hang_limit: int | None = Field(900, ge=2)
     """Seconds that a rank may be without progress (three times that until its first update is done). Then each rank writes
     its stacks to its log and ends, and the run is started again. `null`: no limit."""
@@ -25,6 +25,14 @@ class EngineConfig(Settings):
     """CPU threads a rank for tensor operations."""
     loss_scale_start: int = Field(16, ge=0, le=32)
     """First dynamic loss scale under fp16, as a power of two."""
+
+    @property
+    def collective_limit(self) -> int:
+        """Seconds that process groups wait. Where the watchdog ends ranks that hang, it is a month: the clock of a process
+        group counts the time for which a job was suspended as well, and that of the watchdog does not.
+        """
+        watched = self.hang_limit is not None and self.hang_limit <= self.collective_timeout
+        return 30 * 24 * 3600 if watched else self.collective_timeout
 
 
 class CheckpointConfig(Settings):

@@ -60,14 +60,15 @@ class World:
         return box
 
 
-def join(expected_size: int, timeout: int, threads: int) -> World:
+def join(expected_size: int, timeout: int, threads: int, collective_timeout: int | None = None) -> World:
     """Join the process group that the environment describes: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT,
     or SLURM's own variables.
 
     Args:
         expected_size: ranks that the configuration asks for.
-        timeout: seconds after which a collective fails.
+        timeout: seconds that a rank waits for the others to join.
         threads: CPU threads for tensor operations.
+        collective_timeout: seconds after which a collective fails; `timeout` when not given.
 
     Raises:
         ConfigError: when the environment places another number of ranks than the configuration says.
@@ -93,8 +94,9 @@ def join(expected_size: int, timeout: int, threads: int) -> World:
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     store = rendezvous(rank, size, listens_here_only(size), timeout)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
-    control, background = (dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) for _ in range(2))
+    limit = timedelta(seconds=collective_timeout or timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+    control, background = (dist.new_group(backend="gloo", timeout=limit) for _ in range(2))
     return World(rank, size, local_rank, device, control, background)
 
 
