@@ -66,7 +66,7 @@ def interrupt(
     return wait(processes)
 
 
-@pytest.fixture(scope="module", params=["fp32", "bf16", "fp16"])
+@pytest.fixture(scope="module", params=["fp32", pytest.param("bf16", marks=pytest.mark.slow), "fp16"])
 def reference(request: pytest.FixtureRequest, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The uninterrupted run of two ranks."""
     return _uninterrupted(tiny_data, tmp_path_factory.mktemp(f"reference-{request.param}"), request.param)
