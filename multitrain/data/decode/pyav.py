@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from multitrain.data.decode.container import as_video_error, check_size, has_flag, open_container
+from multitrain.data.decode.picture import LARGE, Cutter, Frame, Picture, can_be_cut
 from multitrain.data.decode.rate import average_rate, frame_seconds
 from multitrain.data.decode.table import NO_TIME, Packets, Table, by_count, by_time
 from multitrain.data.decode.video import Video, VideoError, check_time
@@ -22,8 +24,8 @@ HELD_BYTES = 64 << 20
 """Compressed bytes kept in memory; a longer file is read again for each pass over its frames."""
 MAX_FRAMES = 1 << 22
 """Frames of the longest video, 38 hours at 30 a second."""
-_LARGE = 1 << 22
-"""Pixels of a frame that is worth looking for in memory."""
+_LESS = 8
+"""How many times fewer of a video of large frames: decoding these takes far longer than reading the file again."""
 _OVERHEAD = 512
 """Bytes that a packet takes beside its content."""
 
@@ -88,12 +90,14 @@ class PyAVVideo(Video):
 
     def _list(self) -> Packets:
         """All packets of the file; they are kept as well where they are not too large."""
-        packets, held, cut_off, codec = Packets(), 0, False, self.stream.codec_context.name
+        context = self.stream.codec_context
+        packets, held, cut_off, codec = Packets(), 0, False, context.name
+        most = HELD_BYTES // _LESS if context.width * context.height > LARGE else HELD_BYTES
         for packet in self._demuxed():
             if self._packets is not None:
                 self._packets.append(packet)
                 held += packet.size + _OVERHEAD
-                if held > HELD_BYTES:
+                if held > most:
                     self._packets = None
             hidden = packet.is_discard or _is_invisible(packet, codec)
             packets.add(packet.pts, packet.dts, not hidden, packet.is_keyframe)
@@ -158,7 +162,7 @@ class PyAVVideo(Video):
         except av.error.FFmpegError:
             return []
 
-    def _each(self, numbers: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+    def _each(self, numbers: list[int]) -> Iterator[tuple[int, Frame]]:
         convert = Converter(self.path, self.frame_count)
         try:
             yield from (self._counted if self._table.pts is None else self._timed)(numbers, convert)
@@ -167,7 +171,7 @@ class PyAVVideo(Video):
         except Exception as error:
             raise as_video_error(self.path, error) from error
 
-    def _timed(self, numbers: list[int], convert: Converter) -> Iterator[tuple[int, np.ndarray]]:
+    def _timed(self, numbers: list[int], convert: Converter) -> Iterator[tuple[int, Frame]]:
         missing = set(numbers)
         for number, image in self._decoded(numbers, self._table.runs(numbers), convert, skip=True):
             missing.discard(number)
@@ -184,7 +188,7 @@ class PyAVVideo(Video):
 
     def _decoded(
         self, numbers: list[int], runs: list[tuple[int, int]], convert: Converter, *, skip: bool
-    ) -> Iterator[tuple[int, np.ndarray]]:
+    ) -> Iterator[tuple[int, Frame]]:
         """Frames `numbers` as they come out of the packets of `runs` (first and last packet of each)."""
         assert self._table.pts is not None
         by_pts = {int(self._table.pts[n]): n for n in numbers}
@@ -205,7 +209,7 @@ class PyAVVideo(Video):
         finally:
             self.stream.codec_context.skip_frame = "DEFAULT"
 
-    def _counted(self, numbers: list[int], convert: Converter) -> Iterator[tuple[int, np.ndarray]]:
+    def _counted(self, numbers: list[int], convert: Converter) -> Iterator[tuple[int, Frame]]:
         """Frames by counting what the decoder gives from the top; the last one stands for those that never come."""
         missing, count, final = set(numbers), 0, None
         self.stream.codec_context.flush_buffers()
@@ -250,30 +254,24 @@ class Converter:
     """Decoded frames of one video as upright RGB, all in the size and turned the way of the first."""
 
     def __init__(self, path: Path, frame_count: int) -> None:
-        from av.video.reformatter import VideoReformatter
-
         self._path, self._count = path, frame_count
-        self._reformatter = VideoReformatter()  # one for all frames: setting it up costs as much as a frame
-        self._size: tuple[int, int] | None = None
-        self._matrix: tuple[int, int, int, int] | None = None
+        self._cutter: Cutter | None = None
         self._hanging = False
 
-    def __call__(self, frame: av.VideoFrame, number: int) -> np.ndarray:
-        """uint8 [H, W, 3]; the memory is the frame's own."""
+    def __call__(self, frame: av.VideoFrame, number: int) -> Frame:
+        """uint8 [H, W, 3], whose memory is the frame's own; of a large frame, what its parts can be asked of."""
         if frame.is_corrupt:
             raise VideoError(self._path, f"frame {number} of {self._count} is damaged")
-        if self._size is None:  # side data and its frame hold each other: asked of every frame, frames would pile up
-            self._size, self._matrix = (frame.width, frame.height), _display_matrix(frame)
-            self._hanging = frame.width * frame.height > _LARGE
+        if self._cutter is None:  # side data and its frame hold each other: asked of every frame, frames would pile up
+            check_size(self._path, frame.width, frame.height)
+            self._cutter = Cutter(frame.width, frame.height, partial(_upright, matrix=_display_matrix(frame)))
+            self._hanging = frame.width * frame.height > LARGE
         elif self._hanging:
             gc.collect()  # the first one, which nobody else holds by now
             self._hanging = False
-        width, height = self._size
-        check_size(self._path, width, height)
-        rgb = self._reformatter.reformat(frame, width, height, "rgb24", interpolation="BICUBIC", threads=1)
-        plane = rgb.planes[0]
-        pixels = np.ndarray((height, width, 3), np.uint8, memoryview(plane), strides=(plane.line_size, 3, 1))
-        return _upright(pixels, self._matrix)
+        cutter = self._cutter
+        large = frame.width * frame.height > LARGE and (frame.width, frame.height) == (cutter.width, cutter.height)
+        return Picture(frame, cutter) if large and can_be_cut(frame) else cutter.whole(frame)
 
 
 def _taken(frames: list[av.VideoFrame]) -> Iterator[av.VideoFrame]:
