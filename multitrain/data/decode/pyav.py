@@ -91,20 +91,21 @@ class PyAVVideo(Video):
     def _list(self) -> Packets:
         """All packets of the file; they are kept as well where they are not too large."""
         context = self.stream.codec_context
-        packets, held, cut_off, codec = Packets(), 0, False, context.name
+        packets, held, last = Packets(), 0, None
         most = HELD_BYTES // _LESS if context.width * context.height > LARGE else HELD_BYTES
-        for packet in self._demuxed():
+        vp8 = context.name in ("vp8", "libvpx")
+        for number, packet in enumerate(self._demuxed()):
             if self._packets is not None:
                 self._packets.append(packet)
                 held += packet.size + _OVERHEAD
                 if held > most:
                     self._packets = None
-            hidden = packet.is_discard or _is_invisible(packet, codec)
+            hidden = packet.is_discard or (vp8 and _is_invisible(packet))
             packets.add(packet.pts, packet.dts, not hidden, packet.is_keyframe)
-            if len(packets) > MAX_FRAMES:
+            if number >= MAX_FRAMES:
                 raise VideoError(self.path, f"more than {MAX_FRAMES} frames; cut it into shorter videos")
-            cut_off = packet.is_corrupt
-        if cut_off:  # within the last packet; elsewhere, as in ffmpeg, the decoder says what is damaged
+            last = packet
+        if last is not None and last.is_corrupt:  # elsewhere, as in ffmpeg, the decoder says what is damaged
             packets.hide_last()
         if not len(packets.shown):
             raise VideoError(self.path, "no frame in it")
@@ -287,9 +288,9 @@ def upright_size(frame: av.VideoFrame) -> tuple[int, int]:
     return (frame.width, frame.height) if turned else (frame.height, frame.width)
 
 
-def _is_invisible(packet: av.Packet, codec: str) -> bool:
+def _is_invisible(packet: av.Packet) -> bool:
     """Whether a VP8 packet only updates the decoder: bit 4 of its first byte is `show_frame` (RFC 6386, 9.1)."""
-    return codec in ("vp8", "libvpx") and not bytes(packet)[0] >> 4 & 1
+    return not bytes(packet)[0] >> 4 & 1
 
 
 def _holds_idr(packet: bytes, extradata: bytes) -> bool:
