@@ -33,7 +33,7 @@ _RETRY_AFTER = 0.5  # seconds before a file is tried again after an error of the
 
 HELD = 32 << 20
 """Bytes of decoded frames that are augmented together. A clip of usual size is decoded first and augmented then, which keeps
-the processor's caches warm; of 4K there are one or two frames."""
+the processor's caches warm; frames of 4K and more are augmented one by one, part by part."""
 
 
 class UnreadableError(RuntimeError):

@@ -154,8 +154,8 @@ def has_flag(container: av.container.InputContainer, name: str) -> bool:
 def _flag(name: str) -> int:
     from av.format import Flags
 
-    bit: int = Flags[name].value
-    return bit
+    bit: Any = Flags[name].value
+    return int(bit)
 
 
 def check_size(path: Path, width: int, height: int) -> None:
