@@ -207,6 +207,7 @@ class PyAVVideo(Video):
                         if n is not None and image is not None:
                             yield n, image
                         del image
+                        convert.let_go()
         finally:
             self.stream.codec_context.skip_frame = "DEFAULT"
 
@@ -221,6 +222,7 @@ class PyAVVideo(Video):
                 if count - 1 in missing:
                     missing.discard(count - 1)
                     yield count - 1, convert(final, count - 1)
+                    convert.let_go()
             if not missing:
                 return
         if final is None:
@@ -267,12 +269,15 @@ class Converter:
             check_size(self._path, frame.width, frame.height)
             self._cutter = Cutter(frame.width, frame.height, partial(_upright, matrix=_display_matrix(frame)))
             self._hanging = frame.width * frame.height > LARGE
-        elif self._hanging:
-            gc.collect()  # the first one, which nobody else holds by now
-            self._hanging = False
         cutter = self._cutter
         large = frame.width * frame.height > LARGE and (frame.width, frame.height) == (cutter.width, cutter.height)
         return Picture(frame, cutter) if large and can_be_cut(frame) else cutter.whole(frame)
+
+    def let_go(self) -> None:
+        """Frees the first frame where it is large; called when nobody else holds it."""
+        if self._hanging:
+            self._hanging = False
+            gc.collect()
 
 
 def _taken(frames: list[av.VideoFrame]) -> Iterator[av.VideoFrame]:
