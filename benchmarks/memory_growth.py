@@ -1,5 +1,7 @@
 """Memory of a rank and of its loader worker over a long run with validations: python -m benchmarks.memory_growth [--full]
 
+With `--large`, what one clip of 8K takes in a worker instead, beside what its decoder alone takes.
+
 A real run of a tiny network on the demo's datasets, with TensorBoard and its pictures, looked at from outside after every
 update. A run of two weeks must not grow, so the figure is the slope of the peak after the first updates, in which everything
 is used for the first time.
@@ -8,11 +10,14 @@ is used for the first time.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +25,13 @@ import numpy as np
 
 from benchmarks.results import plot, row, save
 from multitrain.config import dump, validate
+from multitrain.data.catalog import open_catalogs, sources
+from multitrain.data.clips import Clip, TrainJob
+from multitrain.data.decode import open_video
 from multitrain.data.demo import CLASSES, generate
+from multitrain.data.pool import settle
+from multitrain.data.views import load_views
+from multitrain.order import Plan
 from tests.support import start_ranks
 
 MODEL = {"frames": 4, "crop": 32, "depth": 2, "width": 16, "heads": 1, "stages": [1], "kv_stride": 4}
@@ -136,12 +147,88 @@ def measure(data: Path, updates: int, validations: int, ranks: int) -> dict[str,
     return seen
 
 
+LARGE = {
+    "MPEG-4": ("mpeg4", {"g": "12", "qmin": "4", "qmax": "4"}),
+    "H.264, 4 reference frames": ("libx264", {"preset": "ultrafast", "x264-params": "ref=4:bframes=0:keyint=12"}),
+}
+"""8K files: codec and its options."""
+
+
+def write_large(path: Path, codec: str, options: dict[str, str], frames: int = 34) -> None:
+    """A file of 7680×4320."""
+    import av
+
+    grains = np.random.default_rng(0).integers(0, 256, (frames, 144, 256, 3), dtype=np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=30, options=options)
+        stream.width, stream.height, stream.pix_fmt = 7680, 4320, "yuv420p"
+        for grain in grains:
+            picture = av.VideoFrame.from_ndarray(grain.repeat(30, 0).repeat(30, 1), format="rgb24")
+            container.mux(stream.encode(picture.reformat(format="yuv420p")))
+        container.mux(stream.encode())
+
+
+def peaks(path: Path) -> dict[str, float]:
+    """MB that this process takes at most, beyond what it took before, for: the decoder alone, training clips, test views."""
+    settings: dict[str, Any] = {
+        name: {} for name in ("cluster", "loss", "engine", "optim", "eval", "checkpoint", "monitor")
+    }
+    data = {"annotations": str(path.parent), "videos": "/", "classes": 1}
+    settings |= {"data": {"datasets": {"d": data}, "decode_timeout": 600.0}, "model": {"frames": 10}}
+    config = validate(settings | {"augment": {"copies": 2}})
+    dataset = config.data.datasets["d"]
+    (path.parent / "train.csv").write_text(f"{path} 0\n")
+    catalogs = open_catalogs(config.data, "train", path.parent / "index")
+    job = TrainJob(catalogs, Plan(sources(config.data, catalogs), seed=0, effective_batch=2, group=2), config)
+    clips = np.ones(job.shape, np.uint8)
+
+    def decode() -> None:
+        with open_video(path) as video:
+            for _ in video.pictures(range(0, video.frame_count, 3)):
+                pass
+
+    def train() -> None:
+        for seed in range(4):
+            job.read(path, Clip(dataset, (seed, "d", 0, 0), config.model.frames), clips)
+
+    calls = {"decoder": decode, "training": train, "test": lambda: load_views(path, dataset, config.data, config.model)}
+    found = {}
+    for name, call in calls.items():
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident(os.getpid()) or 0.0
+        call()
+        text = Path("/proc/self/status").read_text()
+        found[name] = int(text.split("VmHWM:")[1].split()[0]) * 1024 / 1e6 - before
+    return found
+
+
+def large() -> None:
+    """Measure clips of 8K, each codec in a process of its own, and save."""
+    rows = []
+    for name, (codec, options) in LARGE.items():
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "a.mp4"
+            write_large(path, codec, options)
+            with ProcessPoolExecutor(1, get_context("spawn"), initializer=settle) as pool:
+                found = pool.submit(peaks, path).result()
+        note = f"{found['decoder']:.0f} MB of it is what the decoder alone holds"
+        for kind in ("training", "test"):
+            figure = f"peak memory of a {kind} clip of 8K, {name}"
+            rows.append(row(figure, ours=found[kind], unit="MB", target="< 400 MB", note=note))
+    save("memory_large", rows)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure and save."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory_growth", description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="3,000 updates and 30 validations, instead of 500 and 10")
     parser.add_argument("--ranks", type=int, default=1, help="processes (default 1)")
+    parser.add_argument("--large", action="store_true", help="one clip of 8K instead")
     given = parser.parse_args(arguments)
+    if given.large:
+        large()
+        return
     updates, validations = (3000, 30) if given.full else (500, 10)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "demo"

@@ -15,7 +15,9 @@ import numpy as np
 
 from multitrain.config import AugmentConfig
 from multitrain.data import randaugment_opencv, randaugment_pil
+from multitrain.data.decode import Frame, Picture, pixels
 from multitrain.data.randaugment import Operation, draw_operations, parse_policy
+from multitrain.data.randaugment_tiles import TileCropper
 from multitrain.data.random import Draws
 from multitrain.data.spatial import Box, erase_box, random_resized_crop, resize_crop
 
@@ -42,7 +44,7 @@ class Augmenter:
         self, height: int, width: int, config: AugmentConfig, size: int, draws: Draws, flip_allowed: bool
     ) -> None:
         self.drawn = draw_augmentation(height, width, config, size, draws, flip_allowed)
-        self.change = changer(height, width, self.drawn, config.backend)
+        self.change = changer(height, width, self.drawn, config.backend, size)
         self._size, self._backend = size, config.backend
 
     @property
@@ -50,8 +52,8 @@ class Augmenter:
         """What is to be erased on the device: int32 [4] = (top, left, height, width), in pixels of the clip, zeros for none."""
         return np.array(self.drawn.erase, np.int32)
 
-    def __call__(self, frame: np.ndarray, target: np.ndarray) -> None:
-        """frame: uint8 [H, W, 3], not changed; target: its place in the clip, uint8 [size, size, 3]."""
+    def __call__(self, frame: Frame, target: np.ndarray) -> None:
+        """frame: uint8 [H, W, 3] or a large one, not changed; target: its place in the clip, uint8 [size, size, 3]."""
         place(resized(self.change(frame), self._size, self._backend), target, self.drawn.flip)
 
 
@@ -85,14 +87,27 @@ def draw_augmentation(
     return Augmentation(operations, crop, flip, erase_box(size, size, config.erase_probability, draws))
 
 
-def changer(height: int, width: int, drawn: Augmentation, backend: str) -> Callable[[np.ndarray], np.ndarray]:
+def changer(
+    height: int, width: int, drawn: Augmentation, backend: str, size: int | None = None
+) -> Callable[[Frame], np.ndarray]:
     """From a frame, uint8 [H, W, 3], to its crop behind RandAugment, uint8 [crop.height, crop.width, 3].
 
-    `opencv` is within about one grey level of `pil`, which works on the whole frame with Pillow's operations.
+    `opencv` is within about one grey level of `pil`, which works on the whole frame with Pillow's operations. Of a large
+    frame's crop, it makes the rows that `resized` to `size` reads; all without a size.
     """
-    if backend == "opencv":
-        return randaugment_opencv.Cropper(height, width, drawn.operations, drawn.crop)
-    return lambda frame: drawn.crop.cut(randaugment_pil.apply_all(frame, drawn.operations))
+    if backend != "opencv":
+        return lambda frame: drawn.crop.cut(randaugment_pil.apply_all(pixels(frame), drawn.operations))
+    whole = randaugment_opencv.Cropper(height, width, drawn.operations, drawn.crop)
+    parts: list[TileCropper] = []
+
+    def change(frame: Frame) -> np.ndarray:
+        if not isinstance(frame, Picture):
+            return whole(frame)
+        if not parts:
+            parts.append(TileCropper(whole, size))
+        return parts[0](frame)
+
+    return change
 
 
 def resized(image: np.ndarray, size: int, backend: str) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 from multitrain.config import DatasetConfig, RunConfig
 from multitrain.data.augment import Augmenter
 from multitrain.data.catalog import Catalog
-from multitrain.data.decode import VideoError, open_video, prepare
+from multitrain.data.decode import Frame, Picture, VideoError, open_video, prepare
 from multitrain.data.frames import training_indices
 from multitrain.data.guard import Guard, Lease, Overdue
 from multitrain.data.random import Draws
@@ -33,7 +33,7 @@ _RETRY_AFTER = 0.5  # seconds before a file is tried again after an error of the
 
 HELD = 32 << 20
 """Bytes of decoded frames that are augmented together. A clip of usual size is decoded first and augmented then, which keeps
-the processor's caches warm; of 4K there are one or two frames."""
+the processor's caches warm; frames of 4K and more are augmented one by one, part by part."""
 
 
 class UnreadableError(RuntimeError):
@@ -177,33 +177,33 @@ class TrainJob:
         """
         lease = lease or Lease()
         augmenters: list[Augmenter] = []
-        held: list[tuple[np.ndarray, list[int]]] = []
+        held: list[tuple[Frame, list[int]]] = []
         stack = np.empty(0, np.uint8)
         for frame, places in self.decoded(path, clip):
             augmenters = augmenters or [
                 self.augmenter(frame.shape[0], frame.shape[1], clip, copy) for copy in range(len(out))
             ]
-            if len(held) == len(stack):
-                _augment(held, augmenters, out, lease)
-            if not len(stack):
-                stack = np.empty((min(len(clip.uniforms), HELD // frame.nbytes), *frame.shape), np.uint8)
-            if len(stack):
+            if isinstance(frame, Picture) or frame.nbytes > HELD:
+                _augment([(frame, places)], augmenters, out, lease)
+            else:
+                if len(held) == len(stack):
+                    _augment(held, augmenters, out, lease)
+                if not len(stack):
+                    stack = np.empty((min(len(clip.uniforms), HELD // frame.nbytes), *frame.shape), np.uint8)
                 stack[len(held)] = frame
                 held.append((stack[len(held)], places))
-            else:  # one that is larger than what is held
-                _augment([(frame, places)], augmenters, out, lease)
             del frame  # before the next one is decoded: its memory is used again
         _augment(held, augmenters, out, lease)
         return np.stack([augmenter.box for augmenter in augmenters])
 
-    def decoded(self, path: Path, clip: Clip) -> Iterator[tuple[np.ndarray, list[int]]]:
-        """The frames of a training clip, each once: uint8 [H, W, 3] and its places among the T. Raises VideoError."""
+    def decoded(self, path: Path, clip: Clip) -> Iterator[tuple[Frame, list[int]]]:
+        """The frames of a training clip, each once: uint8 [H, W, 3], or a large one, and its places among the T. Raises VideoError."""
         data = self.config.data
         with open_video(path, data.decoder, data.decode_timeout) as video:
             wanted = training_indices(
                 clip.dataset, data, video.frame_count, video.fps, len(clip.uniforms), clip.uniforms
             )
-            for number, frame in video.each(wanted):
+            for number, frame in video.pictures(wanted):
                 yield frame, np.flatnonzero(wanted == number).tolist()
                 del frame
 
@@ -213,9 +213,7 @@ class TrainJob:
         return Augmenter(height, width, config.augment, config.model.crop, draws, clip.dataset.flip)
 
 
-def _augment(
-    held: list[tuple[np.ndarray, list[int]]], augmenters: list[Augmenter], out: np.ndarray, lease: Lease
-) -> None:
+def _augment(held: list[tuple[Frame, list[int]]], augmenters: list[Augmenter], out: np.ndarray, lease: Lease) -> None:
     """Augments the frames that are held, and lets them go."""
     for augmenter, target in zip(augmenters, out):
         for frame, places in held:

@@ -16,8 +16,9 @@ from typing import Protocol
 import cv2
 import numpy as np
 
+from multitrain.data.decode import LARGE
 from multitrain.data.randaugment import FILL, Operation, affine
-from multitrain.data.spatial import LARGE, Box
+from multitrain.data.spatial import Box
 
 _LUMA = (0.299, 0.587, 0.114)
 _STATISTICS = ("AutoContrast", "Equalize", "Contrast")
@@ -51,41 +52,46 @@ class Cropper:
     """Makes the crop of augmented frames of one size."""
 
     def __init__(self, height: int, width: int, operations: Sequence[Operation], crop: Box) -> None:
-        self._frame = Box(0, 0, height, width)
+        self.frame, self.crop = Box(0, 0, height, width), crop
         steps = [_step(op, width, height) for op in operations]
         whole = 1 + max((i for i, step in enumerate(steps) if isinstance(step, Operation)), default=-1)
         self._whole, self._partly = steps[:whole], steps[whole:]
-        self._crop = crop
         # Moving, blending and sharpening give each row the same whatever is worked on at once; a warp's rounding does not.
-        large = crop.height * crop.width > LARGE and not any(isinstance(step, _Warp) for step in self._partly)
+        large = crop.height * crop.width > LARGE and not any(isinstance(step, Warp) for step in self._partly)
         rows = _BAND if large else crop.height
         self._bands = [
             crop._replace(top=at, height=min(rows, crop.top + crop.height - at))
             for at in range(crop.top, crop.top + crop.height, rows)
         ]
 
+    def steps(self) -> list[tuple[Step, Box, Box]]:
+        """All steps, with the part of the frame that each goes from and the one that it goes to."""
+        regions = regions_of(self._partly, self.crop)
+        whole = [(step, self.frame, self.frame) for step in self._whole]
+        return whole + list(zip(self._partly, regions, regions[1:]))
+
     def __call__(self, frame: np.ndarray) -> np.ndarray:
         """frame: uint8 [H, W, 3]; returns uint8 [crop.height, crop.width, 3], not to be written to: it may be part of it."""
-        image = _Pending(frame)
+        image = Pending(frame)
         for step in self._whole:
-            image.take(step, self._frame, self._frame)
+            image.take(step, self.frame, self.frame)
         if len(self._bands) == 1:
-            return self._part(image, self._crop)
-        out = np.empty((self._crop.height, self._crop.width, 3), np.uint8)
+            return self._part(image, self.crop)
+        out = np.empty((self.crop.height, self.crop.width, 3), np.uint8)
         for band in self._bands:
-            out[band.top - self._crop.top :][: band.height] = self._part(image.copy(), band)
+            out[band.top - self.crop.top :][: band.height] = self._part(image.copy(), band)
         return out
 
-    def _part(self, image: _Pending, target: Box) -> np.ndarray:
+    def _part(self, image: Pending, target: Box) -> np.ndarray:
         """The part `target` of the frame behind the last step, from all of it before the first that works on parts."""
-        regions = _regions(self._partly, target)
+        regions = regions_of(self._partly, target)
         image.cut(regions[0])
         for step, source, wanted in zip(self._partly, regions, regions[1:]):
             image.take(step, source, wanted)
         return image.pixels()
 
 
-def _regions(steps: Sequence[Step], crop: Box) -> list[Box]:
+def regions_of(steps: Sequence[Step], crop: Box) -> list[Box]:
     """The part of the frame that exists before each step, and the crop behind the last."""
     regions = [crop]
     for step in reversed(steps):
@@ -93,7 +99,7 @@ def _regions(steps: Sequence[Step], crop: Box) -> list[Box]:
     return regions[::-1]
 
 
-class _Pending:
+class Pending:
     """Pixels, and the table that they have yet to go through."""
 
     def __init__(self, frame: np.ndarray) -> None:
@@ -101,9 +107,9 @@ class _Pending:
         self._table: np.ndarray | None = None
         self._histogram: np.ndarray | None = None
 
-    def copy(self) -> _Pending:
+    def copy(self) -> Pending:
         """The same pixels, not copied, and table."""
-        other = _Pending(self._image)
+        other = Pending(self._image)
         other._table = self._table
         return other
 
@@ -130,29 +136,41 @@ class _Pending:
         self._image, self._table, self._histogram = image, None, None
 
     def _statistic(self, op: Operation) -> np.ndarray:
-        if op.name == "Contrast":
-            return _enhance(op.argument, int(self._grey() + 0.5))[:, None]
-        make = _autocontrast if op.name == "AutoContrast" else _equalize
-        return np.stack([make(h) for h in self._counts()], axis=1)
+        pixels = self._image.shape[0] * self._image.shape[1]
+        return self.table(op, self.measure(op), pixels)
 
-    def _grey(self) -> float:
-        """The mean luma of the pixels."""
+    def measure(self, op: Operation) -> np.ndarray:
+        """What a statistic needs to know; that of a frame is the sum of its parts'. For Contrast, the luma of all pixels; else
+        how many pixels have each level before they go through the table: [3, 256]. float32 or float64, whole numbers."""
+        if op.name == "Contrast":
+            return np.array(self._luma())
+        if self._histogram is None:
+            counts = [cv2.calcHist([self._image], [c], None, [256], [0, 256]).ravel() for c in range(3)]
+            self._histogram = np.stack(counts)
+        return self._histogram
+
+    def table(self, op: Operation, measured: np.ndarray, pixels: int) -> np.ndarray:
+        """The table of a statistic of so many pixels, from what `measure` gives."""
+        if op.name == "Contrast":
+            return _enhance(op.argument, int(float(measured) * (1.0 / pixels) + 0.5))[:, None]
+        make = _autocontrast if op.name == "AutoContrast" else _equalize
+        return np.stack([make(h) for h in self._pushed(measured.astype(np.float32))], axis=1)
+
+    def _luma(self) -> float:
+        """The sum of the pixels' luma."""
         total = 0.0
         for first in range(0, len(self._image), _BAND):
             rows = self._image[first : first + _BAND]
             rows = rows if self._table is None else cv2.LUT(rows, self._table[None])
             total += cv2.sumElems(cv2.cvtColor(rows, cv2.COLOR_RGB2GRAY))[0]
-        return total * (1.0 / (self._image.shape[0] * self._image.shape[1]))
+        return total
 
-    def _counts(self) -> np.ndarray:
-        """Pixels of each grey level: int64 [3, 256]."""
-        if self._histogram is None:
-            counts = [cv2.calcHist([self._image], [c], None, [256], [0, 256]).ravel() for c in range(3)]
-            self._histogram = np.stack(counts)
+    def _pushed(self, histogram: np.ndarray) -> np.ndarray:
+        """Pixels of each grey level behind the table: int64 [3, 256]."""
         if self._table is None:
-            return self._histogram.astype(np.int64)
+            return histogram.astype(np.int64)
         tables = np.broadcast_to(self._table, (256, 3))
-        pushed = [np.bincount(tables[:, c], self._histogram[c], minlength=256) for c in range(3)]
+        pushed = [np.bincount(tables[:, c], histogram[c], minlength=256) for c in range(3)]
         return np.stack(pushed).astype(np.int64)
 
 
@@ -168,7 +186,7 @@ def _step(op: Operation, width: int, height: int) -> Step:
     if op.name == "TranslateY":
         return _Shift(op.argument * height, height, axis=0)
     matrix = affine(op, width, height)
-    return _table(op).astype(np.uint8)[:, None] if matrix is None else _Warp(matrix, width, height)
+    return _table(op).astype(np.uint8)[:, None] if matrix is None else Warp(matrix, width, height)
 
 
 def _compose(second: np.ndarray, first: np.ndarray) -> np.ndarray:
@@ -300,7 +318,7 @@ def _far(d: np.ndarray) -> np.ndarray:
     return ((5.0 - d) * d - 8.0) * d + 4.0
 
 
-class _Warp:
+class Warp:
     """Rotation and shear, cubic. OpenCV's kernel has a = -0.75 where Pillow's has -1, and steps of 1/32 pixel.
 
     The softer kernel is met halfway by sharpening beforehand, along the axes that are interpolated.
@@ -322,28 +340,35 @@ class _Warp:
     def __call__(self, patch: np.ndarray, source: Box, target: Box) -> np.ndarray:
         if not patch.size:
             return np.full((target.height, target.width, 3), FILL, np.uint8)
-        # Float32 with a constant border is the fastest path of OpenCV's cubic warp (0.6 of uint8's time) and leaves
-        # the rounding to us. The frame is replicated by hand, as far as the kernel reaches from inside.
-        padded = cv2.copyMakeBorder(patch, _REACH, _REACH, _REACH, _REACH, cv2.BORDER_REPLICATE)
         warped = cv2.warpAffine(
-            cv2.sepFilter2D(padded, cv2.CV_32F, self._along_x, self._along_y, borderType=cv2.BORDER_REPLICATE),
-            self._index_map(source, target),
+            self.sharpened(patch),
+            self.index_map(source, target),
             (target.width, target.height),
             flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP,
             borderMode=cv2.BORDER_CONSTANT,
         )
-        out = cv2.subtract(warped, np.full(4, _TRUNCATE), dtype=cv2.CV_8U)
         if target not in self._outside:
-            self._outside[target] = self._mask(target)
-        mask = self._outside[target]
-        return out if mask is None else cv2.copyTo(np.full_like(out, FILL), mask, out)
+            self._outside[target] = self.outside(target)
+        return self.finished(warped, self._outside[target])
 
-    def _index_map(self, source: Box, target: Box) -> np.ndarray:
+    def sharpened(self, patch: np.ndarray) -> np.ndarray:
+        """What is interpolated: float32 [h + 2 _REACH, w + 2 _REACH, 3]."""
+        # Float32 with a constant border is the fastest path of OpenCV's cubic warp (0.6 of uint8's time) and leaves
+        # the rounding to us. The frame is replicated by hand, as far as the kernel reaches from inside.
+        padded = cv2.copyMakeBorder(patch, _REACH, _REACH, _REACH, _REACH, cv2.BORDER_REPLICATE)
+        return cv2.sepFilter2D(padded, cv2.CV_32F, self._along_x, self._along_y, borderType=cv2.BORDER_REPLICATE)
+
+    def finished(self, warped: np.ndarray, outside: np.ndarray | None) -> np.ndarray:
+        """uint8 from what was interpolated, with grey where `outside` is not 0."""
+        out = cv2.subtract(warped, np.full(4, _TRUNCATE), dtype=cv2.CV_8U)
+        return out if outside is None else cv2.copyTo(np.full_like(out, FILL), outside, out)
+
+    def index_map(self, source: Box, target: Box) -> np.ndarray:
         """The map between pixel indices of the padded patches, from that between corner coordinates of the frame."""
         start = self._matrix @ np.array([target.left + 0.5, target.top + 0.5, 1.0])
         return np.column_stack([self._matrix[:, :2], start - 0.5 + _REACH - np.array([source.left, source.top])])
 
-    def _mask(self, target: Box) -> np.ndarray | None:
+    def outside(self, target: Box) -> np.ndarray | None:
         """255 where the map leaves the frame; None if nowhere."""
         x = np.arange(target.left, target.left + target.width)[None, :] + 0.5
         (a, b, c), (d, e, f) = self._matrix

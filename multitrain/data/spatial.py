@@ -13,6 +13,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from multitrain.data.decode import LARGE, Frame, part
 from multitrain.data.random import Draws
 
 MEAN = 0.45
@@ -20,10 +21,8 @@ MEAN = 0.45
 STD = 0.225
 """Their standard deviation."""
 
-LARGE = 1 << 22
-"""Pixels from which on a frame is worked on in bands of rows, to save memory."""
-_BAND = 256
-"""Their height."""
+_BAND = 64
+"""Rows of a large frame that are resized at once."""
 
 _CROP_TRIES = 10
 _ERASE_TRIES = 100
@@ -106,10 +105,10 @@ def uniform_crop(height: int, width: int, size: int, position: int) -> Box:
     return Box(top, left, size, size)
 
 
-def resize_crop(image: np.ndarray, size: tuple[int, int], crop: Box) -> np.ndarray:
+def resize_crop(image: Frame, size: tuple[int, int], crop: Box) -> np.ndarray:
     """A box of an image resized to `size` (height, width).
 
-    image: uint8 or float32 [H, W, C], C up to 4; returns float32 [crop.height, crop.width, C], equal to
+    image: uint8 or float32 [H, W, C], C up to 4, or a large frame; returns float32 [crop.height, crop.width, C], equal to
     ``interpolate(image, size, mode="bilinear", align_corners=False)`` cut to the box: up to 2e-7 of the range as a rule, and
     4e-6 where a position lies halfway between two float32 numbers.
     """
@@ -117,23 +116,29 @@ def resize_crop(image: np.ndarray, size: tuple[int, int], crop: Box) -> np.ndarr
         _Axis(image.shape[0], size[0], crop.top + crop.height),
         _Axis(image.shape[1], size[1], crop.left + crop.width),
     )
-    used = image[: height.read, : width.read]
     # Intel's own routine, which OpenCV prefers, rounds positions differently. The switch is the thread's.
     faster = cv2.ipp.useIPP()
     cv2.ipp.setUseIPP(False)
     try:
-        if used.shape[0] * used.shape[1] > LARGE and (height.scale, width.scale) != (
-            2,
-            2,
-        ):  # OpenCV halves by other sums
-            parts = range(0, len(used), _BAND)  # across first, then down: the same sums, without a large float32 image
-            used = np.concatenate([_linear(used[at : at + _BAND], 1 / width.scale, 1) for at in parts])
-            out = _linear(used, 1, 1 / height.scale)
+        halved = (height.scale, width.scale) == (2, 2)  # OpenCV halves by other sums
+        if height.read * width.read > LARGE and not halved:
+            out = _linear(_across(image, height.read, width), 1, 1 / height.scale)
         else:
-            out = _linear(used, 1 / width.scale, 1 / height.scale)
+            out = _linear(part(image, 0, 0, height.read, width.read), 1 / width.scale, 1 / height.scale)
     finally:
         cv2.ipp.setUseIPP(faster)
     return crop.cut(out.reshape(*out.shape[:2], -1))
+
+
+def _across(image: Frame, rows: int, width: _Axis) -> np.ndarray:
+    """The first rows of a large image, resized along them: the same sums as at once, without a large float32 image."""
+    out = np.empty(0, np.float32)
+    for at in range(0, rows, _BAND):
+        band = _linear(part(image, at, 0, min(_BAND, rows - at), width.read), 1 / width.scale, 1)
+        if not at:
+            out = np.empty((rows, *band.shape[1:]), np.float32)
+        out[at : at + len(band)] = band
+    return out
 
 
 def _linear(image: np.ndarray, across: float, down: float) -> np.ndarray:

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 from multitrain.config import ConfigError, DataConfig, DatasetConfig, ModelConfig
-from multitrain.data.decode import open_video
+from multitrain.data.decode import Frame, open_video
 from multitrain.data.frames import view_indices
 from multitrain.data.guard import Lease
 from multitrain.data.spatial import MEAN, STD, Box, resize_crop, short_side_size, uniform_crop, union
@@ -81,7 +81,7 @@ def load_views(
         if out is None:
             out = np.empty(views_shape(dataset, model), np.float32)
         plan = None
-        for number, frame in video.each(shown.ravel()):
+        for number, frame in video.pictures(shown.ravel()):
             plan = plan or crop_plan(frame.shape[0], frame.shape[1], dataset, model)
             with lease:
                 show(frame, np.argwhere(shown == number), plan, out)
@@ -89,8 +89,8 @@ def load_views(
     return out
 
 
-def show(frame: np.ndarray, places: np.ndarray, plan: CropPlan, out: np.ndarray) -> None:
-    """Writes one decoded frame, uint8 [H, W, 3], to all its places (temporal view, t), int64 [P, 2], of `out`."""
+def show(frame: Frame, places: np.ndarray, plan: CropPlan, out: np.ndarray) -> None:
+    """Writes one decoded frame, uint8 [H, W, 3] or a large one, to all its places (temporal view, t), int64 [P, 2], of `out`."""
     around = union(plan.crops)
     image = resize_crop(frame, plan.size, around)
     for crop, box in enumerate(plan.crops):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from multitrain.data.decode.decord import DecordVideo
+from multitrain.data.decode.picture import LARGE, Frame, Picture, part, pixels
 from multitrain.data.decode.pyav import PyAVVideo
 from multitrain.data.decode.video import Video, VideoError, check_file
 from multitrain.data.decode.whole import Whole, check_complete, read_whole
@@ -53,4 +54,18 @@ def prepare(backend: Backend) -> None:
         import av  # noqa: F401
 
 
-__all__ = ["Backend", "Video", "VideoError", "Whole", "check_complete", "open_video", "prepare", "read_whole"]
+__all__ = [
+    "LARGE",
+    "Backend",
+    "Frame",
+    "Picture",
+    "Video",
+    "VideoError",
+    "Whole",
+    "check_complete",
+    "open_video",
+    "part",
+    "pixels",
+    "prepare",
+    "read_whole",
+]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,10 +147,15 @@ def _open_decoder(path: Path, stream: av.VideoStream) -> None:
 
 def has_flag(container: av.container.InputContainer, name: str) -> bool:
     """Whether libavformat says this of the container's format; names as in `av.format.Flags`."""
+    return bool(container.format.flags & _flag(name))
+
+
+@cache
+def _flag(name: str) -> int:
     from av.format import Flags
 
     bit: Any = Flags[name].value
-    return bool(container.format.flags & bit)
+    return int(bit)
 
 
 def check_size(path: Path, width: int, height: int) -> None:

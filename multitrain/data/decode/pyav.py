@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from multitrain.data.decode.container import as_video_error, check_size, has_flag, open_container
+from multitrain.data.decode.picture import LARGE, Cutter, Frame, Picture, can_be_cut
 from multitrain.data.decode.rate import average_rate, frame_seconds
 from multitrain.data.decode.table import NO_TIME, Packets, Table, by_count, by_time
 from multitrain.data.decode.video import Video, VideoError, check_time
@@ -22,8 +24,8 @@ HELD_BYTES = 64 << 20
 """Compressed bytes kept in memory; a longer file is read again for each pass over its frames."""
 MAX_FRAMES = 1 << 22
 """Frames of the longest video, 38 hours at 30 a second."""
-_LARGE = 1 << 22
-"""Pixels of a frame that is worth looking for in memory."""
+_LESS = 8
+"""How many times fewer of a video of large frames: decoding these takes far longer than reading the file again."""
 _OVERHEAD = 512
 """Bytes that a packet takes beside its content."""
 
@@ -88,19 +90,22 @@ class PyAVVideo(Video):
 
     def _list(self) -> Packets:
         """All packets of the file; they are kept as well where they are not too large."""
-        packets, held, cut_off, codec = Packets(), 0, False, self.stream.codec_context.name
-        for packet in self._demuxed():
+        context = self.stream.codec_context
+        packets, held, last = Packets(), 0, None
+        most = HELD_BYTES // _LESS if context.width * context.height > LARGE else HELD_BYTES
+        vp8 = context.name in ("vp8", "libvpx")
+        for number, packet in enumerate(self._demuxed()):
             if self._packets is not None:
                 self._packets.append(packet)
                 held += packet.size + _OVERHEAD
-                if held > HELD_BYTES:
+                if held > most:
                     self._packets = None
-            hidden = packet.is_discard or _is_invisible(packet, codec)
+            hidden = packet.is_discard or (vp8 and _is_invisible(packet))
             packets.add(packet.pts, packet.dts, not hidden, packet.is_keyframe)
-            if len(packets) > MAX_FRAMES:
+            if number >= MAX_FRAMES:
                 raise VideoError(self.path, f"more than {MAX_FRAMES} frames; cut it into shorter videos")
-            cut_off = packet.is_corrupt
-        if cut_off:  # within the last packet; elsewhere, as in ffmpeg, the decoder says what is damaged
+            last = packet
+        if last is not None and last.is_corrupt:  # elsewhere, as in ffmpeg, the decoder says what is damaged
             packets.hide_last()
         if not len(packets.shown):
             raise VideoError(self.path, "no frame in it")
@@ -158,7 +163,7 @@ class PyAVVideo(Video):
         except av.error.FFmpegError:
             return []
 
-    def _each(self, numbers: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+    def _each(self, numbers: list[int]) -> Iterator[tuple[int, Frame]]:
         convert = Converter(self.path, self.frame_count)
         try:
             yield from (self._counted if self._table.pts is None else self._timed)(numbers, convert)
@@ -167,7 +172,7 @@ class PyAVVideo(Video):
         except Exception as error:
             raise as_video_error(self.path, error) from error
 
-    def _timed(self, numbers: list[int], convert: Converter) -> Iterator[tuple[int, np.ndarray]]:
+    def _timed(self, numbers: list[int], convert: Converter) -> Iterator[tuple[int, Frame]]:
         missing = set(numbers)
         for number, image in self._decoded(numbers, self._table.runs(numbers), convert, skip=True):
             missing.discard(number)
@@ -184,7 +189,7 @@ class PyAVVideo(Video):
 
     def _decoded(
         self, numbers: list[int], runs: list[tuple[int, int]], convert: Converter, *, skip: bool
-    ) -> Iterator[tuple[int, np.ndarray]]:
+    ) -> Iterator[tuple[int, Frame]]:
         """Frames `numbers` as they come out of the packets of `runs` (first and last packet of each)."""
         assert self._table.pts is not None
         by_pts = {int(self._table.pts[n]): n for n in numbers}
@@ -202,10 +207,11 @@ class PyAVVideo(Video):
                         if n is not None and image is not None:
                             yield n, image
                         del image
+                        convert.let_go()
         finally:
             self.stream.codec_context.skip_frame = "DEFAULT"
 
-    def _counted(self, numbers: list[int], convert: Converter) -> Iterator[tuple[int, np.ndarray]]:
+    def _counted(self, numbers: list[int], convert: Converter) -> Iterator[tuple[int, Frame]]:
         """Frames by counting what the decoder gives from the top; the last one stands for those that never come."""
         missing, count, final = set(numbers), 0, None
         self.stream.codec_context.flush_buffers()
@@ -216,6 +222,7 @@ class PyAVVideo(Video):
                 if count - 1 in missing:
                     missing.discard(count - 1)
                     yield count - 1, convert(final, count - 1)
+                    convert.let_go()
             if not missing:
                 return
         if final is None:
@@ -250,30 +257,27 @@ class Converter:
     """Decoded frames of one video as upright RGB, all in the size and turned the way of the first."""
 
     def __init__(self, path: Path, frame_count: int) -> None:
-        from av.video.reformatter import VideoReformatter
-
         self._path, self._count = path, frame_count
-        self._reformatter = VideoReformatter()  # one for all frames: setting it up costs as much as a frame
-        self._size: tuple[int, int] | None = None
-        self._matrix: tuple[int, int, int, int] | None = None
+        self._cutter: Cutter | None = None
         self._hanging = False
 
-    def __call__(self, frame: av.VideoFrame, number: int) -> np.ndarray:
-        """uint8 [H, W, 3]; the memory is the frame's own."""
+    def __call__(self, frame: av.VideoFrame, number: int) -> Frame:
+        """uint8 [H, W, 3], whose memory is the frame's own; of a large frame, what its parts can be asked of."""
         if frame.is_corrupt:
             raise VideoError(self._path, f"frame {number} of {self._count} is damaged")
-        if self._size is None:  # side data and its frame hold each other: asked of every frame, frames would pile up
-            self._size, self._matrix = (frame.width, frame.height), _display_matrix(frame)
-            self._hanging = frame.width * frame.height > _LARGE
-        elif self._hanging:
-            gc.collect()  # the first one, which nobody else holds by now
+        if self._cutter is None:  # side data and its frame hold each other: asked of every frame, frames would pile up
+            check_size(self._path, frame.width, frame.height)
+            self._cutter = Cutter(frame.width, frame.height, partial(_upright, matrix=_display_matrix(frame)))
+            self._hanging = frame.width * frame.height > LARGE
+        cutter = self._cutter
+        large = frame.width * frame.height > LARGE and (frame.width, frame.height) == (cutter.width, cutter.height)
+        return Picture(frame, cutter) if large and can_be_cut(frame) else cutter.whole(frame)
+
+    def let_go(self) -> None:
+        """Frees the first frame where it is large; called when nobody else holds it."""
+        if self._hanging:
             self._hanging = False
-        width, height = self._size
-        check_size(self._path, width, height)
-        rgb = self._reformatter.reformat(frame, width, height, "rgb24", interpolation="BICUBIC", threads=1)
-        plane = rgb.planes[0]
-        pixels = np.ndarray((height, width, 3), np.uint8, memoryview(plane), strides=(plane.line_size, 3, 1))
-        return _upright(pixels, self._matrix)
+            gc.collect()
 
 
 def _taken(frames: list[av.VideoFrame]) -> Iterator[av.VideoFrame]:
@@ -289,9 +293,9 @@ def upright_size(frame: av.VideoFrame) -> tuple[int, int]:
     return (frame.width, frame.height) if turned else (frame.height, frame.width)
 
 
-def _is_invisible(packet: av.Packet, codec: str) -> bool:
+def _is_invisible(packet: av.Packet) -> bool:
     """Whether a VP8 packet only updates the decoder: bit 4 of its first byte is `show_frame` (RFC 6386, 9.1)."""
-    return codec in ("vp8", "libvpx") and not bytes(packet)[0] >> 4 & 1
+    return not bytes(packet)[0] >> 4 & 1
 
 
 def _holds_idr(packet: bytes, extradata: bytes) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -13,7 +14,7 @@ NO_TIME = -(1 << 63)
 
 
 class Packets:
-    """What the reader of a container says of each packet of a stream, in file order."""
+    """What the reader of a container says of each packet of a stream, in file order: all is added before anything is asked."""
 
     def __init__(self) -> None:
         self._pts, self._dts = array("q"), array("q")
@@ -34,27 +35,27 @@ class Packets:
     def __len__(self) -> int:
         return len(self._key)
 
-    @property
+    @cached_property
     def pts(self) -> np.ndarray:
         """int64 [packets], `NO_TIME` where not known."""
         return np.frombuffer(self._pts, np.int64)
 
-    @property
+    @cached_property
     def dts(self) -> np.ndarray:
         """int64 [packets], `NO_TIME` where not known."""
         return np.frombuffer(self._dts, np.int64)
 
-    @property
+    @cached_property
     def shown(self) -> np.ndarray:
         """int64 [S]: the numbers of packets whose picture is shown."""
         return np.flatnonzero(np.frombuffer(self._shown, np.uint8))
 
-    @property
+    @cached_property
     def keys(self) -> np.ndarray:
         """int64 [K]: the numbers of packets that decoding can start from."""
         return np.flatnonzero(np.frombuffer(self._key, np.uint8))
 
-    @property
+    @cached_property
     def first(self) -> int:
         """The packet that decoding starts from: the first key packet, or the first of a file without."""
         return int(self.keys[0]) if len(self.keys) else 0
@@ -63,7 +64,7 @@ class Packets:
         """Whether presentation times tell frames apart, and decoding times rise, as they do in one recording."""
         pts, dts = self.pts[self.shown], self.dts
         dts = dts[dts != NO_TIME]
-        return NO_TIME not in pts and len(np.unique(pts)) == len(pts) and bool((np.diff(dts) > 0).all())
+        return NO_TIME not in pts and _rise(np.sort(pts)) and _rise(dts)
 
     def begins_inside(self) -> bool:
         """Whether pictures come before the first key picture, in the file or on the screen: then the decoder has to be
@@ -71,6 +72,10 @@ class Packets:
         first, pts = self.first, self.pts
         early = pts[self.shown] < pts[first] if pts[first] != NO_TIME else np.False_
         return first > 0 or not len(self.keys) or bool(np.any(early))
+
+
+def _rise(times: np.ndarray) -> bool:
+    return bool((times[1:] > times[:-1]).all())
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from multitrain.data.decode.picture import Frame, pixels
 from multitrain.data.packs import DamagedError, Stored, locate
 
 _LASTING = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
@@ -81,11 +82,14 @@ class Video(ABC):
         for place, number in enumerate(wanted):
             places.setdefault(number, []).append(place)
         out = np.empty(0, np.uint8)
-        for number, image in self._each(sorted(places)):
+        for number, frame in self._each(sorted(places)):
+            image = pixels(frame)
+            del frame
             if not out.size:
                 out = np.empty((len(wanted), *image.shape), np.uint8)
             for place in places[number]:
                 out[place] = image
+            del image
         return out
 
     def each(self, indices: Sequence[int] | np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
@@ -94,6 +98,15 @@ class Video(ABC):
         Frames come one by one, so that their number costs no memory, and by rising number, but for frames that had to be
         tried twice: these come last. Raises as `frames` does, in the course of the iteration.
         """
+        for number, frame in self.pictures(indices):
+            image = pixels(frame)
+            del frame
+            yield number, image
+            del image
+
+    def pictures(self, indices: Sequence[int] | np.ndarray) -> Iterator[tuple[int, Frame]]:
+        """As `each`, but of a large frame not its pixels, only what its parts can be asked of, as long as no further frame is
+        asked for."""
         yield from self._each(sorted(set(self._known(indices))))
 
     def _known(self, indices: Sequence[int] | np.ndarray) -> list[int]:
@@ -103,7 +116,7 @@ class Video(ABC):
         return wanted
 
     @abstractmethod
-    def _each(self, numbers: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+    def _each(self, numbers: list[int]) -> Iterator[tuple[int, Frame]]:
         """Every one of the frames `numbers`, which rise, all of one size; a number given again replaces the frame."""
 
     @abstractmethod
