@@ -68,11 +68,18 @@ come_back() {
     put_back
 }
 
-# failed_on: the node whose rank ended first with an exit status of its own, as srun said in this start; ranks that could
-# not start Python have told nobody else.
+# failed_on: the node on which srun could not start a task, else the one whose task ended first with an exit status of its
+# own, as srun said in this start. Ranks that could not start have told nobody else.
 failed_on() {
-    tail -c "+$((${log_before:-0} + 1))" "$log" 2>/dev/null |
-        sed -n '/exit code 75$/d; s/^srun: error: \([^: ]*\): tasks\{0,1\} [0-9,-]*: Exited with exit code .*/\1/p' | head -n 1
+    local said task
+    said=$(tail -c "+$((${log_before:-0} + 1))" "$log" 2>/dev/null)
+    task=$(sed -n 's/^srun: error: tasks\{0,1\} \([0-9]*\)[0-9,-]* launch failed: .*/\1/p' <<<"$said" | head -n 1)
+    if [ -n "$task" ]; then
+        scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n "$((task / ${SLURM_NTASKS_PER_NODE:-1} + 1))p"
+    else
+        sed -n '/exit code 75$/d; s/^srun: error: \([^: ]*\): tasks\{0,1\} [0-9,-]*: Exited with exit code .*/\1/p' <<<"$said" |
+            head -n 1
+    fi
 }
 
 # elsewhere: the job goes back without this node. Where that was of no use on three nodes (eight, of a run that has got on),

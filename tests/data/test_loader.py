@@ -351,7 +351,7 @@ def test_a_test_video_given_up_never_writes_to_its_place_again(
 ) -> None:
     monkeypatch.setattr(clips, "_GRACE", 0.2)
     goes_on, ended = threading.Event(), threading.Event()
-    original = Video.each
+    original = Video.pictures
 
     def stuck(self: Video, indices: Any) -> Iterator[tuple[int, np.ndarray]]:
         try:
@@ -365,7 +365,7 @@ def test_a_test_video_given_up_never_writes_to_its_place_again(
     setting = Setting(videos, tmp_path / "index", data__decode_timeout=4.0)
     job = TestJob(setting.catalogs["stride"], setting.config.data.datasets["stride"], setting.config)
     place = np.full(job.shape, 7, np.float32)
-    monkeypatch.setattr(Video, "each", stuck)
+    monkeypatch.setattr(Video, "pictures", stuck)
     assert job.run(0, place) == "decoding took longer than data.decode_timeout"
     assert (place != 7).any(), "the first frame is written before the video gets stuck"
     place[:] = 7
