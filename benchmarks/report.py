@@ -116,6 +116,8 @@ def page(results: Sequence[Result]) -> str:
         )
         if result["rows"]:
             parts.append(table(result["rows"]))
+        if result.get("table"):
+            parts.append(result["table"])
         for number, drawn in enumerate(result.get("plots", ())):
             parts.append(f"![{drawn['title']}](plots/{result['name']}-{number}.svg)")
             if drawn["note"]:

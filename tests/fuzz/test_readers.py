@@ -5,15 +5,21 @@ The same cases in every run of the suite; `python -m benchmarks.fuzz` tries twen
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.fuzz import Fuzz
-from benchmarks.fuzzing.judge import GOOD, Case, Worker, judged, taking
+from benchmarks.fuzz import Fuzz, main
+from benchmarks.fuzzing.judge import GOOD, Case, Outcome, Serve, Worker, judged, taking
 from benchmarks.fuzzing.readers import REFUSALS
 
 SLOW = ("$", "flops", "predict", "convert", "report", "submit", "data", "overrides", "yaml group", "compare", "status")
@@ -78,33 +84,77 @@ def test_any_value_of_an_option_is_accepted_or_refused_in_a_line(fuzz: Fuzz, key
     assert not tried(fuzz, Case("overrides", 0, f"{key}={value}".encode().hex()))
 
 
+def misbehaving(folder: Path, captures: tuple[Path, Path]) -> Serve:
+    """Readers that misbehave, for a worker's process."""
+    said = taking(captures)
+    return lambda case: judged(lambda *_: misbehave(case.reader), folder, b"", REFUSALS, said)
+
+
+def misbehave(how: str) -> object:
+    if how == "raises":
+        raise KeyError("x")
+    if how == "grows":
+        return len(bytearray(b"\1") * (1_200 << 20)) and None
+    if how == "too much":
+        return len(bytes(1 << 40)) and None
+    if how == "dies":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    while how == "hangs":
+        pass
+    if how == "child hangs":
+        subprocess.run([sys.executable, "-c", "import os; os.setpgid(0, 0)\nwhile True: pass"], check=False)
+    if how == "speaks":
+        print("\x1b[31m")
+    return 3 if how == "says nothing" else None
+
+
 @pytest.fixture
 def harness(tmp_path: Path) -> Iterator[Worker]:
-    """A worker whose readers misbehave."""
-
-    def misbehave(case: Case) -> object:
-        if case.reader == "raises":
-            raise KeyError("x")
-        if case.reader == "grows":
-            return len(bytearray(b"\1") * (1_200 << 20)) and None
-        if case.reader == "too much":
-            return len(bytes(1 << 40)) and None
-        while case.reader == "hangs":
-            pass
-        if case.reader == "speaks":
-            print("\x1b[31m")
-        return 3 if case.reader == "says nothing" else None
-
     captures = (tmp_path / "out", tmp_path / "err")
-    said = taking(captures)
-    worker = Worker(lambda case: judged(lambda *_: misbehave(case), tmp_path, b"", REFUSALS, said), captures)
+    worker = Worker(partial(misbehaving, tmp_path, captures), captures)
     yield worker
     worker.close()
 
 
 def test_the_judge_sees_what_it_is_there_for(harness: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.fuzzing.judge.CPU_SECONDS", 4.0)
-    kinds = ("raises", "grows", "too much", "hangs", "speaks", "says nothing", "is fine")
-    found = {name: harness.judge(Case(name, 0)).kind for name in kinds}
-    expected = ("traceback", "growth", "growth", "hang", "control", "silent", "accepted")
-    assert found == dict(zip(kinds, expected))
+    expected = {
+        "raises": "traceback",
+        "grows": "growth",
+        "too much": "growth",
+        "hangs": "hang",
+        "child hangs": "hang",
+        "dies": "crash",
+        "speaks": "control",
+        "says nothing": "silent",
+        "is fine": "accepted",
+    }
+    found = {name: harness.judge(Case(name, 0)) for name in expected}
+    assert {name: outcome.kind for name, outcome in found.items()} == expected
+    assert "in misbehave" in found["hangs"].text
+    assert f"ended with {-signal.SIGSEGV}" in found["dies"].text
+
+
+def test_a_fuzz_that_was_ended_goes_on_after_its_last_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Case] = []
+
+    class Ended(Fuzz):
+        def judge(self, case: Case) -> Outcome:
+            asked.append(case)
+            if len(asked) == 4:
+                raise KeyboardInterrupt
+            return Outcome("traceback" if case.number == 2 else "refused", "x")
+
+    monkeypatch.setattr("benchmarks.fuzz.Fuzz", Ended)
+    words = ["csv", "events", "--cases", "7"]
+    with pytest.raises(KeyboardInterrupt):
+        main(words, tmp_path)
+    saved = json.loads((tmp_path / "unfinished/fuzz-small.json").read_text())
+    assert saved["done"] == 3
+    assert saved["outcomes"] == {"csv": {"refused": 2}, "events": {"refused": 1}}
+    assert main(words, tmp_path) == 1
+    assert [f"{c.reader}/{c.number}" for c in asked[3:]] == ["events/1", "events/1", *("csv/2 events/2 csv/3".split())]
+    result = json.loads((tmp_path / "fuzz.json").read_text())
+    assert (result["done"], result["outcomes"]["csv"]) == (7, {"refused": 3, "traceback": 1})
+    assert [f["case"] for f in result["faults"]] == ["csv/2", "events/2"]
+    assert not (tmp_path / "unfinished/fuzz-small.json").exists()
