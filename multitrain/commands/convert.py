@@ -33,7 +33,7 @@ def main(arguments: Arguments) -> int:
         help="parameter groups in a .pyth file made of a run: as the published code has them on several GPUs, or on one",
     )
     parser.add_argument(
-        "--copy", metavar="NAME", help="weights of a .pyth file to take instead of the trained ones, e.g. model_ema"
+        "--copy", metavar="NAME", help="of several sets of weights in a file, the one to take instead of the trained ones, e.g. model_ema"
     )
     given = parser.parse_args(arguments)
     given.source, _ = parser.model_and_words(given, [])

@@ -60,7 +60,7 @@ def convert(
         weights_only: leave out the optimizer's state.
         grouping: how a `.pyth` file's optimizer state is grouped when it is made of a run's; ``ddp`` for training on
             several GPUs with the published code, ``single`` for one.
-        copy: of a `.pyth` file, the set of weights to take instead of the trained ones, e.g. ``model_ema``; the
+        copy: of several sets of weights in a file, the one to take instead of the trained ones, e.g. ``model_ema``; the
             optimizer's state, which is not of these, is left out.
 
     Raises:

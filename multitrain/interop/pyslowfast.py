@@ -123,14 +123,19 @@ def read_published(path: str | Path, *, strict: bool = True, copy: str | None = 
     )
 
 
-def read_tensors(path: Path, config: ModelConfig, datasets: Mapping[str, int]) -> dict[str, torch.Tensor]:
+def read_tensors(
+    path: Path, config: ModelConfig, datasets: Mapping[str, int]
+) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
     """The tensors of any `.pyth` file of the MViT family, by the names of a model of ours; those unknown keep theirs.
+
+    Second, which of several sets of weights these are, see :class:`multitrain.interop.archive.Archive`.
 
     For starting from files whose configuration says nothing or another network: official releases. Raises ConfigError.
     """
-    state = _by_our_names(open_archive(path).state, name_map(config, datasets, single=len(datasets) == 1))
+    found = open_archive(path)
+    state = _by_our_names(found.state, name_map(config, datasets, single=len(datasets) == 1))
     require_finite(path, state)
-    return state
+    return state, found.notes
 
 
 def has_published_cfg(path: Path) -> bool:
