@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,6 +160,7 @@ def write_pyth(
     sampling_rate: int = 3,
     target_fps: float = 30.0,
     tested: DatasetConfig | None = None,
+    placed: Callable[[Path], AbstractContextManager[Path]] = replacing,
 ) -> None:
     """Writes tensors of our names as a `.pyth` file that the published code can build and load.
 
@@ -173,6 +175,7 @@ def write_pyth(
         extras: what else the file holds.
         sampling_rate, target_fps, tested: for the configuration text, see
             :func:`multitrain.interop.published_cfg.make_cfg`.
+        placed: gives the temporary path for `path`, as :func:`multitrain.files.replacing`.
 
     Raises:
         ConfigError: `state` does not fit, `cfg` describes another network, or two pairs of dataset names collide.
@@ -204,7 +207,7 @@ def write_pyth(
         "cfg": text,
         **(extras or {}),
     }
-    with replacing(path) as temporary:
+    with placed(path) as temporary:
         torch.save(content, temporary)
 
 
