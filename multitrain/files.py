@@ -144,7 +144,7 @@ class OutputFolder:
     ) -> None:
         _refuse_nul(os.fspath(root))
         self.root, self.maker, self._known = Path(os.path.realpath(root)), maker, known
-        self._sources = {os.path.realpath(s) for s in sources}
+        self._sources = {os.path.realpath(s) for s in sources if "\0" not in os.fspath(s)}  # else no file
         self._record = _Record(self.root, maker)
         if (checkpoint := checkpoint_above(self.root)) is not None:
             raise InTheWayError(

@@ -22,7 +22,20 @@ from benchmarks.fuzz import Fuzz, main
 from benchmarks.fuzzing.judge import GOOD, Case, Outcome, Serve, Worker, judged, taking
 from benchmarks.fuzzing.readers import REFUSALS
 
-SLOW = ("$", "flops", "predict", "convert", "report", "submit", "data", "overrides", "yaml group", "compare", "status")
+SLOW = (
+    "$",
+    "flops",
+    "predict",
+    "convert",
+    "report",
+    "submit",
+    "data",
+    "overrides",
+    "yaml group",
+    "compare",
+    "status",
+    "embed",
+)
 """Beginnings of the names of readers that take more than some hundredths of a second."""
 TEXT = ("overrides", "yaml group", "csv", "multi-label csv", "class list", "class list json")
 

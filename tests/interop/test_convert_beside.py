@@ -69,7 +69,7 @@ def test_force_replaces_what_the_command_itself_wrote_and_names_and_keeps_everyt
     make(source, tmp_path / target)
     files = [tmp_path / name for name in TARGETS[target]]
     own = [file for file in files if file.exists()]
-    assert own[0] in own and len(own) >= len(files) - 1
+    assert len(own) >= len(files) - 1
     make(source, tmp_path / target)
     for file in own:
         whole = file.read_bytes()
