@@ -82,7 +82,8 @@ def main(arguments: list[str] | None = None, results: Path = FOLDER) -> int:
     cases = given.cases or CASES[size]
     unfinished = results / "unfinished" / f"fuzz-{size}.json"
     if given.table:
-        return _table(unfinished if unfinished.exists() else results / "fuzz.json")
+        found = next((file for file in (unfinished, results / "fuzz.json") if file.exists()), None)
+        return _table(found) if found else parser.error("nothing has been tried yet")
     with tempfile.TemporaryDirectory() as folder:
         fuzz = Fuzz(Path(folder))
         try:

@@ -6,10 +6,7 @@ The same cases in every run of the suite; `python -m benchmarks.fuzz` tries twen
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -19,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.fuzz import Fuzz, main
-from benchmarks.fuzzing.judge import GOOD, Case, Outcome, Serve, Worker, judged, taking
-from benchmarks.fuzzing.readers import REFUSALS
+from benchmarks.fuzzing.judge import GOOD, Case, Outcome, Worker
+from benchmarks.fuzzing.readers import Reader
+from tests.fuzz.misbehaving import misbehaving
 
 SLOW = (
     "$",
@@ -97,30 +95,6 @@ def test_any_value_of_an_option_is_accepted_or_refused_in_a_line(fuzz: Fuzz, key
     assert not tried(fuzz, Case("overrides", 0, f"{key}={value}".encode().hex()))
 
 
-def misbehaving(folder: Path, captures: tuple[Path, Path]) -> Serve:
-    """Readers that misbehave, for a worker's process."""
-    said = taking(captures)
-    return lambda case: judged(lambda *_: misbehave(case.reader), folder, b"", REFUSALS, said)
-
-
-def misbehave(how: str) -> object:
-    if how == "raises":
-        raise KeyError("x")
-    if how == "grows":
-        return len(bytearray(b"\1") * (1_200 << 20)) and None
-    if how == "too much":
-        return len(bytes(1 << 40)) and None
-    if how == "dies":
-        os.kill(os.getpid(), signal.SIGSEGV)
-    while how == "hangs":
-        pass
-    if how == "child hangs":
-        subprocess.run([sys.executable, "-c", "import os; os.setpgid(0, 0)\nwhile True: pass"], check=False)
-    if how == "speaks":
-        print("\x1b[31m")
-    return 3 if how == "says nothing" else None
-
-
 @pytest.fixture
 def harness(tmp_path: Path) -> Iterator[Worker]:
     captures = (tmp_path / "out", tmp_path / "err")
@@ -152,6 +126,10 @@ def test_a_fuzz_that_was_ended_goes_on_after_its_last_case(tmp_path: Path, monke
     asked: list[Case] = []
 
     class Ended(Fuzz):
+        def __init__(self, folder: Path) -> None:
+            self.readers = {name: Reader([], lambda *_: None) for name in ("csv", "events", "other")}
+            self.worker = Worker(Worker, (folder, folder))  # type: ignore[arg-type]  # never started
+
         def judge(self, case: Case) -> Outcome:
             asked.append(case)
             if len(asked) == 4:
