@@ -146,7 +146,6 @@ def _finish(progress: Progress, size: Size, results: Path) -> None:
             "damaged inputs with a traceback, a hang or another fault",
             ours=sum(total[kind] for kind in BAD),
             unit="inputs",
-            target="<= 0 inputs",
             note=f"of {progress.done} to {len(progress.readers)} readers and command lines; faults are {', '.join(BAD)}",
         ),
     ]

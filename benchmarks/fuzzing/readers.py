@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors.torch import load_file, save_file
+
 from benchmarks.fuzzing.judge import Call
 from benchmarks.fuzzing.material import CLASSES, TEXTS, Material, videos
 from launch import resume
@@ -130,7 +132,10 @@ def _files(material: Material) -> Iterator[tuple[str, Reader]]:
     config = weights.with_suffix(".json") if weights.with_suffix(".json").exists() else weights.parent / "config.json"
     yield ".pyth", Reader([material.pyth.read_bytes()], partial(_file, "m.pyth", read_published))
     yield "safetensors", Reader([weights.read_bytes()], partial(_beside, config, weights))
-    yield "config.json", Reader([config.read_bytes()], partial(_beside, weights, config))
+    plain = material.folder / "plain" / weights.name  # which nothing but config.json describes
+    plain.parent.mkdir(exist_ok=True)
+    save_file(load_file(weights), plain)
+    yield "config.json", Reader([config.read_bytes()], partial(_beside, plain, config))
 
 
 def _in_copy(tree: Path, target: Path, read: Callable[[Path], Any], folder: Path, data: bytes) -> Any:
@@ -204,6 +209,7 @@ def _frames(path: Path) -> None:
 def _commands(material: Material) -> Iterator[tuple[str, Reader]]:
     run, overrides = material.run, [text.encode() for text in TEXTS["overrides"]]
     yield "submit WORDS", Reader(overrides, lambda folder, data: _submit([*words(data), "dry_run=true"]))
+    yield "submit data", Reader([_group_of(material).encode()], _submit_data, 2)
     yield (
         "flops WORDS",
         Reader(
@@ -252,6 +258,19 @@ def main(*arguments: str | Path) -> int:
     environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
     command = [sys.executable, "-m", "multitrain", *words]
     return subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False).returncode
+
+
+def _group_of(material: Material) -> str:
+    """A YAML group of a dataset that is there."""
+    place = material.folder / "data/stride"
+    return f"datasets:\n  mine: {{annotations: {place}, videos: {place}, classes: 5, flip: true}}\nworkers: 2\n"
+
+
+def _submit_data(folder: Path, data: bytes) -> int:
+    (folder / "data").mkdir()
+    (folder / "data/mine.yaml").write_bytes(data)
+    words_ = ["data=mine", f"runs={folder}/runs", "cluster=local", "nodes=1", "gpus=1", "dry_run=true"]
+    return _submit([*words_, "--config-dir", str(folder)])
 
 
 def _submit(arguments: list[str]) -> int:
