@@ -104,7 +104,7 @@ def harness(tmp_path: Path) -> Iterator[Worker]:
 
 
 def test_the_judge_sees_what_it_is_there_for(harness: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.fuzzing.judge.CPU_SECONDS", 4.0)
+    monkeypatch.setattr("benchmarks.fuzzing.judge.CPU_SECONDS", 3.0)
     expected = {
         "raises": "traceback",
         "grows": "growth",
