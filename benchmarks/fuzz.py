@@ -1,11 +1,14 @@
 """Damaged and hostile input for every reader, as a table: reader × outcome.
 
-python benchmarks/fuzz.py [--full] [--cases N] [READER …] [--show READER/NUMBER]
+python benchmarks/fuzz.py [--full] [--cases N] [READER …] [--table] [--show READER/NUMBER]
 
 An input is accepted, or refused in one line. A traceback, a library's own words, no end after 10 s of the processor, or 1 GB more
-memory is a fault; each is kept in results/fuzz.json with the number that makes it again. Case n of a reader is the same input in
-every run. Functions and commands are called in one warm process; readers whose name begins with "$" start a Python for each
-case as a shell does, some 0.5 % of all cases.
+memory is a fault; each is kept with the number that makes it again. Case n of a reader is the same input in every run. Functions
+and commands are called in one warm process; readers whose name begins with "$" start a Python for each case as a shell does, some
+0.5 % of all cases.
+
+The counts stand in results/unfinished/fuzz-SIZE.json after each case: --table prints them at any moment, the same command goes on
+after the last case in them, and results/fuzz.json is written at the end.
 """
 
 from __future__ import annotations
@@ -21,29 +24,26 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections import Counter
-from typing import Any
+from collections.abc import Iterator
+from functools import partial
 
-from benchmarks.fuzzing.judge import BAD, GOOD, Case, Outcome, Worker, content, judged, taking
+from benchmarks.fuzzing.judge import BAD, Case, Outcome, Serve, Worker, content, judged, taking
 from benchmarks.fuzzing.material import Material
+from benchmarks.fuzzing.progress import Progress
 from benchmarks.fuzzing.readers import REFUSALS, Reader, readers
-from benchmarks.results import row, save
+from benchmarks.results import FOLDER, Size, row, save
 
-CASES = {"small": 1_000, "full": 20_000}
-FAULTS_SHOWN = 5
-"""Of a reader and kind, in the file of results."""
+CASES: dict[Size, int] = {"small": 1_000, "full": 20_000}
 
 
 class Fuzz:
     """Cases of all readers, in a scratch folder of its own."""
 
     def __init__(self, folder: Path) -> None:
-        self.material = Material(folder / "material")
-        self.readers: dict[str, Reader] = readers(self.material)
-        self._scratch = folder / "case"
-        self._captures = (folder / "out", folder / "err")
-        self._said = taking(self._captures)
-        self.worker = Worker(self._serve, self._captures)
+        material = Material(folder / "material")
+        self.readers: dict[str, Reader] = readers(material)
+        captures = (folder / "out", folder / "err")
+        self.worker = Worker(partial(_served, material, folder / "case", captures), captures)
 
     def judge(self, case: Case) -> Outcome:
         """The outcome of a case, in the worker's process."""
@@ -53,31 +53,37 @@ class Fuzz:
         """What the case's reader is given."""
         return content(case, self.readers[case.reader].seeds)
 
-    def _serve(self, case: Case) -> Outcome:
-        shutil.rmtree(self._scratch, ignore_errors=True)
-        self._scratch.mkdir()
-        os.chdir(self._scratch)
-        return judged(self.readers[case.reader].call, self._scratch, self.content(case), REFUSALS, self._said)
+
+def _served(material: Material, scratch: Path, captures: tuple[Path, Path]) -> Serve:
+    """What judges a case, for the worker's process."""
+    known, said = readers(material), taking(captures)
+
+    def serve(case: Case) -> Outcome:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        os.chdir(scratch)
+        reader = known[case.reader]
+        return judged(reader.call, scratch, content(case, reader.seeds), REFUSALS, said)
+
+    return serve
 
 
-def table(outcomes: dict[str, Counter[str]]) -> str:
-    """Readers × outcomes, as Markdown."""
-    kinds = [*GOOD, *BAD]
-    lines = ["| reader | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
-    for reader, counts in outcomes.items():
-        lines.append("| " + " | ".join([reader, *(str(counts[kind]) for kind in kinds)]) + " |")
-    return "\n".join(lines)
-
-
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, results: Path = FOLDER) -> int:
     """The exit status: 0, or 1 when there were faults."""
     parser = argparse.ArgumentParser(prog="python benchmarks/fuzz.py", description=__doc__.splitlines()[0])
     parser.add_argument("readers", nargs="*", metavar="READER", help="which; all when none is named")
     parser.add_argument("--full", action="store_true", help=f"{CASES['full']} cases instead of {CASES['small']}")
     parser.add_argument("--cases", type=int, metavar="N", help="in all")
     parser.add_argument("--first", type=int, default=0, metavar="N", help="number of each reader's first case")
+    parser.add_argument("--table", action="store_true", help="print what has come out so far, and end")
     parser.add_argument("--show", metavar="READER/NUMBER", help="one case: its input and its outcome")
     given = parser.parse_args(arguments)
+    size: Size = "full" if given.full else "small"
+    cases = given.cases or CASES[size]
+    unfinished = results / "unfinished" / f"fuzz-{size}.json"
+    if given.table:
+        found = next((file for file in (unfinished, results / "fuzz.json") if file.exists()), None)
+        return _table(found) if found else parser.error("nothing has been tried yet")
     with tempfile.TemporaryDirectory() as folder:
         fuzz = Fuzz(Path(folder))
         try:
@@ -86,10 +92,19 @@ def main(arguments: list[str] | None = None) -> int:
             unknown = [name for name in given.readers if name not in fuzz.readers]
             if unknown:
                 parser.error(f"no reader {unknown[0]!r}; there are {', '.join(fuzz.readers)}")
-            size = "full" if given.full else "small"
-            return _all(fuzz, given.readers or list(fuzz.readers), given.cases or CASES[size], given.first, size)
+            progress = Progress.resumed(unfinished, given.readers or list(fuzz.readers), given.first)
+            _try(fuzz, progress, cases, unfinished)
         finally:
             fuzz.worker.close()
+    _finish(progress, size, results)
+    unfinished.unlink()
+    return 1 if progress.faults else 0
+
+
+def _table(file: Path) -> int:
+    progress = Progress.read(file)
+    print(f"{progress.done} cases\n{progress.table()}")
+    return 0
 
 
 def _show(fuzz: Fuzz, name: str) -> int:
@@ -100,26 +115,41 @@ def _show(fuzz: Fuzz, name: str) -> int:
     return 0
 
 
-def _all(fuzz: Fuzz, names: list[str], cases: int, first: int, size: Any) -> int:
-    outcomes: dict[str, Counter[str]] = {name: Counter() for name in names}
-    faults: list[dict[str, str]] = []
-    rounds = ((name, n) for n in itertools.count(first) for name in names if n % fuzz.readers[name].every == 0)
-    turns = itertools.islice(rounds, cases)
-    for done, (name, number) in enumerate(turns, 1):
-        if not done % 1_000:
-            print(f"{done} of {cases} cases", file=sys.stderr, flush=True)
+def _turns(fuzz: Fuzz, progress: Progress) -> Iterator[tuple[str, int]]:
+    """Cases in the order in which they are tried: one of each reader, then the next one."""
+    for number in itertools.count(progress.first):
+        for name in progress.readers:
+            if number % fuzz.readers[name].every == 0:
+                yield name, number
+
+
+def _try(fuzz: Fuzz, progress: Progress, cases: int, file: Path) -> None:
+    if progress.done:
+        print(f"going on after case {progress.done}", file=sys.stderr, flush=True)
+    for name, number in itertools.islice(_turns(fuzz, progress), progress.done, cases):
         outcome = fuzz.judge(Case(name, number))
-        outcomes[name][outcome.kind] += 1
-        if outcome.kind in BAD and outcomes[name][outcome.kind] <= FAULTS_SHOWN:
-            faults.append({"case": f"{name}/{number}", "kind": outcome.kind, "text": outcome.text[:500]})
+        if progress.add(name, number, outcome):
             print(f"{name}/{number}: {outcome.kind}: {outcome.text[:300]!r}", flush=True)
-    total = sum(outcomes.values(), Counter[str]())
-    bad = sum(total[kind] for kind in BAD)
-    print(table(outcomes))
-    rows = [row(f"inputs {kind}", ours=total[kind], unit="inputs") for kind in GOOD]
-    rows += [row(f"faults: {kind}", ours=total[kind], unit="inputs", target="<= 0 inputs") for kind in BAD]
-    save("fuzz", rows, size, cases=cases, outcomes={k: dict(v) for k, v in outcomes.items()}, faults=faults)
-    return 1 if bad else 0
+        progress.save(file)
+        if not progress.done % 500:
+            print(f"{progress.done} of {cases} cases", file=sys.stderr, flush=True)
+
+
+def _finish(progress: Progress, size: Size, results: Path) -> None:
+    table, total = progress.table(), progress.total()
+    print(table)
+    rows = [
+        row("damaged and hostile inputs tried", ours=progress.done, unit="inputs"),
+        row("of them accepted", ours=total["accepted"], unit="inputs"),
+        row("of them refused in a line", ours=total["refused"], unit="inputs"),
+        row(
+            "damaged inputs with a traceback, a hang or another fault",
+            ours=sum(total[kind] for kind in BAD),
+            unit="inputs",
+            note=f"of {progress.done} to {len(progress.readers)} readers and command lines; faults are {', '.join(BAD)}",
+        ),
+    ]
+    save("fuzz", rows, size, folder=results, **progress.__dict__, table=table)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,8 @@ def section(results: Sequence[Result]) -> str:
         if sizes == {"full"}
         else "`make bench` and `make bench-full`"
     )
-    places = "; ".join(sorted({result["hardware"] for result in results}))
+    shown = [result for result in results if any(row["target"] for row in result["rows"])]
+    places = "; ".join(sorted({result["hardware"] for result in shown}))
     return (
         f"Measured by {how} on {places}; baselines are plain formulations of the published code's arithmetic, in the same run "
         f"([how, plots, commands](benchmarks/README.md)). {said}.\n\n" + "\n".join(lines)
@@ -118,6 +119,8 @@ def page(results: Sequence[Result]) -> str:
         )
         if result["rows"]:
             parts.append(table(result["rows"]))
+        if result.get("table"):
+            parts.append(result["table"])
         for number, drawn in enumerate(result.get("plots", ())):
             parts.append(f"![{drawn['title']}](plots/{result['name']}-{number}.svg)")
             if drawn["note"]:

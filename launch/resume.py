@@ -54,12 +54,18 @@ def history(path: Path) -> list[dict[str, Any]]:
     """What was typed for a run so far, one entry a submission."""
     file = path / "overrides.yaml"
     try:
-        entries = parse_yaml(file.read_text(), file)
-        return [{**entry, "overrides": [str(o) for o in entry["overrides"]]} for entry in entries or []]
+        entries = parse_yaml(file.read_text(), file) or []
     except FileNotFoundError:
         raise ConfigError(f"{file} is missing, so the run cannot be resumed by name; restore it") from None
-    except (OSError, TypeError, KeyError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} cannot be read ({' '.join(str(error).split())}); restore it") from None
+    if not isinstance(entries, list) or not all(isinstance(e, dict) and _lists(e) for e in entries):
+        raise ConfigError(f"{file} is no list of what was typed (overrides, config_dirs); restore it")
+    return [{**entry, "overrides": [str(o) for o in entry["overrides"]]} for entry in entries]
+
+
+def _lists(entry: dict[str, Any]) -> bool:
+    return all(isinstance(values, list) for values in (entry.get("overrides"), entry.get("config_dirs", [])))
 
 
 Flat = dict[tuple[str, ...], Any]

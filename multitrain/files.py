@@ -144,7 +144,7 @@ class OutputFolder:
     ) -> None:
         _refuse_nul(os.fspath(root))
         self.root, self.maker, self._known = Path(os.path.realpath(root)), maker, known
-        self._sources = {os.path.realpath(s) for s in sources}
+        self._sources = {os.path.realpath(s) for s in sources if "\0" not in os.fspath(s)}  # else no file
         self._record = _Record(self.root, maker)
         if (checkpoint := checkpoint_above(self.root)) is not None:
             raise InTheWayError(
@@ -254,7 +254,7 @@ class OutputFolder:
         if there == content:
             return path
         if there is not None and recognise is not None and not self._is_own(self.check(name, recognise)):
-            self._record.add(self._name(path), stamp(path))
+            self.adopt(name)
         with self.writing(name) as temporary:
             temporary.write_bytes(content)
         return path
@@ -284,6 +284,22 @@ class OutputFolder:
         except OSError as error:
             raise _cannot(path, error) from None
         return path
+
+    def is_recorded(self, name: str | Path) -> bool:
+        """Whether this command has ever made a file of this name. Raises ConfigError as `target`."""
+        return bool(self._stamps(self.target(name)))
+
+    def adopt(self, name: str | Path) -> None:
+        """Note a file of which the record knows nothing as made by this command: by an earlier version, which kept none.
+
+        One that was changed after it was noted stays foreign.
+
+        Raises:
+            ConfigError: as `target`, or the record cannot be written.
+        """
+        path = self.target(name)
+        if path.is_file() and not self.is_recorded(name):
+            self._record.add(self._name(path), stamp(path))
 
     def remove(self, name: str | Path) -> bool:
         """Delete a file that this command made; whether there was one. Raises InTheWayError for one that it did not."""

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
+import faulthandler
 import os
 import random
 import re
 import resource
-import select
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,8 @@ IDLE_SECONDS = 120.0
 """A case may compute for the first, and wait for something that never comes for the second; a busy machine changes neither."""
 GROWTH = 1 << 30
 """Bytes that a case may add to the process at its peak."""
+STACKS = signal.SIGRTMIN + 5
+"""Makes a worker write where its threads are."""
 LONGEST = 12
 """Lines on the standard error of a command that refuses."""
 
@@ -122,99 +125,116 @@ def _place(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error)[:200]!r} at {name}:{at.lineno} {at.name}"
 
 
+Serve = Callable[[Case], Outcome]
+
+
 class Worker:
-    """A forked process that judges one case after another. It is ended and started again when a case does not end.
+    """A process that judges one case after another. It is ended and started again when a case does not end.
+
+    It is a new Python and no fork of this one: libraries that have started threads here (OpenMP of torch) wait for these for
+    ever in a fork.
 
     Args:
-        serve: judges a case in that process.
+        served: gives what judges a case, in that process; picklable.
         captures: files that its standard output and error go to, see :func:`taking`.
     """
 
-    def __init__(self, serve: Callable[[Case], Outcome], captures: tuple[Path, Path]) -> None:
-        self._serve, self._captures = serve, captures
-        self._pid = 0
+    def __init__(self, served: Callable[[], Serve], captures: tuple[Path, Path]) -> None:
+        self._served, self._captures = served, captures
+        self._process: Any = None
 
     def judge(self, case: Case) -> Outcome:
-        """The outcome of a case."""
-        if not self._pid:
+        """The outcome of a case. Raises RuntimeError when the process cannot start."""
+        if self._process is None:
             self._start()
-        before = last = _cpu_seconds(self._pid)
+        before = last = -1.0  # of the processor; looked at when half a second has passed
         limit = CPU_SECONDS * (2 if case.reader.startswith("$") else 1)  # half of it to start Python and import torch
         moved = time.monotonic()
-        os.write(self._write, f"{json.dumps(case)}\n".encode())
-        while True:
-            ready, _, _ = select.select([self._answer], [], [], 0.5)
-            if ready:
-                return self._answered()
-            cpu = _cpu_seconds(self._pid)
+        self._pipe.send(tuple(case))
+        while not self._pipe.poll(0.5):
+            cpu = _cpu_seconds(self._process.pid)
+            before = cpu if before < 0 else before
             if cpu != last:
                 last, moved = cpu, time.monotonic()
-            if cpu - before > limit or time.monotonic() - moved > IDLE_SECONDS:
+            idle = time.monotonic() - moved
+            if cpu - before > limit or idle > IDLE_SECONDS:
+                where = self._where()
                 self.close()
-                return Outcome("hang", f"{cpu - before:.0f} s of the processor")
+                return Outcome("hang", f"{cpu - before:.1f} s of the processor, {idle:.0f} s idle; {where}")
+        try:
+            return Outcome(*self._pipe.recv())
+        except EOFError:
+            return Outcome("crash", self._ended())
 
-    def _answered(self) -> Outcome:
-        line = self._lines.readline()
-        if line:
-            return Outcome(*json.loads(line))
-        _, status = os.waitpid(self._pid, 0)
-        self._forget()
-        return Outcome("crash", f"ended with {os.waitstatus_to_exitcode(status)}")
+    def _where(self) -> str:
+        """What every thread of the process is at."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._process.pid, STACKS)
+            time.sleep(1.0)
+        return self._tail()
+
+    def _tail(self) -> str:
+        with contextlib.suppress(FileNotFoundError):
+            return self._captures[1].read_bytes().decode(errors="backslashreplace")[-1500:]
+        return ""
+
+    def _ended(self) -> str:
+        """The exit status of a process that has ended by itself, and its last words."""
+        self._process.join()
+        said = f"ended with {self._process.exitcode}: {self._tail()}"
+        self.close()
+        return said
 
     def close(self) -> None:
         """End the process, and what it has started."""
-        if self._pid:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._pid, signal.SIGKILL)
-            os.waitpid(self._pid, 0)
-            self._forget()
-
-    def _forget(self) -> None:
-        self._lines.close()
-        os.close(self._write)
-        self._pid = 0
+        if self._process is not None:
+            for pid in _session(self._process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self._process.join()
+            self._pipe.close()
+            self._process = None
 
     def _start(self) -> None:
-        asked, self._write = os.pipe()
-        self._answer, answers = os.pipe()
-        self._pid = os.fork()
-        if self._pid:
-            with contextlib.suppress(OSError):
-                os.setpgid(self._pid, self._pid)
-        else:
-            try:
-                os.close(self._write)
-                os.close(self._answer)
-                self._run(asked, answers)
-            finally:
-                os._exit(1)
-        os.close(asked)
-        os.close(answers)
-        self._lines = os.fdopen(self._answer)
+        context = get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(self._served, self._captures, theirs))
+        self._process.start()
+        theirs.close()
+        try:
+            self._pipe.recv()
+        except EOFError:
+            raise RuntimeError(self._ended()) from None
 
-    def _run(self, asked: int, answers: int) -> None:
-        os.setpgid(0, 0)
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: nothing stays when the test is ended
-        for stream, capture in enumerate(self._captures, 1):
-            os.dup2(os.open(capture, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600), stream)
-        sys.stdout = os.fdopen(1, "w", errors="backslashreplace", closefd=False)
-        sys.stderr = os.fdopen(2, "w", errors="backslashreplace", closefd=False, buffering=1)
-        limit = _status("VmSize") + 2 * GROWTH
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        with os.fdopen(asked) as cases:
-            for line in cases:
-                outcome = self._measured(Case(*json.loads(line)))
-                os.write(answers, (json.dumps([outcome.kind, outcome.text[:2000]]) + "\n").encode())
-        os._exit(0)
 
-    def _measured(self, case: Case) -> Outcome:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        before = _status("VmRSS")
-        outcome = self._serve(case)
-        grown = _status("VmHWM") - before
-        if grown > GROWTH:
-            return Outcome("growth", f"{grown >> 20} MiB; {outcome.kind}: {outcome.text}")
-        return outcome
+def _serve(served: Callable[[], Serve], captures: tuple[Path, Path], pipe: Connection) -> None:
+    os.setsid()
+    # As of a command, of which the processes that it starts import little: not this fuzz, with torch, each time.
+    vars(sys.modules["__main__"]).update(__spec__=None, __file__=None)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: nothing stays when the test is ended
+    for stream, capture in enumerate(captures, 1):
+        os.dup2(os.open(capture, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600), stream)
+    sys.stdout = os.fdopen(1, "w", errors="backslashreplace", closefd=False)
+    sys.stderr = os.fdopen(2, "w", errors="backslashreplace", closefd=False, buffering=1)
+    faulthandler.register(STACKS, file=2, all_threads=True)
+    serve = served()
+    limit = _status("VmSize") + 2 * GROWTH
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    pipe.send(None)
+    with contextlib.suppress(EOFError):
+        while True:
+            outcome = _measured(serve, Case(*pipe.recv()))
+            pipe.send((outcome.kind, outcome.text[:2000]))
+
+
+def _measured(serve: Serve, case: Case) -> Outcome:
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _status("VmRSS")
+    outcome = serve(case)
+    grown = _status("VmHWM") - before
+    if grown > GROWTH:
+        return Outcome("growth", f"{grown >> 20} MiB; {outcome.kind}: {outcome.text}")
+    return outcome
 
 
 def _status(name: str) -> int:
@@ -223,15 +243,19 @@ def _status(name: str) -> int:
     return int(found[1]) << 10 if found else 0
 
 
-def _cpu_seconds(group: int) -> float:
-    """Of all processes of a group, and of those that they have waited for."""
-    ticks = 0
+def _session(leader: int) -> dict[int, int]:
+    """Processes of a session, with the clock ticks of each and of those that it has waited for."""
+    ticks = {}
     for file in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # ended meanwhile
             fields = file.read_text().rpartition(")")[2].split()
-            if int(fields[2]) == group:
-                ticks += sum(map(int, fields[11:15]))
-    return ticks / os.sysconf("SC_CLK_TCK")
+            if int(fields[3]) == leader or int(file.parent.name) == leader:
+                ticks[int(file.parent.name)] = sum(map(int, fields[11:15]))
+    return ticks
+
+
+def _cpu_seconds(session: int) -> float:
+    return sum(_session(session).values()) / os.sysconf("SC_CLK_TCK")
 
 
 def taking(captures: tuple[Path, Path]) -> Callable[[], Said]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from multitrain import cli
 from multitrain.config import RunConfig
 from multitrain.engine import checkpoint as checkpoints
 from multitrain.interop.convert import convert
@@ -102,6 +103,7 @@ class Material:
         convert(self.run, self.pyth)
         convert(self.run, self.safetensors)
         self.evaluation = self._evaluation()
+        self.pack = self._pack()
 
     def _record(self) -> None:
         with Recorder(self.run, total_updates=4, start_update=0, tensorboard=False) as recorder:
@@ -109,6 +111,10 @@ class Material:
             for update in range(4):
                 recorder.update(_update(update))
             recorder.event("end", update=4)
+        (self.run / "overrides.yaml").write_text("- overrides: [name=tiny, 'data.root=/a b']\n  config_dirs: []\n")
+        (self.run / "skipped.jsonl").write_text(
+            '{"update": 1, "dataset": "stride", "path": "a.mp4", "reason": "cut"}\n'
+        )
 
     def _checkpoint(self) -> Path:
         model = MultiTrain(self.config.model, CLASSES)
@@ -118,6 +124,12 @@ class Material:
         return checkpoints.write(
             self.run / "checkpoints", checkpoints.Checkpoint(weights, {}, state), (self.run / "config.yaml").read_text()
         )
+
+    def _pack(self) -> Path:
+        out = self.folder / "pack"
+        if cli.main(["data", "pack", str(self.videos), str(out), "--workers", "1"]):
+            raise RuntimeError("the videos cannot be packed")
+        return out
 
     def _evaluation(self) -> Path:
         from multitrain.evaluation.evaluator import evaluate

@@ -12,15 +12,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors.torch import load_file, save_file
+
 from benchmarks.fuzzing.judge import Call
 from benchmarks.fuzzing.material import CLASSES, TEXTS, Material, videos
+from launch import resume
 from multitrain import cli
 from multitrain.config import ConfigError, DatasetConfig, compose, load
 from multitrain.config.class_names import read_class_names
-from multitrain.data import decode
+from multitrain.data import decode, packs
 from multitrain.data.catalog import Catalog
 from multitrain.data.prepare import importing
 from multitrain.engine import checkpoint as checkpoints
+from multitrain.engine import skips
 from multitrain.evaluation.scored import read_evaluation
 from multitrain.interop.pyslowfast import read_published
 from multitrain.interop.weights import read_weights
@@ -41,7 +45,8 @@ class Reader(NamedTuple):
 
 def readers(material: Material) -> dict[str, Reader]:
     """All readers by name; those of command lines begin with the command."""
-    called = {**dict(_texts()), **dict(_files(material)), **dict(_videos(material)), **dict(_commands(material))}
+    kinds = (_texts, _files, _packs, _videos, _commands)
+    called = {name: reader for kind in kinds for name, reader in kind(material)}
     return {
         **called,
         **{f"$ {name}": Reader(called[name].seeds, partial(_shelled, called[name].call), 50) for name in SHELLED},
@@ -51,7 +56,7 @@ def readers(material: Material) -> dict[str, Reader]:
 # -------------------------------------------------------------------------------------------------------- functions
 
 
-def _texts() -> Iterator[tuple[str, Reader]]:
+def _texts(_: Material) -> Iterator[tuple[str, Reader]]:
     calls: dict[str, Call] = {
         "csv": partial(_catalog, False),
         "multi-label csv": partial(_catalog, True),
@@ -113,6 +118,11 @@ def _files(material: Material) -> Iterator[tuple[str, Reader]]:
         "manifest": (of_checkpoint / "manifest.json", checkpoints.read_model),
         "state": (of_checkpoint / "state.json", _with_manifest),
         "checkpoint weights": (of_checkpoint / "model.safetensors", _with_manifest),
+        "skipped.jsonl": (
+            Path("skipped.jsonl"),
+            lambda r: skips.Skips({"stride": 9}, 0.5).add_file(r / "skipped.jsonl"),
+        ),
+        "overrides.yaml": (Path("overrides.yaml"), resume.history),
         "results": (of_scores / "metrics.json", lambda r: read_evaluation(r / of_scores)),
         "scores": (of_scores / "stride/scores.npz", lambda r: read_evaluation(r / of_scores)),
     }
@@ -122,7 +132,10 @@ def _files(material: Material) -> Iterator[tuple[str, Reader]]:
     config = weights.with_suffix(".json") if weights.with_suffix(".json").exists() else weights.parent / "config.json"
     yield ".pyth", Reader([material.pyth.read_bytes()], partial(_file, "m.pyth", read_published))
     yield "safetensors", Reader([weights.read_bytes()], partial(_beside, config, weights))
-    yield "config.json", Reader([config.read_bytes()], partial(_beside, weights, config))
+    plain = material.folder / "plain" / weights.name  # which nothing but config.json describes
+    plain.parent.mkdir(exist_ok=True)
+    save_file(load_file(weights), plain)
+    yield "config.json", Reader([config.read_bytes()], partial(_beside, plain, config))
 
 
 def _in_copy(tree: Path, target: Path, read: Callable[[Path], Any], folder: Path, data: bytes) -> Any:
@@ -159,6 +172,26 @@ def _beside(other: Path, file: Path, folder: Path, data: bytes) -> None:
     read_weights(folder / next(name for name in (file.name, other.name) if name.endswith(".safetensors")))
 
 
+def _packs(material: Material) -> Iterator[tuple[str, Reader]]:
+    for file in sorted(f for f in material.pack.iterdir() if f.is_file() and f.name[0] != "."):
+        kind = "pack shard" if file.suffix == ".tar" else f"pack {file.name}"
+        yield kind, Reader([file.read_bytes()], partial(_in_copy, material.pack, Path(file.name), _unpacked))
+    shard = next(material.pack.glob("*.tar"))
+    yield "tar without index", Reader([shard.read_bytes()], partial(_file, "loose.tar", _member))
+
+
+def _unpacked(folder: Path) -> None:
+    packs.forget()
+    pack = packs.open_pack(folder)
+    for name in videos() if pack is None else [stored.name for stored in pack][:9]:
+        _frames(folder / name)
+
+
+def _member(tar: Path) -> None:
+    packs.forget()
+    _frames(Path(f"{tar}::{videos()[0]}"))
+
+
 def _videos(material: Material) -> Iterator[tuple[str, Reader]]:
     for name in videos():
         yield f"video {name}", Reader([(material.videos / name).read_bytes()], partial(_file, name, _frames))
@@ -176,6 +209,7 @@ def _frames(path: Path) -> None:
 def _commands(material: Material) -> Iterator[tuple[str, Reader]]:
     run, overrides = material.run, [text.encode() for text in TEXTS["overrides"]]
     yield "submit WORDS", Reader(overrides, lambda folder, data: _submit([*words(data), "dry_run=true"]))
+    yield "submit data", Reader([_group_of(material).encode()], _submit_data, 2)
     yield (
         "flops WORDS",
         Reader(
@@ -194,6 +228,8 @@ def _commands(material: Material) -> Iterator[tuple[str, Reader]]:
             yield f"{verb} {file}", Reader([(run / file).read_bytes()], call, 50 if verb == "report" else 2)
     yield "data check csv", Reader([b"stride.mp4 0\nother.mp4 1\n", b"a.mp4 0\n"], partial(_check, material))
     yield "data resize segments", Reader([TEXTS["segments"][0].encode()], _resize, 5)
+    listed = "".join(f"{material.videos / name}\n" for name in videos()[:2]).encode()
+    yield "embed --list", Reader([listed], partial(_embed, material), 2)
     yield "data import csv", Reader([TEXTS["kinetics"][0].encode()], _import_verb)
     yield "convert .pyth", Reader([material.pyth.read_bytes()], _convert, 5)
 
@@ -222,6 +258,19 @@ def main(*arguments: str | Path) -> int:
     environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
     command = [sys.executable, "-m", "multitrain", *words]
     return subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False).returncode
+
+
+def _group_of(material: Material) -> str:
+    """A YAML group of a dataset that is there."""
+    place = material.folder / "data/stride"
+    return f"datasets:\n  mine: {{annotations: {place}, videos: {place}, classes: 5, flip: true}}\nworkers: 2\n"
+
+
+def _submit_data(folder: Path, data: bytes) -> int:
+    (folder / "data").mkdir()
+    (folder / "data/mine.yaml").write_bytes(data)
+    words_ = ["data=mine", f"runs={folder}/runs", "cluster=local", "nodes=1", "gpus=1", "dry_run=true"]
+    return _submit([*words_, "--config-dir", str(folder)])
 
 
 def _submit(arguments: list[str]) -> int:
@@ -260,6 +309,11 @@ def _resize(folder: Path, data: bytes) -> int:
     (folder / "segments.csv").write_bytes(data)
     flags = ["--segments", folder / "segments.csv", "--workers", "1"]
     return main("data", "resize", folder / "videos", folder / "out", *flags)
+
+
+def _embed(material: Material, folder: Path, data: bytes) -> int:
+    (folder / "list.txt").write_bytes(data)
+    return main("embed", material.safetensors, "--list", folder / "list.txt", "--out", folder / "features.npz")
 
 
 def _import_verb(folder: Path, data: bytes) -> int:

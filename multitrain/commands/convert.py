@@ -24,7 +24,9 @@ def main(arguments: Arguments) -> int:
     parser.add_argument(
         "--crop", type=whole_number, help="side of a clip in pixels, when another: position tables are interpolated"
     )
-    parser.add_argument("--force", action="store_true", help="replace the target when it exists")
+    parser.add_argument(
+        "--force", action="store_true", help="replace the target when it exists and this command made it"
+    )
     parser.add_argument("--weights-only", action="store_true", help="leave out the optimizer's state")
     parser.add_argument(
         "--optimizer",
@@ -33,7 +35,9 @@ def main(arguments: Arguments) -> int:
         help="parameter groups in a .pyth file made of a run: as the published code has them on several GPUs, or on one",
     )
     parser.add_argument(
-        "--copy", metavar="NAME", help="weights of a .pyth file to take instead of the trained ones, e.g. model_ema"
+        "--copy",
+        metavar="NAME",
+        help="of several sets of weights in a file, the one to take instead of the trained ones, e.g. model_ema",
     )
     given = parser.parse_args(arguments)
     given.source, _ = parser.model_and_words(given, [])

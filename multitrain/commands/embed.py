@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
 from multitrain.commands.common import MODEL, device
 from multitrain.config import ConfigError, RunConfig, nearest
 from multitrain.config.arguments import Arguments, Parser, whole_number
+from multitrain.config.reading import read_bytes, refuse_utf16
 from multitrain.text import printable
 
 
@@ -70,7 +72,7 @@ def main(arguments: Arguments) -> int:
     model.run = config
     items = [e.Item(v) for v in given.videos]
     for file in given.list:
-        items += [e.Item(line.strip()) for line in _lines(file)]
+        items += map(e.Item, _lines(file))
     for name in given.dataset:
         if name not in model.datasets:
             raise ConfigError(f"--dataset {name!r} is no dataset of this model; {nearest(name, model.datasets)}")
@@ -94,10 +96,14 @@ def main(arguments: Arguments) -> int:
 
 
 def _lines(file: Path) -> list[str]:
-    try:
-        return [line for line in file.read_text(errors="surrogateescape").splitlines() if line.strip()]
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read ({error.strerror}); it holds one video file a line") from None
+    """The paths in a file, one a line; a name is bytes, in whatever encoding the disk has it."""
+    content = read_bytes(file)
+    refuse_utf16(content, file)
+    if (nul := content.find(b"\0")) >= 0:
+        number = content.count(b"\n", 0, nul) + 1
+        raise ConfigError(f"{file}:{number}: a NUL byte in it, which no path can hold; it holds one video file a line")
+    named = (line.strip() for line in content.removeprefix(b"\xef\xbb\xbf").split(b"\n"))
+    return [os.fsdecode(name) for name in named if name]
 
 
 def _listed(config: RunConfig, name: str, split: str, index: Path, most: int | None, names: list[str] | None) -> list:  # type: ignore[type-arg]

@@ -83,7 +83,7 @@ def _noted(note: Path, csv: Path) -> str | None:
         now = csv.stat()
         fresh = (stamp["size"], stamp["mtime_ns"]) == (now.st_size, now.st_mtime_ns)
         return str(stamp["index"]) if fresh else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -96,10 +96,17 @@ def _is_complete(index: Path) -> bool:
 
 
 def read_header(index: Path) -> dict[str, Any]:
+    """The header of an index file, unchecked. Raises OSError, ValueError: missing, or no index file."""
     with open(index, "rb") as file:
         if file.read(len(_MAGIC)) != _MAGIC:
             raise ValueError("not an index file")
-        return dict(json.loads(file.read(int.from_bytes(file.read(8), "little"))))
+        size = int.from_bytes(file.read(8), "little")
+        if size > os.fstat(file.fileno()).st_size:
+            raise ValueError("its header is cut off")
+        try:
+            return dict(json.loads(file.read(size)))
+        except (TypeError, RecursionError):
+            raise ValueError("not an index file") from None
 
 
 def read_index(index: Path, version: int = FORMAT) -> tuple[dict[str, Any], list[np.ndarray]]:
@@ -112,12 +119,16 @@ def read_index(index: Path, version: int = FORMAT) -> tuple[dict[str, Any], list
         OSError, ValueError: missing or incomplete.
     """
     header = read_header(index)
+    if not {"bytes", "format", "arrays"} <= header.keys():
+        raise ValueError("its header is incomplete")
     whole = np.memmap(index, dtype=np.uint8, mode="r")
     if len(whole) != header["bytes"] or header["format"] != version:
         raise ValueError(f"{len(whole)} bytes, not {header['bytes']}")
     plain = whole.view(np.ndarray)
-    arrays = [plain[at : at + size].view(dtype) for dtype, at, size in header["arrays"]]
-    return header, arrays
+    try:
+        return header, [plain[at : at + size].view(dtype) for dtype, at, size in header["arrays"]]
+    except (KeyError, TypeError, SyntaxError):
+        raise ValueError("its header describes no arrays") from None
 
 
 def _write(file: Path, parts: list[Any]) -> None:

@@ -46,5 +46,5 @@ class Skips:
         for line in path.read_text(errors="replace").splitlines():
             try:
                 self.add([json.loads(line)])
-            except (ValueError, KeyError):
-                continue  # a line torn by a crash
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue  # a line torn by a crash, or no record

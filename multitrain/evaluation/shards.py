@@ -144,6 +144,10 @@ class ShardReader:
             (index,) = _INDEX.unpack_from(payload)
             if index == _HEADER_INDEX:
                 self._check(file, parse_json(payload[_INDEX.size :], file))
+            elif (length - _INDEX.size) % 4:
+                raise ConfigError(
+                    f"{file}: holds something else than scores; delete that folder, or choose another --out"
+                )
             else:
                 self.scores.setdefault(
                     index, np.frombuffer(payload, dtype="<f4", offset=_INDEX.size).astype(np.float32)
@@ -162,7 +166,8 @@ class ShardReader:
                 continue
         self._offsets[file] = start + len(whole)
 
-    def _check(self, file: Path, header: dict[str, Any]) -> None:
+    def _check(self, file: Path, header: Any) -> None:
+        header = header if isinstance(header, dict) else {}
         other = [k for k in sorted(header.keys() | self._header.keys()) if header.get(k) != self._header.get(k)]
         if other:
             said = "; ".join(f"{k} {_short(header.get(k))} there, {_short(self._header.get(k))} now" for k in other[:3])

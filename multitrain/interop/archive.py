@@ -2,7 +2,8 @@
 
 Training codes keep weights under ``model_state``, ``state_dict`` or ``model``, put ``module.``, ``_orig_mod.``, ``model.``
 or ``backbone.`` before every name, in any order, and lay a moving average beside them (``ema``, ``model_ema``,
-``state_dict_ema``). All of these are read; which of several sets of weights was taken is said.
+``ema_state_dict``), or before the names (``model_ema.``, ``ema_model.module.``). All of these are read, in `.safetensors` files
+too; which of several sets of weights was taken is said.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
 """What DDP, torch.compile and wrapping modules put before the name of every tensor."""
 
 _AVERAGE = re.compile(r"(^|[_.])(ema|swa|averaged?)([_.]|$)", re.I)
-_COUNTERS = ("n_averaged",)
-"""Tensors that averaging adds and no network has."""
+_COUNTERS = ("n_averaged", "num_updates", "decay", "steps", "step", "initted")
+"""Single numbers that averaging adds and no network has."""
 _NESTED = 3
 """Dictionaries inside one another at most, around weights."""
 _MOST_PICKLE = 16 << 20
@@ -64,13 +65,30 @@ def open_archive(path: Path, copy: str | None = None) -> Archive:
             f"{path}: has no 'model_state' with tensors, nor weights under another usual name ({', '.join(HOLDERS[1:3])}), "
             "so it is not a checkpoint of a model"
         )
-    taken = _chosen(path, found, copy)
+    taken, notes = _chosen(path, found, copy)
     _require_sound(path, found[taken])
-    beside = {} if "" in found else {k: v for k, v in content.items() if k not in (*HOLDERS, taken)}
-    return Archive(without_prefixes(path, found[taken]), beside, tuple(_said(taken, list(found))))
+    beside = {} if _is_state(content) else {k: v for k, v in content.items() if k not in (*HOLDERS, taken)}
+    return Archive(_without_prefixes(path, found[taken]), beside, notes)
 
 
-def without_prefixes(path: Path, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def one_set(
+    path: Path, tensors: Mapping[str, torch.Tensor], copy: str | None = None
+) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+    """Of the tensors in a file without other parts, those of one set of weights, without prefixes; which one was taken.
+
+    Args:
+        path, copy: see :func:`open_archive`.
+        tensors: by the names in the file.
+
+    Raises:
+        ConfigError: there is no `copy`, or two names become one.
+    """
+    found = _apart("", tensors) or {"": {}}
+    taken, notes = _chosen(path, found, copy)
+    return _without_prefixes(path, found[taken]), notes
+
+
+def _without_prefixes(path: Path, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors by their names without :data:`PREFIXES`. Raises ConfigError: two names become one."""
     out: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
@@ -141,17 +159,18 @@ def _weights(content: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, torch.
     if _is_state(content):
         content = {"": content}
     for key, value in content.items():
-        state = _weights_of(value)
-        apart: dict[str, dict[str, Any]] = {}
-        for name, tensor in (state or {}).items():
-            first, _, rest = _bare(name).partition(".")
-            if name in _COUNTERS:
-                continue
-            if rest and _AVERAGE.search(first):
-                apart.setdefault(first, {})[rest] = tensor
-            else:
-                apart.setdefault(str(key), {})[name] = tensor
-        yield from apart.items()
+        yield from _apart(str(key), _weights_of(value) or {}).items()
+
+
+def _apart(key: str, state: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """`state` by the names of the averages in it, and the rest by `key`."""
+    sets: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in state.items():
+        first, _, rest = _bare(name).partition(".")
+        mine, inner = (first, rest) if rest and _AVERAGE.search(first) else (key, name)
+        if inner not in _COUNTERS or tensor.numel() != 1:
+            sets.setdefault(mine, {})[inner] = tensor
+    return sets
 
 
 def _weights_of(value: Any, depth: int = _NESTED) -> dict[str, torch.Tensor] | None:
@@ -174,24 +193,23 @@ def _is_state(value: Any) -> bool:
     )
 
 
-def _chosen(path: Path, found: Mapping[str, Any], copy: str | None) -> str:
-    if copy is not None:
-        if copy not in found:
-            raise ConfigError(f"{path}: holds no weights under {copy!r}; {nearest(copy, found)}")
-        return copy
+def _chosen(path: Path, found: Mapping[str, Any], copy: str | None) -> tuple[str, tuple[str, ...]]:
+    """The key of the set of weights to take, and a line on it where another could be meant."""
+    if copy is not None and copy not in found:
+        raise ConfigError(f"{path}: holds no weights under {copy!r}; {nearest(copy, [key for key in found if key])}")
     trained = [key for key in (*HOLDERS, *found) if key in found and not _AVERAGE.search(key)]
-    return next(iter([*trained, *found]))
-
-
-def _said(taken: str, found: list[str]) -> list[str]:
+    taken = copy if copy is not None else next(iter([*trained, *found]))
     others = [key for key in found if key != taken]
     if not others and not _AVERAGE.search(taken):
-        return []
+        return taken, ()
     what = "a moving average of the weights" if _AVERAGE.search(taken) else "the trained weights"
-    more = (
-        f"; the file holds {', '.join(map(repr, others))} as well (convert with --copy to take that)" if others else ""
-    )
-    return [f"weights taken from {taken!r}, {what}{more}"]
+    called = ", ".join(map(_called, others))
+    more = f"; the file holds {called} as well (convert with --copy to take that)" if others else ""
+    return taken, (f"weights taken from {_called(taken)}, {what}{more}",)
+
+
+def _called(key: str) -> str:
+    return repr(key) if key else "the names without such a prefix"
 
 
 def _bare(name: str) -> str:
@@ -217,4 +235,4 @@ def _require_sound(path: Path, state: Mapping[str, torch.Tensor]) -> None:
             )
 
 
-__all__ = ["HOLDERS", "PREFIXES", "Archive", "open_archive", "require_finite", "without_prefixes"]
+__all__ = ["HOLDERS", "PREFIXES", "Archive", "one_set", "open_archive", "require_finite"]

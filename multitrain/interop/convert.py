@@ -7,17 +7,19 @@ that has gone through our formats comes back equal in every bit. A run's AdamW m
 from __future__ import annotations
 
 import json
+import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from multitrain.config import ConfigError, RunConfig, dump
 from multitrain.config.reading import parse_json
-from multitrain.files import checkpoint_above, replace_text, replacing
+from multitrain.files import OutputFolder
 from multitrain.interop import protocol, pyslowfast
 from multitrain.interop.optimizer_state import Grouping
+from multitrain.interop.outputs import output_folder, save_tensors
 from multitrain.interop.places import MODEL_FILE, is_of_a_run, locate, sha256
 from multitrain.interop.positions import resize_positions, resized
 from multitrain.interop.training_state import KEY, TrainingState, describe, optimizer_file, read_training_state
@@ -56,19 +58,20 @@ def convert(
         target: a new `.pyth` or `.safetensors` file, or a new folder, which gets ``model.safetensors`` and ``config.json``.
         frames, crop: clip size of the result; position tables are interpolated when it is another one, and the
             optimizer's state, which belongs to the old ones, is left out.
-        force: replace `target` when it exists.
+        force: replace `target` when it exists and is a conversion, unchanged since.
         weights_only: leave out the optimizer's state.
         grouping: how a `.pyth` file's optimizer state is grouped when it is made of a run's; ``ddp`` for training on
             several GPUs with the published code, ``single`` for one.
-        copy: of a `.pyth` file, the set of weights to take instead of the trained ones, e.g. ``model_ema``; the
+        copy: of several sets of weights in a file, the one to take instead of the trained ones, e.g. ``model_ema``; the
             optimizer's state, which is not of these, is left out.
 
     Raises:
-        ConfigError: nothing to read, a target that exists or holds the source, an ending that is not known, a clip size
-            that cannot be.
+        ConfigError: nothing to read, a target that exists (with `force`: and is no conversion) or holds the source, an ending
+            that is not known, a clip size that cannot be.
     """
     source, target = Path(source), Path(target)
     _check_target(source, target, force)
+    out = output_folder(target.absolute().parent, "convert", _names(target))
     stored, run = read_model(source, copy=copy)
     weights = stored
     notes = list(stored.report.notes)
@@ -90,13 +93,11 @@ def convert(
     elif weights_only:
         training = training._replace(optimizer_state=None, extras=TrainingState().extras)
     if target.suffix == ".pyth":
-        notes += _write_pyth(target, weights, run, training, grouping)
-    elif target.suffix == ".safetensors":
-        _write_safetensors(source, target, weights, run, training)
+        notes += _write_pyth(out, target, weights, run, training, grouping)
     else:
-        target.mkdir(exist_ok=True)
-        _write_safetensors(source, target / MODEL_FILE, weights, run, training)
-        _complete_folder(target, weights, run)
+        _write_safetensors(source, out, Path(_names(target)[0]), weights, run, training)
+        if target.suffix != ".safetensors":
+            _complete_folder(out, _names(target), weights, run)
     count = sum(t.numel() for t in weights.state.values())
     return Converted(target, len(weights.state), count, weights.datasets, tuple(notes))
 
@@ -118,46 +119,24 @@ def _check_target(source: Path, target: Path, force: bool) -> None:
         raise ConfigError(f"{target}: is a run's folder, which is never written into; choose another name")
     if not target.absolute().parent.is_dir():
         raise ConfigError(f"{target}: there is no folder {target.parent}; create it first")
-    if checkpoint_above(target.absolute().parent):
-        raise ConfigError(f"{target}: lies in a checkpoint's folder, which is never written into; choose another")
+    if not force:
+        for name in _names(target)[1:]:
+            if os.path.lexists(target.absolute().parent / name):
+                raise ConfigError(
+                    f"{target.absolute().parent / name}: is in the way of what goes beside {target.name}; choose another name"
+                )
+
+
+def _names(target: Path) -> list[str]:
+    """What a conversion to `target` writes in the folder above it; a description may go to ``config.json`` instead."""
+    target = target.absolute()
+    if target.suffix == ".pyth":
+        return [target.name]
     if target.suffix == ".safetensors":
-        described = target.parent / "config.json" if target.name == MODEL_FILE else target.with_suffix(".json")
-        _refuse_foreign(target, described, force)
-    elif target.suffix != ".pyth":
-        _refuse_foreign(target / MODEL_FILE, target / "config.json", force)
-        for name in ("config.yaml", "manifest.json"):
-            if (target / name).exists() and not checkpoint_above(target):
-                raise ConfigError(f"{target / name}: is in the way, and no conversion's; choose another folder")
-
-
-def _refuse_foreign(target: Path, described: Path, force: bool) -> None:
-    """What goes beside `target` replaces nothing unasked, and even with `force` only what a conversion writes."""
-    for file, ours in ((optimizer_file(target), is_safetensors), (described, is_description)):
-        if file.is_symlink() or (file.exists() and not (force and ours(file))):
-            why = (
-                "is in the way of what goes beside"
-                if not force
-                else "is no conversion's, and in the way of what goes beside"
-            )
-            raise ConfigError(f"{file}: {why} {target.name}; choose another name")
-
-
-def is_description(file: Path) -> bool:
-    """Whether a JSON file is one that says what model lies beside it."""
-    try:
-        return {"model", "datasets"} <= set(parse_json(file.read_bytes(), file))
-    except (OSError, ValueError, TypeError, AttributeError):
-        return False
-
-
-def is_safetensors(file: Path) -> bool:
-    """Whether a file begins as a safetensors file does."""
-    try:
-        with open(file, "rb") as content:
-            begin = content.read(9)
-        return len(begin) == 9 and begin[8:] == b"{" and int.from_bytes(begin[:8], "little") <= file.stat().st_size
-    except OSError:
-        return False
+        described = "config.json" if target.name == MODEL_FILE else target.with_suffix(".json").name
+        return [target.name, optimizer_file(target).name, described]
+    inside = (MODEL_FILE, optimizer_file(target / MODEL_FILE).name, "config.json", "config.yaml", "manifest.json")
+    return [f"{target.name}/{name}" for name in inside]
 
 
 def _for_crop(run: RunConfig, old: int, new: int) -> RunConfig:
@@ -170,7 +149,7 @@ def _for_crop(run: RunConfig, old: int, new: int) -> RunConfig:
 
 
 def _write_pyth(
-    target: Path, weights: Weights, run: RunConfig, training: TrainingState, grouping: Grouping
+    out: OutputFolder, target: Path, weights: Weights, run: RunConfig, training: TrainingState, grouping: Grouping
 ) -> list[str]:
     """Writes the file; returns what it cannot hold, or the published code not load."""
     extras = dict(training.extras)
@@ -190,21 +169,24 @@ def _write_pyth(
             target_fps=run.data.target_fps,
             tested=tested,
             grouping=grouping,
+            placed=lambda path: out.writing(path.name),
             **training._replace(extras=extras)._asdict(),
         )
     notes = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
     return notes + (protocol.lost(run, list(weights.datasets), weights.config.crop) if made else [])
 
 
-def _write_safetensors(source: Path, target: Path, weights: Weights, run: RunConfig, training: TrainingState) -> None:
+def _write_safetensors(
+    source: Path, out: OutputFolder, name: Path, weights: Weights, run: RunConfig, training: TrainingState
+) -> None:
     kept, tensors = describe(training)
     values = run.model_dump(mode="json") | {"model": weights.config.model_dump(mode="json")}
     source = source if source.suffix == ".pyth" else locate(source)
     description = describe_model(weights, values) | {"source": str(source), KEY: kept}
-    optimizer_file(target).unlink(missing_ok=True)
+    out.remove(optimizer_file(name))
     if tensors:
-        _save(optimizer_file(target), tensors, {})
-    write_model(target, weights.state, description, _description_file(target, description))
+        save_tensors(out, optimizer_file(name), tensors)
+    write_model(out, name, weights.state, description, _description_file(out, name, description))
 
 
 def describe_model(weights: Weights, run: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,49 +200,36 @@ def describe_model(weights: Weights, run: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_model(target: Path, state: Mapping[str, torch.Tensor], description: Mapping[str, Any], beside: Path) -> None:
-    """Writes tensors with their description in the header, and the description as a JSON file `beside`."""
-    _save(target, state, {HEADER: json.dumps(description, ensure_ascii=False)})
-    replace_text(beside, json.dumps(description, indent=1, ensure_ascii=False) + "\n")
+def write_model(
+    out: OutputFolder, name: Path, state: Mapping[str, torch.Tensor], description: Mapping[str, Any], beside: Path
+) -> None:
+    """Writes tensors with their description in the header, and the description as a JSON file `beside`. Raises ConfigError."""
+    save_tensors(out, name, state, {HEADER: json.dumps(description, ensure_ascii=False)})
+    out.write_text(beside, json.dumps(description, indent=1, ensure_ascii=False) + "\n")
 
 
-def _description_file(target: Path, description: Mapping[str, Any]) -> Path:
-    """``config.json`` beside `target`, or ``NAME.json`` where another file has that name."""
-    beside = target.parent / "config.json"
+def _description_file(out: OutputFolder, name: Path, description: Mapping[str, Any]) -> Path:
+    """``config.json`` beside the file `name`, or ``NAME.json`` where another file has that name."""
+    beside = name.with_name("config.json")
     try:
-        found = parse_json(beside.read_bytes(), beside)
+        found = parse_json((out.root / beside).read_bytes(), out.root / beside)
         other = found != json.loads(json.dumps(description))  # somebody's, or of another model
     except FileNotFoundError:
         other = False
     except (OSError, ValueError, AttributeError):
         other = True
-    return target.with_suffix(".json") if other and target.name != MODEL_FILE else beside
+    return name.with_suffix(".json") if other and name.name != MODEL_FILE else beside
 
 
-def _complete_folder(folder: Path, weights: Weights, run: RunConfig) -> None:
+def _complete_folder(out: OutputFolder, names: Sequence[str], weights: Weights, run: RunConfig) -> None:
     """``config.yaml``, and last the manifest with every file's size and SHA-256."""
-    settings = run.model_copy(update={"model": weights.config})
-    replace_text(folder / "config.yaml", dump(settings))
+    *_, settings, manifest = names
+    out.write_text(settings, dump(run.model_copy(update={"model": weights.config})))
     files = {}
-    for file in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".yaml")):
-        if file.name != "manifest.json":
+    for file in sorted(out.root / name for name in names[:-1]):
+        if file.exists():
             files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-    text = json.dumps({"files": files}, indent=1) + "\n"
-    replace_text(folder / "manifest.json", text)
-
-
-def _save(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    from safetensors.torch import save_file
-
-    state = {name: _alone(tensor) for name, tensor in tensors.items()}
-    with replacing(path) as temporary:
-        save_file(state, temporary, metadata=metadata)
-
-
-def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` in memory of its own: the format takes no views of other tensors."""
-    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if whole and tensor.is_contiguous() else tensor.contiguous().clone()
+    out.write_text(manifest, json.dumps({"files": files}, indent=1) + "\n")
 
 
 __all__ = ["Converted", "convert", "describe_model", "write_model"]

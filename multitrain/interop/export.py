@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ from multitrain.config import ConfigError, RunConfig
 from multitrain.config.arguments import Parser
 from multitrain.config.boundary import writing_to
 from multitrain.config.reading import read_yaml
-from multitrain.files import checkpoint_above, replace_text
-from multitrain.interop.convert import describe_model, is_description, is_safetensors, write_model
+from multitrain.files import OutputFolder, checkpoint_above
+from multitrain.interop.convert import describe_model, write_model
 from multitrain.interop.matching import listed
+from multitrain.interop.outputs import output_folder
 from multitrain.interop.places import MODEL_FILE, is_of_a_run, locate, sha256
 from multitrain.interop.sharing import shareable, shareable_words
 from multitrain.interop.weights import Weights, read_model
@@ -52,7 +54,7 @@ def export(
         target: the folder; ``multitrain.load(target / "model.safetensors")`` reads it back.
         evaluation: folder with the ``metrics.json`` of a test of these weights; when not given, the run's own test of
             the checkpoint, where there is one.
-        force: write into a folder that has files of these names.
+        force: replace the files of an earlier export, unchanged since.
 
     Raises:
         ConfigError: no model there, the folder is in use, is a run's, or cannot be written.
@@ -63,11 +65,12 @@ def export(
     results = _results(source, Path(evaluation) if evaluation else None)
     with writing_to(target):
         target.mkdir(parents=True, exist_ok=True)
+        out, inside = _outputs(target)
         description = describe_model(weights, shareable(run, weights.datasets))
-        write_model(target / MODEL_FILE, weights.state, description, target / "config.json")
+        write_model(out, inside / MODEL_FILE, weights.state, description, inside / "config.json")
         known = {name: weights.class_names[name] for name in weights.datasets if name in weights.class_names}
-        replace_text(target / "class_names.json", json.dumps(known, indent=1, ensure_ascii=False) + "\n")
-        replace_text(target / "README.md", _card(source, target, run, weights, results, known))
+        out.write_text(inside / "class_names.json", json.dumps(known, indent=1, ensure_ascii=False) + "\n")
+        out.write_text(inside / "README.md", _card(source, target, run, weights, results, known))
         others = sorted(p.name for p in target.iterdir() if p.name not in FILES)
     return Exported(target, FILES, weights.datasets, results, tuple(others))
 
@@ -91,23 +94,17 @@ def _check_target(source: Path, target: Path, force: bool) -> None:
     odd = [n for n in taken if (target / n).is_symlink() or not (target / n).is_file()]
     if odd:
         raise ConfigError(f"{target / odd[0]}: is a folder or a link, which is not replaced; move it away")
-    ours = {MODEL_FILE: is_safetensors, "config.json": is_description, "README.md": _is_card}
-    foreign = [n for n in taken if n in ours and not ours[n](target / n)]
-    if foreign:
-        raise ConfigError(
-            f"{target / foreign[0]}: is no export's, and is not replaced; move it away, or give another folder"
-        )
     if taken and not force:
         raise ConfigError(
             f"{target}: has {', '.join(taken)} already; choose another folder, or add --force to replace them"
         )
+    _outputs(target)
 
 
-def _is_card(file: Path) -> bool:
-    try:
-        return "library_name: multitrain" in file.read_text("utf-8", errors="replace")[:200]
-    except OSError:
-        return False
+def _outputs(target: Path) -> tuple[OutputFolder, Path]:
+    """What may be written of an export, and its folder there: the record lies above it, where nobody publishes it."""
+    real = Path(os.path.realpath(target))
+    return output_folder(real.parent, "export", [f"{real.name}/{name}" for name in FILES]), Path(real.name)
 
 
 def upload(folder: Path, repository: str, *, private: bool = True) -> str:
@@ -261,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_model("a run's folder or its name in runs, a checkpoint's folder, a .pyth or a .safetensors file")
     parser.add_argument("target", metavar="FOLDER", help="new folder")
     parser.add_argument("--evaluation", metavar="DIR", help="folder of a finished test (default: the checkpoint's own)")
-    parser.add_argument("--force", action="store_true", help="replace files that are there")
+    parser.add_argument("--force", action="store_true", help="replace the files of an earlier export")
     parser.add_argument("--upload", metavar="OWNER/NAME", help="put it on the Hugging Face Hub as well")
     parser.add_argument("--public", action="store_true", help="with --upload: a repository that everybody sees")
     parser.add_argument("--private", action="store_true", help="with --upload: a private repository (the default)")

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,14 +124,19 @@ def read_published(path: str | Path, *, strict: bool = True, copy: str | None = 
     )
 
 
-def read_tensors(path: Path, config: ModelConfig, datasets: Mapping[str, int]) -> dict[str, torch.Tensor]:
+def read_tensors(
+    path: Path, config: ModelConfig, datasets: Mapping[str, int]
+) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
     """The tensors of any `.pyth` file of the MViT family, by the names of a model of ours; those unknown keep theirs.
+
+    Second, which of several sets of weights these are, see :class:`multitrain.interop.archive.Archive`.
 
     For starting from files whose configuration says nothing or another network: official releases. Raises ConfigError.
     """
-    state = _by_our_names(open_archive(path).state, name_map(config, datasets, single=len(datasets) == 1))
+    found = open_archive(path)
+    state = _by_our_names(found.state, name_map(config, datasets, single=len(datasets) == 1))
     require_finite(path, state)
-    return state
+    return state, found.notes
 
 
 def has_published_cfg(path: Path) -> bool:
@@ -154,6 +160,7 @@ def write_pyth(
     sampling_rate: int = 3,
     target_fps: float = 30.0,
     tested: DatasetConfig | None = None,
+    placed: Callable[[Path], AbstractContextManager[Path]] = replacing,
 ) -> None:
     """Writes tensors of our names as a `.pyth` file that the published code can build and load.
 
@@ -168,6 +175,7 @@ def write_pyth(
         extras: what else the file holds.
         sampling_rate, target_fps, tested: for the configuration text, see
             :func:`multitrain.interop.published_cfg.make_cfg`.
+        placed: gives the temporary path for `path`, as :func:`multitrain.files.replacing`.
 
     Raises:
         ConfigError: `state` does not fit, `cfg` describes another network, or two pairs of dataset names collide.
@@ -199,7 +207,7 @@ def write_pyth(
         "cfg": text,
         **(extras or {}),
     }
-    with replacing(path) as temporary:
+    with placed(path) as temporary:
         torch.save(content, temporary)
 
 

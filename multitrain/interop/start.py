@@ -55,14 +55,14 @@ def initialise_from(model: MultiTrain, path: str | Path, *, interpolate_position
 
 def _from_tensors(model: MultiTrain, path: Path) -> Report:
     """Starts from a file that does not say what its network is, e.g. an official release: every backbone tensor must fit."""
-    state = pyslowfast.read_tensors(path, model.config, model.datasets)
+    state, notes = pyslowfast.read_tensors(path, model.config, model.datasets)
     report = compare(shapes(state), shapes(model.state_dict()))
     problem = unfit(path, report, shapes(state))
     if problem is not None:
         raise problem
     load_state(model, state, strict=False, where=str(path))
     note = "note: the file does not say what its network computes; only names and shapes were compared"
-    return Report(report.matched, report.missing, report.unexpected, report.reshaped, (note,))
+    return Report(report.matched, report.missing, report.unexpected, report.reshaped, (*notes, note))
 
 
 def _unseen_differences(file: ModelConfig, model: ModelConfig) -> list[str]:

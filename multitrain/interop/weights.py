@@ -8,6 +8,7 @@ model's description in its header (written by `multitrain convert`), or has ``co
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +17,7 @@ from multitrain.config.boundary import understood
 from multitrain.config.class_names import find_class_names, read_class_names
 from multitrain.config.reading import LARGEST_JSON, parse_json, read_bytes, read_yaml
 from multitrain.interop import protocol, pyslowfast
-from multitrain.interop.archive import require_finite, without_prefixes
+from multitrain.interop.archive import one_set, require_finite
 from multitrain.interop.foreign_run import generic_run, published_datasets, published_run
 from multitrain.interop.layout import layout, require_possible
 from multitrain.interop.matching import Report, compare, require_all, shapes
@@ -62,17 +63,15 @@ def read_model(path: str | Path, *, strict: bool = True, copy: str | None = None
     """:func:`read_weights` and :func:`run_config` at once: what lies at `path` is opened and verified only once.
 
     Args:
-        copy: of a `.pyth` file, the set of weights to take: see :func:`multitrain.interop.archive.open_archive`.
+        copy: of a file with several sets of weights, the one to take: see :func:`multitrain.interop.archive.open_archive`.
     """
     path = Path(path)
     if path.suffix == ".pyth" and not path.is_dir():
         file = pyslowfast.read_published(path, strict=strict, copy=copy)
         run = published_run(file, path)
         return _of_published(file, run), run
-    if copy is not None:
-        raise ConfigError(f"{path}: only a .pyth file holds several sets of weights; leave {copy!r} out")
     place = locate(path)
-    return _of_safetensors(place, strict=strict), _stored_run(place)
+    return _of_safetensors(place, strict=strict, copy=copy), _stored_run(place)
 
 
 def run_config(path: str | Path) -> RunConfig:
@@ -120,9 +119,9 @@ def _of_published(file: pyslowfast.Published, run: RunConfig) -> Weights:
     return Weights(file.config, file.datasets, file.multi_label, names, file.state, file.report)
 
 
-def _of_safetensors(place: Path, *, strict: bool) -> Weights:
+def _of_safetensors(place: Path, *, strict: bool, copy: str | None) -> Weights:
     found = _described(place)
-    state = _read_safetensors(place)
+    state, notes = one_set(place, _read_safetensors(place), copy)
     require_possible(place, found.config, found.datasets, len(state))
     with understood(f"{place}: describes no network", "write it again with `multitrain convert`"):
         report = compare(shapes(state), layout(found.config, found.datasets))
@@ -131,7 +130,7 @@ def _of_safetensors(place: Path, *, strict: bool) -> Weights:
         require_all(report, where, "write it again with `multitrain convert`")
     kept = {name: state[name] for name in report.matched}
     require_finite(place, kept)
-    return found._replace(state=kept, report=report)
+    return found._replace(state=kept, report=replace(report, notes=notes))
 
 
 def _stored_run(place: Path) -> RunConfig:
@@ -200,12 +199,10 @@ def _is_file(path: Path) -> bool:
 
 
 def _read_safetensors(place: Path) -> dict[str, torch.Tensor]:
-    """Tensors by name, without the prefixes that wrappers add."""
     from safetensors.torch import load_file
 
     with understood(f"{place}: cannot be read", "copy or write it again"):
-        tensors = load_file(place)
-    return without_prefixes(place, tensors)
+        return load_file(place)
 
 
 def _names_beside(file: pyslowfast.Published, run: RunConfig) -> dict[str, list[str]]:

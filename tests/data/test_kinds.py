@@ -174,8 +174,8 @@ def test_a_text_that_names_a_video_is_none(tmp_path: Path, plain: Path, kind: st
             open_video(tmp_path / name, backend)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("ending", ["mp4", "mp3", "mkv"])
-def test_a_sound_with_a_cover_picture_is_no_video(tmp_path: Path, ending: str) -> None:
+@pytest.mark.parametrize("ending", ["mp4", "m4a", "mp3", "mkv"])
+def test_a_sound_with_a_cover_picture_is_no_video_each_time(tmp_path: Path, ending: str) -> None:
     if shutil.which("ffmpeg") is None:
         pytest.skip("no ffmpeg command to make it with")
     picture = ["-f", "lavfi", "-i", "testsrc2=s=96x64:d=0.04:r=25", "-frames:v", "1", str(tmp_path / "cover.jpg")]
@@ -187,8 +187,9 @@ def test_a_sound_with_a_cover_picture_is_no_video(tmp_path: Path, ending: str) -
         command += ["-i", str(tmp_path / "cover.jpg"), "-map", "0", "-map", "1", "-c:v", "copy"]
         command += ["-disposition:v:0", "attached_pic"]
     subprocess.run([*command, str(tmp_path / f"a.{ending}")], check=True)
-    with pytest.raises(VideoError, match="no video in it, only audio"):
-        open_video(tmp_path / f"a.{ending}")
+    for backend in ("pyav", "decord", *["pyav"] * 18):
+        with pytest.raises(VideoError, match="no video in it, only audio"):
+            open_video(tmp_path / f"a.{ending}", backend)
 
 
 @pytest.mark.parametrize("backend", ["pyav", "decord"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,13 @@ import torch
 from support import settings, write_run
 
 from multitrain.cli import main
+from multitrain.commands.embed import _lines
 from multitrain.config import ConfigError, RunConfig
 from multitrain.data.views import load_views
 from multitrain.evaluation.embed import Embeddings, Item, embed, flattened, map_of, write
 from multitrain.evaluation.nearest import affinity, heat_map, matches
 from multitrain.evaluation.predictor import Predictor
+from multitrain.files import OutputFolder
 
 
 @pytest.fixture
@@ -45,6 +48,19 @@ def test_features_are_the_models_and_unreadable_videos_are_named(
         assert np.array_equal(file["features"], found.features)
     with pytest.raises(ConfigError, match=r"\.npz or \.parquet"):
         write(found, tmp_path / "f.csv")
+
+
+def test_lists_of_videos_that_hold_no_names_are_refused_in_a_line(tmp_path: Path) -> None:
+    for content, said in {
+        b"a.mp4\nb\0.mp4\n": ":2: a NUL byte",
+        "clip.mp4\n".encode("utf-16"): "UTF-16",
+    }.items():
+        (tmp_path / "list").write_bytes(content)
+        with pytest.raises(ConfigError, match=said):
+            _lines(tmp_path / "list")
+    (tmp_path / "list").write_bytes("\ufeffa\u2028b.mp4\r\n\n  c d.mp4 \n".encode() + b"caf\xe9.mp4")
+    assert _lines(tmp_path / "list") == ["a\u2028b.mp4", "c d.mp4", os.fsdecode(b"caf\xe9.mp4")]
+    OutputFolder(tmp_path, "embed", ["a\0b.mp4"]).check("new")  # a source that can be no file
 
 
 def test_the_map_shows_the_directions_of_largest_spread() -> None:

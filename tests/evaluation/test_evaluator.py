@@ -16,7 +16,7 @@ from multitrain.config import ConfigError, RunConfig
 from multitrain.config import validate as checked
 from multitrain.data.catalog import Catalog, open_catalogs
 from multitrain.data.views import load_views
-from multitrain.evaluation import metrics, tables
+from multitrain.evaluation import metrics, shards, tables
 from multitrain.evaluation.evaluator import Evaluation, EvaluationError, evaluate
 from multitrain.evaluation.shards import ShardReader, ShardWriter
 from multitrain.evaluation.validation import validate
@@ -238,6 +238,13 @@ def test_a_torn_line_about_an_unreadable_video_is_looked_at_again(
     file.write_text(file.read_text()[:-4])
     evaluate(model, config, ["stride", "segment", "many"], out_dir=tmp_path)
     assert_same(tmp_path, reference)
+
+
+def test_files_that_are_no_scores_are_refused_in_a_line(tmp_path: Path) -> None:
+    for index, content in ((shards._HEADER_INDEX, b"[1]"), (3, b"12345")):
+        (tmp_path / "rank-0.scores").write_bytes(shards._record(index, content))
+        with pytest.raises(ConfigError, match=r"another evaluation|something else than scores"):
+            ShardReader(tmp_path, {"dataset": "d"}).poll()
 
 
 def test_what_another_rank_is_still_writing_is_read_when_it_is_whole(tmp_path: Path) -> None:

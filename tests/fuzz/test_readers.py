@@ -5,18 +5,35 @@ The same cases in every run of the suite; `python -m benchmarks.fuzz` tries twen
 
 from __future__ import annotations
 
+import json
+import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.fuzz import Fuzz
-from benchmarks.fuzzing.judge import GOOD, Case, Worker, judged, taking
-from benchmarks.fuzzing.readers import REFUSALS
+from benchmarks.fuzz import Fuzz, main
+from benchmarks.fuzzing.judge import GOOD, Case, Outcome, Worker
+from benchmarks.fuzzing.readers import Reader
+from tests.fuzz.misbehaving import misbehaving
 
-SLOW = ("$", "flops", "predict", "convert", "report", "submit", "data", "overrides", "yaml group", "compare", "status")
+SLOW = (
+    "$",
+    "flops",
+    "predict",
+    "convert",
+    "report",
+    "submit",
+    "data",
+    "overrides",
+    "yaml group",
+    "compare",
+    "status",
+    "embed",
+)
 """Beginnings of the names of readers that take more than some hundredths of a second."""
 TEXT = ("overrides", "yaml group", "csv", "multi-label csv", "class list", "class list json")
 
@@ -80,31 +97,55 @@ def test_any_value_of_an_option_is_accepted_or_refused_in_a_line(fuzz: Fuzz, key
 
 @pytest.fixture
 def harness(tmp_path: Path) -> Iterator[Worker]:
-    """A worker whose readers misbehave."""
-
-    def misbehave(case: Case) -> object:
-        if case.reader == "raises":
-            raise KeyError("x")
-        if case.reader == "grows":
-            return len(bytearray(b"\1") * (1_200 << 20)) and None
-        if case.reader == "too much":
-            return len(bytes(1 << 40)) and None
-        while case.reader == "hangs":
-            pass
-        if case.reader == "speaks":
-            print("\x1b[31m")
-        return 3 if case.reader == "says nothing" else None
-
     captures = (tmp_path / "out", tmp_path / "err")
-    said = taking(captures)
-    worker = Worker(lambda case: judged(lambda *_: misbehave(case), tmp_path, b"", REFUSALS, said), captures)
+    worker = Worker(partial(misbehaving, tmp_path, captures), captures)
     yield worker
     worker.close()
 
 
 def test_the_judge_sees_what_it_is_there_for(harness: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.fuzzing.judge.CPU_SECONDS", 4.0)
-    kinds = ("raises", "grows", "too much", "hangs", "speaks", "says nothing", "is fine")
-    found = {name: harness.judge(Case(name, 0)).kind for name in kinds}
-    expected = ("traceback", "growth", "growth", "hang", "control", "silent", "accepted")
-    assert found == dict(zip(kinds, expected))
+    monkeypatch.setattr("benchmarks.fuzzing.judge.CPU_SECONDS", 3.0)
+    expected = {
+        "raises": "traceback",
+        "grows": "growth",
+        "too much": "growth",
+        "hangs": "hang",
+        "child hangs": "hang",
+        "dies": "crash",
+        "speaks": "control",
+        "says nothing": "silent",
+        "is fine": "accepted",
+    }
+    found = {name: harness.judge(Case(name, 0)) for name in expected}
+    assert {name: outcome.kind for name, outcome in found.items()} == expected
+    assert "in misbehave" in found["hangs"].text
+    assert f"ended with {-signal.SIGSEGV}" in found["dies"].text
+
+
+def test_a_fuzz_that_was_ended_goes_on_after_its_last_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Case] = []
+
+    class Ended(Fuzz):
+        def __init__(self, folder: Path) -> None:
+            self.readers = {name: Reader([], lambda *_: None) for name in ("csv", "events", "other")}
+            self.worker = Worker(Worker, (folder, folder))  # type: ignore[arg-type]  # never started
+
+        def judge(self, case: Case) -> Outcome:
+            asked.append(case)
+            if len(asked) == 4:
+                raise KeyboardInterrupt
+            return Outcome("traceback" if case.number == 2 else "refused", "x")
+
+    monkeypatch.setattr("benchmarks.fuzz.Fuzz", Ended)
+    words = ["csv", "events", "--cases", "7"]
+    with pytest.raises(KeyboardInterrupt):
+        main(words, tmp_path)
+    saved = json.loads((tmp_path / "unfinished/fuzz-small.json").read_text())
+    assert saved["done"] == 3
+    assert saved["outcomes"] == {"csv": {"refused": 2}, "events": {"refused": 1}}
+    assert main(words, tmp_path) == 1
+    assert [f"{c.reader}/{c.number}" for c in asked[3:]] == ["events/1", "events/1", "csv/2", "events/2", "csv/3"]
+    result = json.loads((tmp_path / "fuzz.json").read_text())
+    assert (result["done"], result["outcomes"]["csv"]) == (7, {"refused": 3, "traceback": 1})
+    assert [f["case"] for f in result["faults"]] == ["csv/2", "events/2"]
+    assert not (tmp_path / "unfinished/fuzz-small.json").exists()

@@ -81,6 +81,15 @@ AVERAGES: dict[str, Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]] 
     "ema_model": lambda state, average: {
         "state_dict": renamed("model.")(state) | renamed("ema_model.module.")(average)
     },
+    "model_ema (a prefix, with its counters)": lambda state, average: {
+        "model_state": state
+        | renamed("model_ema.module.")(average)
+        | {"model_ema.decay": torch.tensor(0.99), "model_ema.num_updates": torch.tensor(7)}
+    },
+    "ema_state_dict": lambda state, average: {
+        "model": state,
+        "ema_state_dict": renamed("module.")(average) | {"steps": torch.tensor(7)},
+    },
 }
 
 
@@ -92,6 +101,7 @@ def test_which_of_trained_and_averaged_weights_was_taken_is_said_and_either_can_
     average = {n: t + 1 for n, t in content["model_state"].items()}
     file = tmp_path / "a.pyth"
     torch.save({"cfg": content[CFG], **AVERAGES[name](content["model_state"], average)}, file)
+    name = name.split()[0]
     with pytest.warns(UserWarning, match=rf"the trained weights; the file holds '{name}' as well"):
         model = multitrain.load(file)
     assert torch.equal(model.state_dict()["norm.bias"], content["model_state"]["norm.bias"])
@@ -107,6 +117,35 @@ def test_a_file_with_an_average_only_gives_that_and_says_so(good: Path, tmp_path
     torch.save({"cfg": content[CFG], "model_ema": {"module": content["model_state"]}}, tmp_path / "a.pyth")
     found = read_weights(tmp_path / "a.pyth")
     assert found.report.notes == ("weights taken from 'model_ema', a moving average of the weights",)
+
+
+PREFIXES_OF_AVERAGES = ("ema.", "model_ema.", "ema_model.", "model_ema.module.", "module.model_ema.")
+
+
+@pytest.mark.parametrize("prefix", PREFIXES_OF_AVERAGES)
+def test_averaged_weights_in_a_file_of_nothing_but_tensors_are_told_from_the_trained_ones(
+    tmp_path: Path, prefix: str
+) -> None:
+    state = weights(SMALL, NAMES)
+    average = {n: t + 1 for n, t in state.items()}
+    name = prefix.removeprefix("module.").split(".")[0]
+    description = {"model": SMALL.model_dump(mode="json"), "datasets": NAMES}
+    both, alone = tmp_path / "both.safetensors", tmp_path / "alone.safetensors"
+    save_file(state | renamed(prefix)(average), both, {HEADER: json.dumps(description)})
+    save_file(renamed(prefix)(average), alone, {HEADER: json.dumps(description)})
+    torch.save(state | renamed(prefix)(average), tmp_path / "both.pyth")
+    torch.save(renamed(prefix)(average), tmp_path / "alone.pyth")
+    trained = f"the names without such a prefix, the trained weights; the file holds '{name}' as well"
+    for file in ("both.safetensors", "both.pyth", "alone.safetensors", "alone.pyth"):
+        model = MultiTrain(SMALL, NAMES)
+        said = str(initialise_from(model, tmp_path / file))
+        expected, what = (state, trained) if "both" in file else (average, f"'{name}', a moving average of the weights")
+        assert f"weights taken from {what}" in said, file
+        assert torch.equal(model.state_dict()["norm.bias"], expected["norm.bias"]), file
+    done = convert(both, tmp_path / "c.safetensors", copy=name)
+    assert torch.equal(read_weights(done.target).state["norm.bias"], average["norm.bias"])
+    with pytest.raises(ConfigError, match=r"no weights under 'emma'"):
+        convert(both, tmp_path / "d.safetensors", copy="emma")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

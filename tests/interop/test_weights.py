@@ -317,7 +317,11 @@ def test_a_target_is_never_replaced_unasked(run: Path, tmp_path: Path) -> None:
     target.write_text("precious")
     with pytest.raises(ConfigError, match="--force"):
         convert(run, target)
+    with pytest.raises(ConfigError, match="convert did not write it"):
+        convert(run, target, force=True)
     assert target.read_text() == "precious"
+    target.unlink()
+    convert(run, target)
     convert(run, target, force=True)
     assert_equal(read_weights(target).state, random_state(seed=20))
     for wrong in (tmp_path / "a.onnx", tmp_path / "none" / "a.pyth"):

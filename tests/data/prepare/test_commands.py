@@ -119,17 +119,40 @@ def test_shards_of_check_together_give_the_table(tmp_path: Path, capsys: pytest.
     assert rows(tmp_path / "c" / "check.csv") == []
 
 
-def test_the_same_video_in_another_container_is_a_duplicate(tmp_path: Path) -> None:
+def remuxed(source: Path, target: Path) -> None:
+    """The same packets in another container."""
     import av
 
-    write_video(tmp_path / "a.mp4", 0)
-    with av.open(str(tmp_path / "a.mp4")) as source, av.open(str(tmp_path / "b.mkv"), "w") as out:
-        stream = out.add_stream_from_template(source.streams.video[0])
-        for packet in source.demux(video=0):
+    with av.open(str(source)) as whole, av.open(str(target), "w") as out:
+        stream = out.add_stream_from_template(whole.streams.video[0])
+        for packet in whole.demux(video=0):
             if packet.size:
                 packet.stream = stream
                 out.mux(packet)
+
+
+def test_the_same_video_in_another_container_is_a_duplicate(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", 0)
+    remuxed(tmp_path / "a.mp4", tmp_path / "b.mkv")
     assert read_whole(tmp_path / "a.mp4").digest == read_whole(tmp_path / "b.mkv").digest
+
+
+def test_one_video_in_any_spelling_by_a_link_or_remuxed_is_one_video(tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    (folder / "x").mkdir(parents=True)
+    write_video(folder / "a.mp4", 0, frames=12)
+    os.link(folder / "a.mp4", folder / "hard.mp4")
+    (folder / "soft.mp4").symlink_to("a.mp4")
+    remuxed(folder / "a.mp4", folder / "b.mkv")
+    others = ("./a.mp4", "x/../a.mp4", "x//..//a.mp4", f"{folder}/a.mp4", "hard.mp4", "soft.mp4", "b.mkv")
+    (folder / "train.csv").write_text("a.mp4 0\n" + "".join(f"{name} 0\n" for name in others))
+    (folder / "val.csv").write_text("x/../hard.mp4 1\n")
+    words = ["data", "check", "--run", str(run_file(tmp_path, folder)), "--out", str(tmp_path / "c"), "--workers", "1"]
+    assert main([*words, "--write-clean", str(tmp_path / "clean")]) == 1
+    found = [(r["path"], r["kind"]) for r in rows(tmp_path / "c/check.csv")]
+    assert sorted(p for p, kind in found if kind == "duplicate") == sorted(others)
+    assert sorted(p for p, kind in found if kind == "leak") == sorted(["a.mp4", *others])
+    assert len([p for p, kind in found if kind == "labelled twice"]) == 9
 
 
 def test_labels_are_compared_within_a_dataset_only() -> None:
