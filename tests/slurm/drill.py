@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -172,6 +173,23 @@ class Cluster:
                 lambda: " UP" in subprocess.run(answers, capture_output=True, text=True, check=False).stdout,
                 "an answer",
             )
+
+    @contextlib.contextmanager
+    def not_mounted(self, node: str, folder: Path) -> Iterator[None]:
+        """In the block, `folder` is empty for what the node starts, as where its file system is not mounted."""
+        slurmd = ["slurmd", "-f", self.configuration, "-N", node]
+        mount = f"mount -t tmpfs none {shlex.quote(str(folder))} && exec {shlex.join(slurmd)}"
+        self._end_slurmd(slurmd)
+        try:
+            self._start_daemon("unshare", "--mount", "bash", "-c", mount)
+            yield
+        finally:
+            self._end_slurmd(slurmd)
+            self._start_daemon(*slurmd)
+
+    def _end_slurmd(self, slurmd: list[str]) -> None:
+        send([p for p, found in _processes().items() if found.title == " ".join(slurmd)], signal.SIGTERM)
+        self._wait_for(lambda: all(p.title != " ".join(slurmd) for p in _processes().values()), "its end")
 
     def _is_controller(self, found: Process) -> bool:
         return found.title.startswith("slurmctld") and f" {self.configuration}" in found.title

@@ -148,6 +148,23 @@ def test_a_python_that_is_missing_on_one_node_costs_a_run_that_went_well_only_th
     runs.assert_same(run, reference)
 
 
+def test_a_node_on_which_the_runs_are_not_mounted_is_left_out(
+    runs: Runs, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MULTITRAIN_JOIN", "15")
+    run, job = runs.submit("elsewhere", "checkpoint.every=1")
+    runs.reach(run, job, 3)
+    runs.cluster.run("scontrol", "requeue", job)
+    runs.cluster.wait(job, "PENDING")
+    with runs.cluster.not_mounted("node2", runs.runs):
+        runs.cluster.start_now(job)
+        assert runs.back_in_queue(run, job, starts=2)["exclude"] == ["node2"]
+        assert runs.cluster.job(job)["ExcNodeList"] == "node2"
+        runs.cluster.start_now(job)
+        runs.finish(run, job)
+    runs.assert_same(run, reference)
+
+
 def test_a_suspended_job_is_no_hung_one(runs: Runs, reference: Path) -> None:
     run, job = runs.submit("suspended", "engine.hang_limit=8", "checkpoint.every=1000")
     runs.reach(run, job, 3)
