@@ -69,6 +69,9 @@ class Pack:
         try:
             self.header, arrays = read_index(folder / INDEX, FORMAT)
             self._hashes, self._shard, self._offset, self._size, self._crc, self._starts, self._names = arrays
+            columns = (self._hashes, self._shard, self._offset, self._size, self._crc, self._starts[1:])
+            if len({len(column) for column in columns}) > 1 or any(array.dtype.kind != "u" for array in arrays):
+                raise ValueError("its columns do not fit together")
             self._shards: list[str] = self.header["shards"]
             if any(os.path.basename(shard) != shard for shard in self._shards):
                 raise ValueError("a shard lies elsewhere")

@@ -22,7 +22,8 @@ from multitrain.data import packs
 from multitrain.data.catalog import open_catalogs, plan_of, summary
 from multitrain.data.clips import Task, TrainJob
 from multitrain.data.decode import VideoError, open_video
-from multitrain.data.packs import BLOCK, INDEX, locate, open_pack
+from multitrain.data.index import _MAGIC, read_header
+from multitrain.data.packs import BLOCK, INDEX, Pack, locate, open_pack
 
 NAMES = ("stride", "segment", "with.dot")
 
@@ -300,3 +301,17 @@ def test_a_window_over_other_shards_than_the_packed_ones_is_said(
     mapping["data"]["shard_videos"] = 5
     summary(validate(mapping), tmp_path)
     assert "packed with 4 videos a shard for 11 lines" in caplog.text
+
+
+def test_an_index_that_claims_more_than_it_holds_is_refused(one: tuple[Path, Path]) -> None:
+    index = one[0] / INDEX
+    whole, header = index.read_bytes(), read_header(index)
+    size = len(_MAGIC) + 8
+    length = int.from_bytes(whole[len(_MAGIC) : size], "little")
+    header["arrays"][5][2] -= 2 * np.dtype(header["arrays"][5][0]).itemsize
+    short = whole[:size] + json.dumps(header).encode().ljust(length) + whole[size + length :]
+    huge = whole[: len(_MAGIC)] + (1 << 60).to_bytes(8, "little") + whole[size:]
+    for content, said in ((short, "do not fit together"), (huge, "cut off")):
+        index.write_bytes(content)
+        with pytest.raises(ConfigError, match=f"damaged .*{said}"):
+            Pack(index.parent)
