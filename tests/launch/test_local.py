@@ -100,6 +100,10 @@ def test_a_run_folder_that_is_moved_away_ends_in_words(folder: Path, capfd: pyte
     run.mkdir()
     (folder / "code").rename(run / "code")
     body = f"""
+        if rank == 1:
+            open({str(folder / "up")!r}, "w").close()
+        while not os.path.exists({str(folder / "up")!r}):  # rank 1 imports from the folder
+            time.sleep(0.05)
         if rank == 0:
             os.rename({str(run)!r}, {str(folder / "moved")!r})
             print("the last words", flush=True)

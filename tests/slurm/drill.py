@@ -80,11 +80,18 @@ class Cluster:
     def run(self, *command: str) -> str:
         """The output of a SLURM command; a failed one fails the test."""
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
-        assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
+        assert done.returncode == 0, f"{' '.join(command)}: exit status {done.returncode}, {done.stderr}"
         return done.stdout
 
     def job(self, job: str) -> dict[str, str]:
-        """What `scontrol` says of a job."""
+        """What `scontrol` says of a job; asked again where a busy controller does not answer."""
+        for pause in (1, 2, 4, 8):
+            with contextlib.suppress(AssertionError):
+                return self._job(job)
+            time.sleep(pause)
+        return self._job(job)
+
+    def _job(self, job: str) -> dict[str, str]:
         fields = self.run("scontrol", "show", "job", "-o", job).split()
         return dict(field.split("=", 1) for field in fields if "=" in field)
 
