@@ -343,7 +343,7 @@ def test_train_sh_finds_its_run_again_after_a_requeue(
     cluster.start_now(job)
     cluster.until(lambda: cluster.job(job)["Restarts"] == "2", "the requeue by the script itself")
     cluster.until(lambda: "," in cluster.job(job)["ExcNodeList"], "a node left out beside the user's own")
-    assert cluster.job(job)["JobState"] == "PENDING"
+    cluster.wait(job, "PENDING")  # COMPLETING until its processes are gone
     left_out = cluster.run("scontrol", "show", "hostnames", cluster.job(job)["ExcNodeList"]).split()
     (away,) = {*left_out} - {"node3"}
     assert f"{run}/job.sh is not to be read on {away}" in (board.parent / "out").read_text()
