@@ -42,7 +42,7 @@ srun() {
 # At its time limit the job has seconds left, whatever the ranks do: it goes back into the queue now.
 on_signal() {
     signals="$signals $1"
-    [ "${task:-}" = evaluate ] || touch "$run/SAVE" 2>/dev/null
+    [ "${task:-}" = evaluate ] || [ -L "$run/SAVE" ] || touch "$run/SAVE" 2>/dev/null
     if [ "$1" = TERM ] && job_record | grep -q ' Reason=TimeLimit '; then come_back 143 --early; fi
 }
 for name in TERM INT USR1 USR2; do
@@ -71,10 +71,13 @@ come_back() {
 # failed_on: the node on which srun could not start a task, else the one whose task ended first with an exit status of its
 # own, as srun said in this start. Ranks that could not start have told nobody else.
 failed_on() {
-    local said task
+    local said node task
     said=$(tail -c "+$((${log_before:-0} + 1))" "$log" 2>/dev/null)
+    node=$(sed -n 's/^srun: error: Task launch for .* failed on node \([^: ]*\): .*/\1/p' <<<"$said" | head -n 1)
     task=$(sed -n 's/^srun: error: tasks\{0,1\} \([0-9]*\)[0-9,-]* launch failed: .*/\1/p' <<<"$said" | head -n 1)
-    if [ -n "$task" ]; then
+    if [ -n "$node" ]; then
+        echo "$node"
+    elif [ -n "$task" ]; then
         scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n "$((task / ${SLURM_NTASKS_PER_NODE:-1} + 1))p"
     else
         sed -n '/exit code 75$/d; s/^srun: error: \([^: ]*\): tasks\{0,1\} [0-9,-]*: Exited with exit code .*/\1/p' <<<"$said" |
@@ -88,7 +91,7 @@ elsewhere() {
     local seen=$run/logs/$SLURM_JOB_ID.nodes tried out
     out=$(job_record | sed -n 's/.* ExcNodeList=\([^( ][^ ]*\).*/\1/p')
     out=${out:+$out,}$SLURMD_NODENAME
-    if (echo "$SLURMD_NODENAME" >>"$seen") 2>/dev/null; then
+    if dd status=none conv=notrunc oflag=append,nofollow of="$seen" <<<"$SLURMD_NODENAME" 2>/dev/null; then # no link
         tried=$(sort -u "$seen" | wc -l)
     else
         tried=$(scontrol show hostnames "$out" | wc -l)

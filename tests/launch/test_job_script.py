@@ -18,6 +18,8 @@ SAID = {
     "srun: error: node2: task 1: Terminated\nsrun: error: node3: task 2: Exited with exit code 2\n": "node3",
     "srun: error: task 17 launch failed: Slurmd could not connect IO\nsrun: error: node1: task 0: Exited with exit code 1\n": "node3",
     "srun: error: tasks 8-15 launch failed: Unspecified error\n": "node2",
+    "srun: error: Task launch for StepId=7.0 failed on node node3: Job credential revoked\n"
+    "srun: error: Application launch failed: Job credential revoked\n": "node3",
 }
 
 
@@ -40,3 +42,20 @@ def test_the_node_that_failed_first_is_read_from_the_words_of_this_start(said: s
             check=True,
         )
     assert done.stdout.strip() == SAID[said]
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_the_list_of_nodes_without_python_is_appended_to_through_no_link(link: bool, tmp_path: Path, root: Path) -> None:
+    (tmp_path / "scontrol").write_text('#!/bin/sh\n[ "$*" != "show hostnames gpu1" ] || echo gpu1\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    (tmp_path / "logs").mkdir()
+    nodes, foreign = tmp_path / "logs" / "7.nodes", tmp_path / "foreign"
+    foreign.write_text("of somebody else\n")
+    if link:
+        nodes.symlink_to(foreign)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURMD_NODENAME": "gpu1"}
+    script = f". {root}/launch/job.sh; run={tmp_path} python=(none); elsewhere"
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert "none does not run on gpu1: the job comes back without this node" in done.stderr
+    assert foreign.read_text() == "of somebody else\n"
+    assert nodes.read_text() == ("of somebody else\n" if link else "gpu1\n")
