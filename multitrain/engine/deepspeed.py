@@ -14,11 +14,13 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from multitrain.config import ConfigError, EngineConfig, OptimConfig
+from multitrain.engine import without_compiler
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -84,6 +86,7 @@ class Engine:
         self.loss_scale = LossScale()
         if precision == "fp16":
             self.loss_scale = LossScale(scale=2.0**config.loss_scale_start, dynamic=True)
+        without_compiler.untraced()
         optimizer = torch.optim.AdamW(
             parameter_groups(model, optim.weight_decay),
             lr=optim.lr,
@@ -91,6 +94,7 @@ class Engine:
             eps=optim.eps,
             fused=device.type == "cuda",
         )
+        without_compiler.stepping(optimizer)
         settings = {
             "train_micro_batch_size_per_gpu": 1,  # batches are counted by the order room, not by DeepSpeed
             "gradient_accumulation_steps": 1,
@@ -273,7 +277,17 @@ def _import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         # Without this, 0.19 compiles a shared-memory operator with g++ at the first start, which we do not use.
         deepspeed.ops.__compatible_ops__ = {}
+    _import_muon()
     return deepspeed
+
+
+def _import_muon() -> None:
+    """ZeRO imports Muon at each step, whatever the optimizer is, which compiles three functions: here they stay as they are."""
+    from deepspeed.runtime import compiler
+
+    unchanged = mock.patch.object(compiler, "compile", return_value=lambda function: function)
+    with unchanged, contextlib.suppress(ImportError):
+        from deepspeed.runtime.zero.muon import original_muon  # noqa: F401
 
 
 @contextlib.contextmanager

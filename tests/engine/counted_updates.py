@@ -36,6 +36,7 @@ def main(run: Path) -> None:
 
     def watched() -> None:
         if trainer.completed == 2:
+            found.update({name: name in sys.modules for name in ("torch._dynamo", "torch._inductor", "sympy")})
             found.update(counted(lambda: one_update(trainer)))
         else:
             one_update(trainer)

@@ -34,5 +34,7 @@ def test_an_update_calls_these_collectives_and_reads_these_numbers_and_no_more(
     tiny_data: Path, tmp_path: Path, accumulation: int
 ) -> None:
     found = counts(tiny_data, tmp_path, accumulation)
+    imported = [name for name in ("torch._dynamo", "torch._inductor", "sympy") if found.pop(name)]
+    assert imported == [], "ranks import a compiler that nothing here calls: multitrain/engine/without_compiler.py"
     more = {name: count for name, count in found.items() if count > EXPECTED[accumulation].get(name, 0)}
     assert more == {}, f"more than expected: {more}; if that is worth it, write down the new count and why"

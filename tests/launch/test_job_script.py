@@ -45,7 +45,9 @@ def test_the_node_that_failed_first_is_read_from_the_words_of_this_start(said: s
 
 
 @pytest.mark.parametrize("link", [True, False])
-def test_the_list_of_nodes_without_python_is_appended_to_through_no_link(link: bool, tmp_path: Path, root: Path) -> None:
+def test_the_list_of_nodes_without_python_is_appended_to_through_no_link(
+    link: bool, tmp_path: Path, root: Path
+) -> None:
     (tmp_path / "scontrol").write_text('#!/bin/sh\n[ "$*" != "show hostnames gpu1" ] || echo gpu1\n')
     (tmp_path / "scontrol").chmod(0o755)
     (tmp_path / "logs").mkdir()
@@ -53,7 +55,11 @@ def test_the_list_of_nodes_without_python_is_appended_to_through_no_link(link: b
     foreign.write_text("of somebody else\n")
     if link:
         nodes.symlink_to(foreign)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURMD_NODENAME": "gpu1"}
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7",
+        "SLURMD_NODENAME": "gpu1",
+    }
     script = f". {root}/launch/job.sh; run={tmp_path} python=(none); elsewhere"
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert "none does not run on gpu1: the job comes back without this node" in done.stderr
