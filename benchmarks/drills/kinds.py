@@ -147,7 +147,7 @@ _KINDS = (
         "scancel --signal=TERM --batch",
         controller=Controlled(far.signal_job("--signal=TERM", "--batch"), ways=(_HERE,)),
     ),
-    Kind("scancel JOB.0", controller=Controlled(far.cancel_the_step, MANY)),
+    Kind("scancel JOB.STEP", controller=Controlled(far.cancel_the_step, MANY)),
     Kind("batch script killed", controller=Controlled(far.kill_the_batch_script)),
 )  # fmt: skip
 KINDS = {kind.name: kind for kind in _KINDS}

@@ -95,6 +95,11 @@ class Stage:
         listed = self.cluster.job(self.job)["NodeList"]
         return self.cluster.run("scontrol", "show", "hostnames", listed).split()
 
+    def step(self) -> str:
+        """The job's newest step, of the ranks; a preflight has one of its own before it."""
+        steps = self.cluster.run("squeue", "--steps", "--noheader", "--format=%i", f"--jobs={self.job}").split()
+        return max((s for s in steps if s.rpartition(".")[2].isdigit()), key=lambda s: int(s.rpartition(".")[2]))
+
     @property
     def saving(self) -> bool:
         """Whether a checkpoint is being written."""
@@ -132,7 +137,7 @@ def cancel(stage: Stage, chance: random.Random) -> None:
 
 def end_the_step(stage: Stage, chance: random.Random) -> None:
     """SIGTERM to the ranks alone, as from a node that shuts down; the job itself goes on."""
-    stage.cluster.run("scancel", "--signal=TERM", f"{stage.job}.0")
+    stage.cluster.run("scancel", "--signal=TERM", stage.step())
 
 
 def limit(stage: Stage, chance: random.Random) -> None:
@@ -227,8 +232,8 @@ def signal_job(*arguments: str) -> Callable[[Stage, random.Random], None]:
 
 
 def cancel_the_step(stage: Stage, chance: random.Random) -> None:
-    """`scancel JOB.0`: the ranks are killed, the job goes on."""
-    stage.cluster.run("scancel", f"{stage.job}.0")
+    """`scancel JOB.STEP`: the ranks are killed, the job goes on."""
+    stage.cluster.run("scancel", stage.step())
 
 
 def evict_without_grace(stage: Stage, chance: random.Random) -> None:
