@@ -19,7 +19,7 @@ SKEWED, WRONG = 1.0, 30.0
 SLOW = 0.25
 """Share of the median speed below which a node's disk, or link, counts as slow."""
 CROWDED = 2.0
-"""GB of a GPU's memory that somebody else uses."""
+"""GB of a GPU's memory in use by other processes."""
 SMALL = 0.1
 """GB/s below which a speed must be as well to be called slow: caches differ."""
 

@@ -80,7 +80,7 @@ def secret_of(path: Path) -> bytes:
 
 
 def _read(path: Path) -> str:
-    """The file's text, once whoever makes it has written it."""
+    """The file's text, once its creator has written it."""
     deadline = time.monotonic() + 5.0
     while True:
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -264,7 +264,7 @@ def connect(
         pause: called after each that fails; may raise to end it.
 
     Raises:
-        ChannelError: nobody who knows the secret answers there.
+        ChannelError: no process that knows the secret answers there.
     """
     tried = ports(key, first)
     reasons: dict[int, str] = {}
@@ -368,7 +368,7 @@ class Server:
             channel.close()
 
     def stop_listening(self) -> None:
-        """All are there: nobody else may come."""
+        """All are there: further connections are refused."""
         if self._listener is not None:
             self._selector.unregister(self._listener)
             self._listener.close()
@@ -433,7 +433,7 @@ class Server:
         yield from ((rank, message) for message in messages)
 
     def _answer(self, stranger: _Stranger) -> None:
-        """Prove ourselves to whoever says hello; what follows is read as from somebody who knows the secret."""
+        """Authenticate to the peer that says hello; messages after that come from a process that knows the secret."""
         try:
             data = stranger.connection.recv(HELLO)
         except (BlockingIOError, InterruptedError):

@@ -69,7 +69,7 @@ come_back() {
 }
 
 # failed_on: the node on which srun could not start a task, else the one whose task ended first with an exit status of its
-# own, as srun said in this start. Ranks that could not start have told nobody else.
+# own, as srun reported in this start. Ranks that could not start have reported it nowhere else.
 failed_on() {
     local said node task
     said=$(tail -c "+$((${log_before:-0} + 1))" "$log" 2>/dev/null)
@@ -85,7 +85,7 @@ failed_on() {
     fi
 }
 
-# elsewhere: the job goes back without this node. Where that was of no use on three nodes (eight, of a run that has got on),
+# elsewhere: requeue without this node. Where that did not help on three nodes (eight, if the run has made progress),
 # it is not the node: the job ends (is held).
 elsewhere() {
     local seen=$run/logs/$SLURM_JOB_ID.nodes tried out

@@ -82,7 +82,7 @@ def _training(run: Path, job: str, ended: Ended, *, early: bool, failed_on: str 
     said = history[-1].ended
     decision = requeue.decide(ended, history, cluster, went_well=restarts.progressed(told))
     if early and decision.action != Action.COME_BACK and decision.status != requeue.GAVE_UP:
-        return DONE  # the ranks may still say more; that it gives up nobody can say after SIGKILL
+        return DONE  # the ranks may still report more; after SIGKILL no process is left to report that the run gives up
     if decision.status == said and decision.action != Action.COME_BACK:
         return DONE  # the ranks have said it
     print(f"{run.name}: {described(decision, ended)}", flush=True)

@@ -192,7 +192,7 @@ def refuse_another_run(name: str, saved: RunConfig, config: RunConfig) -> None:
 
 
 def refuse_another_start(path: Path, saved: RunConfig, config: RunConfig) -> None:
-    """Refuse other initial weights for a run that has a checkpoint: resuming would leave them out in silence."""
+    """Refuse other initial weights for a run that has a checkpoint: resuming would ignore them."""
     started = any((path / "checkpoints").glob("update-*"))
     if started and config.init_from not in (saved.init_from, None):
         raise ConfigError(

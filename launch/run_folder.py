@@ -87,7 +87,7 @@ def ask(words: Sequence[str], *, config_dirs: Sequence[str] = (), default_name: 
     Args:
         words: overrides ``key=value``, and at most one plain word: the name or folder of a run that exists.
         config_dirs: folders with config groups of the user's own.
-        default_name: what the run is called when nobody names it; experiment and time when not given.
+        default_name: the run's name where no `name=` is given; default: experiment and time.
 
     Raises:
         ConfigError: one line.

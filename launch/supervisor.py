@@ -281,7 +281,7 @@ class Supervisor:
             time.sleep(TICK)
 
     def _meet(self) -> bool:
-        """Connect all supervisors; False: somebody has stopped the run meanwhile.
+        """Connect all supervisors; False: the run was stopped meanwhile.
 
         Raises:
             ChannelError: not all have come in time.

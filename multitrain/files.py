@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and output folders in which nothing of anybody else's is touched.
+"""Files that appear complete or not at all, and output folders in which no foreign file is touched.
 
 Guarantee 9: no command deletes or overwrites a file that it did not create itself. Every command that writes where a user says
 goes through :class:`OutputFolder` (or :func:`output_file`, for a single file). It knows what it made by a record in the folder,
@@ -238,7 +238,7 @@ class OutputFolder:
             self.place(new.path, name)
 
     def write_bytes(self, name: str | Path, content: bytes, recognise: Callable[[bytes], bool] | None = None) -> Path:
-        """The file `name` with this content; one that has it already is left alone, whoever made it. Returns its path.
+        """The file `name` with this content; a file that has this content already is left alone. Returns its path.
 
         Args:
             recognise: whether a file that the record does not know was made by an earlier version, by its content.
@@ -326,7 +326,7 @@ class OutputFolder:
         try:
             return bool(of_size) and stamp(path)["digest"] in [s["digest"] for s in of_size]
         except OSError:
-            return False  # unreadable: somebody else's
+            return False  # unreadable: another user's
 
     def _make_parents(self, path: Path) -> None:
         try:

@@ -34,7 +34,7 @@ FOLDER = "lease"
 HEARTBEAT = 5.0
 """Seconds between two steps of the holder's counter."""
 SILENT = 60.0
-"""Seconds without a step after which a holder that nobody else knows anything about counts as gone."""
+"""Seconds without a step after which a holder of unknown state counts as gone."""
 PATIENCE = 30.0
 """Seconds that a start waits for a holder that lives: it may be about to save and end."""
 LOST = 4
@@ -88,7 +88,7 @@ class State:
 
 
 Alive = Callable[[Holder], "bool | None"]
-"""Whether the job of a holder runs; None when nobody knows."""
+"""Whether the job of a holder runs; None when unknown."""
 
 
 def newest(run: Path) -> State | None:
@@ -111,7 +111,7 @@ def live(run: Path, alive: Alive | None = None, *, watch: float = 0.0) -> Holder
 
     Args:
         alive: what SLURM says of the holder's job.
-        watch: seconds to look at the counter of a holder that nobody knows anything about.
+        watch: seconds to look at the counter of a holder of unknown state.
     """
     state = newest(run)
     if state is None or state.over or state.holder is None:
@@ -144,7 +144,7 @@ def acquire(
         job, restart: the SLURM job of this process, and how often it was started before.
         alive: what SLURM says of another holder's job.
         patience: seconds to wait for a holder that lives.
-        silent: seconds without a step of its counter after which one that nobody knows anything about is gone.
+        silent: seconds without a step of its counter after which a holder of unknown state is gone.
         say: takes one line when the lease has to be waited for.
 
     Raises:

@@ -1,10 +1,10 @@
-"""What each rank runs: ``python -m multitrain.train RUN``. Read the configuration, build, resume, train, leave well.
+"""Entry point of every rank: ``python -m multitrain.train RUN``. Load the configuration, build, resume, train, shut down.
 
 With ``-m`` it is Hydra's multirun: see `multitrain.sweep`.
 
 Exit status (`multitrain.monitor.exits.Exit`): 0 the run is complete; 75 it was interrupted and can be resumed; 1 it failed;
 2 a setting or file is wrong; 3 it gave up, and another start would not help; 4 another start holds the run. Under SLURM an
-interrupted run puts itself back into the queue as its very last act, unless somebody cancelled it.
+interrupted run requeues itself as its last action, unless it was cancelled.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _acquire(run: Path) -> Lease:
 
 
 def _begin(config: RunConfig, run: Path) -> None:
-    """Say that a start of the run begins, unless it has gone round in circles or died too often; before torch, light.
+    """Log a `begin` event, unless the run was restarted too often without progress. Runs before torch is imported.
 
     Raises:
         GaveUp: with the reason.
@@ -436,4 +436,4 @@ if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # process groups and loader threads need no farewell
+    os._exit(status)  # skip interpreter shutdown: nothing is left to clean up

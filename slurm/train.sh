@@ -1,5 +1,5 @@
 #!/bin/bash
-# Train, for people who say sbatch:
+# Train with plain sbatch:
 #
 #   sbatch slurm/train.sh name=first experiment=k400_mit_ssv2
 #   sbatch --partition=gpu --nodes=4 --time=12:00:00 slurm/train.sh name=first

@@ -1,1 +1,1 @@
-"""One file a verb of ``multitrain``: its command line, and what it prints. The work is done in other rooms."""
+"""One file per verb of ``multitrain``: its command line and its output. The work is done in other packages."""

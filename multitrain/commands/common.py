@@ -56,7 +56,7 @@ def stored(model: str, overrides: Sequence[str], config_dirs: Sequence[str] = ()
 
 
 class StopSignals:
-    """Whether somebody asked this process to stop; notes SLURM's signals and Ctrl-C from now on."""
+    """Whether this process was asked to stop; records SLURM's signals and Ctrl-C from now on."""
 
     def __init__(self) -> None:
         from multitrain.monitor import slurm

@@ -55,7 +55,7 @@ def main(arguments: Arguments) -> int:
 
 
 def default_journal(out: Path | None, name: str) -> Path:
-    """Where a verb keeps what it has done, when nobody says where."""
+    """Default place of a verb's journal."""
     return out or Path("prepared") / name
 
 

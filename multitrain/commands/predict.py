@@ -67,7 +67,7 @@ def main(arguments: Arguments) -> int:
 
 
 def _overlays(target: Path | None, videos: Sequence[str]) -> dict[str, Path]:
-    """The file that each video is written to with its classes drawn in; empty when nobody asked.
+    """The file that each video is written to with its classes drawn in; empty when not requested.
 
     Raises:
         ConfigError: one file for several videos, or the video itself.

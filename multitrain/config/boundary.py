@@ -1,4 +1,4 @@
-"""Where files of somebody else become values of ours, and ours go where somebody says: whatever goes wrong there is one line."""
+"""Reading files that users provide and writing where users say: every failure there is one line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from multitrain.text import quoted
 
 @contextmanager
 def understood(where: str, remedy: str) -> Iterator[None]:
-    """A block that makes sense of a file of somebody else's: whatever it trips over becomes one line.
+    """A block that parses a file from outside: every exception in it becomes one line.
 
     Args:
         where: ``FILE: what is wrong with it`` when the block fails.

@@ -23,7 +23,7 @@ from multitrain.data.clips import Clip, Task, TrainJob, UnreadableError
 from multitrain.data.pool import settle
 
 GPU_CLIPS_PER_SECOND = 30.0
-"""Clips that a GPU is taken to train on in a second when nobody says: about what an A100 is estimated at for 32×3."""
+"""Default for the clips that a GPU trains on per second: about the estimate for an A100 at 32×3."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def main(arguments: Arguments) -> int:
     parser.add_argument(
         "--gpu",
         type=float,
-        help=f"clips that a GPU trains on in a second (cluster.gpu_clips; {GPU_CLIPS_PER_SECOND:g} when nobody says)",
+        help=f"clips that a GPU trains on per second (cluster.gpu_clips; default {GPU_CLIPS_PER_SECOND:g})",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_overrides("data.decoder=decord")

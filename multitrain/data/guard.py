@@ -28,7 +28,7 @@ class Lease:
         self._lock.acquire()
         if self._ended:
             self._lock.release()
-            raise Overdue("the memory is somebody else's by now")
+            raise Overdue("the memory belongs to another task by now")
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()

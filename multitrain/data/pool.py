@@ -251,7 +251,7 @@ class ProcessPool:
             self._used = None
 
     def _dispatch(self) -> None:
-        """Give out tasks while there is room for their answers, each to the worker with the fewest."""
+        """Assign tasks while there are free answer slots, each to the worker with the fewest."""
         while self._free and not self._exhausted:
             worker = min(self._workers, key=lambda w: len(w.tasks))
             if len(worker.tasks) >= _QUEUE:
@@ -420,7 +420,7 @@ def _die_with_parent(parent: int) -> None:
 
 
 def settle() -> None:
-    """Makes this process a good worker: one thread in OpenCV, and memory that is used again for the next video.
+    """Worker settings: single-threaded OpenCV, and freed buffers stay mapped for the next video (mallopt).
 
     By default glibc gives a large buffer back to the kernel when it is freed, and every page of the next one is faulted in
     anew: a fifth of the time of decoding.

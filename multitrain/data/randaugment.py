@@ -1,4 +1,4 @@
-"""RandAugment's law: which operations a clip gets, with which arguments (Cubuk et al., 2020, in the notation of timm).
+"""RandAugment's policy: which operations a clip gets, with which arguments (Cubuk et al., 2020, in the notation of timm).
 
 Two backends carry the operations out: `randaugment_pil`, bit-exact with the published images, and `randaugment_opencv`,
 several times faster. Both take what is drawn here.

@@ -1,4 +1,4 @@
-"""RandAugment with Pillow: the oracle, bit-exact per operation with the published images."""
+"""RandAugment with Pillow: the reference implementation, bit-exact per operation with the published images."""
 
 from __future__ import annotations
 

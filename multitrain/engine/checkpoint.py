@@ -73,7 +73,7 @@ def listed(checkpoints: Path) -> list[Path]:
 
 
 def verify(folder: Path) -> str | None:
-    """Why `folder` is no whole checkpoint, or None when every file is as its manifest says."""
+    """Why `folder` is not a valid checkpoint; None when every file matches its manifest."""
     try:
         manifest = parse_json((folder / "manifest.json").read_bytes(), "it")
         files = {
@@ -101,7 +101,7 @@ def newest_verified(checkpoints: Path) -> tuple[Path | None, dict[Path, str]]:
     """The newest whole checkpoint, and why each newer one was passed over.
 
     Raises:
-        CheckpointError: when there are checkpoints but none is whole: starting over in silence would lose the run.
+        CheckpointError: when there are checkpoints but none is valid: starting over without a word would lose the run.
     """
     refused: dict[Path, str] = {}
     for folder in listed(checkpoints):
@@ -203,7 +203,7 @@ def prune(checkpoints: Path, keep: int, keep_every: int | None) -> list[Path]:
 
     Nothing goes before `keep` newer ones have been read and found whole: a folder that only looks whole does not count.
     The manifest goes first, so that a deletion cut short leaves no folder that looks whole. What is a link, and what lies
-    behind it, was put there by somebody else and stays.
+    behind it, was put there by another program and stays.
 
     Raises:
         OSError: a checkpoint could not be deleted; none that is to be kept has changed.

@@ -96,7 +96,7 @@ class Engine:
         )
         without_compiler.stepping(optimizer)
         settings = {
-            "train_micro_batch_size_per_gpu": 1,  # batches are counted by the order room, not by DeepSpeed
+            "train_micro_batch_size_per_gpu": 1,  # batch sizes are handled by multitrain.order
             "gradient_accumulation_steps": 1,
             "managed_gradient_accumulation": False,
             "gradient_clipping": optim.clip_norm or 0.0,

@@ -21,7 +21,7 @@ SLURM job SIGINT (`scancel --signal=INT`) is another of these; elsewhere it is C
 
 
 class Request(enum.IntEnum):
-    """What somebody asked of the run, weakest first."""
+    """Requests to the run, weakest first."""
 
     NONE = 0
     SAVE = 1

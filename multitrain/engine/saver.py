@@ -71,7 +71,7 @@ class Saver:
 
     @property
     def busy(self) -> bool:
-        """Whether a save was started whose outcome nobody has asked for."""
+        """Whether a save was started and its outcome has not been collected."""
         return self._busy
 
     @property

@@ -1,6 +1,6 @@
 """Torch's store between ranks that know each other: values that another user of the node has put there are refused.
 
-Torch's TCPStore asks nobody who he is, and ranks connect to whatever addresses it holds for them. Here every key begins with a
+Torch's TCPStore does not authenticate its clients, and ranks connect to whatever addresses it holds for them. Here every key begins with a
 secret, and every value carries an authentication code over its key and itself.
 """
 
@@ -21,7 +21,7 @@ CODE = hashlib.sha256().digest_size
 
 
 class StoreError(RuntimeError):
-    """A value of the store was written by somebody who is no rank of this run."""
+    """A value of the store was not written by a rank of this run."""
 
 
 class AuthenticatedStore(dist.Store):

@@ -1,4 +1,4 @@
-"""The recipe: updates in order, checkpoints in between, and leaving without a trace when asked to.
+"""The recipe: updates in order, checkpoints in between, and stopping cleanly on request.
 
 The number of completed updates is the only truth about where a run stands. Batches that loader workers have prepared
 ahead, and the gradient of an update that was cut short, are thrown away and computed again.
@@ -221,7 +221,7 @@ class Trainer:
             self.recorder.pictures(self.completed, self._pictures)
 
     def _save_if_due(self) -> None:
-        """Begin a checkpoint at its interval, or when somebody asked for one; report one that was begun before."""
+        """Begin a checkpoint at its interval or on request; report the one begun before."""
         self._report(self._saver.news())
         asked = self._interruption.agreed() == Request.SAVE
         due = self.completed % self.config.checkpoint.every == 0

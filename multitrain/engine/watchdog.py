@@ -32,7 +32,7 @@ class Watchdog:
     process ends with status 1, without a collective. Time in which the whole process stood still does not count: SLURM suspends
     jobs, and laptops are closed.
 
-    Should not even this thread get to run, because a library holds the interpreter, then whoever started the rank notices: once a
+    Should not even this thread get to run, because a library holds the interpreter, then the process that started the rank notices: once a
     second this thread writes to the pipe MULTITRAIN_PULSE_FD how long the rank may be silent, and a rank that is silent for longer
     is asked for its stacks by a signal, which needs no interpreter, and killed. Its supervisor stands still when it does. Without a
     pipe `faulthandler`'s own timer does the same half a minute after the limit, stopped or not.
@@ -59,7 +59,7 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def beat(self) -> None:
-        """The rank has got on."""
+        """Record progress."""
         self._last = time.monotonic()
 
     def warm(self) -> None:
@@ -85,7 +85,7 @@ class Watchdog:
         if self._pulse is None:
             faulthandler.dump_traceback_later(left + PEERS + 30.0, exit=True)
             return
-        with contextlib.suppress(OSError):  # nobody reads, or not now
+        with contextlib.suppress(OSError):  # the pipe is full or closed
             os.write(self._pulse, f"{self._allowed:g}\n".encode())
 
     def _nap(self, seconds: float) -> None:

@@ -83,7 +83,7 @@ def write(found: Embeddings, out: Path) -> None:
     """Write path, dataset, label and features of each video to a ``.npz`` or ``.parquet`` file, whole or not at all.
 
     Raises:
-        ConfigError: another kind of file, something of somebody else in its place, or pyarrow is not installed.
+        ConfigError: another kind of file, another file in its place, or pyarrow is not installed.
     """
     columns = {name: [printable(getattr(i, name)) for i in found.items] for name in ("path", "dataset", "label")}
     if out.suffix == ".npz":

@@ -22,7 +22,7 @@ POINTS = 600
 MARKED = 25
 """Interruptions up to which their numbers stand at the lines; more would hide each other."""
 LONGEST = 32
-"""Letters of a class name that fit beside a bar."""
+"""Maximum length of a class label."""
 NAMED = 32
 """Classes up to which a confusion matrix shows their names."""
 

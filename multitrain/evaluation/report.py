@@ -60,7 +60,7 @@ def write_report(
         clips: test videos of each dataset that are shown.
 
     Raises:
-        ConfigError: no run there, no evaluation where one was named, a file of somebody else in the way, or matplotlib
+        ConfigError: no run there, no evaluation where one was named, another file in the way, or matplotlib
             missing.
     """
     run_dir = Path(run_dir)

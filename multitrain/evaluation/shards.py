@@ -1,7 +1,7 @@
 """Scores on disk while an evaluation runs: append-only files that survive any interruption, whatever the number of ranks.
 
 A folder holds, for every start of every rank, ``rank-….scores`` (binary records) and, if videos could not be read,
-``rank-….unreadable.jsonl``. Nobody ever writes into another's file, so ranks need not know of each other; what is done is
+``rank-….unreadable.jsonl``. Each rank writes only its own files, so ranks need not communicate; what is done is
 what the files say together. A record is ``length u32, CRC-32 u32, payload``; one cut short by a crash is ignored.
 """
 

@@ -213,7 +213,7 @@ def _description_file(out: OutputFolder, name: Path, description: Mapping[str, A
     beside = name.with_name("config.json")
     try:
         found = parse_json((out.root / beside).read_bytes(), out.root / beside)
-        other = found != json.loads(json.dumps(description))  # somebody's, or of another model
+        other = found != json.loads(json.dumps(description))  # not written by this command, or of another model
     except FileNotFoundError:
         other = False
     except (OSError, ValueError, AttributeError):

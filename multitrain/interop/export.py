@@ -102,7 +102,7 @@ def _check_target(source: Path, target: Path, force: bool) -> None:
 
 
 def _outputs(target: Path) -> tuple[OutputFolder, Path]:
-    """What may be written of an export, and its folder there: the record lies above it, where nobody publishes it."""
+    """What may be written of an export, and its folder there: the record lies above it and is not published."""
     real = Path(os.path.realpath(target))
     return output_folder(real.parent, "export", [f"{real.name}/{name}" for name in FILES]), Path(real.name)
 

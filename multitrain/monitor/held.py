@@ -30,7 +30,7 @@ class Held:
         self.retry()
 
     def retry(self) -> bool:
-        """Write what waits, oldest first; whether nothing waits any more."""
+        """Write what waits, oldest first; True if nothing is left."""
         refusal: OSError | None = None
         try:
             while self._waiting:

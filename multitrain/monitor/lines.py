@@ -97,7 +97,7 @@ def write(file: int, line: bytes, *, alone: bool = True) -> None:
     """Write `line` at the end of an open file; when the disk takes only the beginning of it, take that away again.
 
     Args:
-        alone: whether nobody else writes to the file now; else the beginning stays, as a torn line.
+        alone: whether no other process writes to the file now; else the beginning stays, as a torn line.
 
     Raises:
         OSError: the disk refuses the line.

@@ -18,7 +18,7 @@ from multitrain.monitor.tensorboard import TensorBoard, scalars
 from multitrain.monitor.wandb import Wandb
 
 MEASURES = ("top1", "top5", "map")
-"""What of a validation's results is drawn and printed, in percent."""
+"""Validation metrics to plot and print, in percent."""
 
 LAST_PICTURES = 30.0
 """Seconds that a finished run waits for its last pictures; one that must leave does not wait."""
@@ -170,7 +170,7 @@ class Recorder:
                 self.write(f"{self.metrics.path} could not be forced to disk ({error.strerror or error})")
 
     def write(self, text: str) -> None:
-        """A line for whoever watches."""
+        """Print a line of the log."""
         if not self._closed:
             self.progress.write(text)
 

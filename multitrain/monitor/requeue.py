@@ -1,7 +1,7 @@
 """Whether a run comes back: decided here, for training, evaluation, preflight and batch scripts alike.
 
 The decision is a function of what SLURM says of the job, the signals that this start received, the exit status of its
-ranks (if they have ended) and the history of the run's starts. Whoever asks carries it out through :func:`come_back`.
+ranks (if they have ended) and the history of the run's starts. The caller carries it out through :func:`come_back`.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def decide(ended: Ended, history: Sequence[Start], cluster: ClusterConfig, *, we
 
     Args:
         history: the starts since the run was last submitted; the last one is the one that ended.
-        went_well: whether the run has ever got on (:func:`multitrain.monitor.restarts.progressed`).
+        went_well: whether the run has ever made progress (:func:`multitrain.monitor.restarts.progressed`).
     """
     last = history[-1] if history else Start(ended.restart, began=False)
     taken = slurm.taken_away(ended.job, ended.signals, restart=ended.restart, close=close_to_limit(cluster))

@@ -1,4 +1,4 @@
-"""How often a run has come back, and whether it may again: read from its events, so that it holds whoever restarts it.
+"""Restart accounting: how often a run has been restarted and whether it may again, read from its events.
 
 Rank 0 writes an event `begin` as the first thing it does. A start that ended in order has an event `requeue` or `end`
 after that; one without has died, and whether the rank, the batch script or the node did makes no difference.
@@ -150,7 +150,7 @@ def refusal(
         most: deaths of the job that are allowed (``cluster.max_restarts``).
         most_stalled: restarts in a row without a new checkpoint that are allowed (``cluster.max_stalled_restarts``).
         in_place: of the start that comes now.
-        went_well: whether the run has ever got on. Its configuration is then right, and what looks like a mistake is a
+        went_well: whether the run has ever made progress. Its configuration is then right, and what looks like a mistake is a
             disk, a file or a library that is missing where it ran: it is tried again, on other nodes, within the limits.
     """
     last = history[-1] if history else None

@@ -118,7 +118,7 @@ def _remedy(row: Mapping[str, Any]) -> list[str]:
 
 
 def _notes(row: Mapping[str, Any]) -> list[str]:
-    """What somebody should look at."""
+    """Warnings about the run."""
     notes = []
     if row.get("last_error") and row.get("state") not in ("running", "finished"):
         notes.append(f"error: {row['last_error']}")

@@ -21,7 +21,7 @@ rank that is still importing: the rank installs its handlers, then calls :func:`
 meanwhile is delivered."""
 
 PREEMPTED, TIME_LIMIT, BATCH_ENDED, STEP_ENDED = "preempted", "time limit", "batch script ended", "ended from outside"
-"""Why a job was taken away that is to come back."""
+"""Reasons for which a job is requeued."""
 OPERATOR, CANCELLED = "requeued by an operator", "cancelled"
 """Why a job was taken away that SLURM has put back already, and why one is that must not come back."""
 
@@ -100,7 +100,7 @@ def master_port(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on now."""
+    """A port of this machine on which no process listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -161,7 +161,7 @@ ENDED_BY_ITSELF = {
     "RaisedSignal": BATCH_ENDED,
     "TimeLimit": TIME_LIMIT,
 }
-"""Reasons of a job that is COMPLETING although nobody cancelled it; `scontrol requeue` still takes it then."""
+"""Reasons of a job that is COMPLETING without having been cancelled; `scontrol requeue` still takes it then."""
 
 
 def taken_away(
@@ -179,7 +179,7 @@ def taken_away(
     Args:
         job: what :func:`show_job` says.
         signals: all that this start has received. SIGUSR2 is the warning of the time limit that jobs are submitted with;
-            SIGUSR1 is a site's own one when the end is near, else somebody's `scancel --signal=USR1`.
+            SIGUSR1 is a site's own one when the end is near, else an operator's `scancel --signal=USR1`.
         restart: of this start; of the environment when not given.
         close: seconds before the job's EndTime from which any end counts as the time limit.
     """

@@ -46,7 +46,7 @@ def status(run_dir: str | Path) -> dict[str, Any]:
 
     Returns:
         ``name``, ``run_dir``, ``state`` (running, pending, submitted, requeued, suspended, interrupted, stopped,
-        finished, failed, cancelled, empty, or unreadable: somebody's private run), ``update`` (completed),
+        finished, failed, cancelled, empty, or unreadable: another user's private run), ``update`` (completed),
         ``total_updates``, ``world_size``, ``loss``, ``lr``; over the last hundred updates ``clips_per_second``,
         ``seconds_per_update`` and ``data_wait_fraction`` (0–1); ``eta_seconds``, ``last_metric`` (ISO time, UTC),
         ``silent_seconds`` (when a running run has not finished an update for suspiciously long), ``validation``
@@ -90,7 +90,7 @@ def statuses(run_dirs: Sequence[str | Path]) -> list[dict[str, Any]]:
 def find(runs: str | Path) -> list[Path]:
     """The runs in a folder of runs: those with a configuration or events, the least recently active first.
 
-    A folder that may not be looked into is one of them: it is somebody's private run.
+    A folder without read permission is one of them: it is another user's private run.
 
     Raises:
         ConfigError: `runs` itself cannot be read.
@@ -114,7 +114,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _unreadable(folder: Path, error: OSError) -> dict[str, Any]:
-    """What is known of a run that somebody keeps private."""
+    """What is known of another user's private run."""
     import pwd
 
     try:

@@ -28,7 +28,7 @@ ORDER_VERSION = 1
 """Raised with every change that gives an old plan a new order: no run goes on in an order it did not start in."""
 
 TICKET = np.dtype([("dataset", "<i4"), ("index", "<i8"), ("pass", "<i8")])
-"""One video of the order: which dataset (position in `Plan.sources`), which video of it, the how-manieth time."""
+"""One sample: its dataset (position in `Plan.sources`), its video in that dataset, and that dataset's epoch."""
 
 Mixture = Literal["interleave", "concat"]
 Proportions = Literal["size", "weights", "temperature"]
@@ -257,7 +257,7 @@ class Plan:
         return lap, permute(offset, size, keys[lap - first] if len(keys) > 1 else keys)
 
     def _seating(self, start: int, stop: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Of each sample in ``[start, stop)`` the dataset, and the how-manieth draw of that dataset it is."""
+        """For each sample in ``[start, stop)``: its dataset, and its ordinal among the samples of that dataset."""
         batch = self.effective_batch
         first, end = start // batch, -(-stop // batch)
         drawn = [self._drawn(update) for update in range(first, end + 1)]
@@ -301,7 +301,7 @@ class Plan:
 def apportion(seats: int, weights: Sequence[int]) -> list[int]:
     """`seats` shared out by `weights` as the method of Webster and Sainte-Laguë does.
 
-    It favours neither the large nor the small, and it is house-monotone: with one seat more nobody has fewer (Balinski
+    It favours neither the large nor the small, and it is house-monotone: with one seat more, none has fewer (Balinski
     and Young, "Fair Representation", 1982). So seat by seat it is an order of all draws, known at any seat without the
     seats before. Shares that all come out whole are met exactly; else one of n who is due a fraction f of the seats is
     off by (1 + n f) / 2 at most. Weight 0 gets none; ties go to the first.

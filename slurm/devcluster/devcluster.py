@@ -226,7 +226,7 @@ def _make_device(path: Path) -> None:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports nobody listens on now, from a random start, so that clusters started together seldom meet."""
+    """Free ports, from a random start, so that clusters started together rarely collide."""
     first = random.randint(FIRST_PORT, LAST_PORT)
     span = LAST_PORT - FIRST_PORT + 1
     free: list[int] = []
@@ -312,7 +312,7 @@ def _run(command: list[str], folder: Path) -> str:
     """The output of a program of SLURM or munge, run for the cluster in `folder` and free of an inherited job's variables."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "SRUN_"))}
     environment |= {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": _PATH}
-    # To a file, not a pipe: a daemon keeps what it inherits open, and whoever reads our output would wait for it for ever.
+    # To a file, not a pipe: a daemon keeps inherited descriptors open, and the reader of our output would wait forever.
     with open(folder / "start.log", "a+") as log:
         begin = log.tell()
         subprocess.run(

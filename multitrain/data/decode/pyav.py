@@ -274,7 +274,7 @@ class Converter:
         return Picture(frame, cutter) if large and can_be_cut(frame) else cutter.whole(frame)
 
     def let_go(self) -> None:
-        """Frees the first frame where it is large; called when nobody else holds it."""
+        """Frees the first frame where it is large; called when there is no other reference to it."""
         if self._hanging:
             self._hanging = False
             gc.collect()

@@ -200,7 +200,7 @@ def clean_folder(datasets: Mapping[str, DatasetConfig], out: Path) -> OutputFold
 def write_clean(report: Report, datasets: Mapping[str, DatasetConfig], out: OutputFolder) -> dict[str, int]:
     """Write ``OUT/DATASET/{train,val,test}.csv`` without the lines that something is wrong with, and the class names.
 
-    Of duplicates the first stays; of a video that is labelled twice nothing does, for nobody knows which label is right; a
+    Of duplicates the first stays; of a video that is labelled twice nothing does, because the right label is unknown; a
     leak leaves the training set.
 
     Returns:

@@ -1,7 +1,7 @@
 """Which copies of videos are to be made, and where: the names in csv files, mapped from the folder of videos below another one.
 
 A path belongs to the folder of videos (VIDEOS) in one of three ways: it is relative to VIDEOS; it is absolute and lies below
-VIDEOS; or it lies below the folder that VIDEOS is reached over links. Any other path is refused: nobody can say where its copy
+VIDEOS; or it lies below the folder that VIDEOS is reached over links. Any other path is refused: it is unknown where its copy
 should go.
 """
 
@@ -49,7 +49,7 @@ class Place(NamedTuple):
 
 
 class Listed(NamedTuple):
-    """A path as somebody wrote it, and where."""
+    """A path as written in a file, and the line."""
 
     path: str
     place: Place | None = None
