@@ -2,7 +2,7 @@
 
 python -m benchmarks.footprint
 
-The published networks are counted, 32×3 and 16×4; of each mode, two numbers make the formula of launch/forecast.py give what
+The published networks are counted, 32×3 and 16×4; of each mode, two numbers make the formula of launch/memory_estimate.py give what
 was counted.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.counting import counts_of_ours, per_clip
 from benchmarks.network import DATASETS
-from launch.forecast import sizes
+from launch.memory_estimate import sizes
 from multitrain.config import ModelConfig
 
 FILE = Path(__file__).resolve().parents[1] / "launch" / "footprint.json"

@@ -23,13 +23,13 @@ from benchmarks.counting import counts_of_ours
 from benchmarks.measure import cpu_seconds, take_turns_apart
 from benchmarks.network import DATASETS, loss_of, trained_outputs
 from benchmarks.results import plot, save
-from launch.forecast import parameters
+from launch.memory_estimate import parameters
 from multitrain.config import AugmentConfig, DatasetConfig, ModelConfig
 from multitrain.data.augment import augment_clip
 from multitrain.data.catalog import Catalog
 from multitrain.data.decode import open_video
 from multitrain.data.frames import training_window
-from multitrain.data.pool import settle
+from multitrain.data.pool import configure_worker
 from multitrain.data.random import Draws
 from multitrain.model import MultiTrain
 from multitrain.order import Plan, Source, solve
@@ -44,7 +44,7 @@ def clip_cost(frames: int, crop: int, clips: int) -> float:
     """CPU milliseconds of a clip, two copies a decode, in a process set up as a loader worker."""
     video, size = footage.made(1)[0], crop
     out = np.zeros((2, frames, crop, crop, 3), np.uint8)
-    settle()
+    configure_worker()
 
     def make(number: int) -> None:
         with open_video(video) as opened:

@@ -30,9 +30,9 @@ from multitrain.data import mix
 from multitrain.data.augment import draw_augmentation
 from multitrain.data.bench import measure
 from multitrain.data.catalog import open_catalogs, sources
-from multitrain.data.clips import Task, TrainJob
+from multitrain.data.clips import Task, TrainClipFn
 from multitrain.data.decode import open_video
-from multitrain.data.pool import settle
+from multitrain.data.pool import configure_worker
 from multitrain.data.random import Draws
 from multitrain.order import Plan
 
@@ -70,8 +70,8 @@ class Bench:
             }
         )
 
-    def _job(self, decoder: str, backend: str) -> TrainJob:
-        return TrainJob(self._catalogs, self._plan, self.config(decoder, backend))
+    def _job(self, decoder: str, backend: str) -> TrainClipFn:
+        return TrainClipFn(self._catalogs, self._plan, self.config(decoder, backend))
 
     def ours(self, decoder: str, backend: str, device: bool, number: int) -> Any:
         """The copies of one video; with `device`, what the device does as well: float32, normalised, erased."""
@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
         for decoder, backend in bench.jobs:
             for device in (True, False):
                 name = f"{decoder} {backend} {'float32' if device else 'uint8'}"
-                variants[name] = partial(bench.ours, decoder, backend, device), settle
+                variants[name] = partial(bench.ours, decoder, backend, device), configure_worker
         found = {name: statistics.mean(times) * 1e3 for name, times in take_turns_apart(variants, rounds).items()}
         cost = measure(bench.jobs["pyav", "opencv"], [Task(0, t) for t in bench.tickets(0, rounds)])
     plain = found.get("published")

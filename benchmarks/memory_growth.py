@@ -26,10 +26,10 @@ import numpy as np
 from benchmarks.results import plot, row, save
 from multitrain.config import dump, validate
 from multitrain.data.catalog import open_catalogs, sources
-from multitrain.data.clips import Clip, TrainJob
+from multitrain.data.clips import Clip, TrainClipFn
 from multitrain.data.decode import open_video
 from multitrain.data.demo import CLASSES, generate
-from multitrain.data.pool import settle
+from multitrain.data.pool import configure_worker
 from multitrain.data.views import load_views
 from multitrain.order import Plan
 from tests.support import start_ranks
@@ -179,7 +179,7 @@ def peaks(path: Path) -> dict[str, float]:
     dataset = config.data.datasets["d"]
     (path.parent / "train.csv").write_text(f"{path} 0\n")
     catalogs = open_catalogs(config.data, "train", path.parent / "index")
-    job = TrainJob(catalogs, Plan(sources(config.data, catalogs), seed=0, effective_batch=2, group=2), config)
+    job = TrainClipFn(catalogs, Plan(sources(config.data, catalogs), seed=0, effective_batch=2, group=2), config)
     clips = np.ones(job.shape, np.uint8)
 
     def decode() -> None:
@@ -210,7 +210,7 @@ def large() -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "a.mp4"
             write_large(path, codec, options)
-            with ProcessPoolExecutor(1, get_context("spawn"), initializer=settle) as pool:
+            with ProcessPoolExecutor(1, get_context("spawn"), initializer=configure_worker) as pool:
                 found = pool.submit(peaks, path).result()
         note = f"{found['decoder']:.0f} MB of it is what the decoder alone holds"
         for kind in ("training", "test"):

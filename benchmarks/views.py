@@ -30,10 +30,10 @@ from benchmarks.results import row, save
 from multitrain.config import ModelConfig, RunConfig, validate
 from multitrain.config.arguments import whole_number
 from multitrain.data.catalog import Catalog
-from multitrain.data.clips import TestJob
+from multitrain.data.clips import EvalViewsFn
 from multitrain.data.decode import open_video
 from multitrain.data.frames import view_indices
-from multitrain.data.pool import settle
+from multitrain.data.pool import configure_worker
 from multitrain.data.spatial import STD
 
 MODEL = ModelConfig(frames=32, crop=224)
@@ -72,7 +72,7 @@ class Bench:
         self._folder = folder
         self.dataset = self._config("pyav").data.datasets[NAME]
         self._catalog = Catalog.open(self.dataset, NAME, "test", folder / "index")
-        self._jobs = {d: TestJob(self._catalog, self.dataset, self._config(d)) for d in ("pyav", "decord")}
+        self._jobs = {d: EvalViewsFn(self._catalog, self.dataset, self._config(d)) for d in ("pyav", "decord")}
         self._slot = np.zeros(self._jobs["pyav"].shape, np.float32)  # as in the pool, where slots are used again
 
     def _config(self, decoder: str) -> RunConfig:
@@ -139,9 +139,9 @@ def measured(bench: Bench, rounds: int) -> list[dict[str, Any]]:
     """The rows of one protocol."""
     variants: dict[str, tuple[Callable[[int], Any], Callable[[], None] | None]] = {
         "published": (bench.published, None),
-        "decord": (partial(bench.ours, "decord"), settle),
-        "pyav": (partial(bench.ours, "pyav"), settle),
-        "decoding": (bench.decoded, settle),
+        "decord": (partial(bench.ours, "decord"), configure_worker),
+        "pyav": (partial(bench.ours, "pyav"), configure_worker),
+        "decoding": (bench.decoded, configure_worker),
     }
     found = {n: statistics.mean(t) * 1e3 for n, t in take_turns_apart(variants, rounds).items()}
     difference = float(np.abs(bench.ours("decord", 0) - bench.published(0).numpy()).mean()) * STD * 255

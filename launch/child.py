@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from multitrain.monitor.exits import explained, killed_for_memory
+from multitrain.monitor.exit_status import explained, killed_for_memory
 from multitrain.monitor.restarts import IN_PLACE
 from multitrain.monitor.slurm import STOP_SIGNALS, block_stop_signals
 from multitrain.monitor.supervised import PULSE_FD, STACKS

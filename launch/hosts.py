@@ -33,7 +33,7 @@ from launch.rank import python_path, supervised, training
 from launch.supervisor import HELD_BACK, HUB_STATUS, JOIN_SECONDS
 from multitrain import lease
 from multitrain.config import ConfigError, RunConfig, load
-from multitrain.monitor.exits import Exit
+from multitrain.monitor.exit_status import Exit
 
 WAIT = 86400.0
 """Seconds that a machine waits for the others."""

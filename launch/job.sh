@@ -59,6 +59,7 @@ come_back() {
     case $? in
     0) return ;;
     69) ;; # it is to come back, and there is no scontrol where Python is
+    70) scancel "$SLURM_JOB_ID"; return ;;
     *) # Python cannot run on this node, or SLURM ends this script since the job is back in the queue
         record=$(job_record)
         case $record in '' | *' JobState=RUNNING '*) elsewhere ;; esac

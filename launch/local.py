@@ -20,7 +20,7 @@ from launch.child import PATIENCE, AwakeClock, Pulse, prepare
 from launch.rank import python_path, training
 from multitrain import lease
 from multitrain.config import ConfigError, RunConfig
-from multitrain.monitor.exits import Exit, explained, killed_for_memory
+from multitrain.monitor.exit_status import Exit, explained, killed_for_memory
 from multitrain.monitor.restarts import IN_PLACE
 from multitrain.monitor.slurm import free_port
 from multitrain.monitor.supervised import PULSE_FD, STORE_KEY

@@ -36,7 +36,7 @@ from launch import assess, channel, node
 from launch.assess import Finding
 from launch.channel import Channel, ChannelError, Server
 from launch.records import record
-from multitrain.monitor.exits import Exit
+from multitrain.monitor.exit_status import Exit
 from multitrain.monitor.slurm import STOP_SIGNALS, free_port, in_step, job_id, rank_environment, restart_count
 from multitrain.monitor.supervised import STORE_KEY
 

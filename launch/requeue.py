@@ -4,7 +4,8 @@ python -m launch.requeue RUN STATUS [--signals "TERM USR1"] [--record TEXT] [--t
     [--failed-on NODE]
 
 The decision is made in :mod:`multitrain.monitor.requeue`. Exit status: 0 all is done; 69 the job is to come back, and the
-batch script has to do it, since there is no `scontrol` where Python is (a container).
+batch script has to do it, since there is no `scontrol` where Python is (a container); 70 in the same way, the job is to be
+cancelled.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from multitrain.config import ClusterConfig, ConfigError, load
 from multitrain.lease import LeaseLost
 from multitrain.monitor import requeue, restarts, slurm
 from multitrain.monitor.events import Events, read
-from multitrain.monitor.exits import Exit
+from multitrain.monitor.exit_status import Exit
 from multitrain.monitor.requeue import Action, Decision, Ended
 from multitrain.monitor.restarts import Start
 
-DONE, NO_SCONTROL = 0, 69
+DONE, NO_SCONTROL, NO_SCANCEL = 0, 69, 70
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -83,11 +84,13 @@ def _training(run: Path, job: str, ended: Ended, *, early: bool, failed_on: str 
     decision = requeue.decide(ended, history, cluster, went_well=restarts.progressed(told))
     if early and decision.action != Action.COME_BACK and decision.status != requeue.GAVE_UP:
         return DONE  # the ranks may still report more; after SIGKILL no process is left to report that the run gives up
-    if decision.status == said and decision.action != Action.COME_BACK:
-        return DONE  # the ranks have said it
+    if decision.status == said and decision.action in (Action.IS_BACK, Action.END):
+        return DONE  # the ranks have reported it
     print(f"{run.name}: {described(decision, ended)}", flush=True)
     if decision.action == Action.COME_BACK and not _countable(events, decision):
         return DONE
+    if decision.action == Action.WITHDRAW and not shutil.which("scancel"):
+        return NO_SCANCEL
     if decision.action == Action.COME_BACK and not shutil.which("scontrol"):
         _writer(events)("requeue", status=decision.status, by="batch script")
         return NO_SCONTROL
@@ -114,6 +117,8 @@ def described(decision: Decision, ended: Ended) -> str:
     status = f"exit status {ended.exit_status}; {decision.status}"
     if decision.action == Action.IS_BACK:
         return f"{status}: SLURM has the job in its queue"
+    if decision.action == Action.WITHDRAW:
+        return f"{status}: SLURM had put the job back into its queue; it is cancelled, because the run has ended"
     if decision.action == Action.END:
         return f"{status}: the job does not come back{f': {decision.reason}' if decision.reason else ''}"
     without = f", without {','.join(decision.exclude)}" if decision.exclude else ""

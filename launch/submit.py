@@ -23,7 +23,7 @@ from typing import NoReturn
 
 import yaml
 
-from launch import chain, forecast, resume, run_folder
+from launch import dependent_jobs, memory_estimate, resume, run_folder
 from launch.rank import python_path
 from launch.run_folder import ROOT, Run
 from multitrain.config import ConfigError, dump
@@ -185,7 +185,7 @@ def _replaced_by(command: list[str], environment: dict[str, str]) -> int:
 def _dry_run(run: Run) -> int:
     print(f"# run    {run.path}{' (resumed)' if run.exists else ''}")
     print(f"# batch  {_batch(run)}")
-    print("\n".join(forecast.lines(run.config, run.shape)))
+    print("\n".join(memory_estimate.lines(run.config, run.shape)))
     if run.config.cluster.kind == "local":
         print(f"# ranks  {run.config.gpus} on this machine, one process each")
     else:
@@ -218,7 +218,7 @@ def _show_config(words: list[str], options: argparse.Namespace) -> int:
             "micro_batch": shape.micro_batch,
             "accumulation": shape.accumulation,
             "clips_an_update": shape.effective_batch * run.config.augment.copies,
-            "parameters": forecast.parameters(run.config.model, known) if len(known) == len(classes) else None,
+            "parameters": memory_estimate.parameters(run.config.model, known) if len(known) == len(classes) else None,
         }
         print(yaml.safe_dump({"resolved": follows}, sort_keys=False), end="")
     return 0
@@ -252,7 +252,7 @@ def _then(run: Run, job: str) -> int:
     if run.config.then != "eval":
         return 0
     try:
-        for dataset, test in chain.submit(run.path, run.config, job).items():
+        for dataset, test in dependent_jobs.submit(run.path, run.config, job).items():
             print(f"then    {test}  tests {dataset}", flush=True)
     except ConfigError as error:
         print(f"error: training is job {job}; its tests were refused: {error}", file=sys.stderr)
@@ -281,7 +281,7 @@ def _run_here(run: Run) -> int:
     if code == local.INTERRUPTED:
         print(f"resume  {_again(run)}")
     if code == 0 and run.config.then == "eval" and not run.config.cluster.node:
-        return chain.run_here(run.path, run.config)
+        return dependent_jobs.run_here(run.path, run.config)
     return code
 
 

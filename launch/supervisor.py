@@ -33,7 +33,7 @@ from launch.child import AwakeClock, Child
 from launch.hub import Hub
 from multitrain import lease
 from multitrain.monitor import slurm
-from multitrain.monitor.exits import Exit
+from multitrain.monitor.exit_status import Exit
 from multitrain.monitor.slurm import PLACE, STOP_SIGNALS, job_id, rank_environment, restart_count
 from multitrain.monitor.supervised import STORE_FD, STORE_KEY, listen
 

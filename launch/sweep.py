@@ -27,7 +27,7 @@ from multitrain.config import ConfigError, load
 from multitrain.config.arguments import piped
 from multitrain.config.overrides import is_text, split
 from multitrain.config.reading import read_yaml
-from multitrain.monitor.figures import table
+from multitrain.monitor.plot_style import table
 from multitrain.monitor.status import status
 from multitrain.order.batch import BatchShapeError
 

@@ -2,7 +2,7 @@
 
 With ``-m`` it is Hydra's multirun: see `multitrain.sweep`.
 
-Exit status (`multitrain.monitor.exits.Exit`): 0 the run is complete; 75 it was interrupted and can be resumed; 1 it failed;
+Exit status (`multitrain.monitor.exit_status.Exit`): 0 the run is complete; 75 it was interrupted and can be resumed; 1 it failed;
 2 a setting or file is wrong; 3 it gave up, and another start would not help; 4 another start holds the run. Under SLURM an
 interrupted run requeues itself as its last action, unless it was cancelled.
 """
@@ -26,7 +26,7 @@ from multitrain.engine.watchdog import Watchdog
 from multitrain.lease import Guard, Lease, LeaseHeld, LeaseLost
 from multitrain.monitor import requeue, restarts, slurm
 from multitrain.monitor.events import Events, read, starts_before
-from multitrain.monitor.exits import Exit
+from multitrain.monitor.exit_status import Exit
 from multitrain.monitor.requeue import Action, Decision, Ended
 
 if TYPE_CHECKING:
@@ -133,8 +133,8 @@ def build(
     from multitrain.data.catalog import open_catalogs, plan_of
     from multitrain.data.loader import TrainLoader
     from multitrain.engine.leadtime import LeadTime
-    from multitrain.engine.skips import Skips
     from multitrain.engine.trainer import Trainer
+    from multitrain.engine.unreadable import UnreadableTracker
     from multitrain.model.multitrain import MultiTrain
     from multitrain.monitor.recorder import Recorder
     from multitrain.order import solve
@@ -162,7 +162,7 @@ def build(
     )
     model.initialise(config.seed)
     _initialise_from(config, run, model, world)
-    skips = Skips({name: len(catalog) for name, catalog in catalogs.items()}, config.data.skip_cap)
+    skips = UnreadableTracker({name: len(catalog) for name, catalog in catalogs.items()}, config.data.skip_cap)
     skips.add_file(run / "skipped.jsonl")
 
     def open_loader(start: int, stop: int) -> TrainLoader:
@@ -335,7 +335,7 @@ def _decide(config: RunConfig, run: Path, request: Request, job: str | None, sig
     if request == Request.NONE:
         return Decision(Action.END, "finished")
     if request == Request.STOP:
-        return Decision(Action.END, "stopped on request")
+        return Decision(Action.END, restarts.STOPPED)
     if job is None:
         return Decision(Action.END, "interrupted")
     try:

@@ -96,7 +96,7 @@ LONG = (
         "model/test_co",
     ),
     *(
-        "launch/test_forecast",
+        "launch/test_memory_estimate",
         "evaluation/test_multi_label",
         "evaluation/test_embed",
         "test_packaging",

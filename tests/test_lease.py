@@ -14,7 +14,7 @@ import pytest
 
 from multitrain import lease
 from multitrain.lease import Guard, LeaseHeld, LeaseLost, acquire
-from multitrain.monitor import lines
+from multitrain.monitor import jsonl
 
 HOLD = """
 import sys, time
@@ -188,21 +188,21 @@ def test_a_half_written_lease_is_waited_for_and_then_replaced(run: Path) -> None
 
 
 def test_lines_are_refused_once_the_lease_is_lost(run: Path) -> None:
-    lines.append(run / "events.jsonl", {"event": "before"})
+    jsonl.append(run / "events.jsonl", {"event": "before"})
     with acquire(run, job="1") as first:
         first.on_lost = lambda _: None
         lease.guarded(first)
         try:
-            lines.append(run / "events.jsonl", {"event": "mine"})
+            jsonl.append(run / "events.jsonl", {"event": "mine"})
             elsewhere(run)
             with acquire(run, job="1", restart=1):
-                for write in (lines.append, lines.drop_from):
+                for write in (jsonl.append, jsonl.drop_from):
                     with pytest.raises(LeaseLost):
-                        write(run / "events.jsonl", {"event": "late"} if write is lines.append else 0)  # type: ignore[operator]
-                lines.append(run.parent / "other.jsonl", {"event": "elsewhere"})
+                        write(run / "events.jsonl", {"event": "late"} if write is jsonl.append else 0)  # type: ignore[operator]
+                jsonl.append(run.parent / "other.jsonl", {"event": "elsewhere"})
         finally:
             lease.guarded(None)
-    assert [r["event"] for r in lines.read(run / "events.jsonl")] == ["before", "mine"]
+    assert [r["event"] for r in jsonl.read(run / "events.jsonl")] == ["before", "mine"]
 
 
 def test_processes_of_the_holders_start_may_write_and_others_may_not(run: Path) -> None:

@@ -24,7 +24,7 @@ from multitrain.data import decode, packs
 from multitrain.data.catalog import Catalog
 from multitrain.data.prepare import importing
 from multitrain.engine import checkpoint as checkpoints
-from multitrain.engine import skips
+from multitrain.engine import unreadable
 from multitrain.evaluation.scored import read_evaluation
 from multitrain.interop.pyslowfast import read_published
 from multitrain.interop.weights import read_weights
@@ -120,7 +120,7 @@ def _files(material: Material) -> Iterator[tuple[str, Reader]]:
         "checkpoint weights": (of_checkpoint / "model.safetensors", _with_manifest),
         "skipped.jsonl": (
             Path("skipped.jsonl"),
-            lambda r: skips.Skips({"stride": 9}, 0.5).add_file(r / "skipped.jsonl"),
+            lambda r: unreadable.UnreadableTracker({"stride": 9}, 0.5).add_file(r / "skipped.jsonl"),
         ),
         "overrides.yaml": (Path("overrides.yaml"), resume.history),
         "results": (of_scores / "metrics.json", lambda r: read_evaluation(r / of_scores)),

@@ -46,7 +46,7 @@ def main(arguments: Arguments) -> int:
     parser.set_defaults(overrides=[])
     given = parser.parse_with_overrides(arguments)
     from multitrain.data.prepare import check as c
-    from multitrain.data.prepare.crew import FINAL, INTERRUPTED, Bar, Journal, Shard, version, work_through
+    from multitrain.data.prepare.parallel_map import FINAL, INTERRUPTED, Bar, Journal, Shard, map_resumable, version
     from multitrain.data.prepare.scan import ScanFile
 
     shard = Shard.parse(given.shard)
@@ -68,7 +68,7 @@ def main(arguments: Arguments) -> int:
         print(f"{len(mine) - len(todo)} of {len(mine)} are done already", file=sys.stderr)
     stop = StopSignals()
     bar: Bar[str] = Bar("check", len(todo))
-    for file, record in work_through(todo, ScanFile(), workers=given.workers, timeout=given.timeout, stop=stop):
+    for file, record in map_resumable(todo, ScanFile(), workers=given.workers, timeout=given.timeout, stop=stop):
         journal.add(file, version(Path(file)), {FINAL: True, **record} if "error" in record else record)
         bar.add(bad="error" in record)
     bar.close()

@@ -45,8 +45,8 @@ def main(arguments: Arguments) -> int:
     parser.add_argument("--leave-out", action="store_true", help="pack without the videos that cannot be read")
     add_work_options(parser)
     given = parser.parse_args(list(arguments))
-    from multitrain.data.prepare.crew import INTERRUPTED, Bar, Shard, work_through
     from multitrain.data.prepare.packing import Item, Packing, PackShard, Wanted
+    from multitrain.data.prepare.parallel_map import INTERRUPTED, Bar, Shard, map_resumable
 
     wanted = Wanted(
         given.videos.absolute(), given.out.absolute(), given.annotations, given.separator, given.shard_videos, given.leave_out
@@ -58,7 +58,7 @@ def main(arguments: Arguments) -> int:
     failed: list[tuple[str, str]] = []
     work = PackShard(wanted.videos, task.parts, wanted.leave_out)
     limit = given.timeout * wanted.shard_videos
-    for item, answer in work_through(items, work, workers=given.workers, timeout=limit, stop=stop):
+    for item, answer in map_resumable(items, work, workers=given.workers, timeout=limit, stop=stop):
         if reason := task.done(item, answer):
             failed += [(name, why) for name, why in answer.get("unreadable", [])] or [(item.target, reason)]
         bar.add(bad=bool(reason))

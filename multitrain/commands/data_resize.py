@@ -64,7 +64,7 @@ def main(arguments: Arguments) -> int:
     if given.write_annotations and not given.annotations:
         parser.error("--write-annotations needs --annotations")
     from multitrain.data.prepare.copying import Copying, Wanted
-    from multitrain.data.prepare.crew import INTERRUPTED, Bar, Shard, work_through
+    from multitrain.data.prepare.parallel_map import INTERRUPTED, Bar, Shard, map_resumable
     from multitrain.data.prepare.resize import Encoding, Item, Resize
 
     encoding = Encoding(given.short_side, given.crf, given.preset, given.fast_decode, given.salvage)
@@ -82,7 +82,7 @@ def main(arguments: Arguments) -> int:
     if len(items) < mine:
         print(f"{mine - len(items)} of {mine} are done already", file=sys.stderr)
     bar: Bar[Item] = Bar("resize", len(items))
-    for item, answer in work_through(items, work, workers=given.workers, timeout=3 * given.timeout + 30, stop=stop):
+    for item, answer in map_resumable(items, work, workers=given.workers, timeout=3 * given.timeout + 30, stop=stop):
         bar.add(bad=not task.done(item, answer))
     bar.close()
     if stop():

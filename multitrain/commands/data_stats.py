@@ -45,7 +45,7 @@ def main(arguments: Arguments) -> int:
     parser.add_overrides("data=ssv2 data.root=/datasets")
     given = parser.parse_with_overrides(arguments)
     from multitrain.data.prepare import stats
-    from multitrain.data.prepare.crew import Journal
+    from multitrain.data.prepare.parallel_map import Journal
     from multitrain.evaluation.beside import index_folder
 
     config = configured(given.run, given.overrides, given.config_dir)

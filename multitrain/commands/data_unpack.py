@@ -27,8 +27,8 @@ def main(arguments: Arguments) -> int:
     add_work_options(parser)
     given = parser.parse_args(list(arguments))
     from multitrain.data.packs import INDEX, Stored, open_pack
-    from multitrain.data.prepare.crew import INTERRUPTED, Bar, Shard, work_through
     from multitrain.data.prepare.packing import Unpack
+    from multitrain.data.prepare.parallel_map import INTERRUPTED, Bar, Shard, map_resumable
     from multitrain.files import OutputFolder
 
     found = open_pack(given.pack)
@@ -43,7 +43,7 @@ def main(arguments: Arguments) -> int:
     counts = {"written": 0, "there": 0}
     limit = given.timeout * max((len(shard) for shard in mine), default=1)
     work = Unpack(given.pack.absolute(), out.root)
-    for shard, answer in work_through(mine, work, workers=given.workers, timeout=limit, stop=stop):
+    for shard, answer in map_resumable(mine, work, workers=given.workers, timeout=limit, stop=stop):
         bad: list[tuple[str, str]] = (
             answer["unreadable"] if "unreadable" in answer else [(shard[0].shard.name, answer["error"])]
         )

@@ -39,7 +39,7 @@ def main(arguments: Arguments) -> int:
     from multitrain.evaluation.embed import MAKER
     from multitrain.evaluation.predictor import load
     from multitrain.files import output_file
-    from multitrain.monitor.figures import table
+    from multitrain.monitor.plot_style import table
 
     model = load(given.model, class_names=dict(pair(text, "--classes") for text in given.classes))
     pairs = [pair(text, "--pair") for text in given.pair] or [

@@ -19,8 +19,8 @@ from multitrain.config import ConfigError, RunConfig, compose, load
 from multitrain.config.arguments import Arguments, Parser, whole_number
 from multitrain.data import augment
 from multitrain.data.catalog import open_catalogs, plan_of
-from multitrain.data.clips import Clip, Task, TrainJob, UnreadableError
-from multitrain.data.pool import settle
+from multitrain.data.clips import Clip, Task, TrainClipFn, UnreadableError
+from multitrain.data.pool import configure_worker
 
 GPU_CLIPS_PER_SECOND = 30.0
 """Default for the clips that a GPU trains on per second: about the estimate for an A100 at 32×3."""
@@ -75,13 +75,13 @@ class _Clock:
         self._last = now
 
 
-def measure(job: TrainJob, tasks: Sequence[Task]) -> Cost:
+def measure(job: TrainClipFn, tasks: Sequence[Task]) -> Cost:
     """What the clips of `tasks` cost; the first is made once more beforehand, to warm up.
 
     Raises:
         UnreadableError: no video of the tasks, nor any stand-in for it, can be read.
     """
-    settle()
+    configure_worker()
     out = np.empty(job.shape, job.dtype)
     job.run(tasks[0], out)
     clock, videos = _Clock(), 0
@@ -99,7 +99,7 @@ def measure(job: TrainJob, tasks: Sequence[Task]) -> Cost:
     return Cost(videos=videos, unreadable=len(tasks) - videos, copies=len(out), **each)
 
 
-def _stages(job: TrainJob, task: Task, out: np.ndarray, clock: _Clock) -> None:
+def _stages(job: TrainClipFn, task: Task, out: np.ndarray, clock: _Clock) -> None:
     """The stages of one task, each timed for itself, frame by frame as in the job."""
     config, ticket = job.config, task.ticket
     name = job.plan.sources[int(ticket["dataset"])].name
@@ -165,7 +165,7 @@ def measure_run(config: RunConfig, videos: int) -> Cost:
     with tempfile.TemporaryDirectory() as scratch:
         catalogs = open_catalogs(config.data, "train", Path(config.data.index or scratch))
         plan = plan_of(config, catalogs)
-        job = TrainJob(catalogs, plan, config)
+        job = TrainClipFn(catalogs, plan, config)
         job.prepare()
         return measure(job, [Task(0, ticket) for ticket in plan.tickets(0, videos)])
 

@@ -16,15 +16,15 @@ import numpy as np
 
 from multitrain.config import DatasetConfig, RunConfig
 from multitrain.data.augment import Augmenter
+from multitrain.data.call_timeout import CallTimeout, Guard, Lease
 from multitrain.data.catalog import Catalog
 from multitrain.data.decode import Frame, Picture, VideoError, open_video, prepare
 from multitrain.data.frames import training_indices
-from multitrain.data.guard import Guard, Lease, Overdue
 from multitrain.data.random import Draws
 from multitrain.data.views import load_views, views_shape
 from multitrain.order import Plan, key
 
-STAND_INS = 8
+MAX_FALLBACKS = 8
 """Videos that are tried in place of an unreadable one before the run gives up."""
 
 _GRACE = 1.0  # seconds by which the guard waits longer than the decoder's own time limit
@@ -77,7 +77,7 @@ class Clip:
         self.uniforms = [draws.uniform() for _ in range(frames)]
 
 
-class TrainJob:
+class TrainClipFn:
     """Makes the augmented copies of a ticket's video: uint8 [copies, T, S, S, 3]."""
 
     def __init__(self, catalogs: Mapping[str, Catalog], plan: Plan, config: RunConfig) -> None:
@@ -90,7 +90,7 @@ class TrainJob:
             3,
         )
         self.dtype: np.dtype[Any] = np.dtype(np.uint8)
-        self.patience = (STAND_INS + 1) * 2 * (config.data.decode_timeout + _GRACE) + 60.0
+        self.patience = (MAX_FALLBACKS + 1) * 2 * (config.data.decode_timeout + _GRACE) + 60.0
         self._guard = Guard()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class TrainJob:
         """Fills `out` from the ticket's video, or the first stand-in that can be read; boxes, its index, what was skipped."""
         catalog, index = self.catalogs[name], int(task.ticket["index"])
         failed: dict[int, VideoError] = {}
-        for attempt in range(-1, STAND_INS):
+        for attempt in range(-1, MAX_FALLBACKS):
             index = index if attempt < 0 else self.plan.stand_in(task.ticket, attempt)
             if index in failed:
                 continue
@@ -173,7 +173,7 @@ class TrainJob:
 
         Raises:
             VideoError: the video cannot be read; `out` may hold some of its frames.
-            Overdue: the lease has ended.
+            CallTimeout: the lease has ended.
         """
         lease = lease or Lease()
         augmenters: list[Augmenter] = []
@@ -223,10 +223,8 @@ def _augment(held: list[tuple[Frame, list[int]]], augmenters: list[Augmenter], o
     held.clear()
 
 
-class TestJob:
+class EvalViewsFn:
     """Makes all views of a video of one dataset: float32 [V, 3, T, S, S], normalised. A task is the video's index."""
-
-    __test__ = False  # not for pytest
 
     def __init__(self, catalog: Catalog, dataset: DatasetConfig, config: RunConfig) -> None:
         self.catalog, self.dataset, self.config = catalog, dataset, config
@@ -268,7 +266,7 @@ def _within(guard: Guard, path: Path, seconds: float, work: Callable[[], np.ndar
     """What `work` returns; VideoError when it takes longer than `seconds`, and the decoder has not noticed by itself."""
     try:
         return guard.run(work, seconds + _GRACE)
-    except Overdue:
+    except CallTimeout:
         raise VideoError(path, "decoding took longer than data.decode_timeout") from None
 
 
@@ -277,4 +275,4 @@ def _record(name: str, catalog: Catalog, index: int, error: VideoError, update: 
     return {"dataset": name, "path": path, "reason": error.reason, "update": update, "stand_in": stand_in}
 
 
-__all__ = ["STAND_INS", "Clip", "Clips", "Task", "TestJob", "TrainJob", "UnreadableError"]
+__all__ = ["MAX_FALLBACKS", "Clip", "Clips", "EvalViewsFn", "Task", "TrainClipFn", "UnreadableError"]

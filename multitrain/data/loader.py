@@ -18,8 +18,8 @@ from torch import Tensor
 
 from multitrain.config import DatasetConfig, RunConfig
 from multitrain.data.catalog import Catalog
-from multitrain.data.clips import Clips, Task, TestJob, TrainJob
-from multitrain.data.pool import Answer, LoaderError, open_pool
+from multitrain.data.clips import Clips, EvalViewsFn, Task, TrainClipFn
+from multitrain.data.pool import LoaderError, Result, open_pool
 from multitrain.order import BatchShape, Plan
 
 _LONG = 60.0  # seconds between two looks while iterating
@@ -82,7 +82,7 @@ class TrainLoader:
     ) -> None:
         self._plan, self._shape, self._rank = plan, shape, rank
         self._range = range(start_update, stop_update)
-        job = TrainJob(catalogs, plan, config)
+        job = TrainClipFn(catalogs, plan, config)
         self._copies, *self._clip = job.shape
         self._pin = torch.cuda.is_available()
         self._part: _Part | None = None
@@ -157,7 +157,7 @@ class _Part:
     made: list[Clips]
     tickets: list[np.void]
 
-    def add(self, answer: Answer) -> None:
+    def add(self, answer: Result) -> None:
         at = len(self.made) * self.copies
         self.clips[at : at + self.copies] = torch.from_numpy(answer.array)
         self.made.append(answer.result)
@@ -188,7 +188,7 @@ class Views(NamedTuple):
     """Why it cannot be read, or ''."""
 
 
-class TestLoader:
+class EvalLoader:
     """The videos `indices` of one dataset, one at a time, in that order, each with all its views. None is ever substituted.
 
     Args:
@@ -197,12 +197,10 @@ class TestLoader:
         config: `data`, `model` and `eval.workers` are used.
     """
 
-    __test__ = False  # not for pytest
-
     def __init__(self, catalog: Catalog, indices: Sequence[int], dataset: DatasetConfig, config: RunConfig) -> None:
         workers = config.data.workers if config.eval.workers is None else config.eval.workers
         workers = min(workers, len(indices))
-        job = TestJob(catalog, dataset, config)
+        job = EvalViewsFn(catalog, dataset, config)
         self._pin = torch.cuda.is_available()
         self._pool = open_pool(job, (int(i) for i in indices), workers=workers, ahead=workers + 2)
 
@@ -236,11 +234,11 @@ class TestLoader:
         """Stop all workers at once."""
         self._pool.close()
 
-    def __enter__(self) -> TestLoader:
+    def __enter__(self) -> EvalLoader:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
 
-__all__ = ["Batch", "LoaderError", "TestLoader", "TrainLoader", "Views"]
+__all__ = ["Batch", "EvalLoader", "LoaderError", "TrainLoader", "Views"]

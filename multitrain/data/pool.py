@@ -1,10 +1,10 @@
 """Worker processes that turn tasks into arrays, answered in the order of the tasks. No torch.
 
 Workers are not forked from the training process, whose CUDA, NCCL and InfiniBand state does not survive a fork, nor do they
-import torch. One fresh interpreter, the keeper, imports what a worker needs and forks the workers before it has any threads:
+import torch. One fresh interpreter, the fork server, imports what a worker needs and forks the workers before it has any threads:
 one start-up cost for any number of workers. Results lie in anonymous shared memory, so the size of /dev/shm does not matter.
 
-Workers and keeper ignore SIGTERM, SIGINT, SIGUSR1 and SIGUSR2, which SLURM sends to every process of a job, and die with the
+Workers and fork server ignore SIGTERM, SIGINT, SIGUSR1 and SIGUSR2, which SLURM sends to every process of a job, and die with the
 training process, however it dies.
 """
 
@@ -36,8 +36,11 @@ from multitrain.config import ConfigError
 IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that mean something to the training process only."""
 
-_BOOT = "import json, sys; given = json.loads(sys.argv[1]); sys.path[:] = given['path']; from multitrain.data.pool import keep; keep(given)"
-_FAREWELL = 1.0  # seconds that the keeper gets to end the workers and itself
+_BOOT = (
+    "import json, sys; given = json.loads(sys.argv[1]); sys.path[:] = given['path']; "
+    "from multitrain.data.pool import run_fork_server; run_fork_server(given)"
+)
+_SHUTDOWN_SECONDS = 1.0  # seconds that the fork server gets to end the workers and itself
 _QUEUE = 64  # tasks that a worker holds at most; they fit into a socket's buffer, so sending never waits
 _PR_SET_PDEATHSIG = 1
 _MALLOPT = {-1: 256 << 20, -3: 32 << 20, -8: 1}
@@ -48,7 +51,7 @@ class LoaderError(RuntimeError):
     """A worker has died, or met an error that is not a video's. One line, but for a traceback below it."""
 
 
-class Job(Protocol):
+class WorkerFn(Protocol):
     """What workers do. Must pickle, and must not need torch."""
 
     shape: tuple[int, ...]
@@ -69,7 +72,7 @@ class Job(Protocol):
         ...
 
 
-class Answer(NamedTuple):
+class Result(NamedTuple):
     """The answer to one task. `array` may be overwritten after the next call of `Pool.next`."""
 
     task: Any
@@ -80,7 +83,7 @@ class Answer(NamedTuple):
 class Pool(Protocol):
     """Answers in the order of the tasks."""
 
-    def next(self, timeout: float) -> Answer | None:
+    def next(self, timeout: float) -> Result | None:
         """The next answer, or None when there is none within `timeout` seconds.
 
         Raises:
@@ -94,7 +97,7 @@ class Pool(Protocol):
         ...
 
 
-def open_pool(job: Job, tasks: Iterable[Any], *, workers: int, ahead: int) -> Pool:
+def open_pool(job: WorkerFn, tasks: Iterable[Any], *, workers: int, ahead: int) -> Pool:
     """A pool that works on `tasks`, at most `ahead` (≥ 1) tasks before the one asked for; without workers in a thread."""
     return ProcessPool(job, tasks, workers, ahead) if workers else ThreadPool(job, tasks, ahead)
 
@@ -102,16 +105,16 @@ def open_pool(job: Job, tasks: Iterable[Any], *, workers: int, ahead: int) -> Po
 class ThreadPool:
     """One thread of this process does the work."""
 
-    def __init__(self, job: Job, tasks: Iterable[Any], ahead: int) -> None:
+    def __init__(self, job: WorkerFn, tasks: Iterable[Any], ahead: int) -> None:
         self._job = job
-        self._answers: queue.Queue[Answer | BaseException | None] = queue.Queue(maxsize=max(1, ahead))
+        self._answers: queue.Queue[Result | BaseException | None] = queue.Queue(maxsize=max(1, ahead))
         self._closed = threading.Event()
         self._ended: BaseException | None = None
         self._exhausted = False
         self._thread = threading.Thread(target=self._work, args=(iter(tasks),), name="loader", daemon=True)
         self._thread.start()
 
-    def next(self, timeout: float) -> Answer | None:
+    def next(self, timeout: float) -> Result | None:
         if self._ended is not None:
             raise self._ended
         if self._exhausted:
@@ -120,7 +123,7 @@ class ThreadPool:
             answer = self._answers.get(timeout=timeout)
         except queue.Empty:
             return None
-        if isinstance(answer, Answer):
+        if isinstance(answer, Result):
             return answer
         if answer is None:  # an exception that is kept would keep, by its traceback, all that its callers hold
             self._exhausted = True
@@ -133,7 +136,7 @@ class ThreadPool:
         with contextlib.suppress(queue.Empty):
             while True:
                 self._answers.get_nowait()
-        self._thread.join(timeout=_FAREWELL)  # longer only when stuck in a library; then it is left behind
+        self._thread.join(timeout=_SHUTDOWN_SECONDS)  # longer only when stuck in a library; then it is left behind
         self._ended = self._ended or LoaderError("the loader is closed")
 
     def _work(self, tasks: Iterator[Any]) -> None:
@@ -141,13 +144,13 @@ class ThreadPool:
         try:
             for task in tasks:
                 array = np.empty(self._job.shape, self._job.dtype)
-                if not self._put(Answer(task, self._job.run(task, array), array)):
+                if not self._put(Result(task, self._job.run(task, array), array)):
                     return
         except Exception as error:
             last = error if isinstance(error, ConfigError) else _failed(error)
         self._put(last)
 
-    def _put(self, answer: Answer | BaseException | None) -> bool:
+    def _put(self, answer: Result | BaseException | None) -> bool:
         while not self._closed.is_set():
             with contextlib.suppress(queue.Full):
                 self._answers.put(answer, timeout=0.1)
@@ -165,13 +168,13 @@ class _Worker:
 
 
 class ProcessPool:
-    """Worker processes under a keeper."""
+    """Worker processes of a fork server."""
 
-    def __init__(self, job: Job, tasks: Iterable[Any], workers: int, ahead: int) -> None:
+    def __init__(self, job: WorkerFn, tasks: Iterable[Any], workers: int, ahead: int) -> None:
         self._job, self._tasks = job, enumerate(tasks)
         self._exhausted = False
         self._next = 0
-        self._ready: dict[int, tuple[Answer, int]] = {}
+        self._ready: dict[int, tuple[Result, int]] = {}
         self._used: int | None = None  # slot of the answer given last
         self._error: BaseException | None = None
         slots = max(workers, ahead) + 1
@@ -191,9 +194,9 @@ class ProcessPool:
             "slots": slots,
         }
         environment = os.environ | {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)  # inherited, until the keeper ignores them
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)  # inherited, until the fork server ignores them
         try:
-            self._keeper = subprocess.Popen(
+            self._fork_server = subprocess.Popen(
                 [sys.executable, "-c", _BOOT, json.dumps(given | {"parent": os.getpid()})],
                 pass_fds=[*fds, memory],
                 stdin=subprocess.DEVNULL,
@@ -207,10 +210,10 @@ class ProcessPool:
         os.close(memory)
         control, *connections = (Connection(s.detach()) for s in ours)
         self._control, self._workers = control, [_Worker(c) for c in connections]
-        with contextlib.suppress(OSError):  # a keeper that died at once is found in next()
+        with contextlib.suppress(OSError):  # a fork server that died at once is found in next()
             control.send_bytes(pickle.dumps(self._job))
 
-    def next(self, timeout: float) -> Answer | None:
+    def next(self, timeout: float) -> Result | None:
         if self._error is not None:
             raise self._error
         deadline = time.monotonic() + timeout
@@ -235,14 +238,14 @@ class ProcessPool:
     def close(self) -> None:
         if self._error is None:
             self._error = LoaderError("the loader is closed")
-        self._control.close()  # the keeper kills the workers and ends
+        self._control.close()  # the fork server kills the workers and ends
         for worker in self._workers:
             worker.connection.close()
         try:
-            self._keeper.wait(timeout=_FAREWELL)
+            self._fork_server.wait(timeout=_SHUTDOWN_SECONDS)
         except subprocess.TimeoutExpired:
-            self._keeper.kill()  # which kills its workers
-            self._keeper.wait()
+            self._fork_server.kill()  # which kills its workers
+            self._fork_server.wait()
         self._ready.clear()
 
     def _release(self) -> None:
@@ -285,7 +288,7 @@ class ProcessPool:
             if error is not None:
                 raise error
             array = self._memory[slot].view(self._job.dtype).reshape(self._job.shape)
-            self._ready[number] = Answer(task, result, array), slot
+            self._ready[number] = Result(task, result, array), slot
         return bool(arrived)
 
     def _check_patience(self) -> None:
@@ -297,25 +300,25 @@ class ProcessPool:
                 )
 
     def _died(self, worker: _Worker) -> LoaderError:
-        """Why a worker is gone, from what its keeper says."""
+        """Why a worker is gone, from what its fork server reports."""
         number = self._workers.index(worker)
         doing = f" while it worked on {self._job.describe(worker.tasks[0][2])}" if worker.tasks else ""
-        fate = "is gone"
+        end = "is gone"
         with contextlib.suppress(EOFError, OSError):
-            while self._control.poll(_FAREWELL):
+            while self._control.poll(_SHUTDOWN_SECONDS):
                 reported, pid, status = self._control.recv()
                 if reported == number:
-                    fate = f"(pid {pid}) {_fate(status)}"
+                    end = f"(pid {pid}) {_describe_exit(status)}"
                     break
         with contextlib.suppress(subprocess.TimeoutExpired):
-            fate = f"could not start or was ended from outside (status {self._keeper.wait(timeout=0.1)})"
+            end = f"could not start or was ended from outside (status {self._fork_server.wait(timeout=0.1)})"
         return LoaderError(
-            f"loader worker {number} {fate}{doing}; when memory ran out, lower data.workers, data.prefetch or micro_batch; "
+            f"loader worker {number} {end}{doing}; when memory ran out, lower data.workers, data.prefetch or micro_batch; "
             "when it is always the same file, take it out of the annotations"
         )
 
 
-def _fate(status: int) -> str:
+def _describe_exit(status: int) -> str:
     if os.WIFSIGNALED(status):
         return f"was killed by {signal.Signals(os.WTERMSIG(status)).name}"
     return f"ended with exit code {os.WEXITSTATUS(status)}"
@@ -337,17 +340,17 @@ def _shared_memory(size: int) -> int:
     return memory
 
 
-# --- in the keeper and its workers ----------------------------------------------------------------------------------
+# --- in the fork server and its workers -----------------------------------------------------------------------------
 
 
-def keep(given: dict[str, Any]) -> None:
-    """The keeper: starts the workers, reports their deaths, ends them when the training process closes or dies."""
+def run_fork_server(given: dict[str, Any]) -> None:
+    """The fork server: starts the workers, reports their deaths, ends them when the training process closes or dies."""
     for ignored in IGNORED:
         signal.signal(ignored, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)
     control = Connection(given["control"])
     try:
-        job: Job = pickle.loads(control.recv_bytes())
+        job: WorkerFn = pickle.loads(control.recv_bytes())
     except (EOFError, OSError):
         os._exit(0)
     job.prepare()
@@ -379,7 +382,7 @@ def _watch(control: Connection, pids: dict[int, int], parent: int) -> None:
                 control.recv_bytes()
 
 
-def _work(job: Job, given: dict[str, Any], number: int) -> None:
+def _work(job: WorkerFn, given: dict[str, Any], number: int) -> None:
     """A worker: answers tasks one after the other. Never returns."""
     try:
         _die_with_parent(os.getppid())
@@ -387,7 +390,7 @@ def _work(job: Job, given: dict[str, Any], number: int) -> None:
             if other != number:
                 os.close(end)
         os.close(given["control"])
-        settle()
+        configure_worker()
         connection = Connection(given["workers"][number])
         size = int(np.prod(job.shape)) * job.dtype.itemsize
         memory = np.frombuffer(mmap.mmap(given["memory"], given["slots"] * size), np.uint8).reshape(-1, size)
@@ -401,7 +404,7 @@ def _work(job: Job, given: dict[str, Any], number: int) -> None:
         os._exit(1)
 
 
-def _answer(job: Job, task: Any, out: np.ndarray) -> tuple[Any, BaseException | None]:
+def _answer(job: WorkerFn, task: Any, out: np.ndarray) -> tuple[Any, BaseException | None]:
     try:
         return job.run(task, out), None
     except ConfigError as error:
@@ -419,7 +422,7 @@ def _die_with_parent(parent: int) -> None:
         os._exit(0)
 
 
-def settle() -> None:
+def configure_worker() -> None:
     """Worker settings: single-threaded OpenCV, and freed buffers stay mapped for the next video (mallopt).
 
     By default glibc gives a large buffer back to the kernel when it is freed, and every page of the next one is faulted in
@@ -439,13 +442,13 @@ def settle() -> None:
 
 __all__ = [
     "IGNORED",
-    "Answer",
-    "Job",
     "LoaderError",
     "Pool",
     "ProcessPool",
+    "Result",
     "ThreadPool",
-    "keep",
+    "WorkerFn",
+    "configure_worker",
     "open_pool",
-    "settle",
+    "run_fork_server",
 ]

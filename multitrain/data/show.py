@@ -15,11 +15,11 @@ import torch
 
 from multitrain.config import RunConfig
 from multitrain.data.catalog import Catalog
-from multitrain.data.clips import Task, TrainJob
+from multitrain.data.clips import Task, TrainClipFn
 from multitrain.data.mix import prepare
 from multitrain.data.spatial import MEAN, STD
 from multitrain.files import output_file
-from multitrain.monitor.figures import COLOURS, INK, figure, png
+from multitrain.monitor.plot_style import COLOURS, INK, figure, png
 from multitrain.order import Plan
 from multitrain.text import printable
 
@@ -60,7 +60,7 @@ def clips_of(config: RunConfig, catalogs: Mapping[str, Catalog], plan: Plan, upd
     count = min(-(-videos // config.group) * config.group, config.effective_batch)
     start = update * config.effective_batch
     tickets = plan.tickets(start, start + count)
-    job = TrainJob(catalogs, plan, config)
+    job = TrainClipFn(catalogs, plan, config)
     job.prepare()
     copies = job.shape[0]
     pixels = np.empty((count * copies, *job.shape[1:]), job.dtype)

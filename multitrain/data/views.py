@@ -14,9 +14,9 @@ import cv2
 import numpy as np
 
 from multitrain.config import ConfigError, DataConfig, DatasetConfig, ModelConfig
+from multitrain.data.call_timeout import Lease
 from multitrain.data.decode import Frame, open_video
 from multitrain.data.frames import view_indices
-from multitrain.data.guard import Lease
 from multitrain.data.spatial import MEAN, STD, Box, resize_crop, short_side_size, uniform_crop, union
 
 _PLANES = [0, 0, 1, 1, 2, 2]
@@ -73,7 +73,7 @@ def load_views(
 
     Raises:
         VideoError: the video cannot be read; `out` may hold some of its frames.
-        Overdue: the lease has ended.
+        CallTimeout: the lease has ended.
     """
     lease = lease or Lease()
     with open_video(path, data.decoder, data.decode_timeout) as video:

@@ -61,7 +61,7 @@ class LossScale:
             self.scale *= 2
 
 
-class Piece(NamedTuple):
+class ShardFragment(NamedTuple):
     """`numel` elements of the parameter `name` from its element `start` on, at `offset` among the moments of a rank."""
 
     name: str
@@ -169,7 +169,7 @@ class Engine:
         _wait_for(self.device)
         return into
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[ShardFragment]:
         """Which parts of which parameters the moments lie on this rank for, under ZeRO-1, in the order of `named_parameters`."""
         starts = [0]
         for flat in self._flat_partitions():
@@ -180,7 +180,7 @@ class Engine:
             if link is not None:
                 own, whole = link.hp_fragment_address, link.lp_fragment_address
                 offset = starts[link.param_group_index] + own.start
-                found.append(Piece(name, whole.start, whole.numel, offset))
+                found.append(ShardFragment(name, whole.start, whole.numel, offset))
         return found
 
     def copy_moments(self, into: Tensor | None) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 from multitrain.config import CheckpointConfig
 from multitrain.engine import checkpoint as checkpoints
 from multitrain.engine.checkpoint import Checkpoint
-from multitrain.engine.deepspeed import MOMENTS, Engine, Piece
+from multitrain.engine.deepspeed import MOMENTS, Engine, ShardFragment
 from multitrain.engine.distributed import World
 from multitrain.lease import LeaseLost
 
@@ -59,7 +59,7 @@ class Saver:
         self._engine = engine
         self._config = config
         self._config_text = config_text
-        self._layouts: list[list[Piece]] | None = None
+        self._layouts: list[list[ShardFragment]] | None = None
         self._moments: Tensor | None = None
         self._weights: dict[str, Tensor] = {}
         self._jobs: queue.SimpleQueue[tuple[dict[str, Any], float]] = queue.SimpleQueue()
@@ -189,10 +189,12 @@ class Moments(Mapping[str, Tensor]):
         parts: for each rank, its moments, float32 [2 n], the first moments before the second ones.
     """
 
-    def __init__(self, shapes: Mapping[str, torch.Size], layouts: list[list[Piece]], parts: list[Tensor]) -> None:
+    def __init__(
+        self, shapes: Mapping[str, torch.Size], layouts: list[list[ShardFragment]], parts: list[Tensor]
+    ) -> None:
         self._shapes = shapes
         self._parts = parts
-        self._pieces: dict[str, list[tuple[int, Piece]]] = {name: [] for name in shapes}
+        self._pieces: dict[str, list[tuple[int, ShardFragment]]] = {name: [] for name in shapes}
         for rank, pieces in enumerate(layouts):
             for piece in pieces:
                 self._pieces[piece.name].append((rank, piece))

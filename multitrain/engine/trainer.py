@@ -19,12 +19,12 @@ from multitrain.engine import checkpoint as checkpoints
 from multitrain.engine.checkpoint import Checkpoint
 from multitrain.engine.deepspeed import Engine
 from multitrain.engine.distributed import World
-from multitrain.engine.figures import Clock, Figures
 from multitrain.engine.interruption import Interruption, Request
 from multitrain.engine.leadtime import LeadTime
 from multitrain.engine.saver import Outcome, Saver
 from multitrain.engine.schedule import Schedule
-from multitrain.engine.skips import Skips
+from multitrain.engine.step_metrics import Clock, StepMetrics
+from multitrain.engine.unreadable import UnreadableTracker
 from multitrain.engine.update import Gradient
 from multitrain.engine.watchdog import Watchdog
 from multitrain.model.multitrain import MultiTrain
@@ -89,7 +89,7 @@ class Trainer:
         interruption: Interruption,
         watchdog: Watchdog,
         lead_time: LeadTime,
-        skips: Skips,
+        skips: UnreadableTracker,
         validate: Validate | None,
         pictures: Pictures | None = None,
         config_text: str,
@@ -114,7 +114,7 @@ class Trainer:
         self._validate = validate
         self._pictures = pictures
         self._saver = Saver(self._checkpoints, world, self.engine, config.checkpoint, config_text)
-        self._figures = Figures(config, list(model.datasets), shape.accumulation, world)
+        self._figures = StepMetrics(config, list(model.datasets), shape.accumulation, world)
         self._clock = Clock()
         self._saved = -1  # newest update that is on disk, or being written
         self._validated = -1

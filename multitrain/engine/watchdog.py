@@ -14,7 +14,7 @@ from pathlib import Path
 
 from multitrain.lease import LeaseLost
 from multitrain.monitor.events import Events
-from multitrain.monitor.exits import Exit
+from multitrain.monitor.exit_status import Exit
 from multitrain.monitor.supervised import PULSE_FD, STACKS
 
 FIRST = 3

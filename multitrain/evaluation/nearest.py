@@ -13,7 +13,7 @@ import numpy as np
 
 from multitrain.config import ConfigError, nearest
 from multitrain.model import MultiTrain
-from multitrain.monitor.figures import figure, label, png
+from multitrain.monitor.plot_style import figure, label, png
 
 SHOWN = 40
 """Classes of a side at most that a heat map shows."""

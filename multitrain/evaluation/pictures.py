@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from multitrain.monitor.figures import COLOURS, FAINT, INK
-from multitrain.monitor.figures import figure as _figure
-from multitrain.monitor.figures import label as _label
-from multitrain.monitor.figures import png as _png
+from multitrain.monitor.plot_style import COLOURS, FAINT, INK
+from multitrain.monitor.plot_style import figure as _figure
+from multitrain.monitor.plot_style import label as _label
+from multitrain.monitor.plot_style import png as _png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -27,9 +27,9 @@ from multitrain.evaluation.pictures import Example, History
 from multitrain.evaluation.scored import Scored, confused, hardest, newest_evaluation, read_evaluation
 from multitrain.files import OutputFolder
 from multitrain.interop.sharing import shareable, shareable_words, without_places
-from multitrain.monitor import events, lines, metrics
-from multitrain.monitor.figures import table as aligned
+from multitrain.monitor import events, jsonl, metrics
 from multitrain.monitor.interruptions import interruptions
+from multitrain.monitor.plot_style import table as aligned
 from multitrain.monitor.progress import duration
 from multitrain.monitor.status import status
 from multitrain.text import markdown, printable
@@ -306,7 +306,7 @@ def _hardest(tested: Mapping[str, Scored]) -> str:
 
 
 def _not_read(run_dir: Path, tested: Mapping[str, Scored], notes: Sequence[str], hidden: Sequence[str]) -> str:
-    skipped = list(lines.read(run_dir / "skipped.jsonl"))
+    skipped = list(jsonl.read(run_dir / "skipped.jsonl"))
     counts = Counter(str(r.get("dataset")) for r in skipped)
     rows = [("training", str(r.get("dataset")), str(r.get("path")), _flat(r.get("reason"))) for r in skipped[:LISTED]]
     for name, t in tested.items():

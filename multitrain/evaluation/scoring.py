@@ -150,11 +150,11 @@ class _Group:
 
 def _load(config: RunConfig, task: Task, indices: Sequence[int], stop: Stop | None) -> Iterator[Views]:
     """All views of each video, or why it cannot be read, in the order of `indices`; ends early when `stop` says yes."""
-    from multitrain.data.loader import TestLoader
+    from multitrain.data.loader import EvalLoader
 
     if not indices:
         return
-    with TestLoader(task.catalog, indices, task.dataset, config) as loader:
+    with EvalLoader(task.catalog, indices, task.dataset, config) as loader:
         while stop is None or not stop():
             try:
                 video = loader.next_video(POLL_SECONDS)

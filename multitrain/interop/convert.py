@@ -18,9 +18,9 @@ from multitrain.config import ConfigError, RunConfig, dump
 from multitrain.config.reading import parse_json
 from multitrain.files import OutputFolder
 from multitrain.interop import protocol, pyslowfast
+from multitrain.interop.model_path import MODEL_FILE, is_of_a_run, locate, sha256
 from multitrain.interop.optimizer_state import Grouping
 from multitrain.interop.outputs import output_folder, save_tensors
-from multitrain.interop.places import MODEL_FILE, is_of_a_run, locate, sha256
 from multitrain.interop.positions import resize_positions, resized
 from multitrain.interop.training_state import KEY, TrainingState, describe, optimizer_file, read_training_state
 from multitrain.interop.weights import HEADER, Weights, read_model

@@ -17,8 +17,8 @@ from multitrain.config.reading import read_yaml
 from multitrain.files import OutputFolder, checkpoint_above
 from multitrain.interop.convert import describe_model, write_model
 from multitrain.interop.matching import listed
+from multitrain.interop.model_path import MODEL_FILE, is_of_a_run, locate, sha256
 from multitrain.interop.outputs import output_folder
-from multitrain.interop.places import MODEL_FILE, is_of_a_run, locate, sha256
 from multitrain.interop.sharing import shareable, shareable_words
 from multitrain.interop.weights import Weights, read_model
 from multitrain.monitor.results import read_results

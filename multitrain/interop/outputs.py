@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from multitrain.config import ConfigError
 from multitrain.config.reading import parse_json
 from multitrain.files import OutputFolder
-from multitrain.interop.places import MODEL_FILE, sha256
+from multitrain.interop.model_path import MODEL_FILE, sha256
 from multitrain.interop.training_state import KEY, optimizer_file
 from multitrain.interop.weights import HEADER
 

@@ -12,9 +12,9 @@ from multitrain.config.boundary import understood
 from multitrain.config.reading import read_json
 from multitrain.interop import pyslowfast
 from multitrain.interop.layout import layout
+from multitrain.interop.model_path import locate
 from multitrain.interop.nested import flatten, unflatten
 from multitrain.interop.optimizer_state import Grouping, published_state
-from multitrain.interop.places import locate
 from multitrain.interop.weights import Weights, description
 
 if TYPE_CHECKING:

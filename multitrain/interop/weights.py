@@ -21,7 +21,7 @@ from multitrain.interop.archive import one_set, require_finite
 from multitrain.interop.foreign_run import generic_run, published_datasets, published_run
 from multitrain.interop.layout import layout, require_possible
 from multitrain.interop.matching import Report, compare, require_all, shapes
-from multitrain.interop.places import locate
+from multitrain.interop.model_path import locate
 from multitrain.text import printable
 
 if TYPE_CHECKING:

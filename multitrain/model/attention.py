@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from multitrain.model.device import is_cuda
-from multitrain.model.products import product
+from multitrain.model.low_precision import product
 
 CHUNK = 512
 """Queries at a time in the chunked route; the scores of one head stay in the cache."""

@@ -25,11 +25,11 @@ from multitrain.model.attention import attend_backward
 from multitrain.model.block_values import Pass, Weights
 from multitrain.model.device import is_cuda
 from multitrain.model.layers import BlockLayers, Recompute
+from multitrain.model.low_precision import product
 from multitrain.model.pooling import (
     head_pool_backward,
     skip_pool_backward,
 )
-from multitrain.model.products import product
 from multitrain.model.random import Mask
 
 KEPT: dict[str, tuple[str, ...]] = {

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from multitrain.model.attention import attend
 from multitrain.model.device import is_cuda
 from multitrain.model.layers import BlockLayers
+from multitrain.model.low_precision import linear
 from multitrain.model.pooling import (
     Chosen,
     Grid,
@@ -19,7 +20,6 @@ from multitrain.model.pooling import (
     read_positions,
     skip_pool,
 )
-from multitrain.model.products import linear
 from multitrain.model.random import Mask
 
 _aten = torch.ops.aten

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from multitrain.config import ConfigError, ModelConfig
+from multitrain.model.low_precision import rounding
 from multitrain.model.multitrain import MultiTrain
-from multitrain.model.products import rounding
 
 
 def flops(config: ModelConfig, datasets: dict[str, int]) -> tuple[int, float]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from multitrain.config import ConfigError
-from multitrain.model.products import Linear, linear
+from multitrain.model.low_precision import Linear, linear
 from multitrain.model.random import KeyedDropout, stream_of
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from multitrain.config import ModelConfig
+from multitrain.model.low_precision import Linear
 from multitrain.model.pooling import Grid, pooled
-from multitrain.model.products import Linear
 from multitrain.model.random import KeyedDropPath, stream_of
 
 Recompute = Literal["none", "mlp", "selective", "full"]

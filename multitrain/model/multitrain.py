@@ -13,8 +13,8 @@ from multitrain.config import ConfigError, ModelConfig, nearest
 from multitrain.model.heads import Heads, LinearHead, MlpHead, Projections
 from multitrain.model.initialisation import initialise
 from multitrain.model.layers import Mlp, Recompute
+from multitrain.model.low_precision import linear
 from multitrain.model.mvit import MViT
-from multitrain.model.products import linear
 from multitrain.model.random import draw_keys
 
 EXPANDER = "/"

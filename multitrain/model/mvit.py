@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from multitrain.config import ConfigError, ModelConfig
 from multitrain.model.block import compute_dtype, run
 from multitrain.model.layers import BLOCK_NORM_EPS, BlockLayers, BlockShape, Recompute
+from multitrain.model.low_precision import conv3d
 from multitrain.model.pooling import Grid
-from multitrain.model.products import conv3d
 from multitrain.model.random import Mask, draw_keys, kept_masks
 
 PATCH_KERNEL, PATCH_STRIDE, PATCH_PADDING = (3, 7, 7), (2, 4, 4), (1, 3, 3)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from multitrain.model.constants import kept
 from multitrain.model.device import is_cuda
-from multitrain.model.products import conv3d, rounding
+from multitrain.model.low_precision import conv3d, rounding
 
 Grid = tuple[int, int, int]
 """Token grid (T, H, W)."""

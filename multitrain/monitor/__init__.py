@@ -3,7 +3,7 @@
 from multitrain.monitor.events import Events
 from multitrain.monitor.metrics import Metrics
 from multitrain.monitor.recorder import Recorder
-from multitrain.monitor.screen import table
 from multitrain.monitor.status import status
+from multitrain.monitor.status_text import table
 
 __all__ = ["Events", "Metrics", "Recorder", "status", "table"]

@@ -10,7 +10,7 @@ from typing import Any
 from multitrain.config import ConfigError, flat, load
 from multitrain.config.arguments import Arguments, Parser
 from multitrain.config.paths import find_run
-from multitrain.monitor.figures import table
+from multitrain.monitor.plot_style import table
 from multitrain.monitor.results import FILE, read_results
 from multitrain.monitor.status import status
 

@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from multitrain.monitor import lines, slurm
+from multitrain.monitor import jsonl, slurm
 
 
 class Events:
@@ -38,7 +38,7 @@ class Events:
             OSError: the disk refuses it.
         """
         record = self.record(event, **fields)
-        lines.append(self.path, record)
+        jsonl.append(self.path, record)
         return record
 
     def record(self, event: str, **fields: Any) -> dict[str, Any]:
@@ -56,7 +56,7 @@ class Events:
 
 def read(path: str | Path) -> list[dict[str, Any]]:
     """The events of a file in the order written; empty when there is none."""
-    return list(lines.read(Path(path)))
+    return list(jsonl.read(Path(path)))
 
 
 def starts_before(records: Iterable[Mapping[str, Any]]) -> int:
@@ -68,4 +68,4 @@ def _restarts(path: Path) -> int:
     """How often the run, or its SLURM job, was started before the start that goes on now."""
     if slurm.job_id() is not None:
         return slurm.restart_count()
-    return max(0, starts_before(lines.read(path)) - 1)
+    return max(0, starts_before(jsonl.read(path)) - 1)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from multitrain import lease
-from multitrain.monitor import lines
+from multitrain.monitor import jsonl
 
 
 class Metrics:
@@ -24,7 +24,7 @@ class Metrics:
 
     def __init__(self, path: str | Path, *, start_update: int = 0, sync_seconds: float = 30.0) -> None:
         self.path = Path(path)
-        self.dropped = lines.drop_from(self.path, start_update)
+        self.dropped = jsonl.drop_from(self.path, start_update)
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
         self._sync_seconds = sync_seconds
         self._synced = time.monotonic()
@@ -37,7 +37,7 @@ class Metrics:
             LeaseLost: another start of the run has taken over.
         """
         lease.verify(self.path)
-        lines.write(self._file.fileno(), lines.encode(record))
+        jsonl.write(self._file.fileno(), jsonl.encode(record))
         if time.monotonic() - self._synced > self._sync_seconds:
             with contextlib.suppress(OSError):  # the line is written; the next forced write, at a checkpoint, says so
                 self.sync()
@@ -56,4 +56,4 @@ class Metrics:
 
 def read(path: str | Path) -> list[dict[str, Any]]:
     """The records of a file in the order written; empty when there is none."""
-    return list(lines.read(Path(path)))
+    return list(jsonl.read(Path(path)))

@@ -9,11 +9,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from multitrain.monitor import lines
+from multitrain.monitor import jsonl
 from multitrain.monitor.events import Events
-from multitrain.monitor.held import Held
 from multitrain.monitor.metrics import Metrics
 from multitrain.monitor.progress import Progress
+from multitrain.monitor.retrying_writer import RetryingWriter
 from multitrain.monitor.tensorboard import TensorBoard, scalars
 from multitrain.monitor.wandb import Wandb
 
@@ -66,7 +66,7 @@ class Recorder:
         self.rank = rank
         self._closed = rank != 0
         skipped = self.run_dir / "skipped.jsonl"
-        self._skipped = Held(skipped, lambda record: lines.append(skipped, record), self.write)
+        self._skipped = RetryingWriter(skipped, lambda record: jsonl.append(skipped, record), self.write)
         self._draws = True
         self._drawing: threading.Thread | None = None
         self._hurries = False
@@ -75,10 +75,12 @@ class Recorder:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.events = Events(self.run_dir / "events.jsonl", job=job, restart=restart)
         self.metrics = Metrics(self.run_dir / "metrics.jsonl", start_update=start_update)
-        lines.drop_from(skipped, start_update)
+        jsonl.drop_from(skipped, start_update)
         self.progress = Progress(total_updates, start_update, log_every=log_every)
-        self._events = Held(self.events.path, lambda record: lines.append(self.events.path, record), self.write)
-        self._metrics = Held(self.metrics.path, self.metrics.write, self.write)
+        self._events = RetryingWriter(
+            self.events.path, lambda record: jsonl.append(self.events.path, record), self.write
+        )
+        self._metrics = RetryingWriter(self.metrics.path, self.metrics.write, self.write)
         folder = self.run_dir / "tensorboard"
         self.tensorboard = TensorBoard(folder, start_update=start_update, say=self.write) if tensorboard else None
         if self.tensorboard and settings:

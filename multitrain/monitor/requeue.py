@@ -20,7 +20,7 @@ from pathlib import Path
 from multitrain.config import ClusterConfig
 from multitrain.monitor import restarts, slurm
 from multitrain.monitor.events import read
-from multitrain.monitor.exits import Exit, explained
+from multitrain.monitor.exit_status import Exit, explained
 from multitrain.monitor.restarts import Start
 from multitrain.monitor.slurm import BATCH_ENDED, CANCELLED, OPERATOR, PREEMPTED, STEP_ENDED, TIME_LIMIT, SlurmError
 
@@ -28,6 +28,7 @@ BAD_NODE = "bad node"
 """Status of a `requeue` after preflight has found a node that cannot work."""
 GAVE_UP = "gave up"
 """Status of an `end` that another start would not mend."""
+ENDED_FOR_GOOD = ("finished", restarts.STOPPED, GAVE_UP)
 COMING_BACK = (PREEMPTED, TIME_LIMIT, BATCH_ENDED, STEP_ENDED, BAD_NODE, restarts.FAILED)
 SCRIPT = "job.sh"
 """The batch script that a run was submitted with, in its folder: what a successor job runs."""
@@ -42,6 +43,8 @@ class Action(enum.Enum):
     """It is put back into the queue, or a successor is submitted."""
     IS_BACK = "is back"
     """SLURM or an operator has put it back already."""
+    WITHDRAW = "withdraw"
+    """SLURM has put it back although the run has ended: it is cancelled."""
     END = "end"
     """It ends."""
 
@@ -58,7 +61,7 @@ class Decision:
     @property
     def event(self) -> str:
         """The event that says so."""
-        return "end" if self.action == Action.END else "requeue"
+        return "end" if self.action in (Action.END, Action.WITHDRAW) else "requeue"
 
 
 @dataclass
@@ -84,15 +87,18 @@ def decide(ended: Ended, history: Sequence[Start], cluster: ClusterConfig, *, we
     """
     last = history[-1] if history else Start(ended.restart, began=False)
     taken = slurm.taken_away(ended.job, ended.signals, restart=ended.restart, close=close_to_limit(cluster))
+    is_back = taken == OPERATOR or (taken == PREEMPTED and _is_back(ended))
+    own = str(last.ended) if last.restart == ended.restart else ""
+    if is_back and own in ENDED_FOR_GOOD:  # an eviction's grace time was over before the job
+        return Decision(Action.WITHDRAW, own, "SLURM had put the job back")
     if ended.exit_status == Exit.FINISHED:
         if last.ended == "finished" or not (last.began or taken):
             return Decision(Action.END, "finished")
         ended = replace(ended, exit_status=Exit.FAILED)  # srun ends with 0 when it gives up waiting for killed ranks
     if ended.exit_status == Exit.HELD:
         return Decision(Action.END, "held", "another start of the run holds its lease")
-    if taken == OPERATOR or (taken == PREEMPTED and _is_back(ended)):
-        own = last.restart == ended.restart and last.ended in COMING_BACK  # it has put itself back
-        return Decision(Action.IS_BACK, str(last.ended) if own else taken)
+    if is_back:
+        return Decision(Action.IS_BACK, own if own in COMING_BACK else str(taken))  # it has put itself back
     if last.ended is not None and last.ended not in COMING_BACK:  # it has ended in order, and said why
         return Decision(Action.END, last.ended)
     if taken == CANCELLED:
@@ -289,6 +295,12 @@ def carry_out(
         Whether there is nothing left to do; False when SLURM refused.
     """
     facts = {"status": decision.status} | ({"exclude": list(decision.exclude)} if decision.exclude else {})
+    if decision.action == Action.WITHDRAW:
+        try:
+            slurm.cancel(job)
+        except SlurmError as error:
+            print(f"multitrain: the run has ended, and SLURM has put its job back: scancel {job} ({error})", flush=True)
+            return False
     if decision.action != Action.COME_BACK:
         write(decision.event, **facts, **({"reason": decision.reason} if decision.reason else {}))
         return True

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from multitrain.config import ConfigError
-from multitrain.monitor.exits import Exit
+from multitrain.monitor.exit_status import Exit
 from multitrain.monitor.slurm import BATCH_ENDED, OPERATOR, PREEMPTED, STEP_ENDED
 
 IN_PLACE = "MULTITRAIN_RESTARTS_IN_PLACE"
@@ -21,6 +21,9 @@ IN_PLACE = "MULTITRAIN_RESTARTS_IN_PLACE"
 
 LAST = ("ended", "requeue", "end")
 """Events that say how a start ended; those of the batch script may come before the ranks say that they begin."""
+
+STOPPED = "stopped on request"
+"""Status of an `end` after the file STOP."""
 
 FAILED = "failed"
 """Status of a `requeue` after the ranks had died; of others it is why SLURM took the job away."""

@@ -236,6 +236,15 @@ def requeue(job_id: str) -> None:
             raise
 
 
+def cancel(job_id: str) -> None:
+    """Cancel the job.
+
+    Raises:
+        SlurmError: SLURM refused, or did not answer, three times.
+    """
+    _answered("scancel", job_id)
+
+
 def control(*arguments: str) -> str:
     """The output of `scontrol`, e.g. ``control("update", "jobid=7", "ExcNodeList=n1")``.
 
@@ -285,8 +294,11 @@ def fields(line: str) -> dict[str, str]:
 
 
 def _scontrol(*arguments: str, attempts: int = 3, timeout: float = 10.0) -> str:
-    """The output of `scontrol`, which can hang or fail for a moment while the controller is busy."""
-    command = ["scontrol", *arguments]
+    return _answered("scontrol", *arguments, attempts=attempts, timeout=timeout)
+
+
+def _answered(*command: str, attempts: int = 3, timeout: float = 10.0) -> str:
+    """The output of a SLURM command, which can hang or fail for a moment while the controller is busy."""
     environment = {**os.environ, "SLURM_TIME_FORMAT": "standard"}  # sites set others, which cannot be compared
     said = ""
     for attempt in range(attempts):
@@ -298,7 +310,7 @@ def _scontrol(*arguments: str, attempts: int = 3, timeout: float = 10.0) -> str:
             )
         except FileNotFoundError:
             raise SlurmError(
-                "there is no scontrol here; bind it and SLURM's configuration into the container"
+                f"there is no {command[0]} here; bind it and SLURM's configuration into the container"
             ) from None
         except subprocess.TimeoutExpired:
             said = f"no answer within {timeout:g} s"

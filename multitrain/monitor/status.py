@@ -16,9 +16,9 @@ from typing import Any
 
 from multitrain.config import ConfigError, nearest
 from multitrain.config.arguments import Parser
-from multitrain.monitor import events, lines, scheduler
+from multitrain.monitor import events, jsonl, scheduler
 from multitrain.monitor.interruptions import interruptions
-from multitrain.monitor.screen import card, table
+from multitrain.monitor.status_text import card, table
 
 AFTER = {"submit": "submitted", "requeue": "requeued", "error": "failed"}
 """Events that leave a run in a state; `start`, `resume` and `end` are read more closely."""
@@ -233,8 +233,8 @@ def _tail(path: Path, size: int = 200_000) -> list[dict[str, Any]]:
             data = file.read()
     except FileNotFoundError:
         return []
-    records = (lines.decode(line) for line in data.split(b"\n"))
-    kept = (lines.of_kind(r) for r in records if r is not None)
+    records = (jsonl.decode(line) for line in data.split(b"\n"))
+    kept = (jsonl.of_kind(r) for r in records if r is not None)
     return [r for r in kept if r.get("update") is not None]
 
 
@@ -255,7 +255,7 @@ def _configured_updates(run_dir: Path) -> int | None:
 
 def _skipped(path: Path) -> dict[str, int]:
     counts: dict[str, int] = {}
-    for record in lines.read(path):
+    for record in jsonl.read(path):
         name = str(record.get("dataset"))
         counts[name] = counts.get(name, 0) + 1
     return counts

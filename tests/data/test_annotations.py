@@ -15,7 +15,7 @@ from multitrain.config import DatasetConfig, dump
 from multitrain.data import catalog as catalogs
 from multitrain.data.annotations import LONGEST_PATH, CatalogError, Syntax, lines, one_spelling, parse
 from multitrain.data.catalog import Catalog, summary
-from multitrain.monitor import lines as jsonl
+from multitrain.monitor import jsonl as jsonl
 from tests.data.numbered import run_config
 
 PLAIN = Syntax(b" ", False)

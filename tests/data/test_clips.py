@@ -9,24 +9,24 @@ from support import settings, write_dataset
 from multitrain.config import validate
 from multitrain.data import clips
 from multitrain.data.catalog import open_catalogs, plan_of
-from multitrain.data.clips import Task, TrainJob
+from multitrain.data.clips import Task, TrainClipFn
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> TrainJob:
+def job(tmp_path_factory: pytest.TempPathFactory) -> TrainClipFn:
     folder = tmp_path_factory.mktemp("clips")
     for number, (name, videos) in enumerate((("stride", 3), ("segment", 3), ("with.dot", 4))):
         write_dataset(folder / name, videos, 3, number)
     config = validate(settings(folder))
     catalogs = open_catalogs(config.data, "train", folder / "index")
-    return TrainJob(catalogs, plan_of(config, catalogs), config)
+    return TrainClipFn(catalogs, plan_of(config, catalogs), config)
 
 
 @pytest.mark.parametrize(
     "held", [1, 80 * 64 * 3, 2 * 80 * 64 * 3, 3 * 80 * 64 * 3], ids=["none", "one", "two", "three"]
 )
 def test_a_clip_has_the_same_pixels_however_many_frames_are_held(
-    job: TrainJob, held: int, monkeypatch: pytest.MonkeyPatch
+    job: TrainClipFn, held: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tickets = job.plan.tickets(0, 12)
     whole, parts = np.zeros((2, len(tickets), *job.shape), job.dtype)

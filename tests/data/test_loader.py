@@ -24,12 +24,12 @@ import torch
 import multitrain.data.clips as clips
 import multitrain.data.loader as loader
 from multitrain.config import ConfigError, RunConfig
+from multitrain.data.call_timeout import CallTimeout, Guard
 from multitrain.data.catalog import Catalog, open_catalogs, sources
-from multitrain.data.clips import Task, TestJob, TrainJob
+from multitrain.data.clips import EvalViewsFn, Task, TrainClipFn
 from multitrain.data.decode import Video, VideoError
-from multitrain.data.guard import Guard, Overdue
-from multitrain.data.loader import Batch, LoaderError, TestLoader, TrainLoader
-from multitrain.data.pool import IGNORED, Answer, Pool, ProcessPool, open_pool
+from multitrain.data.loader import Batch, EvalLoader, LoaderError, TrainLoader
+from multitrain.data.pool import IGNORED, Pool, ProcessPool, Result, open_pool
 from multitrain.data.views import load_views
 from multitrain.order import BatchShape, Plan, key
 from tests import material
@@ -94,7 +94,7 @@ def workers_of(batches: TrainLoader) -> list[int]:
     """Process ids of a loader's workers, once they are there."""
     pool = batches._pool
     assert isinstance(pool, ProcessPool)
-    return wait_for(lambda: descendants(pool._keeper.pid))
+    return wait_for(lambda: descendants(pool._fork_server.pid))
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 120.0) -> Any:
@@ -211,8 +211,8 @@ def test_next_batch_returns_in_time_with_nothing_and_loses_nothing(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = setting.batches(0, 1)
-    original = TrainJob.run
-    monkeypatch.setattr(TrainJob, "run", lambda *a: (time.sleep(0.03), original(*a))[1])
+    original = TrainClipFn.run
+    monkeypatch.setattr(TrainClipFn, "run", lambda *a: (time.sleep(0.03), original(*a))[1])
     with setting.load(0, 1) as batches:
         got, nothing = [], 0
         while True:
@@ -293,22 +293,22 @@ def test_a_dataset_without_readable_videos_ends_the_run_with_a_reason(
 
 def test_an_error_of_the_operating_system_gets_a_second_try(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = setting.batches(0, 1)
-    original, failed = TrainJob.read, set()
+    original, failed = TrainClipFn.read, set()
 
-    def flaky(self: TrainJob, path: Path, *rest: Any) -> np.ndarray:
+    def flaky(self: TrainClipFn, path: Path, *rest: Any) -> np.ndarray:
         if path not in failed and len(failed) < 2:
             failed.add(path)
             raise VideoError(path, "Stale file handle", transient=True)
         return original(self, path, *rest)
 
-    monkeypatch.setattr(TrainJob, "read", flaky)
+    monkeypatch.setattr(TrainClipFn, "read", flaky)
     monkeypatch.setattr(clips, "_RETRY_AFTER", 0.0)
     got = setting.batches(0, 1)
     assert len(failed) == 2
     assert all(same(a, b) for a, b in zip(got, expected))
 
 
-class StallingJob(TrainJob):
+class StallingJob(TrainClipFn):
     """Gets stuck in the first video of the plan, as a decoder in a library would."""
 
     def read(self, path: Path, *rest: Any) -> np.ndarray:
@@ -321,7 +321,7 @@ class StallingJob(TrainJob):
 def test_a_stalled_decode_is_a_bad_video(
     videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    monkeypatch.setattr(loader, "TrainJob", StallingJob)
+    monkeypatch.setattr(loader, "TrainClipFn", StallingJob)
     setting = Setting(videos, tmp_path / "index", data__decode_timeout=4.0)
     records = [r for b in setting.batches(0, 1, workers=workers) for r in b.skipped]
     stuck = StallingJob(setting.catalogs, setting.plan, setting.config).describe(Task(0, setting.plan.tickets(0, 1)[0]))
@@ -330,7 +330,7 @@ def test_a_stalled_decode_is_a_bad_video(
 
 
 def test_close_is_prompt_while_a_worker_is_stuck(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "TrainJob", StallingJob)
+    monkeypatch.setattr(loader, "TrainClipFn", StallingJob)
     setting = Setting(videos, tmp_path / "index", data__decode_timeout=1000)
     for workers in (2, 0):
         batches = setting.load(workers=workers)
@@ -363,7 +363,7 @@ def test_a_test_video_given_up_never_writes_to_its_place_again(
             ended.set()
 
     setting = Setting(videos, tmp_path / "index", data__decode_timeout=4.0)
-    job = TestJob(setting.catalogs["stride"], setting.config.data.datasets["stride"], setting.config)
+    job = EvalViewsFn(setting.catalogs["stride"], setting.config.data.datasets["stride"], setting.config)
     place = np.full(job.shape, 7, np.float32)
     monkeypatch.setattr(Video, "pictures", stuck)
     assert job.run(0, place) == "decoding took longer than data.decode_timeout"
@@ -376,7 +376,7 @@ def test_a_test_video_given_up_never_writes_to_its_place_again(
 
 def test_a_call_that_does_not_return_is_left_behind() -> None:
     guard = Guard()
-    with pytest.raises(Overdue):
+    with pytest.raises(CallTimeout):
         guard.run(lambda: time.sleep(5), 0.05)
     assert guard.run(lambda: 3, 5.0) == 3
     with pytest.raises(ZeroDivisionError):
@@ -389,7 +389,7 @@ def test_the_thread_of_a_guard_ends_with_it_and_one_that_was_stuck_when_it_retur
     threads = [guard.run(threading.current_thread, 5.0)]
     threads.append(guard.run(threading.current_thread, 5.0))
     assert threads[0] is threads[1]
-    with pytest.raises(Overdue):
+    with pytest.raises(CallTimeout):
         guard.run(lambda: released.wait(60), 0.05)
     threads.append(guard.run(threading.current_thread, 5.0))
     del guard
@@ -416,7 +416,7 @@ class Echo:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_pool_is_gone_with_its_last_user_without_waiting_for_the_garbage_collector(workers: int) -> None:
-    def next_of(pool: Pool) -> Answer | None:
+    def next_of(pool: Pool) -> Result | None:
         try:
             return pool.next(60.0)
         except StopIteration:
@@ -452,11 +452,11 @@ def test_a_killed_worker_is_a_clear_error(setting: Setting) -> None:
             batches.next_batch(5.0)
 
 
-def test_a_killed_keeper_is_a_clear_error(setting: Setting) -> None:
+def test_a_killed_fork_server_is_a_clear_error(setting: Setting) -> None:
     with setting.load(0, 10**6, workers=2) as batches:
         first_batch(batches)
         pids = workers_of(batches)
-        os.kill(batches._pool._keeper.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+        os.kill(batches._pool._fork_server.pid, signal.SIGKILL)  # type: ignore[attr-defined]
         wait_for(lambda: not any(alive(pid) for pid in pids), 5)
         with pytest.raises(LoaderError, match="loader worker"):
             list(batches)
@@ -465,11 +465,11 @@ def test_a_killed_keeper_is_a_clear_error(setting: Setting) -> None:
 def test_workers_ignore_the_signals_of_the_job(setting: Setting) -> None:
     expected = setting.batches()
     with setting.load(workers=2) as batches:
-        keeper = batches._pool._keeper.pid  # type: ignore[attr-defined]
+        fork_server = batches._pool._fork_server.pid  # type: ignore[attr-defined]
         for number in IGNORED:
-            os.kill(keeper, number)  # while it starts
+            os.kill(fork_server, number)  # while it starts
         got = [first_batch(batches)]
-        for pid in [keeper, *workers_of(batches)]:
+        for pid in [fork_server, *workers_of(batches)]:
             for number in IGNORED:
                 os.kill(pid, number)
         got += list(batches)
@@ -484,7 +484,7 @@ from pathlib import Path
 from tests.data.test_loader import Setting, first_batch, workers_of
 batches = Setting(Path({videos!r}), Path({index!r})).load(0, 10**6, workers=2)
 first_batch(batches)
-print(batches._pool._keeper.pid, *workers_of(batches), flush=True)
+print(batches._pool._fork_server.pid, *workers_of(batches), flush=True)
 time.sleep(1000)
 """
 
@@ -522,7 +522,7 @@ def test_nothing_is_left_of_a_closed_loader(setting: Setting) -> None:
 
 
 def test_the_job_that_workers_get_is_small(setting: Setting) -> None:
-    job = TrainJob(setting.catalogs, setting.plan, setting.config)
+    job = TrainClipFn(setting.catalogs, setting.plan, setting.config)
     assert len(pickle.dumps(job)) < 20_000
 
 
@@ -530,7 +530,7 @@ def test_settings_that_cannot_work_come_out_as_such(setting: Setting, monkeypatc
     def missing(*_: Any) -> Any:
         raise ConfigError("no decord; use data.decoder=pyav")
 
-    monkeypatch.setattr(TrainJob, "read", missing)
+    monkeypatch.setattr(TrainClipFn, "read", missing)
     with setting.load() as batches, pytest.raises(ConfigError, match=r"data\.decoder=pyav"):
         list(batches)
 
@@ -538,9 +538,9 @@ def test_settings_that_cannot_work_come_out_as_such(setting: Setting, monkeypatc
 # --- testing ----------------------------------------------------------------------------------------------------------
 
 
-def opened(setting: Setting, name: str, workers: int, indices: list[int]) -> TestLoader:
+def opened(setting: Setting, name: str, workers: int, indices: list[int]) -> EvalLoader:
     config = setting.config.model_copy(update={"eval": setting.config.eval.model_copy(update={"workers": workers})})
-    return TestLoader(setting.catalogs[name], indices, config.data.datasets[name], config)
+    return EvalLoader(setting.catalogs[name], indices, config.data.datasets[name], config)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from multitrain.cli import main
 from multitrain.config import ConfigError, validate
 from multitrain.data import packs
 from multitrain.data.catalog import open_catalogs, plan_of, summary
-from multitrain.data.clips import Task, TrainJob
+from multitrain.data.clips import Task, TrainClipFn
 from multitrain.data.decode import VideoError, open_video
 from multitrain.data.index import _MAGIC, read_header
 from multitrain.data.packs import BLOCK, INDEX, Pack, locate, open_pack
@@ -101,7 +101,7 @@ def test_a_run_on_shards_has_the_plan_and_the_clips_of_a_run_on_files(
     for mapping in (loose, stored):
         config = validate(mapping)
         catalogs = open_catalogs(config.data, "train", tmp_path)
-        jobs.append(TrainJob(catalogs, plan_of(config, catalogs), config))
+        jobs.append(TrainClipFn(catalogs, plan_of(config, catalogs), config))
     assert jobs[0].plan.fingerprint == jobs[1].plan.fingerprint
     for ticket in jobs[0].plan.tickets(0, 12):
         out = [np.zeros(job.shape, job.dtype) for job in jobs]

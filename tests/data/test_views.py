@@ -17,9 +17,9 @@ from torch.nn.functional import interpolate
 from benchmarks.published import matching, same_bits, values
 from multitrain.config import ConfigError, DataConfig, DatasetConfig, ModelConfig
 from multitrain.data import decode, views
+from multitrain.data.call_timeout import CallTimeout, Lease
 from multitrain.data.decode.pyav import Converter
 from multitrain.data.frames import view_indices
-from multitrain.data.guard import Lease, Overdue
 from multitrain.data.spatial import Box, resize_crop, short_side_size, uniform_crop
 from multitrain.data.views import crop_plan, load_views, short_side
 
@@ -153,7 +153,7 @@ def test_nothing_is_written_once_the_lease_has_ended(video: Path) -> None:
     entry = dataset()
     out, lease = np.full(views.views_shape(entry, MODEL), 7, np.float32), Lease()
     lease.end()
-    with pytest.raises(Overdue):
+    with pytest.raises(CallTimeout):
         load_views(video, entry, data(entry), MODEL, out, lease)
     assert (out == 7).all()
 

@@ -93,7 +93,7 @@ def linger(phase: str) -> None:
         before(Trainer, "_end_save", lambda *_: log("end"))
         before(Saver, "finish", lambda *_: log("finish"))
     elif phase == "evaluation":
-        before(loader.TestLoader, "next_video", lambda *_: pause(phase, 0.5))
+        before(loader.EvalLoader, "next_video", lambda *_: pause(phase, 0.5))
     elif phase == "start":
         before(distributed.dist, "init_process_group", lambda *_: pause(phase, 2.0))
     elif phase == "hang" and RANK == 1:

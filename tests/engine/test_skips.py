@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support import settings, train, write_run
 
-from multitrain.engine.skips import Skips
+from multitrain.engine.unreadable import UnreadableTracker
 
 
 def record(path: str, dataset: str = "a") -> dict[str, str]:
@@ -17,21 +17,21 @@ def record(path: str, dataset: str = "a") -> dict[str, str]:
 
 
 def test_a_video_counts_once_however_often_it_is_met() -> None:
-    skips = Skips({"a": 1000, "b": 10}, cap=0.002)
+    skips = UnreadableTracker({"a": 1000, "b": 10}, cap=0.002)
     assert skips.add([record("x"), record("x"), record("y")]) is None
     assert skips.counts == {"a": 2}
     assert "3 of 1000 videos of dataset 'a' cannot be read" in (skips.add([record("z")]) or "")
 
 
 def test_one_bad_video_of_a_small_dataset_is_allowed_and_none_with_a_cap_of_zero() -> None:
-    assert Skips({"b": 10}, cap=0.01).add([record("x", "b")]) is None
-    assert Skips({"b": 10}, cap=0.0).add([record("x", "b")]) is not None
+    assert UnreadableTracker({"b": 10}, cap=0.01).add([record("x", "b")]) is None
+    assert UnreadableTracker({"b": 10}, cap=0.0).add([record("x", "b")]) is not None
 
 
 def test_earlier_starts_of_the_run_count(tmp_path: Path) -> None:
     file = tmp_path / "skipped.jsonl"
     file.write_text(json.dumps(record("x")) + "\n" + json.dumps(record("y")) + "\n" + '{"dataset": "a", "pa')
-    skips = Skips({"a": 1000}, cap=1.0)
+    skips = UnreadableTracker({"a": 1000}, cap=1.0)
     skips.add_file(file)
     assert skips.counts == {"a": 2}
 

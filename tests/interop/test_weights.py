@@ -18,7 +18,7 @@ from multitrain.engine.checkpoint import Checkpoint
 from multitrain.interop.convert import convert
 from multitrain.interop.layout import layout
 from multitrain.interop.matching import compare
-from multitrain.interop.places import locate
+from multitrain.interop.model_path import locate
 from multitrain.interop.positions import resize_positions
 from multitrain.interop.pyslowfast import read_published, write_pyth
 from multitrain.interop.start import initialise_from

@@ -16,7 +16,7 @@ import pytest
 
 from launch import local
 from multitrain.config import ConfigError, RunConfig, compose
-from multitrain.monitor import exits
+from multitrain.monitor import exit_status
 
 RANK = """
     import json, os, signal, sys, time
@@ -273,7 +273,7 @@ def group() -> Iterator[Path]:
 def test_memory_that_runs_out_in_a_rank_is_named_as_the_reason(
     folder: Path, group: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if exits.killed_for_memory() is None:
+    if exit_status.killed_for_memory() is None:
         pytest.skip("this kernel does not count what it kills")
     monkeypatch.setattr(local, "PATIENCE", 0.2)
     said: list[str] = []

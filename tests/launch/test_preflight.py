@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from launch import assess, channel, node
-from multitrain.monitor.exits import Exit
+from multitrain.monitor.exit_status import Exit
 from multitrain.monitor.slurm import block_stop_signals, free_port
 
 

@@ -11,9 +11,9 @@ import pytest
 from launch import requeue
 from multitrain import lease
 from multitrain.config import compose, dump
-from multitrain.monitor import restarts
+from multitrain.monitor import restarts, slurm
 from multitrain.monitor.events import Events, read
-from multitrain.monitor.exits import Exit
+from multitrain.monitor.exit_status import Exit
 from multitrain.monitor.requeue import Action, Decision, Ended, decide
 
 
@@ -34,9 +34,15 @@ class Job:
 
     def ended(self, status: int = 1, *, signals: str = "", early: bool = False, **record: str) -> bool:
         """The batch script asks; whether the job comes back."""
+        self.monkeypatch.setattr("shutil.which", lambda _: None)  # as in a container: it does with what the script says
+        back = self.asked(status, signals=signals, early=early, **record) == requeue.NO_SCONTROL
+        self.restart += back
+        return back
+
+    def asked(self, status: int, *, signals: str = "", early: bool = False, **record: str) -> int:
+        """The exit status that the batch script gets as an answer."""
         self.monkeypatch.setenv("SLURM_JOB_ID", "1")
         self.monkeypatch.setenv("SLURM_RESTART_COUNT", str(self.restart))
-        self.monkeypatch.setattr("shutil.which", lambda _: None)  # as in a container: it does with what the script says
         shown = {
             "JobState": "RUNNING",
             "Restarts": str(self.restart),
@@ -46,9 +52,7 @@ class Job:
         }
         text = " ".join(f"{key}={value}" for key, value in shown.items())
         asked = [str(self.folder), str(status), "--signals", signals, "--record", text, *(["--early"] if early else [])]
-        back = requeue.main(asked) == requeue.NO_SCONTROL
-        self.restart += back
-        return back
+        return requeue.main(asked)
 
     @property
     def last(self) -> dict[str, Any]:
@@ -150,6 +154,20 @@ def test_a_stopped_run_is_not_requeued(job: Job) -> None:
     job.begin()
     job.write("end", status="stopped on request")
     assert not job.ended(Exit.INTERRUPTED)
+
+
+@pytest.mark.parametrize("status", ["stopped on request", "finished"])
+@pytest.mark.parametrize("cancels", [True, False])
+def test_a_run_that_ended_while_slurm_put_its_job_back_is_withdrawn(job: Job, status: str, cancels: bool) -> None:
+    """An eviction's grace time was over after the ranks had ended, and before the batch script had."""
+    job.begin()
+    job.write("end", status=status)
+    job.monkeypatch.setattr(slurm, "cancel", (asked := []).append)
+    job.monkeypatch.setattr("shutil.which", lambda name: name if cancels and name == "scancel" else None)
+    code = Exit.FINISHED if status == "finished" else Exit.INTERRUPTED
+    assert job.asked(code, JobState="PENDING", Restarts="1") == (requeue.DONE if cancels else requeue.NO_SCANCEL)
+    assert asked == (["1"] if cancels else [])
+    assert (job.last["event"], job.last["status"]) == ("end", status)
 
 
 def test_what_looks_like_a_mistake_is_tried_again_elsewhere_in_a_run_that_went_well(job: Job) -> None:
@@ -318,7 +336,7 @@ def test_restarts_that_cannot_be_counted_end_unless_slurm_took_the_job(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("multitrain.monitor.lines.append", full)
+    monkeypatch.setattr("multitrain.monitor.jsonl.append", full)
     assert not job.ended(1)
     assert "events.jsonl cannot be written (No space left on device); make room" in capsys.readouterr().out
     assert job.ended(143, PreemptTime="2026-11-22T10:18:45")

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.counting import counts_of_baseline, counts_of_ours, per_clip
 from multitrain.config import ModelConfig
-from multitrain.model import products
+from multitrain.model import low_precision
 from multitrain.model.multitrain import MultiTrain
 
 DATASETS = {"kinetics": 400, "mit": 305, "ssv2": 174}
@@ -60,7 +60,7 @@ def test_counts_stand_for_cuda_whatever_the_processor_can_do(monkeypatch: pytest
     found = []
     for layout, slow in ((torch.channels_last_3d, ()), (torch.contiguous_format, (torch.bfloat16, torch.float16))):
         monkeypatch.setattr(torch._C, "_conv_determine_backend_memory_format", lambda *_, answer=layout: answer)
-        monkeypatch.setattr(products, "_slow_dtypes", lambda answer=slow: answer)
+        monkeypatch.setattr(low_precision, "_slow_dtypes", lambda answer=slow: answer)
         found.append([counts_of_ours(small, DATASETS, "none", 1), counts_of_baseline(small, DATASETS, 1)])
     assert found[0] == found[1]
 

@@ -55,7 +55,7 @@ def histories() -> Iterator[tuple[str, list[dict[str, Any]], list[dict[str, Any]
 
 
 def test_values_of_other_kinds_in_events_and_metrics_are_left_out(run: Path) -> None:
-    from multitrain.monitor.screen import card, table
+    from multitrain.monitor.status_text import card, table
 
     for what, history, records in histories():
         write(run, history, records, {"dataset": ["x"], "path": 3})

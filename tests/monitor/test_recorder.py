@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from multitrain.monitor import Recorder, events, lines, metrics
+from multitrain.monitor import Recorder, events, jsonl, metrics
 from multitrain.monitor.progress import Progress, duration
 
 
@@ -105,13 +105,13 @@ def test_without_file_locks_a_torn_line_is_ended_not_removed(tmp_path: Path, mon
 
     monkeypatch.setattr("fcntl.flock", no_locks)
     (tmp_path / "f").write_bytes(b'{"a": 1}\n{"b')
-    lines.append(tmp_path / "f", {"c": 3})
+    jsonl.append(tmp_path / "f", {"c": 3})
     assert (tmp_path / "f").read_bytes() == b'{"a": 1}\n{"b\n{"c": 3}\n'
 
 
 def test_floats_come_back_to_the_bit_and_values_that_json_lacks_are_null(tmp_path: Path) -> None:
     values = [0.1 + 0.2, math.pi * 1e-300, 1 / 3]
-    lines.append(tmp_path / "f", {"v": values, "nan": float("nan"), "inf": [float("inf")]})
+    jsonl.append(tmp_path / "f", {"v": values, "nan": float("nan"), "inf": [float("inf")]})
     (text,) = (tmp_path / "f").read_text().splitlines()
     back = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert back == {"v": values, "nan": None, "inf": [None]}
@@ -121,10 +121,10 @@ def test_numpy_and_torch_scalars_are_numbers(tmp_path: Path) -> None:
     import numpy as np
     import torch
 
-    lines.append(
+    jsonl.append(
         tmp_path / "f", {"a": np.float32(0.5), "b": torch.tensor(2.5), "c": np.int64(3), "d": {"e": np.float64(1.5)}}
     )
-    assert list(lines.read(tmp_path / "f")) == [{"a": 0.5, "b": 2.5, "c": 3, "d": {"e": 1.5}}]
+    assert list(jsonl.read(tmp_path / "f")) == [{"a": 0.5, "b": 2.5, "c": 3, "d": {"e": 1.5}}]
 
 
 def test_only_rank_0_writes(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_only_rank_0_writes(tmp_path: Path) -> None:
 def test_bad_videos_of_updates_done_again_are_not_counted_twice(tmp_path: Path) -> None:
     Recorder(tmp_path, total_updates=9, rank=3).skipped([{"update": 1, "dataset": "x"}, {"update": 5, "dataset": "x"}])
     Recorder(tmp_path, total_updates=9, start_update=5, tensorboard=False).close()
-    assert [r["update"] for r in lines.read(tmp_path / "skipped.jsonl")] == [1]
+    assert [r["update"] for r in jsonl.read(tmp_path / "skipped.jsonl")] == [1]
 
 
 def test_events_say_when_where_and_under_which_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,15 +169,15 @@ def test_lines_of_many_processes_never_mix(tmp_path: Path) -> None:
         """
         import sys
         from pathlib import Path
-        from multitrain.monitor import lines
+        from multitrain.monitor import jsonl
         for i in range(50):
-            lines.append(Path(sys.argv[1]), {"who": sys.argv[2], "i": i, "pad": "x" * 3000})
+            jsonl.append(Path(sys.argv[1]), {"who": sys.argv[2], "i": i, "pad": "x" * 3000})
         """
     )
     many = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "f"), str(n)]) for n in range(3)]
     assert [p.wait() for p in many] == [0, 0, 0]
     raw = (tmp_path / "f").read_bytes().splitlines()
-    assert len(raw) == len(list(lines.read(tmp_path / "f"))) == 150
+    assert len(raw) == len(list(jsonl.read(tmp_path / "f"))) == 150
 
 
 def test_a_killed_process_leaves_every_line_it_wrote(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ import pytest
 from multitrain.config import ConfigError
 from multitrain.monitor import Recorder, events, status, table
 from multitrain.monitor.interruptions import PEER, UNTOLD, interruptions
-from multitrain.monitor.screen import card
 from multitrain.monitor.status import QUIET, main, statuses
+from multitrain.monitor.status_text import card
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,27 @@ def test_a_cancelled_job_has_saved_and_says_that_it_was_cancelled(runs: Runs, op
     assert runs.said(run, "requeue", "requeue_failed", "end")[-1] == ("end", "cancelled"), runs.log(run)
     assert saved(run) == len(runs.metrics(run))
     assert runs.cluster.job(job).get("Restarts", "0") == "0"
+
+
+def test_a_run_that_was_stopped_stays_stopped_when_its_job_is_put_back_at_that_moment(
+    runs: Runs, tmp_path: Path
+) -> None:
+    """As by an eviction whose grace time is over when the ranks have ended and the batch script has not."""
+    python, asked = tmp_path / "python", tmp_path / "asked"
+    python.write_text(
+        f"#!{sys.executable}\nimport os, sys, time\n"
+        "if 'launch.requeue' in sys.argv:\n"
+        f"    open({str(asked)!r}, 'w')\n"
+        f"    while not os.path.exists({str(asked)!r} + '.go'): time.sleep(0.1)\n"
+        f"os.execv({sys.executable!r}, [{sys.executable!r}, *sys.argv[1:]])\n"
+    )
+    python.chmod(0o755)
+    run, job = runs.submit("stopped", f"cluster.python={python}", "updates=5000", "cluster.restarts_in_place=0")
+    runs.reach(run, job, 2)
+    (run / "STOP").touch()
+    runs.cluster.until(asked.exists, "the batch script's question")
+    runs.cluster.run("scontrol", "requeue", job)
+    (tmp_path / "asked.go").touch()
+    assert runs.cluster.wait(job, "CANCELLED")["Restarts"] == "1"
+    assert runs.said(run, "requeue", "requeue_failed", "end")[-1] == ("end", "stopped on request"), runs.log(run)
+    assert "it is cancelled, because the run has ended" in (run / "logs" / f"{job}.log").read_text()

@@ -31,7 +31,7 @@ def open_video(path: Path | str, backend: Backend = "pyav", timeout: float | Non
     Args:
         backend: "pyav" or "decord".
         timeout: seconds that opening and all calls of `frames` and `each` may take together; looked at between packets
-            (pyav) or calls (decord). A library call that never returns is beyond it: see `multitrain.data.guard`.
+            (pyav) or calls (decord). A library call that never returns is beyond it: see `multitrain.data.call_timeout`.
 
     Raises:
         VideoError: no video in the file, or none that can be read.

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from multitrain.data.decode.container import as_video_error, check_size, has_flag, open_container
+from multitrain.data.decode.frame_index import NO_TIME, Packets, Table, by_count, by_time
 from multitrain.data.decode.picture import LARGE, Cutter, Frame, Picture, can_be_cut
 from multitrain.data.decode.rate import average_rate, frame_seconds
-from multitrain.data.decode.table import NO_TIME, Packets, Table, by_count, by_time
 from multitrain.data.decode.video import Video, VideoError, check_time
 
 if TYPE_CHECKING:

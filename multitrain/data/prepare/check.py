@@ -24,7 +24,7 @@ from multitrain.config import DatasetConfig
 from multitrain.data.annotations import CatalogError, Syntax, lines
 from multitrain.data.prepare.listing import found_below
 from multitrain.files import OutputFolder
-from multitrain.monitor.figures import table
+from multitrain.monitor.plot_style import table
 from multitrain.text import csv_text, printable
 
 KINDS = ("missing", "broken", "short", "duplicate", "labelled twice", "leak")

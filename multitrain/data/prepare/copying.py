@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from multitrain.data.prepare.crew import FINAL, Journal, Shard, version
 from multitrain.data.prepare.listing import PARTS, AnnotationFiles, Copy, Layout, copies, located, segments
+from multitrain.data.prepare.parallel_map import FINAL, Journal, Shard, version
 from multitrain.data.prepare.resize import Encoding, Item, clean_parts, stamps
 from multitrain.errors import ConfigError
 from multitrain.files import InTheWayError, OutputFolder

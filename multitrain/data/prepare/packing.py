@@ -29,8 +29,8 @@ from multitrain.data.packs import (
     index_parts,
     read_stored,
 )
-from multitrain.data.prepare.crew import Journal, Shard
 from multitrain.data.prepare.listing import PARTS, AnnotationFiles, Layout, Listed
+from multitrain.data.prepare.parallel_map import Journal, Shard
 from multitrain.data.prepare.resize import clean_parts, make_durable, stamps
 from multitrain.errors import ConfigError
 from multitrain.files import InTheWayError, OutputFolder

@@ -27,8 +27,8 @@ from multitrain.config import ConfigError
 from multitrain.data.decode import Video, VideoError, check_complete, open_video, read_whole
 from multitrain.data.decode.container import MAX_PIXELS, VIDEO_FORMATS
 from multitrain.data.encode import retime
-from multitrain.data.prepare.crew import FINAL
 from multitrain.data.prepare.listing import PARTS, Copy, located
+from multitrain.data.prepare.parallel_map import FINAL
 from multitrain.data.prepare.scan import is_of_system
 from multitrain.files import stamp
 

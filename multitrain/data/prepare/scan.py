@@ -10,7 +10,7 @@ from typing import Any
 from multitrain.data.decode import VideoError, read_whole
 from multitrain.data.decode.video import located
 from multitrain.data.packs import wrong_frame
-from multitrain.data.prepare.crew import FINAL
+from multitrain.data.prepare.parallel_map import FINAL
 
 
 class ScanFile:

@@ -14,7 +14,7 @@ from multitrain.config import DatasetConfig, RunConfig
 from multitrain.data.catalog import Catalog, open_catalogs, plan_of
 from multitrain.data.decode import VideoError, open_video
 from multitrain.data.prepare.check import SPLITS
-from multitrain.monitor.figures import COLOURS, figure, png, table
+from multitrain.monitor.plot_style import COLOURS, figure, png, table
 from multitrain.order import Plan
 
 _COUNTED = 2_000_000

@@ -34,13 +34,16 @@ NAMES = (
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    from multitrain.data.prepare import crew
 
-    def work_through(items: Iterable[Any], work: crew.Work, **_: object) -> Iterator[tuple[Any, dict[str, Any]]]:
+    from multitrain.data.prepare import parallel_map
+
+    def map_resumable(
+        items: Iterable[Any], work: parallel_map.Work, **_: object
+    ) -> Iterator[tuple[Any, dict[str, Any]]]:
         for item in items:
             yield item, work(item)
 
-    monkeypatch.setattr(crew, "work_through", work_through)
+    monkeypatch.setattr(parallel_map, "map_resumable", map_resumable)
 
 
 @pytest.fixture(scope="module")

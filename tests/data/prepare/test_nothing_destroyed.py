@@ -47,13 +47,16 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Starting workers takes most of the time of so small a conversion."""
-    from multitrain.data.prepare import crew
 
-    def work_through(items: Iterable[Any], work: crew.Work, **_: object) -> Iterator[tuple[Any, dict[str, Any]]]:
+    from multitrain.data.prepare import parallel_map
+
+    def map_resumable(
+        items: Iterable[Any], work: parallel_map.Work, **_: object
+    ) -> Iterator[tuple[Any, dict[str, Any]]]:
         for item in items:
             yield item, work(item)
 
-    monkeypatch.setattr(crew, "work_through", work_through)
+    monkeypatch.setattr(parallel_map, "map_resumable", map_resumable)
 
 
 @pytest.fixture
@@ -324,9 +327,9 @@ def test_a_kill_at_any_point_of_a_copys_way_is_resumed_and_what_came_in_its_plac
     orig: Path, tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from multitrain import files
-    from multitrain.data.prepare import crew
+    from multitrain.data.prepare import parallel_map
 
-    out, real, noting = tmp_path / "out", files._move, crew.Journal.add
+    out, real, noting = tmp_path / "out", files._move, parallel_map.Journal.add
 
     def move(temporary: Path, path: Path, *, replace: bool) -> bool:
         if path.suffix == ".mp4" and when == "before the move":
@@ -343,7 +346,7 @@ def test_a_kill_at_any_point_of_a_copys_way_is_resumed_and_what_came_in_its_plac
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "_move", move)
-        patch.setattr(crew.Journal, "add", note)
+        patch.setattr(parallel_map.Journal, "add", note)
         with pytest.raises(Killed):
             resize(orig, out)
     (out / "sub").mkdir(exist_ok=True)

@@ -35,13 +35,16 @@ def run(tiny_data: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def checked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every file passes, without workers."""
-    from multitrain.data.prepare import crew
 
-    def work_through(items: Iterable[Any], work: crew.Work, **_: object) -> Iterator[tuple[Any, dict[str, Any]]]:
+    from multitrain.data.prepare import parallel_map
+
+    def map_resumable(
+        items: Iterable[Any], work: parallel_map.Work, **_: object
+    ) -> Iterator[tuple[Any, dict[str, Any]]]:
         for item in items:
             yield item, {"frames": 12, "decoded": 12, "fps": 30.0, "width": 8, "height": 8, "digest": str(item)}
 
-    monkeypatch.setattr(crew, "work_through", work_through)
+    monkeypatch.setattr(parallel_map, "map_resumable", map_resumable)
 
 
 def test_clean_annotations_never_replace_the_annotations_or_anything_foreign(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from multitrain.monitor import Recorder, lines, metrics
+from multitrain.monitor import Recorder, jsonl, metrics
 from multitrain.monitor.tensorboard import TensorBoard
 
 
@@ -55,8 +55,8 @@ def test_every_line_is_there_once_and_in_order_when_the_disk_takes_them_again(
         recorder.update({"update": 5})
         recorder.event("checkpoint", update=5)
     assert [r["update"] for r in metrics.read(tmp_path / "metrics.jsonl")] == list(range(6))
-    assert [e["update"] for e in lines.read(tmp_path / "events.jsonl")] == [1, 2, 3, 4, 5]
-    assert [e["update"] for e in lines.read(tmp_path / "skipped.jsonl")] == [1, 2, 3, 4]
+    assert [e["update"] for e in jsonl.read(tmp_path / "events.jsonl")] == [1, 2, 3, 4, 5]
+    assert [e["update"] for e in jsonl.read(tmp_path / "skipped.jsonl")] == [1, 2, 3, 4]
     said = capsys.readouterr().err
     assert said.count("metrics.jsonl cannot be written (No space left on device)") == 1
     assert said.count("metrics.jsonl can be written again") == 1
@@ -68,7 +68,7 @@ def test_held_events_keep_the_time_at_which_they_happened(tmp_path: Path, disk: 
         recorder.event("checkpoint_failed")
         disk.room = None
         recorder.event("checkpoint", update=1)
-    first, second = lines.read(tmp_path / "events.jsonl")
+    first, second = jsonl.read(tmp_path / "events.jsonl")
     assert (first["event"], second["event"]) == ("checkpoint_failed", "checkpoint")
     assert first["time"] <= second["time"]
 
@@ -86,10 +86,10 @@ def test_lines_that_were_never_taken_are_counted_at_the_end(
 def test_an_event_that_cannot_be_written_is_an_error_for_those_who_must_not_go_on_without(
     tmp_path: Path, disk: Disk
 ) -> None:
-    lines.append(tmp_path / "e", {"a": 1})
+    jsonl.append(tmp_path / "e", {"a": 1})
     disk.room = 4
     with pytest.raises(OSError, match="No space left"):
-        lines.append(tmp_path / "e", {"b": 2})
+        jsonl.append(tmp_path / "e", {"b": 2})
     assert (tmp_path / "e").read_bytes() == b'{"a": 1}\n', "nothing of it is left"
 
 

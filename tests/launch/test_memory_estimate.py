@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from launch.forecast import Forecast, clip_bytes, forecast, lines, parameters
+from launch.memory_estimate import Forecast, clip_bytes, forecast, lines, parameters
 from multitrain.config import ModelConfig, RunConfig, compose
 from multitrain.order import BatchShape, solve
 
@@ -97,7 +97,7 @@ def test_enough_of_everything_warns_of_nothing() -> None:
 @pytest.mark.parametrize("crop", [224, 236, 252, 100])
 def test_tokens_are_those_of_the_model_where_a_grid_cannot_be_halved(crop: int) -> None:
     """236 / 4 = 59 tokens a side become 30, 15, 8."""
-    from launch.forecast import _blocks
+    from launch.memory_estimate import _blocks
     from multitrain.model.mvit import block_shapes
 
     config = ModelConfig(crop=crop, stages=(2, 5, 21))
@@ -109,7 +109,7 @@ def test_a_small_network_has_no_estimate_and_a_machine_without_gpus_no_gpu(monke
     said = " ".join(lines(*run("model=tiny")))
     assert "no estimate for so small a network" in said
     assert "cannot feed" not in said
-    monkeypatch.setattr("launch.forecast.on_cpus", lambda config: True)
+    monkeypatch.setattr("launch.memory_estimate.on_cpus", lambda config: True)
     said = " ".join(lines(*run("cluster.gpu_request=none")))
     assert "GB a rank" in said
     assert "CPU cores" in said
@@ -117,10 +117,10 @@ def test_a_small_network_has_no_estimate_and_a_machine_without_gpus_no_gpu(monke
 
 
 def test_more_loader_processes_than_cores_are_said_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    from launch.forecast import here
+    from launch.memory_estimate import here
 
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
-    monkeypatch.setattr("launch.forecast.on_cpus", lambda config: True)
+    monkeypatch.setattr("launch.memory_estimate.on_cpus", lambda config: True)
     note, warning = here(compose(["cluster=local", "gpus=2", "data.workers=8"]))
     assert note == "# note: no GPU on this machine: 2 ranks train on its 2 cores"
     assert "2 ranks × data.workers=8 = 16 loader processes on 2 cores; use data.workers=1" in warning

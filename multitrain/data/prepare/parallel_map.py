@@ -21,7 +21,7 @@ from typing import Any, Generic, TextIO, TypeVar
 
 from multitrain.config import ConfigError
 from multitrain.data.packs import DamagedError, locate
-from multitrain.monitor import lines
+from multitrain.monitor import jsonl
 from multitrain.monitor.progress import duration
 
 Item = TypeVar("Item")
@@ -98,7 +98,7 @@ class Journal:
         try:
             files = [f for f in self._folder.glob(f"{self._kind}-*-of-*.jsonl") if not f.is_symlink()]
             for file in sorted(files, key=lambda f: f.stat().st_mtime):
-                for record in lines.read(file):
+                for record in jsonl.read(file):
                     if "version" in record and self._is_whole(record):
                         self._done.setdefault(record["item"], []).append(record)
         except OSError as error:
@@ -147,7 +147,7 @@ class Journal:
         entry = {"item": item, "version": version, **record}
         self._done.setdefault(item, []).append(entry)
         try:
-            lines.append(self._file, entry)
+            jsonl.append(self._file, entry)
         except OSError as error:
             raise self._refused(error) from None
 
@@ -223,7 +223,7 @@ class _Worker:
     due: float = math.inf
 
 
-def work_through(
+def map_resumable(
     items: Iterable[Item],
     work: Work,
     *,
@@ -338,4 +338,4 @@ def _serve(pipe: Connection, work: Work) -> None:
             return
 
 
-__all__ = ["FINAL", "INTERRUPTED", "Bar", "Journal", "Shard", "version", "work_through"]
+__all__ = ["FINAL", "INTERRUPTED", "Bar", "Journal", "Shard", "map_resumable", "version"]

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import pytest
 
-from multitrain.monitor import exits
+from multitrain.monitor import exit_status
 
 
 @pytest.mark.parametrize("code", [-9, 137])
 def test_a_kill_names_the_signal_and_what_may_have_sent_it(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exits, "killed_for_memory", lambda: 5)
-    said = exits.explained(code, 5)
+    monkeypatch.setattr(exit_status, "killed_for_memory", lambda: 5)
+    said = exit_status.explained(code, 5)
     assert said.startswith(
         f"was killed by SIGKILL (exit code {code}): by somebody, by SLURM, or by the kernel when memory ran"
     )
     assert "dmesg" in said
     assert "data.workers" in said
-    assert exits.explained(code, 4).startswith(
+    assert exit_status.explained(code, 4).startswith(
         f"was killed by SIGKILL (exit code {code}): memory ran out, and the kernel"
     )
 
 
 def test_other_ends() -> None:
-    assert exits.explained(7) == "failed with exit code 7"
-    assert exits.explained(-11) == "was killed by SIGSEGV (exit code -11): a library has failed; its log has the stack"
-    assert exits.explained(143) == "was killed by SIGTERM (exit code 143)"
-    assert exits.explained(255) == "failed with exit code 255"
+    assert exit_status.explained(7) == "failed with exit code 7"
+    assert (
+        exit_status.explained(-11)
+        == "was killed by SIGSEGV (exit code -11): a library has failed; its log has the stack"
+    )
+    assert exit_status.explained(143) == "was killed by SIGTERM (exit code 143)"
+    assert exit_status.explained(255) == "failed with exit code 255"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from multitrain.config import ConfigError
-from multitrain.data.prepare.crew import FINAL, Journal, Shard, work_through
+from multitrain.data.prepare.parallel_map import FINAL, Journal, Shard, map_resumable
 
 
 def unruly(item: str) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def unruly(item: str) -> dict[str, Any]:
 
 def test_a_worker_that_crashes_hangs_or_raises_costs_its_item_only() -> None:
     items = ["a", "crash", "b", "hang", "c", "raise", "d"]
-    got = dict(work_through(items, unruly, workers=2, timeout=8.0))
+    got = dict(map_resumable(items, unruly, workers=2, timeout=8.0))
     assert got == {
         **{i: {"value": i.upper()} for i in "abcd"},
         "crash": {"error": "the reader crashed (SIGSEGV)"},

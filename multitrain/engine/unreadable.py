@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-class Skips:
+class UnreadableTracker:
     """Distinct unreadable videos per dataset, over all starts of the run.
 
     Args:

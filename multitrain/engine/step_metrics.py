@@ -14,7 +14,7 @@ from multitrain.engine.update import Losses
 
 FEW = 16
 """Ranks up to which every update tells of each of them."""
-SELDOM = 50
+PER_RANK_INTERVAL = 50
 """Updates between two that do, where there are more."""
 
 
@@ -36,7 +36,7 @@ class Clock:
         return time.perf_counter() - self.began
 
 
-class Figures:
+class StepMetrics:
     """Sums an update's losses and times over the ranks; nothing in it changes the training."""
 
     def __init__(self, config: RunConfig, datasets: list[str], accumulation: int, world: World) -> None:
@@ -82,7 +82,7 @@ class Figures:
             "clips_per_second": round(clips / seconds, 3),
             "max_memory_gb": round(_peak_memory(self._world.device) / 1e9, 3),
         }
-        if self._world.size <= FEW or self._count % SELDOM == 0:
+        if self._world.size <= FEW or self._count % PER_RANK_INTERVAL == 0:
             shares = waited * self._world.size / counts[0]
             record["data_wait_per_rank"] = [round(v, 4) for v in shares.tolist()]
             record["own_seconds_per_rank"] = [round(v, 4) for v in busy.tolist()]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-class Held:
+class RetryingWriter:
     """Lines of a file, written in order, and held back while the disk refuses them.
 
     Args:

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from multitrain.model import products
+from multitrain.model import low_precision
 from multitrain.model.pooling import head_pool, head_pool_backward
 
 
 @pytest.fixture(params=[frozenset(), frozenset({torch.bfloat16, torch.float16})], ids=["torch", "by hand"])
 def slow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> frozenset[torch.dtype]:
     """Both routes, whatever this machine's CPU can do."""
-    monkeypatch.setattr(products, "_slow_dtypes", lambda: request.param)
+    monkeypatch.setattr(low_precision, "_slow_dtypes", lambda: request.param)
     return request.param
 
 
@@ -31,7 +31,7 @@ def close(found: Tensor, exact: Tensor) -> None:
 def test_linear_under_autocast_and_its_gradients(slow: frozenset[torch.dtype], bias: bool) -> None:
     x, w, b = leaves((3, 5, 64), (32, 64), (32,))
     with torch.autocast("cpu", torch.bfloat16):
-        out = products.linear(x, w, b if bias else None)
+        out = low_precision.linear(x, w, b if bias else None)
     assert out.dtype == torch.bfloat16
     out.sum().backward()
     found = [x.grad, w.grad, b.grad] if bias else [x.grad, w.grad]
@@ -47,12 +47,12 @@ def test_linear_under_autocast_and_its_gradients(slow: frozenset[torch.dtype], b
 
 def test_linear_and_product_of_low_precision_tensors_keep_their_dtype(slow: frozenset[torch.dtype]) -> None:
     x, w = (t.detach() for t in leaves((4, 6, 16), (4, 16, 8)))
-    assert products.linear(x.bfloat16(), w[0].T.bfloat16(), None).dtype == torch.bfloat16
-    product = products.product(x[0].bfloat16(), w[0].bfloat16())
+    assert low_precision.linear(x.bfloat16(), w[0].T.bfloat16(), None).dtype == torch.bfloat16
+    product = low_precision.product(x[0].bfloat16(), w[0].bfloat16())
     assert product.dtype == torch.bfloat16
     close(product, x[0] @ w[0])
     into = torch.empty_like(product)
-    assert products.product(x[0].bfloat16(), w[0].bfloat16(), out=into) is into
+    assert low_precision.product(x[0].bfloat16(), w[0].bfloat16(), out=into) is into
     assert into.equal(product)
 
 
@@ -71,5 +71,5 @@ def test_pooling_and_its_gradients(slow: frozenset[torch.dtype]) -> None:
 
 def test_fp32_is_left_to_torch(slow: frozenset[torch.dtype]) -> None:
     x, w = leaves((3, 16), (8, 16))
-    assert products.rounding(x) is None
-    assert torch.equal(products.linear(x, w, None), torch.nn.functional.linear(x, w))
+    assert low_precision.rounding(x) is None
+    assert torch.equal(low_precision.linear(x, w, None), torch.nn.functional.linear(x, w))

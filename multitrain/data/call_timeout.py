@@ -28,13 +28,13 @@ class Lease:
         self._lock.acquire()
         if self._ended:
             self._lock.release()
-            raise Overdue("the memory belongs to another task by now")
+            raise CallTimeout("the memory belongs to another task by now")
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
 
-class Overdue(Exception):
+class CallTimeout(Exception):
     """The call has not returned in time; its thread has been left behind."""
 
 
@@ -58,7 +58,7 @@ class Guard:
         self._calls = None
 
     def run(self, function: Callable[[], T], seconds: float | None) -> T:
-        """What `function` returns or raises. Raises Overdue after `seconds`."""
+        """What `function` returns or raises. Raises CallTimeout after `seconds`."""
         if self._calls is None:
             self._calls = queue.SimpleQueue()
             threading.Thread(target=_serve, args=(self._calls,), name="decode", daemon=True).start()
@@ -75,7 +75,7 @@ class Guard:
             result, error = answers.get(timeout=seconds)
         except queue.Empty:
             self._dismiss()
-            raise Overdue(f"no answer within {seconds} s") from None
+            raise CallTimeout(f"no answer within {seconds} s") from None
         if error is not None:
             raise error
         return result
@@ -87,4 +87,4 @@ def _serve(calls: queue.SimpleQueue[Callable[[], Any] | None]) -> None:
         del call  # and with it what it holds, while the next one is waited for
 
 
-__all__ = ["Guard", "Lease", "Overdue"]
+__all__ = ["CallTimeout", "Guard", "Lease"]
