@@ -1,4 +1,4 @@
-"""The house of the design: who may import whom, and what stays light."""
+"""The layers of the packages: which may import which, and what stays light."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-FLOORS = [
+LAYERS = [
     {"text"},
     {"errors"},
     {"files", "lease"},
@@ -20,7 +20,7 @@ FLOORS = [
     {"engine", "evaluation"},
     {"train", "sweep", "cli", "commands", "launch", "__main__"},
 ]
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 ONLY_IN = {
     "deepspeed": {"multitrain/engine/deepspeed.py"},
     "decord": {"multitrain/data/decode/decord.py"},
@@ -32,7 +32,7 @@ def files(root: Path) -> list[Path]:
     return sorted([*root.glob("multitrain/**/*.py"), *root.glob("launch/**/*.py")])
 
 
-def room(relative: Path) -> str:
+def package(relative: Path) -> str:
     parts = relative.with_suffix("").parts
     return parts[0] if parts[0] == "launch" else parts[1]
 
@@ -45,15 +45,15 @@ def imports(path: Path) -> Iterator[str]:
             yield node.module
 
 
-def test_rooms_import_only_from_floors_below(root: Path) -> None:
+def test_packages_import_only_from_layers_below(root: Path) -> None:
     wrong = []
     for path in files(root):
         relative = path.relative_to(root)
-        me = room(relative)
+        me = package(relative)
         for name in imports(path):
             parts = name.split(".")
             other = {"launch": "launch", "multitrain": parts[1] if len(parts) > 1 else ""}.get(parts[0], "")
-            if me in FLOOR and other in FLOOR and other != me and FLOOR[other] >= FLOOR[me]:
+            if me in LAYER and other in LAYER and other != me and LAYER[other] >= LAYER[me]:
                 wrong.append(f"{relative} imports {name}")
     assert wrong == []
 
@@ -66,7 +66,7 @@ def test_launch_imports_config_order_and_monitor_only(root: Path) -> None:
                 assert [*name.split("."), ""][1] in allowed, f"{path.name} imports {name}"
 
 
-def test_each_heavy_library_has_one_room(root: Path) -> None:
+def test_each_heavy_library_is_imported_in_one_place(root: Path) -> None:
     for path in files(root):
         relative = str(path.relative_to(root))
         for name in imports(path):
