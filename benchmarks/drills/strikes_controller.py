@@ -337,6 +337,7 @@ def preempt_preflight(stage: Stage, chance: random.Random) -> None:
             lambda: stage.cluster.job(stage.job).get("PreemptTime", "None") != "None" or _restarts(stage) > restarts,
             "the preemption of preflight",
         )
+    stage.cluster.until(lambda: _restarts(stage) > restarts, "the requeue")  # it may train until its grace time is over
 
 
 def _restarts(stage: Stage) -> int:

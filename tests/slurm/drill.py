@@ -283,9 +283,10 @@ def looking(run: Path) -> list[int]:
 
 
 def batch_script(job: str) -> int | None:
-    """Process id of the job's batch script, if it lives."""
-    for pid, found in _processes().items():
-        if f"/job{int(job):05d}/slurm_script" in found.title:
+    """Process id of the job's batch script, if it lives; that of `slurm/train.sh` goes on as the run's own `job.sh`."""
+    for pid, found in sorted(_processes().items()):
+        own = f"SLURM_JOB_ID={job}" in found.environment and found.title.endswith("/job.sh")
+        if own or f"/job{int(job):05d}/slurm_script" in found.title:
             return pid
     return None
 
