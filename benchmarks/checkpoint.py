@@ -39,14 +39,14 @@ def measure(model_name: str, saves: int, folder: Path, busy: bool) -> dict[str, 
     model.initialise(0)
     engine = Engine(model, config.optim, config.engine, config.precision, world.device)
     saver = Saver(folder, world, engine, config.checkpoint, "")
-    saver.warm()
+    saver.preallocate()
     found = []
     for number in range(saves):
         saver.start({"update": number + 1})
-        while busy and not saver.written:
+        while busy and not saver.done:
             torch.randn(256, 256) @ torch.randn(256, 256)
         assert saver.finish()
-        outcome = saver.news()
+        outcome = saver.poll_result()
         assert outcome is not None
         found.append({"held_up": saver.copied, "seconds": outcome.seconds})
     newest, _ = checkpoint.newest_verified(folder)

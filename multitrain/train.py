@@ -231,7 +231,7 @@ def _validation(
     showing = Showing(config, catalogs)
 
     def stop() -> bool:
-        watchdog.beat()  # asked after every video
+        watchdog.heartbeat()  # asked after every video
         return interruption.pending >= Request.STOP
 
     def run_validation(model: MultiTrain) -> dict[str, dict[str, float]]:

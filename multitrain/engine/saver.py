@@ -1,10 +1,10 @@
-"""Saving beside the training: an update is held up while the state is copied, not while it is written.
+"""Asynchronous checkpointing: training blocks only while the state is copied to host memory.
 
 Each rank copies its part of the optimizer's moments to host memory, rank 0 the weights as well. A thread of each rank then
-brings the parts to rank 0 over a process group of its own, and rank 0's writes the checkpoint. How it went is told to all
-ranks by the threads, and the trainer asks for it before the next save: so all ranks learn it at the same point without a
-collective of the training's. The threads are there from the beginning: where memory has run out, starting one can hang
-(seen with Python 3.11: `Thread.start` waits for a thread that could not begin).
+gathers the parts on rank 0 over a separate process group, and rank 0's thread writes the checkpoint. The threads broadcast the
+result, and the trainer reads it before the next save: all ranks get it at the same point without a collective in the training
+loop. The threads start with the trainer: when memory has run out, starting one can hang (seen with Python 3.11: `Thread.start`
+waits for a thread that could not begin).
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from multitrain.lease import LeaseLost
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a save went; equal on all ranks, but for `held_up`.
+class SaveResult:
+    """Result of a save; equal on all ranks except for `held_up`.
 
     `failure`: why there is no checkpoint, None when it is on disk, verified. `retention`: why an old checkpoint could
-    not be deleted. `seconds`: from the copy to the verified checkpoint. `held_up`: of these, seconds that the training
-    of this rank stood still.
+    not be deleted. `seconds`: from the copy to the verified checkpoint. `held_up`: seconds of these that blocked the
+    training on this rank.
     """
 
     update: int
@@ -63,36 +63,36 @@ class Saver:
         self._moments: Tensor | None = None
         self._weights: dict[str, Tensor] = {}
         self._jobs: queue.SimpleQueue[tuple[dict[str, Any], float]] = queue.SimpleQueue()
-        self._busy = False
+        self._in_flight = False
         self._over = threading.Event()
-        self._result: Outcome | BaseException | None = None
+        self._result: SaveResult | BaseException | None = None
         self._held_up = self._copied = 0.0
         self._told = False
 
     @property
-    def busy(self) -> bool:
-        """Whether a save was started and its outcome has not been collected."""
-        return self._busy
+    def in_flight(self) -> bool:
+        """Whether a save was started and :meth:`finish` has not been called for it."""
+        return self._in_flight
 
     @property
-    def written(self) -> bool:
-        """Whether the save that was started is over on this rank; then :meth:`finish` does not wait."""
-        return self._busy and self._over.is_set()
+    def done(self) -> bool:
+        """Whether the save in flight has ended on this rank, so that :meth:`finish` does not wait."""
+        return self._in_flight and self._over.is_set()
 
     @property
     def copied(self) -> float:
-        """Seconds that the copy of the last save took, during which the training stood still."""
+        """Seconds that the copy of the last save took; it blocks the training."""
         return self._copied
 
-    def news(self) -> Outcome | None:
-        """How the last save went, once, as soon as this rank knows; no collective, and it does not wait."""
-        if self._told or not isinstance(self._result, Outcome):
+    def poll_result(self) -> SaveResult | None:
+        """Result of the last save, returned once, as soon as this rank has it. Non-blocking, no collective."""
+        if self._told or not isinstance(self._result, SaveResult):
             return None
         self._told = True
         return replace(self._result, held_up=self._held_up)
 
-    def warm(self) -> None:
-        """Get the memory that copies go to, and the thread, so that the first save holds up no longer than the others."""
+    def preallocate(self) -> None:
+        """Allocate the host buffers and start the thread, so that the first save blocks no longer than the others."""
         self._layouts = self._world.gather(self._engine.pieces())
         self._copy()
         threading.Thread(target=self._serve, name="checkpoint", daemon=True).start()
@@ -103,37 +103,37 @@ class Saver:
             self._weights = self._engine.copy_weights(self._weights)
 
     def start(self, state: dict[str, Any]) -> None:
-        """Copy weights and moments, and begin to write them with `state`. The save before must be finished."""
-        assert not self._busy, "the save before is not finished"
+        """Copy weights and moments, and begin to write them with `state`. The previous save must be finished."""
+        assert not self._in_flight, "the previous save is not finished"
         began = time.perf_counter()
         if self._layouts is None:
-            self.warm()
+            self.preallocate()
         else:
             self._copy()
         self._held_up = self._copied = time.perf_counter() - began
         self._result, self._told = None, False
-        self._busy = True
+        self._in_flight = True
         self._over.clear()
         self._jobs.put((state, began))
 
     def finish(self) -> bool:
-        """Wait until the save is over; whether the checkpoint is on disk. The same answer on all ranks.
+        """Wait for the save in flight; True if the checkpoint is on disk. The same on all ranks.
 
         Raises:
-            Exception: another rank is gone.
+            Exception: the connection to another rank is lost.
         """
-        assert self._busy, "no save was started"
+        assert self._in_flight, "no save was started"
         began = time.perf_counter()
         self._over.wait()
         self._held_up += time.perf_counter() - began
-        self._busy = False
+        self._in_flight = False
         if isinstance(self._result, BaseException):
             raise self._result
         assert self._result is not None
         return self._result.failure is None
 
     def _serve(self) -> None:
-        """In the thread: one save after the other."""
+        """Thread body: saves one after the other."""
         while True:
             state, began = self._jobs.get()
             try:
@@ -142,13 +142,13 @@ class Saver:
                 self._over.set()
 
     def _work(self, state: dict[str, Any], began: float) -> None:
-        """In the thread: gather, write, tell."""
+        """In the thread: gather, write, broadcast the result."""
         try:
             failure, retention = None, None
             parts = self._gather()
             if parts is not None:
                 failure, retention = self._write(parts, state)
-            outcome = Outcome(int(state["update"]), failure, retention, time.perf_counter() - began, 0.0)
+            outcome = SaveResult(int(state["update"]), failure, retention, time.perf_counter() - began, 0.0)
             box = [outcome]
             dist.broadcast_object_list(box, src=0, group=self._world.background)
             self._result = box[0]
@@ -156,7 +156,7 @@ class Saver:
             self._result = error
 
     def _gather(self) -> list[Tensor] | None:
-        """Every rank's moments, on rank 0."""
+        """The moments of all ranks, on rank 0; None on the others."""
         assert self._moments is not None
         if self._world.size == 1:
             return [self._moments]
@@ -166,7 +166,7 @@ class Saver:
 
     def _write(self, parts: list[Tensor], state: dict[str, Any]) -> tuple[str | None, str | None]:
         assert self._layouts is not None
-        moments = Moments(self._engine.shapes, self._layouts, parts)
+        moments = GatheredMoments(self._engine.shapes, self._layouts, parts)
         try:
             checkpoints.write(self._folder, Checkpoint(self._weights, moments, state), self._config_text)
         except OSError as error:
@@ -180,8 +180,8 @@ class Saver:
         return None, None
 
 
-class Moments(Mapping[str, Tensor]):
-    """Both moments of every parameter, as ``exp_avg.NAME`` and ``exp_avg_sq.NAME``, put together when asked for.
+class GatheredMoments(Mapping[str, Tensor]):
+    """Both moments of every parameter, as ``exp_avg.NAME`` and ``exp_avg_sq.NAME``, assembled on access.
 
     Args:
         shapes: of the parameters, by name.

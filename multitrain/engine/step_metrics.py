@@ -1,4 +1,4 @@
-"""The numbers of one update over all ranks, for the log: one small all-reduce, the only one."""
+"""Metrics of one update, reduced over all ranks by a single small all-reduce, for the log."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from multitrain.config import RunConfig
 from multitrain.engine.distributed import World
 from multitrain.engine.update import Losses
 
-FEW = 16
-"""Ranks up to which every update tells of each of them."""
+PER_RANK_MAX_WORLD = 16
+"""World size up to which every update records each rank's times."""
 PER_RANK_INTERVAL = 50
-"""Updates between two that do, where there are more."""
+"""In larger worlds: updates between two that record each rank's times."""
 
 
-class Clock:
-    """Where the time of an update goes on this rank, in seconds of wall time."""
+class UpdateTimer:
+    """Wall time of an update on this rank, in seconds."""
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
-        """An update begins."""
+        """Start timing an update."""
         self.began = time.perf_counter()
         self.data = 0.0
-        """Waiting for this rank's own videos."""
+        """Seconds of waiting for this rank's videos."""
 
     @property
-    def whole(self) -> float:
-        """Since the update began."""
+    def elapsed(self) -> float:
+        """Seconds since the update began."""
         return time.perf_counter() - self.began
 
 
@@ -46,18 +46,18 @@ class StepMetrics:
         self._world = world
         self._count = 0
 
-    def of(self, losses: Losses, clock: Clock) -> tuple[dict[str, Any], bool]:
-        """The figures of an update as in `metrics.jsonl`, and whether any rank met unreadable videos. A collective.
+    def reduce(self, losses: Losses, timer: UpdateTimer) -> tuple[dict[str, Any], bool]:
+        """The record of an update for `metrics.jsonl`, and whether any rank found unreadable videos. A collective.
 
-        `data_wait_max` and `data_wait_rank`: the share of the update that the rank which waited most for its videos did so,
-        and that rank. `own_seconds_max`, `own_seconds_median` and `slowest_rank`: of the ranks' forward passes, in which none
-        waits for another, while a slow rank holds all others up in the gradient's collectives. `data_wait_per_rank` and
-        `own_seconds_per_rank`: the same of each rank, in their order; with many ranks, in some updates only.
+        `data_wait_max`, `data_wait_rank`: the largest fraction of the update that a rank waited for its videos, and that rank.
+        `own_seconds_max`, `own_seconds_median`, `slowest_rank`: seconds of the ranks' forward passes, which contain no
+        collectives (in the backward pass a slow rank delays all others). `data_wait_per_rank` and `own_seconds_per_rank`: the
+        same for each rank, in rank order; in large worlds only every `PER_RANK_INTERVAL` updates.
         """
-        seconds = clock.whole
+        seconds = timer.elapsed
         own = torch.cat([losses.terms, losses.per_dataset.flatten()]).double().cpu()
         per_rank = torch.zeros(2, self._world.size, dtype=torch.float64)  # each rank fills its column
-        per_rank[:, self._world.rank] = torch.tensor([clock.data, losses.forward.seconds()])
+        per_rank[:, self._world.rank] = torch.tensor([timer.data, losses.forward.seconds()])
         counts = torch.tensor([seconds, float(len(losses.skipped))], dtype=torch.float64)
         total = self._world.sum(torch.cat([own, counts, per_rank.flatten()]))
         own, counts, flat = total.split([own.numel(), 2, per_rank.numel()])
@@ -82,7 +82,7 @@ class StepMetrics:
             "clips_per_second": round(clips / seconds, 3),
             "max_memory_gb": round(_peak_memory(self._world.device) / 1e9, 3),
         }
-        if self._world.size <= FEW or self._count % PER_RANK_INTERVAL == 0:
+        if self._world.size <= PER_RANK_MAX_WORLD or self._count % PER_RANK_INTERVAL == 0:
             shares = waited * self._world.size / counts[0]
             record["data_wait_per_rank"] = [round(v, 4) for v in shares.tolist()]
             record["own_seconds_per_rank"] = [round(v, 4) for v in busy.tolist()]
@@ -91,7 +91,7 @@ class StepMetrics:
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Most bytes so far: allocated on the GPU, or resident in this process."""
+    """Peak bytes so far: allocated on the GPU, or resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

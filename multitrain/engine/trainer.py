@@ -21,9 +21,9 @@ from multitrain.engine.deepspeed import Engine
 from multitrain.engine.distributed import World
 from multitrain.engine.interruption import Interruption, Request
 from multitrain.engine.leadtime import LeadTime
-from multitrain.engine.saver import Outcome, Saver
+from multitrain.engine.saver import Saver, SaveResult
 from multitrain.engine.schedule import Schedule
-from multitrain.engine.step_metrics import Clock, StepMetrics
+from multitrain.engine.step_metrics import StepMetrics, UpdateTimer
 from multitrain.engine.unreadable import UnreadableTracker
 from multitrain.engine.update import Gradient
 from multitrain.engine.watchdog import Watchdog
@@ -114,8 +114,8 @@ class Trainer:
         self._validate = validate
         self._pictures = pictures
         self._saver = Saver(self._checkpoints, world, self.engine, config.checkpoint, config_text)
-        self._figures = StepMetrics(config, list(model.datasets), shape.accumulation, world)
-        self._clock = Clock()
+        self._step_metrics = StepMetrics(config, list(model.datasets), shape.accumulation, world)
+        self._timer = UpdateTimer()
         self._saved = -1  # newest update that is on disk, or being written
         self._validated = -1
         self._nonfinite = 0
@@ -142,7 +142,7 @@ class Trainer:
         if folder is not None:
             self._load(checkpoints.read(folder))
             self._saved = self.completed
-        self._saver.warm()
+        self._saver.preallocate()
         self.recorder = self._open_recorder(self.completed)
         return refused
 
@@ -179,13 +179,13 @@ class Trainer:
 
     def _one_update(self) -> None:
         """Gradient of the whole effective batch, one step of AdamW, one line in the metrics."""
-        self._clock.restart()
+        self._timer.restart()
         losses = self.gradient.accumulate(self._micro_batches())
         lr = self.schedule(self.completed)
         scale = self.engine.loss_scale.scale
         grad_norm = self.engine.update(lr)
         self._check_finite(grad_norm)
-        figures, skipped = self._figures.of(losses, self._clock)
+        figures, skipped = self._step_metrics.reduce(losses, self._timer)
         if skipped:
             self._count_skipped(losses.skipped)
         start = self.completed * self.config.effective_batch
@@ -201,7 +201,7 @@ class Trainer:
             "skipped": self._skips.counts,
         }
         self.completed += 1
-        self._watchdog.warm()
+        self._watchdog.first_update_done()
         self._lead_time.update(record["seconds"])
         self.recorder.update(record)
 
@@ -222,10 +222,10 @@ class Trainer:
 
     def _save_if_due(self) -> None:
         """Begin a checkpoint at its interval or on request; report the one begun before."""
-        self._report(self._saver.news())
+        self._report(self._saver.poll_result())
         asked = self._interruption.agreed() == Request.SAVE
         due = self.completed % self.config.checkpoint.every == 0
-        late = due and self._saver.busy and not self._saver.written
+        late = due and self._saver.in_flight and not self._saver.done
         began = time.monotonic()
         if asked or due:
             self._begin_save()
@@ -247,13 +247,13 @@ class Trainer:
 
     def _end_save(self) -> None:
         """Wait for the checkpoint that is being written, if any."""
-        if not self._saver.busy:
+        if not self._saver.in_flight:
             return
-        self._watchdog.beat()  # the disk gets the whole limit
+        self._watchdog.heartbeat()  # the disk gets the whole limit
         if not self._saver.finish():
             self._saved = -1
-        self._report(self._saver.news())
-        self._watchdog.beat()
+        self._report(self._saver.poll_result())
+        self._watchdog.heartbeat()
 
     def _say_slow(self, waited: float) -> None:
         """One checkpoint was still being written when the next was due: the training waits, so that none pile up."""
@@ -274,7 +274,7 @@ class Trainer:
                 return True
         return False
 
-    def _report(self, outcome: Outcome | None) -> None:
+    def _report(self, outcome: SaveResult | None) -> None:
         """Say how a save went; rank 0 only, and once."""
         if outcome is None or not self.world.is_main:
             return
@@ -307,10 +307,10 @@ class Trainer:
             batch = None
             while batch is None and self._interruption.pending < Request.STOP:
                 batch = self._loader.next_batch(timeout=0.5)
-            self._clock.data += time.perf_counter() - started
+            self._timer.data += time.perf_counter() - started
             if self._interruption.agreed() >= Request.STOP:
                 raise _Stopped
-            self._watchdog.beat()
+            self._watchdog.heartbeat()
             assert batch is not None  # a rank that gave up waiting has made the others stop
             yield batch
 

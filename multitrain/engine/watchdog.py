@@ -1,4 +1,4 @@
-"""A rank that hangs says where, and ends: a collective whose peer is gone, a driver that does not answer, a dead server."""
+"""Hang watchdog: dumps the stacks of all threads and exits when a rank makes no progress (a lost peer, driver or file server)."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from multitrain.monitor.events import Events
 from multitrain.monitor.exit_status import Exit
 from multitrain.monitor.supervised import PULSE_FD, STACKS
 
-FIRST = 3
+WARMUP_FACTOR = 3
 """Until the first update is done, the limit is this many times longer: files are indexed, libraries warm up."""
-PEERS = 5.0
+PEER_GRACE_SECONDS = 5.0
 """Seconds between the stacks and the end, for the other ranks, which hang for the same reason, to write theirs."""
 GAP = 5.0
 """Seconds that a nap may last beyond what was asked; one that lasts longer was time in which the process stood still."""
 
 
 class Watchdog:
-    """Ends the process when :meth:`beat` has not been called for `limit` seconds.
+    """Ends the process when :meth:`heartbeat` has not been called for `limit` seconds.
 
     All threads' stacks go to standard error, which is the rank's log, and an event `hung` to the run's events; then the
     process ends with status 1, without a collective. Time in which the whole process stood still does not count: SLURM suspends
     jobs, and laptops are closed.
 
-    Should not even this thread get to run, because a library holds the interpreter, then the process that started the rank notices: once a
-    second this thread writes to the pipe MULTITRAIN_PULSE_FD how long the rank may be silent, and a rank that is silent for longer
-    is asked for its stacks by a signal, which needs no interpreter, and killed. Its supervisor stands still when it does. Without a
-    pipe `faulthandler`'s own timer does the same half a minute after the limit, stopped or not.
+    If a library holds the interpreter lock, this thread does not run either. Then the supervisor acts: once a second this thread
+    writes to the pipe MULTITRAIN_PULSE_FD how long the rank may be silent. The supervisor asks a rank that is silent for longer
+    for its stacks by a signal, which needs no interpreter, and kills it. A suspended job suspends its supervisor as well. Without a
+    pipe, `faulthandler`'s own timer does the same half a minute after the limit, suspended or not.
 
     Args:
         run: the run's folder.
@@ -49,7 +49,7 @@ class Watchdog:
         self._rank = rank
         self._limit = limit
         self._end = end
-        self._allowed = FIRST * limit if limit else 0.0
+        self._allowed = WARMUP_FACTOR * limit if limit else 0.0
         self._last = time.monotonic()
         pulse = os.environ.pop(PULSE_FD, None)
         self._pulse = int(pulse) if pulse is not None else None
@@ -58,13 +58,13 @@ class Watchdog:
                 faulthandler.register(STACKS, all_threads=True)
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """Record progress."""
         self._last = time.monotonic()
 
-    def warm(self) -> None:
+    def first_update_done(self) -> None:
         """The first update is done: from now on the limit is the plain one."""
-        self.beat()
+        self.heartbeat()
         self._allowed = self._limit or 0.0
 
     def _watch(self) -> None:
@@ -78,12 +78,12 @@ class Watchdog:
             Events(self._run / "events.jsonl").write("hung", rank=self._rank, reason=f"{text}; see the ranks' logs")
         except (OSError, LeaseLost) as error:  # the rank ends all the same
             self._say(f"{self._run}/events.jsonl cannot be written: {error}")
-        time.sleep(PEERS)
+        time.sleep(PEER_GRACE_SECONDS)
         self._end(Exit.FAILED)
 
     def _show_life(self, left: float) -> None:
         if self._pulse is None:
-            faulthandler.dump_traceback_later(left + PEERS + 30.0, exit=True)
+            faulthandler.dump_traceback_later(left + PEER_GRACE_SECONDS + 30.0, exit=True)
             return
         with contextlib.suppress(OSError):  # the pipe is full or closed
             os.write(self._pulse, f"{self._allowed:g}\n".encode())

@@ -1,4 +1,4 @@
-"""What the disk refuses now is kept in memory and written when it can be: a full disk costs neither a line nor the run."""
+"""Write errors (full, read-only, quota) never stop the run: records are buffered in memory and retried."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 
 class RetryingWriter:
-    """Lines of a file, written in order, and held back while the disk refuses them.
+    """Appends records to a file in order, and buffers them while writing fails.
 
     Args:
-        path: the file, for what is said.
-        write: appends one record to it, whole or not at all. Raises OSError: the disk refuses.
-        say: takes a line about a refusal, and one when it is over.
+        path: the file, for messages.
+        write: appends one record to it, completely or not at all; raises OSError when writing fails.
+        say: takes one line when writing begins to fail, and one when it works again.
     """
 
     def __init__(self, path: Path, write: Callable[[Mapping[str, Any]], None], say: Callable[[str], None]) -> None:
@@ -25,12 +25,12 @@ class RetryingWriter:
         self._refused = False
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Write what waits, then this record; or keep it."""
+        """Write the buffered records, then this one; keep what cannot be written."""
         self._waiting.append(record)
         self.retry()
 
     def retry(self) -> bool:
-        """Write what waits, oldest first; True if nothing is left."""
+        """Write the buffer, oldest first; True if it is empty."""
         refusal: OSError | None = None
         try:
             while self._waiting:
@@ -49,6 +49,6 @@ class RetryingWriter:
         return refusal is None
 
     def close(self) -> None:
-        """The last try; what the disk still refuses is lost, and that is said."""
+        """Try once more; records that still cannot be written are lost, and a line says so."""
         if not self.retry():
             self._say(f"{self._path}: the last {len(self._waiting)} lines could not be written")

@@ -16,7 +16,7 @@ from support import excite
 from multitrain.config import load
 from multitrain.engine.distributed import join
 from multitrain.engine.interruption import Interruption
-from multitrain.engine.saver import Moments
+from multitrain.engine.saver import GatheredMoments
 from multitrain.model.multitrain import MultiTrain
 from multitrain.train import build
 
@@ -33,7 +33,7 @@ def main(run: Path) -> None:
     trainer.updates = 1
     trainer.train()
     engine = trainer.engine
-    moments = Moments(engine.shapes, world.gather(engine.pieces()), world.gather(engine.copy_moments(None)))
+    moments = GatheredMoments(engine.shapes, world.gather(engine.pieces()), world.gather(engine.copy_moments(None)))
     if world.is_main:
         beta1 = config.optim.betas[0]
         gradient = {n.removeprefix("exp_avg."): t / (1 - beta1) for n, t in moments.items() if n.startswith("exp_avg.")}

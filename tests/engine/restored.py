@@ -11,7 +11,7 @@ import torch
 from multitrain.config import load
 from multitrain.engine.distributed import join
 from multitrain.engine.interruption import Interruption
-from multitrain.engine.saver import Moments
+from multitrain.engine.saver import GatheredMoments
 from multitrain.train import build
 
 
@@ -21,7 +21,7 @@ def main(run: Path) -> None:
     trainer = build(config, run, world, Interruption(run, world.agree, watches_files=False))
     trainer.resume()
     engine = trainer.engine
-    moments = Moments(engine.shapes, world.gather(engine.pieces()), world.gather(engine.copy_moments(None)))
+    moments = GatheredMoments(engine.shapes, world.gather(engine.pieces()), world.gather(engine.copy_moments(None)))
     inner = engine._engine.optimizer.optimizer
     steps = {float(inner.state[flat]["step"]) for group in inner.param_groups for flat in group["params"]}
     if world.is_main:
