@@ -1,10 +1,10 @@
-"""Checkpoints that cannot be bad: a folder is complete and verified, or it is not a checkpoint.
+"""Verified checkpoints: a folder is complete and matches its manifest, or it is not a checkpoint.
 
 A checkpoint is ``checkpoints/update-00001234/`` with ``model.safetensors`` and ``optimizer.safetensors`` (tensors by
 parameter name, fp32, independent of the world size), ``state.json``, ``config.yaml`` and, written last,
 ``manifest.json`` with the size and SHA-256 of each. It is written under a temporary name, synced, read back against its
-manifest, renamed, and only then named by the pointer ``checkpoints/latest``. Whatever instant the process or the node
-dies, the newest folder whose manifest fits is the state of the run.
+manifest, renamed, and only then named by the pointer ``checkpoints/latest``. At whatever instant the process or the node
+dies, the newest folder that matches its manifest is the state of the run.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class CheckpointError(ConfigError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds.
+    """Content of a checkpoint.
 
     `weights`: fp32 by parameter name. `moments`: fp32 as ``exp_avg.NAME`` and ``exp_avg_sq.NAME``. Both on the CPU;
-    a mapping may put its tensors together only when they are asked for. `state`: the step, the plan's fingerprint,
-    loss-scale state and what the model is, as JSON.
+    a mapping may assemble its tensors on access. `state`: the update, the plan's fingerprint, the loss-scale state and
+    the model's description, as JSON.
     """
 
     weights: Mapping[str, Tensor]
@@ -98,10 +98,10 @@ def verify(folder: Path) -> str | None:
 
 
 def newest_verified(checkpoints: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest whole checkpoint, and why each newer one was passed over.
+    """The newest valid checkpoint, and the reason why each newer one is not valid.
 
     Raises:
-        CheckpointError: when there are checkpoints but none is valid: starting over without a word would lose the run.
+        CheckpointError: when there are checkpoints but none is valid: starting over would lose the run.
     """
     refused: dict[Path, str] = {}
     for folder in listed(checkpoints):
@@ -139,7 +139,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and state of the newest whole checkpoint of a run folder, or of one checkpoint folder."""
+    """Weights and state of the newest valid checkpoint of a run folder, or of one checkpoint folder."""
     if (path / "checkpoints").is_dir():
         newest, _ = newest_verified(path / "checkpoints")
         if newest is None:
@@ -159,10 +159,10 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 
 
 def write(checkpoints: Path, checkpoint: Checkpoint, config_text: str) -> Path:
-    """Write one checkpoint so that it is either whole and found, or not there. One process calls this.
+    """Write one checkpoint atomically. One process calls this.
 
     Raises:
-        OSError: when the disk is full or the folder cannot be written; nothing that was there before has changed.
+        OSError: the disk is full or the folder cannot be written; existing checkpoints are unchanged.
         LeaseLost: another start of the run has taken over.
     """
     lease.verify(checkpoints)
@@ -199,14 +199,13 @@ def write(checkpoints: Path, checkpoint: Checkpoint, config_text: str) -> Path:
 
 
 def prune(checkpoints: Path, keep: int, keep_every: int | None) -> list[Path]:
-    """Delete what retention no longer covers, never one of the newest `keep` whole checkpoints; returns what went.
+    """Delete checkpoints that retention does not cover, never one of the newest `keep` valid ones; returns the deleted folders.
 
-    Nothing goes before `keep` newer ones have been read and found whole: a folder that only looks whole does not count.
-    The manifest goes first, so that a deletion cut short leaves no folder that looks whole. What is a link, and what lies
-    behind it, was put there by another program and stays.
+    A checkpoint is deleted only after `keep` newer ones were read and verified. The manifest is deleted first, so that an
+    interrupted deletion leaves no folder that looks valid. Links and their targets were put there by another program and stay.
 
     Raises:
-        OSError: a checkpoint could not be deleted; none that is to be kept has changed.
+        OSError: a checkpoint could not be deleted; those to be kept are unchanged.
     """
     removed = []
     folders = listed(checkpoints)
@@ -228,7 +227,7 @@ def prune(checkpoints: Path, keep: int, keep_every: int | None) -> list[Path]:
 
 
 def _delete(folder: Path) -> None:
-    """Delete a checkpoint; of one that is a link, only the link."""
+    """Delete a checkpoint; of a link, only the link."""
     if folder.is_symlink():
         folder.unlink()
         return
@@ -237,7 +236,7 @@ def _delete(folder: Path) -> None:
 
 
 def clear_temporary(checkpoints: Path) -> None:
-    """Remove what writers that died have left; rank 0 calls this before the run goes on."""
+    """Delete temporary folders of writers that died; rank 0 calls this before it resumes."""
     lease.verify(checkpoints)
     if checkpoints.is_dir():
         for leftover in checkpoints.glob(".update-*.tmp"):
@@ -258,9 +257,9 @@ def _point_to(checkpoints: Path, name: str) -> None:
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A file in safetensors' format (8 bytes of length, a JSON header, the tensors' bytes), written piece by piece.
+    """Write a file in safetensors' format (8 bytes of length, a JSON header, the tensors' bytes) in chunks.
 
-    The library's own writer would first put the whole file together in memory, holding up every other thread meanwhile.
+    The library's writer assembles the whole file in memory first and holds the interpreter lock meanwhile.
     """
     header: dict[str, Any] = {}
     end = 0
@@ -279,14 +278,14 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _write_synced(path: Path, content: bytes) -> dict[str, Any]:
-    """Write a file and wait until it is on disk; its entry in the manifest."""
+    """Write a file and sync it; returns its entry in the manifest."""
     with _Writer(path) as writer:
         writer.write(memoryview(content))
     return writer.entry
 
 
 class _Writer:
-    """A new file, hashed while it is written, on disk when the context ends without an error."""
+    """A new file, hashed while it is written, and synced when the context ends without an error."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)

@@ -1,7 +1,7 @@
-"""Requests to stop or save, and the one point at which all ranks act on them.
+"""Requests to stop or save, and the point in the loop at which all ranks act on them.
 
-A signal handler only notes the signal; a rank may be anywhere when it comes. Ranks ask :meth:`Interruption.agreed`
-together before every micro-batch: the strongest request that any rank has seen becomes everybody's.
+The signal handler only records the signal. Before every micro-batch all ranks call :meth:`Interruption.agreed`, which returns the
+strongest request of any rank on all of them.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""Preemption and cancellation (SIGTERM), SLURM's warning before the time limit (SIGUSR2), and a site's own (SIGUSR1). In a
-SLURM job SIGINT (`scancel --signal=INT`) is another of these; elsewhere it is Ctrl-C."""
+"""Preemption and cancellation (SIGTERM), SLURM's warning before the time limit (SIGUSR2), and a
+site's own signal (SIGUSR1). In a SLURM job SIGINT (`scancel --signal=INT`) counts as one of these; elsewhere it is Ctrl-C."""
 
 
 class Request(enum.IntEnum):
@@ -25,22 +25,22 @@ class Request(enum.IntEnum):
 
     NONE = 0
     SAVE = 1
-    """Write a checkpoint after this update and go on (file SAVE in the run's folder)."""
+    """Write a checkpoint after this update and continue (file SAVE in the run's folder)."""
     STOP = 2
-    """Save and stop for good until submitted again (file STOP, or Ctrl-C)."""
+    """Save and stop until the run is submitted again (file STOP, or Ctrl-C)."""
     LEAVE = 3
-    """Save and leave: the cluster wants the nodes back (a signal)."""
+    """Save and exit: the cluster takes the nodes away (a signal)."""
     FAIL = 4
     """Save and stop with an error (too many unreadable videos)."""
 
 
 class Interruption:
-    """Notes signals and files; tells the agreed request.
+    """Records signals and request files; returns the request that all ranks agree on.
 
     Args:
-        run: the run's folder, where files named STOP and SAVE are looked for, by rank 0 only.
+        run: the run's folder; rank 0 looks for files named STOP and SAVE in it.
         agree: the largest of all ranks' values (a collective).
-        watches_files: whether this is the rank that looks for the files.
+        watches_files: whether this rank looks for the files.
         file_interval: seconds between two looks.
     """
 
@@ -59,7 +59,7 @@ class Interruption:
         """`time.monotonic()` of the first signal."""
 
     def install(self) -> None:
-        """Take over the signals, in the main process only; loader workers ignore them. Unblocks what the launcher blocked."""
+        """Install the handlers, in the main process only (loader workers ignore the signals), and unblock what the launcher blocked."""
         pid = os.getpid()
 
         def note(number: int, _frame: FrameType | None) -> None:
@@ -75,12 +75,12 @@ class Interruption:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (*SIGNALS, signal.SIGINT))
 
     def ask(self, request: Request) -> None:
-        """Make a request of this rank's own."""
+        """Add a request of this rank."""
         self._request = max(self._request, request)
 
     @property
     def pending(self) -> Request:
-        """What this rank alone knows of; no collective."""
+        """The strongest request known to this rank; no collective."""
         request = self._request
         if any(s != signal.SIGINT for s in self.signals) or (self.signals and "SLURM_JOB_ID" in os.environ):
             request = max(request, Request.LEAVE)
@@ -96,22 +96,22 @@ class Interruption:
         return Request(request)
 
     def agreed(self) -> Request:
-        """The strongest request any rank has; a collective, called by all ranks at the same point."""
+        """The strongest request of any rank; a collective, called by all ranks at the same point."""
         return Request(self._agree(int(self.pending)))
 
     def saved(self) -> None:
-        """A SAVE request was carried out; its file is taken away."""
+        """Acknowledge a SAVE request: delete its file."""
         if self._request == Request.SAVE:
             self._request = Request.NONE
-        self._take_away("SAVE")
+        self._remove_files("SAVE")
 
     def stopped(self, request: Request) -> None:
-        """The run has saved, and leaves because of `request`. STOP is taken away when it was that, so that the run can be
-        submitted again; written while SLURM takes the nodes away, it is for the next start.
+        """Acknowledge that the run has saved and exits because of `request`. The file STOP is deleted if it was the request, so
+        that the run can be submitted again; a STOP written during a preemption is for the next start.
         """
-        self._take_away("SAVE", *(["STOP"] if request == Request.STOP else []))
+        self._remove_files("SAVE", *(["STOP"] if request == Request.STOP else []))
 
-    def _take_away(self, *names: str) -> None:
+    def _remove_files(self, *names: str) -> None:
         for name in names if self._watches_files else ():
-            with contextlib.suppress(OSError):  # a folder that has become read-only is no reason to fail
+            with contextlib.suppress(OSError):  # the folder may have become read-only
                 (self._run / name).unlink()

@@ -1,4 +1,4 @@
-"""Whether the warning that the cluster gives is long enough to stop in."""
+"""Compares the cluster's warning before an end with the time that stopping takes."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import math
 from collections import deque
 
 ENOUGH = 5
-"""Updates before the first judgement: the first ones are slower than the rest."""
+"""Updates before the first comparison: the first ones are slower than the rest."""
 
 
 class LeadTime:
-    """Compares the seconds of warning with what stopping takes: the update in progress, then a checkpoint.
+    """Compares the seconds of warning with the duration of a stop: the update in progress, then a checkpoint.
 
     Args:
-        warnings: seconds between a warning and the end, by the name of the setting that they come from.
+        warnings: seconds between a warning and the end, by the name of the setting.
     """
 
     def __init__(self, warnings: dict[str, float]) -> None:
@@ -23,22 +23,22 @@ class LeadTime:
         self._said = 0.0
 
     def update(self, seconds: float) -> None:
-        """An update took so long."""
+        """Add the duration of an update."""
         self._updates.append(seconds)
 
     def save(self, seconds: float) -> None:
-        """A checkpoint took so long, from the copy to the verified folder."""
+        """Add the duration of a save, from the copy to the verified folder."""
         self._saves.append(seconds)
 
     @property
     def needed(self) -> float | None:
-        """The 95th percentile of an update and of a save, in seconds together; None before there are any of both."""
+        """Sum of the 95th percentiles of an update and of a save, in seconds; None before both are known."""
         if len(self._updates) < ENOUGH or not self._saves:
             return None
         return percentile(self._updates, 0.95) + percentile(self._saves, 0.95)
 
     def short(self) -> dict[str, float]:
-        """The warnings that are too short, once, and again when what is needed has grown by a quarter."""
+        """Warnings that are too short; returned once, and again when the needed time has grown by a quarter."""
         needed = self.needed
         if needed is None or needed <= 1.25 * self._said:
             return {}

@@ -10,7 +10,7 @@ from multitrain.config import OptimConfig
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up, then half a cosine; nothing to save, since it depends on the update only.
+    """Linear warm-up, then half a cosine. A function of the update number, so it has no state to save.
 
     `total` and `warmup` are in updates and may be fractions of one, so that lengths in epochs stay exact.
     """
@@ -23,7 +23,7 @@ class Schedule:
 
     @classmethod
     def of(cls, config: OptimConfig, total: int, epoch_updates: float) -> Schedule:
-        """The schedule of a run of `total` updates whose pass over the union takes `epoch_updates`."""
+        """The schedule of a run of `total` updates with `epoch_updates` updates per epoch of all datasets."""
         warmup = (
             float(config.warmup_updates) if config.warmup_updates is not None else config.warmup_epochs * epoch_updates
         )

@@ -1,4 +1,4 @@
-"""How long the device takes for a part of the work, without waiting for it."""
+"""Device time of a part of the work, without a synchronisation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class Stopwatch:
-    """Sums the seconds of what is done within :meth:`running`: on a GPU between two events of its stream, else wall time."""
+    """Sums the seconds spent within :meth:`running`: on a GPU between two CUDA events, else wall time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -19,7 +19,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Count what is done in this context."""
+        """Time this context."""
         if self._device.type == "cuda":
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             first.record()
@@ -32,5 +32,5 @@ class Stopwatch:
             self._seconds += time.perf_counter() - began
 
     def seconds(self) -> float:
-        """All counted so far; on a GPU to be asked for when the device has passed it, as after reading a result."""
+        """Sum so far. On a GPU, call it after the device has passed the last event, for example after reading a result."""
         return self._seconds + sum(first.elapsed_time(last) for first, last in self._events) / 1e3

@@ -1,7 +1,7 @@
-"""The recipe: updates in order, checkpoints in between, and stopping cleanly on request.
+"""The training loop: updates in order, checkpoints in between, and stopping cleanly on request.
 
-The number of completed updates is the only truth about where a run stands. Batches that loader workers have prepared
-ahead, and the gradient of an update that was cut short, are thrown away and computed again.
+The number of completed updates is the whole position of a run. Prefetched batches and the gradient of an interrupted update
+are discarded and computed again.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from multitrain.order import BatchShape, Plan
 Validate = Callable[[MultiTrain], dict[str, dict[str, float]]]
 Pictures = Callable[[], Mapping[str, bytes]]
 MOST_NONFINITE = 100
-"""Updates in a row whose gradient is not finite, after which the run stops: it has diverged."""
+"""Consecutive updates with a non-finite gradient after which the run stops: it has diverged."""
 ATTEMPTS = 3
-"""How often the last checkpoint of a start is tried; nothing comes after it."""
+"""Attempts to write the last checkpoint of a start, which no later one replaces."""
 
 
 class TrainingError(RuntimeError):
-    """The run cannot go on, restarted or not; the message says why and what to do."""
+    """The run cannot continue, and a restart does not help; the message gives the reason and the remedy."""
 
 
 class SaveError(RuntimeError):
@@ -52,25 +52,24 @@ class _Stopped(Exception):
 
 
 class Trainer:
-    """Runs `updates` updates of `model`, from wherever its checkpoints stand.
+    """Runs `updates` updates of `model`, starting at its newest checkpoint.
 
     Args:
         config: the run's configuration.
         run: the run's folder.
         world: this process among the ranks.
         model: the network; its initial weights count only when the run has no checkpoint.
-        plan: which video comes when.
+        plan: the order of the samples.
         shape: effective batch = micro-batch × accumulation × ranks.
         updates: length of the run.
-        open_loader: ``(start, stop)`` → the batches of this rank for updates ``start`` to ``stop - 1``.
-        open_recorder: ``start`` → where the run's numbers are written, from update ``start`` on.
+        open_loader: ``(start, stop)`` → this rank's batches of updates ``start`` to ``stop - 1``.
+        open_recorder: ``start`` → writer of metrics and events from update ``start`` on.
         interruption: requests to stop or save.
-        watchdog: is told of progress.
-        lead_time: is told how long updates and saves take.
-        skips: count of unreadable videos, with the cap that ends the run.
-        validate: results of the model by dataset, nothing when a stop came in between; called by all ranks. None for no
-            validation.
-        pictures: draws the last validation, PNG by TensorBoard name; called on rank 0. None for no pictures.
+        watchdog: gets a heartbeat per micro-batch.
+        lead_time: gets the durations of updates and saves.
+        skips: counts unreadable videos; ends the run above `data.skip_cap`.
+        validate: metrics by dataset, empty when it was interrupted; called by all ranks. None for no validation.
+        pictures: plots of the last validation, PNG by TensorBoard name; called on rank 0. None for no plots.
         config_text: the configuration as it is stored in each checkpoint.
     """
 
@@ -122,10 +121,10 @@ class Trainer:
         self._fp16_scale: dict[str, Any] | None = None  # of earlier starts, kept while this one is not in fp16
 
     def resume(self) -> dict[Path, str]:
-        """Load the newest whole checkpoint, which rank 0 chooses, and open the recorder where it ends.
+        """Load the newest valid checkpoint, chosen by rank 0, and open the recorder at its update.
 
         Returns:
-            Why newer checkpoints were passed over.
+            The reasons why newer checkpoints were not used, by folder.
         """
         choice: tuple[Path | None, dict[Path, str]] | Exception | None = None
         if self.world.is_main:
@@ -147,21 +146,21 @@ class Trainer:
         return refused
 
     def train(self) -> Request:
-        """Do the updates that are left after :meth:`resume`.
+        """Run the remaining updates after :meth:`resume`.
 
         Returns:
-            ``Request.NONE`` when the run is complete, else what made it stop; a checkpoint is then on disk, unless the
-            disk refuses it, which is then in the events.
+            ``Request.NONE`` when the run is complete, else the request that stopped it. In both cases a checkpoint is on
+            disk, or the events tell why it could not be written.
 
         Raises:
-            TrainingError: the run cannot go on.
-            SaveError: the run is complete and the disk does not take its last checkpoint.
+            TrainingError: the run cannot continue.
+            SaveError: the run is complete and its last checkpoint could not be written.
         """
         self._loader = self._open_loader(self.completed, self.updates)
         self.model.train()
         request = Request.NONE
         try:
-            self._validate_if_due()  # one that an interruption cut off
+            self._validate_if_due()  # one that was interrupted
             while self.completed < self.updates:
                 self._one_update()
                 self._validate_if_due()
@@ -178,7 +177,7 @@ class Trainer:
         return request
 
     def _one_update(self) -> None:
-        """Gradient of the whole effective batch, one step of AdamW, one line in the metrics."""
+        """One update: the gradient of the effective batch, one AdamW step, one line in metrics.jsonl."""
         self._timer.restart()
         losses = self.gradient.accumulate(self._micro_batches())
         lr = self.schedule(self.completed)
@@ -206,14 +205,14 @@ class Trainer:
         self.recorder.update(record)
 
     def _validate_if_due(self) -> None:
-        """Score the validation videos at their interval and after the last update."""
+        """Validate at `eval.every` and after the last update."""
         every = self.config.eval.every
         if self._validate is None or every is None or self._validated == self.completed or not self.completed:
             return
         if self.completed % every and self.completed != self.updates:
             return
         results = self._validate(self.model)
-        if not results:  # a stop came in between, on all ranks; the next start validates first
+        if not results:  # interrupted on all ranks; the next start validates first
             raise _Stopped
         self._validated = self.completed
         self.recorder.validation(self.completed, results)
@@ -236,9 +235,9 @@ class Trainer:
             self._interruption.saved()
 
     def _begin_save(self) -> None:
-        """Copy the state of the completed updates and write it beside the training, unless it is there. All ranks call this.
+        """Copy the state and start writing it asynchronously, unless this update is saved. All ranks call this.
 
-        A disk that cannot take it is reported, and the run goes on to the next interval with what was there before.
+        A failure to write is reported; the run continues and tries again at the next interval.
         """
         self._end_save()
         if self._saved != self.completed:
@@ -246,7 +245,7 @@ class Trainer:
             self._saver.start(self._state())
 
     def _end_save(self) -> None:
-        """Wait for the checkpoint that is being written, if any."""
+        """Wait for the save in flight, if any."""
         if not self._saver.in_flight:
             return
         self._watchdog.heartbeat()  # the disk gets the whole limit
@@ -256,7 +255,7 @@ class Trainer:
         self._watchdog.heartbeat()
 
     def _say_slow(self, waited: float) -> None:
-        """One checkpoint was still being written when the next was due: the training waits, so that none pile up."""
+        """Report that a checkpoint was still being written when the next was due, and that training waited for it."""
         self.recorder.event("checkpoint_slow", update=self.completed, waited=round(waited, 3))
         self.recorder.write(
             f"WARNING: writing a checkpoint takes longer than checkpoint.every={self.config.checkpoint.every} updates; "
@@ -264,7 +263,7 @@ class Trainer:
         )
 
     def _save_for_good(self) -> bool:
-        """Write the last checkpoint of this start, and wait for it; whether it is on disk."""
+        """Write the last checkpoint of this start and wait for it; True if it is on disk."""
         for attempt in range(ATTEMPTS):
             if attempt:
                 time.sleep(1.0)
@@ -275,7 +274,7 @@ class Trainer:
         return False
 
     def _report(self, outcome: SaveResult | None) -> None:
-        """Say how a save went; rank 0 only, and once."""
+        """Log the result of a save; rank 0 only."""
         if outcome is None or not self.world.is_main:
             return
         update = outcome.update
@@ -301,7 +300,7 @@ class Trainer:
             )
 
     def _micro_batches(self) -> Iterator[Batch]:
-        """This rank's micro-batches of the current update; raises _Stopped on all ranks at the same one."""
+        """This rank's micro-batches of the current update; raises _Stopped on all ranks before the same one."""
         for _ in range(self.shape.accumulation):
             started = time.perf_counter()
             batch = None
@@ -311,7 +310,7 @@ class Trainer:
             if self._interruption.agreed() >= Request.STOP:
                 raise _Stopped
             self._watchdog.heartbeat()
-            assert batch is not None  # a rank that gave up waiting has made the others stop
+            assert batch is not None  # a rank that stops waiting makes all ranks stop
             yield batch
 
     def _count_skipped(self, own: list[dict[str, Any]]) -> None:
@@ -355,7 +354,7 @@ class Trainer:
         return {"scale": self.engine.loss_scale.scale, "good_updates": self.engine.loss_scale.good_updates}
 
     def _restore_scale(self, state: Mapping[str, Any]) -> None:
-        """The loss scale that fp16 had last, however many starts in another precision lie between."""
+        """Restore the last fp16 loss scale, also after starts in another precision."""
         saved = state["loss_scale"]
         if state["precision"] != "fp16" and "kept" not in saved:
             return

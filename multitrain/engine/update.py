@@ -1,9 +1,9 @@
-"""The gradient of one update: the true mean over the effective batch, whatever it was cut into.
+"""The gradient of one update: the exact mean over the effective batch, for every micro-batch size.
 
 With ``loss.scope=update`` the informative loss takes its statistics over all clips of the update. Its gradient with
-respect to the embeddings, G = ∂L/∂E, needs all of them at once, and a rank holds one micro-batch. So the embeddings
-are computed first without a graph and gathered, G is taken in closed form from E, and the pass with the graph then adds
-⟨e, G⟩ for its own clips: the chain rule, exactly. A single micro-batch a rank needs one pass only.
+respect to the embeddings, G = ∂L/∂E, needs all embeddings at once, and a rank holds one micro-batch. So a first pass computes the
+embeddings without a graph and gathers them, G follows in closed form from E, and a second pass with the graph adds ⟨e, G⟩
+for its own clips: the chain rule, exactly. With a single micro-batch per rank one pass is enough.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Losses:
     """Sums over this rank's micro-batches of an update, on the device, for the log.
 
     `terms`: classification, projection and informative loss, [3]. `per_dataset`: summed own-head loss and number of
-    clips of each dataset, [D, 2]. `forward`: time of the forward passes. `skipped`: unreadable videos and their stand-ins.
+    clips of each dataset, [D, 2]. `forward`: time of the forward passes. `skipped`: unreadable videos and their fallback samples.
     """
 
     terms: Tensor
@@ -45,11 +45,11 @@ class Losses:
 
     @classmethod
     def none(cls, datasets: int, device: torch.device) -> Losses:
-        """Nothing summed yet."""
+        """Zero sums."""
         return cls(torch.zeros(3, device=device), torch.zeros(datasets, 2, device=device), Stopwatch(device))
 
     def add(self, terms: Terms, skipped: list[dict[str, Any]]) -> None:
-        """Count one micro-batch."""
+        """Add one micro-batch."""
         self.terms += torch.stack([terms.classification, terms.projection, terms.informative]).detach()
         rows = [torch.stack([terms.per_dataset[n] * c, c.to(self.per_dataset.dtype)]) for n, c in terms.counts.items()]
         self.per_dataset += torch.stack(rows)
@@ -57,7 +57,7 @@ class Losses:
 
 
 class Gradient:
-    """Computes the gradient of one update on this rank's share of it."""
+    """Computes this rank's part of the gradient of one update."""
 
     def __init__(self, config: RunConfig, model: MultiTrain, engine: Engine, shape: BatchShape, world: World) -> None:
         self._config = config
@@ -77,7 +77,7 @@ class Gradient:
     def accumulate(self, micro_batches: Iterator[Batch]) -> Losses:
         """Add the gradient of this rank's `micro_batches` (all of the update) to the engine's accumulated gradient.
 
-        Whatever the iterator raises passes through; the accumulated gradient is then not to be used.
+        Exceptions of the iterator pass through; the accumulated gradient must then be discarded.
         """
         losses = Losses.none(len(self._model.datasets), self._engine.device)
         pairs: Iterable[tuple[Batch, Surrogate | None]] = ((batch, None) for batch in micro_batches)
@@ -106,13 +106,13 @@ class Gradient:
 
     @torch.no_grad()
     def _embed(self, batch: Batch) -> Tensor:
-        """Expanded embeddings [N, C] of a micro-batch, without a graph; the same masks as the pass with one."""
+        """Expanded embeddings [N, C] of a micro-batch, without a graph, with the same dropout masks as the pass with a graph."""
         given = self._prepare(batch)
         with self._engine.autocast():
             return self._model.embeddings(given.clips, given.keys)
 
     def _surrogates(self, embeddings: list[Tensor]) -> list[Surrogate]:
-        """For each of this rank's micro-batches: the informative loss of the whole update, and its gradient there.
+        """For each micro-batch of this rank: the informative loss of the update, and its gradient for the micro-batch.
 
         Rows are gathered in the order of the samples, whatever the world size.
         """
