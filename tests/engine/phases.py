@@ -89,7 +89,7 @@ def linger(phase: str) -> None:
     elif phase == "stale" and RANK == 1:
         checkpoint.listed = lambda folder: []
     elif phase == "beats":
-        before(Watchdog, "beat", lambda *_: log("beat"))
+        before(Watchdog, "heartbeat", lambda *_: log("beat"))
         before(Trainer, "_end_save", lambda *_: log("end"))
         before(Saver, "finish", lambda *_: log("finish"))
     elif phase == "evaluation":

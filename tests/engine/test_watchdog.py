@@ -12,7 +12,7 @@ from multitrain.engine import watchdog
 
 
 def test_a_log_on_a_full_disk_does_not_keep_a_rank_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watchdog, "PEERS", 0.0)
+    monkeypatch.setattr(watchdog, "PEER_GRACE_SECONDS", 0.0)
     ended = threading.Event()
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stderr", full)

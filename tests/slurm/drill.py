@@ -136,9 +136,14 @@ class Cluster:
         Only when nothing is left of the start before: its batch script's exit, coming late, would count as the new one's.
         """
         self.wait(job, "PENDING")
-        self.until(lambda: not _steps(job), f"the end of the steps of {job}")
+        self.until(lambda: not self._steps(job), f"the end of the steps of {job}")
         time.sleep(2)  # slurmd needs a moment to forget a job; one that comes back before fails at once
         self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+
+    def _steps(self, job: str) -> list[str]:
+        """Steps of the job that have processes on this machine, the batch script among them; frozen ones left out."""
+        ours = (p for p in _processes().values() if f"SLURM_CONF={self.configuration}" in p.environment)
+        return [p.title for p in ours if p.title.startswith(f"slurmstepd: [{job}.") and p.state != "T"]
 
     def on_node(self, node: str) -> list[int]:
         """Every process of a virtual node: its slurmd, the steps, then the tasks and all they started."""
@@ -237,12 +242,6 @@ def _processes() -> dict[int, Process]:
                 words = frozenset(environment.split("\0"))
                 found[int(entry.name)] = Process(state, int(parent), title.replace("\0", " ").strip(), words)
     return found
-
-
-def _steps(job: str) -> list[str]:
-    """Steps of the job that have processes on this machine, the batch script among them; frozen ones left out."""
-    living = (p for p in _processes().values() if p.state != "T")
-    return [p.title for p in living if p.title.startswith(f"slurmstepd: [{job}.")]
 
 
 def ranks(run: Path) -> dict[int, int]:
@@ -392,7 +391,7 @@ class Runs:
             return info["JobState"] == "PENDING" and info.get("Restarts") == str(starts)
 
         self.cluster.until(queued, f"{run.name} in the queue after {starts} starts", seconds=seconds)
-        self.cluster.until(lambda: not _steps(job), f"the end of the steps of {job}")
+        self.cluster.until(lambda: not self.cluster._steps(job), f"the end of the steps of {job}")
         last = [e for e in self.events(run) if e["event"] in ("requeue", "requeue_failed", "end")][-1]
         assert last["event"] == "requeue", last
         return last
