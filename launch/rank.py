@@ -10,7 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
-from multitrain.monitor.slurm import PLACE, STOP_SIGNALS, block_stop_signals, rank_environment
+from multitrain.monitor.slurm import DIST_ENV_VARS, STOP_SIGNALS, block_stop_signals, rank_environment
 
 
 def training(run: Path) -> tuple[str, ...]:
@@ -45,7 +45,7 @@ class Rank:
             signal.signal(name, signal.SIG_DFL)  # exec resets handlers, but not what is ignored
         code = os.path.join(self.run, "code")
         os.chdir(code)
-        inherited = {k: v for k, v in os.environ.items() if k not in PLACE}  # of the shell that submitted
+        inherited = {k: v for k, v in os.environ.items() if k not in DIST_ENV_VARS}  # of the shell that submitted
         environment = {**inherited, **rank_environment(inherited), "PYTHONPATH": python_path(code)}
         sys.stdout.flush()
         sys.stderr.flush()

@@ -34,7 +34,7 @@ from launch.hub import Hub
 from multitrain import lease
 from multitrain.monitor import slurm
 from multitrain.monitor.exit_status import Exit
-from multitrain.monitor.slurm import PLACE, STOP_SIGNALS, job_id, rank_environment, restart_count
+from multitrain.monitor.slurm import DIST_ENV_VARS, STOP_SIGNALS, job_id, rank_environment, restart_count
 from multitrain.monitor.supervised import STORE_FD, STORE_KEY, listen
 
 JOIN = 300.0
@@ -391,7 +391,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder, restarts, *rest = sys.argv[1:] if arguments is None else arguments
     run = Path(folder)
     place = rank_environment()
-    inherited = {k: v for k, v in os.environ.items() if k not in PLACE and k != channel.SECRET}
+    inherited = {k: v for k, v in os.environ.items() if k not in DIST_ENV_VARS and k != channel.SECRET}
     signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)  # in the rank too, which unblocks them once its handlers stand
     clock = AwakeClock()
     child = Child([sys.executable, "-u", *rest], {**inherited, **place}, clock)

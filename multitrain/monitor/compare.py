@@ -1,4 +1,4 @@
-"""``multitrain compare RUN…``: runs side by side, by the options in which they differ and how they came out. No torch."""
+"""``multitrain compare RUN…``: a table of runs, the options in which they differ and their results. No torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from multitrain.monitor.results import FILE, read_results
 from multitrain.monitor.status import status
 
 SAME = ("name", "runs", "experiment_name", "dry_run", "then", "preflight")
-"""Options that do not make a difference."""
+"""Options that are left out of the comparison."""
 
 
 def compare(runs: Sequence[str | Path]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""`events.jsonl`: what happened to a run, and when. Never truncated: the history includes what a crash undid."""
+"""`events.jsonl`: the history of a run with times. Never truncated: it includes updates that a crash undid."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Events:
 
     Args:
         path: the file, e.g. ``RUN/events.jsonl``.
-        job: scheduler's job id; of the environment when not given, null outside a job.
-        restart: when not given: in a SLURM job, how often SLURM had started the job before; elsewhere how many starts of
-            the run the file tells of before the one that goes on now.
-        host: name of the machine; this one's when not given.
+        job: the scheduler's job id; default: from the environment, null outside a job.
+        restart: number of earlier starts; default: of the job in a SLURM job, else those recorded in the file before the
+            current one.
+        host: name of the machine; default: this one.
     """
 
     def __init__(
@@ -35,14 +35,14 @@ class Events:
         """Append one event (`start`, `resume`, `signal`, `checkpoint`, `end` …); returns what was written.
 
         Raises:
-            OSError: the disk refuses it.
+            OSError: it cannot be written.
         """
         record = self.record(event, **fields)
         jsonl.append(self.path, record)
         return record
 
     def record(self, event: str, **fields: Any) -> dict[str, Any]:
-        """What :meth:`write` writes: the event with the time that it is now, and where."""
+        """The record that :meth:`write` writes: the event with time, job, host and process."""
         return {
             "event": event,
             "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
@@ -60,12 +60,12 @@ def read(path: str | Path) -> list[dict[str, Any]]:
 
 
 def starts_before(records: Iterable[Mapping[str, Any]]) -> int:
-    """How many starts of the run these events tell of."""
+    """Number of starts of the run in these events."""
     return sum(record.get("event") == "begin" for record in records)
 
 
 def _restarts(path: Path) -> int:
-    """How often the run, or its SLURM job, was started before the start that goes on now."""
+    """Number of starts of the run, or of its SLURM job, before the current one."""
     if slurm.job_id() is not None:
         return slurm.restart_count()
     return max(0, starts_before(jsonl.read(path)) - 1)

@@ -1,4 +1,4 @@
-"""How a process ended, in words that say what to look at: a kill leaves nothing in its own log."""
+"""Exit statuses, and descriptions of how a process ended: a killed process cannot write to its log."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ class Exit(enum.IntEnum):
     FINISHED = 0
     """The run is complete."""
     FAILED = 1
-    """An error; another start may succeed."""
+    """An error; a restart may succeed."""
     MISTAKE = 2
-    """A setting or a file is wrong: no restart mends it, unless the same run went well before."""
+    """A setting or a file is wrong: a restart does not help, unless the run has trained well before."""
     GAVE_UP = 3
-    """Another start would not help."""
+    """A restart would not help."""
     HELD = 4
     """Another start of the run holds its lease."""
     BAD_NODE = 5
     """Preflight found a node that cannot work."""
     INTERRUPTED = 75
-    """Saved and left; the run can be resumed."""
+    """Saved and stopped; the run can be resumed."""
 
     @classmethod
     def in_order(cls, status: int) -> bool:
-        """Whether a rank that ended so has finished, or saved and left."""
+        """Whether the rank has finished, or saved and stopped."""
         return status in (cls.FINISHED, cls.INTERRUPTED)
 
     @classmethod
     def restartable(cls, status: int) -> bool:
-        """Whether a rank that ended so (negative: by a signal) may be started again at once, inside the allocation."""
+        """Whether a rank with this exit status (negative: a signal) may be restarted at once, within the allocation."""
         return status not in (cls.FINISHED, cls.INTERRUPTED, cls.MISTAKE, cls.GAVE_UP, cls.HELD, cls.BAD_NODE)
 
 
@@ -57,7 +57,7 @@ def killed_for_memory() -> int | None:
 
 
 def explained(code: int, killed_before: int | None = None) -> str:
-    """What the exit code of a process means, to stand behind ``rank 3 ``.
+    """Description of an exit code, as the predicate of ``rank 3 ``.
 
     Args:
         code: negative for a signal, as `subprocess` has it, or 128 and the signal, as a shell has it.

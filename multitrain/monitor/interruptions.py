@@ -17,17 +17,17 @@ LOST_PEER = re.compile(
     r"closed by (the )?(remote )?peer|reset by peer|Broken pipe|remote process exited|NCCL.*(unhandled system|remote) error",
     re.I,
 )
-"""What a rank says of an update whose other ranks have gone."""
+"""Errors of a rank whose peers are gone."""
 
 PEER = "a rank was killed without warning"
-"""What is said of a start that only ranks told the end of that had lost another."""
+"""Reported when the only messages come from ranks that lost a peer."""
 
 UNTOLD = "killed without warning"
-"""What is said of a start that ended without a word: SIGKILL, a dead node, no memory."""
+"""Reported for a start that ended without any message: SIGKILL, a dead node, no memory."""
 
 
 def interruptions(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One entry for each time that a run was started again, oldest first.
+    """One entry per restart of a run, oldest first.
 
     Args:
         history: the events of a run in the order written.
@@ -65,7 +65,7 @@ def interruptions(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def reason_of(event: Mapping[str, Any]) -> str:
-    """Why a start ended, by its last word: one line."""
+    """The reason why a start ended, in one line, from its last events."""
     text = " ".join(str(event.get(CAUSES[str(event["event"])]) or event["event"]).split())
     if event["event"] == "error" and LOST_PEER.search(text):
         return PEER

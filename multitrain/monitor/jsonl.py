@@ -1,4 +1,4 @@
-"""Files of one JSON object a line, written so that a crash costs at most the line being written."""
+"""JSON lines files, written so that a crash loses at most the line being written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one object an update, in order, each update once, whatever interrupted the run."""
+"""`metrics.jsonl`: one object per update, in order, each update once, also after interruptions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from multitrain.monitor import jsonl
 
 
 class Metrics:
-    """Appends one line an update. Opening it at a resume drops what the run is about to do again.
+    """Appends one line per update. Opening it at a resume drops the lines of updates that will be done again.
 
     Args:
         path: the file, e.g. ``RUN/metrics.jsonl``.
@@ -33,22 +33,22 @@ class Metrics:
         """Append one line; `record` has ``"update"``, from 0.
 
         Raises:
-            OSError: the disk refuses the line; nothing of it is left in the file.
+            OSError: the line cannot be written; no part of it is left in the file.
             LeaseLost: another start of the run has taken over.
         """
         lease.verify(self.path)
         jsonl.write(self._file.fileno(), jsonl.encode(record))
         if time.monotonic() - self._synced > self._sync_seconds:
-            with contextlib.suppress(OSError):  # the line is written; the next forced write, at a checkpoint, says so
+            with contextlib.suppress(OSError):  # the line is written; the sync at the next checkpoint reports the error
                 self.sync()
 
     def sync(self) -> None:
-        """Wait until every line is on disk, so that a checkpoint never outlives the lines before it."""
+        """Sync the file, so that a checkpoint's updates are never missing in the metrics."""
         os.fsync(self._file.fileno())
         self._synced = time.monotonic()
 
     def close(self) -> None:
-        """Write everything to disk and close the file. Closing twice is fine."""
+        """Sync and close the file. Idempotent."""
         if not self._file.closed:
             self.sync()
             self._file.close()

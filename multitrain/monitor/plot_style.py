@@ -1,4 +1,4 @@
-"""The look of every picture: axes, colours, PNG. matplotlib is loaded when one is drawn."""
+"""Style of all plots: axes, colours, PNG. matplotlib is imported on the first plot."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C564B")
-"""Okabe and Ito's colours, told apart by colour-blind readers too."""
+"""Colours of Okabe and Ito, distinguishable for colour-blind readers."""
 INK, FAINT = "#24292f", "#8b949e"
 
 

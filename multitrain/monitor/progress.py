@@ -1,4 +1,4 @@
-"""A bar with time to go on a terminal, one plain line an update in logs."""
+"""Progress: a bar with the remaining time on a terminal, one line per update in logs."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Progress:
                 print(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}", file=self.stream, flush=True)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Close the bar."""
         if self._bar is not None:
             self._bar.close()
 
@@ -81,7 +81,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: ``42 s``, ``3 min 05 s``, ``7 h 12 min``, ``2 d 03 h``."""
+    """Seconds in readable units: ``42 s``, ``3 min 05 s``, ``7 h 12 min``, ``2 d 03 h``."""
     s = max(0, round(seconds))
     if s < 60:
         return f"{s} s"

@@ -1,4 +1,4 @@
-"""One object that a training loop tells what happened, and that writes it everywhere a person looks."""
+"""The one writer of a run's metrics, events, TensorBoard scalars and log lines."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ MEASURES = ("top1", "top5", "map")
 """Validation metrics to plot and print, in percent."""
 
 LAST_PICTURES = 30.0
-"""Seconds that a finished run waits for its last pictures; one that must leave does not wait."""
+"""Seconds that a finished run waits for its last plots; an interrupted run does not wait."""
 
 
 class Recorder:
-    """Metrics, events, TensorBoard and progress of one start of a run. Only rank 0 writes (bad videos excepted).
+    """Metrics, events, TensorBoard and progress of one start of a run. Only rank 0 writes, except for unreadable videos.
 
-    Opening it at a resume drops the lines and hides the TensorBoard points of updates that the run is about to do
-    again, so that no curve ever goes back and forth. Once it is open, a disk that refuses (full, read-only, a quota) never
-    ends the run: lines wait in memory until it takes them.
+    Opening it at a resume drops the metrics lines and hides the TensorBoard points of updates that will be done again, so
+    that every update appears once. After that, write errors (full, read-only, quota) never stop the run: records are buffered
+    and retried.
 
     Args:
         run_dir: the run's folder.
         total_updates: length of the run.
         start_update: updates completed when this start begins; 0 for a fresh run.
-        rank: rank of this process; others than 0 accept every call and write nothing.
-        job: scheduler's job id, from the environment when not given.
-        restart: times that the run was started before, from the environment or the events when not given.
+        rank: rank of this process; ranks other than 0 write nothing.
+        job: the scheduler's job id; default: from the environment.
+        restart: number of earlier starts; default: from the environment or the events.
         log_every: updates between two lines in the log.
         tensorboard: whether to write TensorBoard scalars.
-        wandb: project of Weights & Biases; none when not given.
-        settings: the run's settings by dotted name, for both to compare runs by.
-        measures: names of validation results, e.g. ``val/kinetics/top1``, that runs are compared by.
+        wandb: project of Weights & Biases; default: none.
+        settings: the run's settings by dotted name, for the comparison of runs in both.
+        measures: names of the validation metrics for that comparison, e.g. ``val/kinetics/top1``.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Recorder:
         self.wandb = Wandb(wandb, self.run_dir, settings or {}, self.progress.write) if wandb else None
 
     def update(self, record: Mapping[str, Any]) -> None:
-        """One completed update.
+        """Record one completed update.
 
         Args:
             record: ``update`` (from 0), ``loss``, ``loss_classification``, ``loss_projection``, ``loss_informative``,
@@ -106,7 +106,7 @@ class Recorder:
         self.progress.update(record)
 
     def event(self, name: str, **fields: Any) -> None:
-        """Something happened: `start`, `resume`, `signal`, `checkpoint` (`update`, `seconds`), `requeue`, `end` …"""
+        """Record an event: `start`, `resume`, `signal`, `checkpoint` (`update`, `seconds`), `requeue`, `end` …"""
         if self._closed:
             return
         self._sync()
@@ -125,7 +125,7 @@ class Recorder:
     def validation(self, update: int, results: Mapping[str, Mapping[str, float]]) -> None:
         """Validation after `update` completed updates: ``{dataset: {"top1": percent, "top5": percent, …}}``.
 
-        A validation done again after a resume replaces the earlier one in the curves.
+        A validation repeated after a resume replaces the earlier one in TensorBoard.
         """
         if self._closed:
             return
@@ -139,10 +139,10 @@ class Recorder:
         self.progress.write(f"validation after update {update}:  " + "   ".join(_validated(results)))
 
     def pictures(self, update: int, draw: Callable[[], Mapping[str, bytes]]) -> None:
-        """PNG pictures by name after `update` completed updates, drawn beside the training in a thread of its own.
+        """Draw PNG plots after `update` completed updates in a separate thread, beside the training.
 
-        A failure costs one line and the pictures of this start, never the run. While the last ones are still being drawn
-        there are no new ones.
+        A failure is logged in one line and disables plots for this start. Plots are skipped while earlier ones are being
+        drawn.
         """
         if self._closed or not self.tensorboard or not self._draws or (self._drawing and self._drawing.is_alive()):
             return
@@ -159,12 +159,12 @@ class Recorder:
                 self.progress.write(f"no pictures for TensorBoard from here on: {' '.join(str(error).split())[:200]}")
 
     def skipped(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Bad videos and their stand-ins, one line each in `skipped.jsonl`; any rank may call this."""
+        """Record unreadable videos and their fallback samples in `skipped.jsonl`, one line each; any rank may call this."""
         for record in records:
             self._skipped.write(record)
 
     def _sync(self) -> None:
-        """Metrics before events: a checkpoint does not outlive the lines before it."""
+        """Sync the metrics before an event is written, so that a checkpoint's updates are never missing in the metrics."""
         if self._metrics.retry():
             try:
                 self.metrics.sync()
@@ -177,7 +177,7 @@ class Recorder:
             self.progress.write(text)
 
     def close(self) -> None:
-        """Everything to disk. Closing twice is fine."""
+        """Write everything to disk. Idempotent."""
         if self._closed:
             return
         if self._drawing and not self._hurries:

@@ -1,4 +1,4 @@
-"""Whether a run comes back: decided here, for training, evaluation, preflight and batch scripts alike.
+"""The decision whether a job is requeued, for training, evaluation, preflight and batch scripts.
 
 The decision is a function of what SLURM says of the job, the signals that this start received, the exit status of its
 ranks (if they have ended) and the history of the run's starts. The caller carries it out through :func:`come_back`.
@@ -27,31 +27,31 @@ from multitrain.monitor.slurm import BATCH_ENDED, CANCELLED, OPERATOR, PREEMPTED
 BAD_NODE = "bad node"
 """Status of a `requeue` after preflight has found a node that cannot work."""
 GAVE_UP = "gave up"
-"""Status of an `end` that another start would not mend."""
+"""Status of an `end` after which a restart would not help."""
 ENDED_FOR_GOOD = ("finished", restarts.STOPPED, GAVE_UP)
 COMING_BACK = (PREEMPTED, TIME_LIMIT, BATCH_ENDED, STEP_ENDED, BAD_NODE, restarts.FAILED)
 SCRIPT = "job.sh"
-"""The batch script that a run was submitted with, in its folder: what a successor job runs."""
+"""The batch script of a run, in its folder; a successor job runs it."""
 PAUSE = 5.0
-"""Seconds between two questions to a controller that does not answer."""
+"""Seconds between two attempts while the controller does not answer."""
 
 
 class Action(enum.Enum):
     """What happens to the job."""
 
     COME_BACK = "come back"
-    """It is put back into the queue, or a successor is submitted."""
+    """It is requeued, or a successor is submitted."""
     IS_BACK = "is back"
-    """SLURM or an operator has put it back already."""
+    """SLURM or an operator has requeued it already."""
     WITHDRAW = "withdraw"
-    """SLURM has put it back although the run has ended: it is cancelled."""
+    """SLURM has requeued it although the run has ended: it is cancelled."""
     END = "end"
     """It ends."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """`status`: why, as events say it. `reason`: more about an end. `exclude`: nodes that the next start does without."""
+    """`status`: the reason, as in the events. `reason`: details of an end. `exclude`: nodes that the next start leaves out."""
 
     action: Action
     status: str
@@ -60,13 +60,13 @@ class Decision:
 
     @property
     def event(self) -> str:
-        """The event that says so."""
+        """Name of the event that records the decision."""
         return "end" if self.action in (Action.END, Action.WITHDRAW) else "requeue"
 
 
 @dataclass
 class Ended:
-    """How a start of a run ended, or is about to.
+    """How a start of a run ended, or is about to end.
 
     `job`: what SLURM says of it. `signals`: that it received. `exit_status`: of its ranks; None while they run, have saved,
     and ask. `restart`: times that the job was started before.
@@ -79,7 +79,7 @@ class Ended:
 
 
 def decide(ended: Ended, history: Sequence[Start], cluster: ClusterConfig, *, went_well: bool) -> Decision:
-    """Whether the job comes back.
+    """Whether the job is requeued.
 
     Args:
         history: the starts since the run was last submitted; the last one is the one that ended.
@@ -99,7 +99,7 @@ def decide(ended: Ended, history: Sequence[Start], cluster: ClusterConfig, *, we
         return Decision(Action.END, "held", "another start of the run holds its lease")
     if is_back:
         return Decision(Action.IS_BACK, own if own in COMING_BACK else str(taken))  # it has put itself back
-    if last.ended is not None and last.ended not in COMING_BACK:  # it has ended in order, and said why
+    if last.ended is not None and last.ended not in COMING_BACK:  # it ended in order and recorded the reason
         return Decision(Action.END, last.ended)
     if taken == CANCELLED:
         return Decision(Action.END, CANCELLED)
@@ -113,7 +113,7 @@ def decide(ended: Ended, history: Sequence[Start], cluster: ClusterConfig, *, we
 def _after_failure(
     ended: Ended, history: list[Start], cluster: ClusterConfig, taken: str | None, *, went_well: bool
 ) -> Decision:
-    """The ranks, or preflight, have ended without having saved and said so."""
+    """The decision after ranks, or preflight, ended without a checkpoint and an event for it."""
     last = history[-1]
     status = BAD_NODE if ended.exit_status == Exit.BAD_NODE else taken or restarts.FAILED
     last.ended = None if status == restarts.FAILED else status
@@ -131,7 +131,7 @@ def _after_failure(
 
 
 def decide_evaluation(ended: Ended, cluster: ClusterConfig) -> Decision:
-    """The same for a test of a run's weights, which goes on where it was: it comes back when SLURM took its nodes."""
+    """The same for an evaluation, which resumes where it stopped: it is requeued when SLURM took its nodes."""
     taken = slurm.taken_away(ended.job, ended.signals, restart=ended.restart, close=close_to_limit(cluster))
     if ended.exit_status == Exit.FINISHED:
         return Decision(Action.END, "finished")
@@ -150,7 +150,7 @@ def _is_back(ended: Ended) -> bool:
 
 
 def close_to_limit(cluster: ClusterConfig) -> float:
-    """Seconds before its end from which the end of a start counts as the time limit."""
+    """Seconds before the time limit within which the end of a start counts as caused by it."""
     return max(120.0, float(cluster.lead_time))
 
 
@@ -158,7 +158,7 @@ def close_to_limit(cluster: ClusterConfig) -> float:
 
 
 def job_record(job: str, *, until_it_answers: bool = False) -> Mapping[str, str] | None:
-    """What SLURM says of the job; None when it knows no such job any more.
+    """SLURM's record of the job; None when SLURM does not know the job any more.
 
     Args:
         until_it_answers: ask a controller that does not answer again until it does; SLURM ends this process when the
@@ -183,12 +183,12 @@ def job_record(job: str, *, until_it_answers: bool = False) -> Mapping[str, str]
 
 
 def come_back(run: Path, job: str, cluster: ClusterConfig, exclude: Sequence[str] = (), *, retry: bool = False) -> str:
-    """Put the job back into the queue, or submit its successor; a word for what was done.
+    """Requeue the job, or submit its successor; returns a word for what was done.
 
     SLURM ends this process within seconds after it was requeued: call it last, when all is saved.
 
     Args:
-        exclude: nodes that the next start does without.
+        exclude: nodes that the next start leaves out.
         retry: ask a controller that does not answer until it does.
 
     Raises:
@@ -209,7 +209,7 @@ def come_back(run: Path, job: str, cluster: ClusterConfig, exclude: Sequence[str
 
 
 def _transient(said: str) -> bool:
-    """Whether the same request may be granted later: the controller was away, or busy."""
+    """Whether the same request may succeed later: the controller was unreachable or busy."""
     final = (
         "there is no ",
         "Invalid",
@@ -224,7 +224,7 @@ def _transient(said: str) -> bool:
 
 
 def _exclude(job: str, nodes: Sequence[str]) -> None:
-    """Leave nodes out at the job's next start. One that the user excluded stays excluded. A failure costs only that."""
+    """Exclude nodes from the job's next start, beside those that the user excluded. A failure is printed and otherwise ignored."""
     try:
         before = slurm.show_job(job).get("ExcNodeList", "(null)")
         listed = [before, *nodes] if before not in ("(null)", "") else list(nodes)
@@ -234,7 +234,7 @@ def _exclude(job: str, nodes: Sequence[str]) -> None:
 
 
 def _as_submitted(job: str) -> list[str]:
-    """Options that may have been given to `sbatch slurm/train.sh`, and are not in the run's own script."""
+    """Options of `sbatch slurm/train.sh` that the run's own script may not have."""
     try:
         shown = slurm.show_job(job)
     except SlurmError:
@@ -273,7 +273,7 @@ def _successor(run: Path, job: str, exclude: Sequence[str]) -> str:
         raise SlurmError(f"sbatch: {' '.join(done.stderr.split())}")
     successor = done.stdout.strip().partition(";")[0]
     for test in {str(e["test_job"]): e for e in read(run / "events.jsonl") if e["event"] == "then"}:
-        with contextlib.suppress(SlurmError):  # what waits for the good end of this job waits for the successor's
+        with contextlib.suppress(SlurmError):  # jobs that depend on the success of this job depend on its successor
             if f"afterok:{job}" in slurm.show_job(test).get("Dependency", "").replace("_*", ""):
                 slurm.control("update", f"jobid={test}", f"dependency=afterok:{successor}")
     return successor
@@ -285,7 +285,7 @@ Write = Callable[..., object]
 def carry_out(
     decision: Decision, run: Path, job: str, cluster: ClusterConfig, write: Write, *, retry: bool = False
 ) -> bool:
-    """Do what was decided, and say it in the events: `requeue` once SLURM has taken it, `requeue_failed` when it did not.
+    """Carry out a decision and record it: `requeue` once SLURM has accepted it, `requeue_failed` when it refused.
 
     Args:
         write: takes an event's name and fields.

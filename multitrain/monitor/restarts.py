@@ -1,7 +1,7 @@
 """Restart accounting: how often a run has been restarted and whether it may again, read from its events.
 
-Rank 0 writes an event `begin` as the first thing it does. A start that ended in order has an event `requeue` or `end`
-after that; one without has died, and whether the rank, the batch script or the node did makes no difference.
+Rank 0 first writes an event `begin`. A start that ended in order has an event `requeue` or `end` after that; a start without
+one has died, no matter whether the rank, the batch script or the node failed.
 """
 
 from __future__ import annotations
@@ -17,28 +17,27 @@ from multitrain.monitor.exit_status import Exit
 from multitrain.monitor.slurm import BATCH_ENDED, OPERATOR, PREEMPTED, STEP_ENDED
 
 IN_PLACE = "MULTITRAIN_RESTARTS_IN_PLACE"
-"""Environment variable of a rank: how often the ranks were started again inside this start of the job."""
+"""Environment variable of a rank: restarts of the ranks within this start of the job."""
 
 LAST = ("ended", "requeue", "end")
-"""Events that say how a start ended; those of the batch script may come before the ranks say that they begin."""
+"""Events that tell how a start ended. Those of the batch script may come before the ranks' `begin`."""
 
 STOPPED = "stopped on request"
 """Status of an `end` after the file STOP."""
 
 FAILED = "failed"
-"""Status of a `requeue` after the ranks had died; of others it is why SLURM took the job away."""
+"""Status of a `requeue` after the ranks died. Other statuses are SLURM's reasons for stopping the job."""
 
 
 @dataclass
 class Start:
     """One start of a run.
 
-    `restart`: how often SLURM had started the job before. `in_place`: how often the ranks had been started again inside
-    the allocation before. `ended`: in which order it left; None: it died. `progress`: whether it wrote a checkpoint of more
-    updates than there was one of. `final`: the error that no restart mends. `mistake`: the error that no restart mends,
-    unless the same run went well before. `trained`: whether it came to its first update. `failed_nodes`: where its ranks
-    failed first. `bad_nodes`: what preflight found. `wanted`: why it wanted to come back and could not put itself back.
-    `job`: the SLURM job. `began`: whether rank 0 said that it began; else others have told of it.
+    `restart`: earlier starts of the job by SLURM. `in_place`: earlier restarts of the ranks within the allocation. `ended`:
+    the status of its end; None: it died. `progress`: whether it wrote a checkpoint with more updates than any before. `final`:
+    an error that a restart does not mend. `mistake`: the same, unless the run has trained well before. `trained`: whether it
+    reached its first update. `failed_nodes`: nodes of the ranks that failed first. `bad_nodes`: nodes that preflight found.
+    `wanted`: the reason for a requeue that SLURM refused. `job`: the SLURM job. `began`: whether rank 0 wrote `begin`.
     """
 
     restart: int = 0
@@ -55,15 +54,15 @@ class Start:
     began: bool = True
 
     def is_of(self, job: str | None, restart: int) -> bool:
-        """Whether it is this start of this job; a successor job begins with 0 restarts again."""
+        """Whether it is this start of this job; a successor job counts its restarts from 0."""
         return (self.job, self.restart) == (job, restart)
 
 
 def starts(events: Sequence[Mapping[str, Any]]) -> list[Start]:
-    """The starts since the run was last submitted, oldest first. Each of them has ended, except one that runs now.
+    """The starts since the run was last submitted, oldest first. All have ended, except the one that runs now.
 
-    What rank 0 of a start tells is of that start, even after the next has begun: its node may have been lost for a while.
-    Other processes of a start (batch script, supervisors, preflight) are told apart by the job's restart count.
+    Events of rank 0 belong to its own start, even after the next one has begun (its node may have been unreachable). Events
+    of other processes (batch script, supervisors, preflight) are assigned by the job's restart count.
     """
     found: list[Start] = []
     newest = 0
@@ -99,7 +98,7 @@ def _is_of_no_start(own: Start | None, job: str | None, restart: int) -> bool:
 
 
 def _note(own: Start, event: Mapping[str, Any]) -> None:
-    """What an event says of the start that it belongs to."""
+    """Add an event to its start."""
     name = event["event"]
     if name == "error" and event.get("final"):
         if event.get("exit_status") == Exit.MISTAKE:
@@ -122,8 +121,8 @@ def progressed(events: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def deaths(history: Sequence[Start], in_place: int = 0) -> int:
-    """Starts that died and that the whole job had to come back for; the last one as well, unless `in_place` > 0 of what
-    comes now says that its ranks were started again inside the allocation.
+    """Number of starts that died and caused a restart of the whole job. The last one counts unless `in_place` > 0, that is,
+    unless its ranks are now restarted within the allocation.
     """
     following = [*(start.in_place for start in history[1:]), in_place]
     return sum(_died(start) and not again for start, again in zip(history, following))
@@ -134,7 +133,7 @@ def _died(start: Start) -> bool:
 
 
 def stalled(history: Sequence[Start]) -> int:
-    """Starts in a row, up to the last, that brought no new checkpoint; those that were preempted do not count."""
+    """Consecutive starts up to the last without a new checkpoint; preempted ones do not count."""
     count = 0
     for start in reversed(history):
         if start.progress:
@@ -146,13 +145,13 @@ def stalled(history: Sequence[Start]) -> int:
 def refusal(
     history: Sequence[Start], most: int, most_stalled: int, in_place: int = 0, *, went_well: bool = False
 ) -> str | None:
-    """Why the run must not start another time, or None.
+    """The reason why the run must not be restarted, or None.
 
     Args:
-        history: all starts that are over.
-        most: deaths of the job that are allowed (``cluster.max_restarts``).
+        history: all starts that have ended.
+        most: allowed restarts after deaths (``cluster.max_restarts``).
         most_stalled: restarts in a row without a new checkpoint that are allowed (``cluster.max_stalled_restarts``).
-        in_place: of the start that comes now.
+        in_place: of the coming start.
         went_well: whether the run has ever made progress. Its configuration is then right, and what looks like a mistake is a
             disk, a file or a library that is missing where it ran: it is tried again, on other nodes, within the limits.
     """
@@ -174,13 +173,13 @@ def refusal(
 
 
 def refuse_lost_checkpoints(run: Path, told: Sequence[Mapping[str, Any]]) -> None:
-    """A run whose checkpoints are gone (a purge, another file system in their place) does not start over by itself.
+    """Refuse to start over when the checkpoints are missing (a purge, a file system that is not mounted).
 
     Args:
-        told: its events.
+        told: the run's events.
 
     Raises:
-        ConfigError: the events tell of checkpoints, and the folder has none.
+        ConfigError: the events record checkpoints, and the folder has none.
     """
     folder = run / "checkpoints"
     if folder.is_dir() and any(folder.glob("update-*")):

@@ -1,4 +1,4 @@
-"""What SLURM says of jobs. Every question may go unanswered: without SLURM or accounting there is simply less to show."""
+"""Job states from SLURM. Every query may fail: without SLURM or accounting the status shows less."""
 
 from __future__ import annotations
 

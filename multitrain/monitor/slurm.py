@@ -1,6 +1,6 @@
-"""What a rank needs to know of SLURM: its place in the world, why it is being stopped, and how to come back.
+"""SLURM from the view of a rank: rank and world size, the reason of a stop, and requeueing.
 
-No torch, no submitit. Everything that is said here of SLURM was seen on a real controller (22.05.8).
+No torch, no submitit. All statements about SLURM were observed on a real controller (22.05.8).
 """
 
 from __future__ import annotations
@@ -15,38 +15,38 @@ from collections.abc import Collection, Mapping
 from datetime import datetime
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that ask a rank to save and leave: SIGTERM at preemption and cancellation, SIGUSR2 before the time limit
-(SIGUSR1 where a site's own scripts send that). The launchers start ranks with these *blocked*, so that none can kill a
-rank that is still importing: the rank installs its handlers, then calls :func:`unblock_stop_signals`, and what arrived
-meanwhile is delivered."""
+"""Signals that ask a rank to save and exit: SIGTERM at preemption and cancellation, SIGUSR2 before the time limit
+(SIGUSR1 where a site's own scripts send that). The launchers start ranks with these *blocked*, so that a signal cannot kill
+a rank that is still importing: the rank installs its handlers, then calls :func:`unblock_stop_signals`, and pending signals
+are delivered."""
 
 PREEMPTED, TIME_LIMIT, BATCH_ENDED, STEP_ENDED = "preempted", "time limit", "batch script ended", "ended from outside"
 """Reasons for which a job is requeued."""
 OPERATOR, CANCELLED = "requeued by an operator", "cancelled"
-"""Why a job was taken away that SLURM has put back already, and why one is that must not come back."""
+"""Reasons of a stop after which SLURM has requeued the job already, and of one after which it must not be requeued."""
 
-PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""The variables that tell a rank its place in the world and where all meet."""
+DIST_ENV_VARS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Environment variables of torch.distributed: rank, world size and rendezvous."""
 
 FIRST_PORT, PORTS = 20000, 12000
 """Rendezvous ports: 20000–31999, below the ephemeral ports of Linux."""
 
 
 class SlurmError(RuntimeError):
-    """SLURM did not answer, or refused. One line with its own words."""
+    """SLURM did not answer, or refused; one line with its message."""
 
 
 def block_stop_signals() -> None:
-    """Hold back :data:`STOP_SIGNALS` in this thread and in whatever it executes next."""
+    """Block :data:`STOP_SIGNALS` in this thread and in the programs that it executes."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 def unblock_stop_signals() -> None:
-    """Deliver :data:`STOP_SIGNALS` and SIGINT again, those held back first. Call it after the handlers are installed."""
+    """Unblock :data:`STOP_SIGNALS` and SIGINT, which delivers pending ones. Call it after installing the handlers."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (*STOP_SIGNALS, signal.SIGINT))
 
 
-# ------------------------------------------------------------------------------------------------ place in the world
+# ------------------------------------------------------------------------------------------------ rank and world size
 
 
 def in_step(environment: Mapping[str, str] = os.environ) -> bool:
@@ -57,12 +57,12 @@ def in_step(environment: Mapping[str, str] = os.environ) -> bool:
 def rank_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT of this process.
 
-    They come from these variables themselves where a launcher has set them, else from the `srun` step, else they are
-    those of a world of one. LOCAL_RANK is the index of the rank's GPU among those it can see: 0 where SLURM binds one
+    They are taken from these variables where a launcher has set them, else from the `srun` step; otherwise the world size
+    is 1. LOCAL_RANK is the index of the rank's GPU among those it can see: 0 where SLURM binds one
     GPU to each task.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        given = {name: environment[name] for name in PLACE if name in environment}
+        given = {name: environment[name] for name in DIST_ENV_VARS if name in environment}
         return {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", **_alone(given["WORLD_SIZE"]), **given}
     if not in_step(environment):
         return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", **_alone("1")}
@@ -77,7 +77,7 @@ def rank_environment(environment: Mapping[str, str] = os.environ) -> dict[str, s
 
 
 def master_address(environment: Mapping[str, str] = os.environ) -> str:
-    """Where rank 0 of this step listens: the address that SLURM itself uses for the step's first node.
+    """The address on which rank 0 of this step listens: SLURM's own address of the step's first node.
 
     A node's name need not resolve (`NodeAddr` is what counts). In a container without `scontrol` it is the address that
     `srun` ran on, which is the first node of a batch job.
@@ -94,7 +94,7 @@ def master_address(environment: Mapping[str, str] = os.environ) -> str:
 
 
 def master_port(environment: Mapping[str, str] = os.environ) -> int:
-    """The same port on all ranks of a step, another one after a restart and for the next job on the same node."""
+    """The rendezvous port: equal on all ranks of a step, different after a restart and for the next job on the node."""
     job, restart, step = (int(environment.get(f"SLURM_{n}") or 0) for n in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
     return FIRST_PORT + (job * 37 + restart * 5 + step) % PORTS
 
@@ -131,26 +131,26 @@ def _tasks_of_this_node(environment: Mapping[str, str]) -> int:
     return counts[min(int(environment.get("SLURM_NODEID", 0)), len(counts) - 1)]
 
 
-# ------------------------------------------------------------------------------------------------- being taken away
+# ----------------------------------------------------------------------------------------------------- being stopped
 
 
 def job_id(environment: Mapping[str, str] = os.environ) -> str | None:
-    """The id that `scontrol` takes for this job; for one of an array ``123_4``, since ``123`` is the whole array."""
+    """The job's id for `scontrol`; for an array job ``123_4``, because ``123`` names the whole array."""
     if "SLURM_ARRAY_JOB_ID" in environment and "SLURM_ARRAY_TASK_ID" in environment:
         return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
     return environment.get("SLURM_JOB_ID")
 
 
 def restart_count(environment: Mapping[str, str] = os.environ) -> int:
-    """How often SLURM has started this job before (the variable is not set at the first start)."""
+    """Number of earlier starts of this job by SLURM (the variable is not set at the first start)."""
     return int(environment.get("SLURM_RESTART_COUNT") or 0)
 
 
 def show_job(job_id: str) -> dict[str, str]:
-    """What the controller says of a job: ``JobState``, ``PreemptTime``, ``EndTime``, ``Restarts`` …
+    """The controller's record of a job: ``JobState``, ``PreemptTime``, ``EndTime``, ``Restarts`` …
 
     Raises:
-        SlurmError: it does not answer, or knows no such job (any more).
+        SlurmError: it does not answer, or does not know the job (any more).
     """
     return fields(_scontrol("show", "job", "-o", job_id))
 
@@ -167,21 +167,21 @@ ENDED_BY_ITSELF = {
 def taken_away(
     job: Mapping[str, str], signals: Collection[int] = (), *, restart: int | None = None, close: float = 120.0
 ) -> str | None:
-    """Why this start of a job was told to stop, or ended; None where nothing but its own processes ended it.
+    """The reason why this start of a job was stopped from outside; None if only its own processes ended it.
 
-    Preemption and `scancel` send the same signals. What tells them apart is the controller: a preempted job is still
-    RUNNING and has a PreemptTime; a cancelled one is COMPLETING without a Reason, or CANCELLED; one whose batch script was
-    killed is COMPLETING with one (JobLaunchFailure, of all names). A signal to a batch job that simply goes on RUNNING was
-    meant for its processes: `scancel --signal`, a node that shuts down, or the `srun` of an earlier start, whose node was
-    silent for a while (seen: it ends the step of the next start, which has the same name). A job with more restarts than
-    this start was put back by SLURM (after a preemption, or a lost node) or by an operator (`scontrol requeue`).
+    Preemption and `scancel` send the same signals; the controller's record tells them apart. A preempted job is still RUNNING
+    and has a PreemptTime. A cancelled job is COMPLETING without a Reason, or CANCELLED. A job whose batch script was killed is
+    COMPLETING with the Reason JobLaunchFailure. A signal to a batch job that stays RUNNING was meant for its processes:
+    `scancel --signal`, a node that shuts down, or the `srun` of an earlier start whose node was unreachable (seen: it ends the
+    step of the next start, which has the same name). A job with more restarts than this start was requeued by SLURM (after a
+    preemption, or a lost node) or by an operator (`scontrol requeue`).
 
     Args:
-        job: what :func:`show_job` says.
-        signals: all that this start has received. SIGUSR2 is the warning of the time limit that jobs are submitted with;
-            SIGUSR1 is a site's own one when the end is near, else an operator's `scancel --signal=USR1`.
-        restart: of this start; of the environment when not given.
-        close: seconds before the job's EndTime from which any end counts as the time limit.
+        job: the record of :func:`show_job`.
+        signals: received by this start. SIGUSR2 is the time-limit warning that jobs are submitted with; SIGUSR1 is a
+            site's own warning when the end is near, else an operator's `scancel --signal=USR1`.
+        restart: restart count of this start; default: the environment's.
+        close: seconds before the job's EndTime within which any end counts as the time limit.
     """
     restart = restart_count() if restart is None else restart
     state = job.get("JobState", "")
@@ -207,8 +207,8 @@ def taken_away(
 
 
 def grace(partition: str | None = None) -> float | None:
-    """Seconds between the first signal of a preemption and SIGKILL in a partition (this job's own when not given); None
-    where jobs are not preempted, or SLURM does not say.
+    """Seconds between the first signal of a preemption and SIGKILL in a partition (default: this job's); None where jobs
+    are not preempted, or SLURM does not answer.
     """
     partition = partition or os.environ.get("SLURM_JOB_PARTITION")
     if partition is None:
@@ -224,7 +224,7 @@ def grace(partition: str | None = None) -> float | None:
 
 
 def requeue(job_id: str) -> None:
-    """Put the job back into the queue: its tasks are killed within seconds, so this is the last thing a run does.
+    """Requeue the job. SLURM kills its tasks within seconds, so call this last.
 
     Raises:
         SlurmError: SLURM refused, or did not answer, three times.
@@ -232,7 +232,7 @@ def requeue(job_id: str) -> None:
     try:
         _scontrol("requeue", job_id)
     except SlurmError as error:
-        if "Job is pending execution" not in str(error):  # then it is back already: asked twice, or SLURM was faster
+        if "Job is pending execution" not in str(error):  # it is requeued already
             raise
 
 
@@ -255,7 +255,7 @@ def control(*arguments: str) -> str:
 
 
 def cluster_name() -> str | None:
-    """The name of the cluster that this machine belongs to; None where SLURM does not say."""
+    """Name of the cluster of this machine; None where SLURM does not answer."""
     if "SLURM_CLUSTER_NAME" in os.environ:
         return os.environ["SLURM_CLUSTER_NAME"]
     try:
@@ -286,7 +286,7 @@ def _seconds_until(moment: str | None) -> float:
 
 
 def fields(line: str) -> dict[str, str]:
-    """What `scontrol` prints with ``-o``: ``Key=value Key=value …``; a value may hold blanks, the first of two equal keys counts."""
+    """Parse the output of `scontrol … -o`: ``Key=value Key=value …``. Values may hold blanks; the first of two equal keys counts."""
     found: dict[str, str] = {}
     for key, value in re.findall(r"(?:^|\s)([A-Za-z][\w/:]*)=(.*?)(?=\s+[A-Za-z][\w/:]*=|\s*$)", line.split("\n")[0]):
         found.setdefault(key, value)
@@ -298,7 +298,7 @@ def _scontrol(*arguments: str, attempts: int = 3, timeout: float = 10.0) -> str:
 
 
 def _answered(*command: str, attempts: int = 3, timeout: float = 10.0) -> str:
-    """The output of a SLURM command, which can hang or fail for a moment while the controller is busy."""
+    """Output of a SLURM command, with retries: it can hang or fail while the controller is busy."""
     environment = {**os.environ, "SLURM_TIME_FORMAT": "standard"}  # sites set others, which cannot be compared
     said = ""
     for attempt in range(attempts):

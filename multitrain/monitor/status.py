@@ -1,4 +1,4 @@
-"""How runs are doing, from their folders and, where there is one, the scheduler. No torch."""
+"""Status of runs, from their folders and the scheduler (if there is one). No torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from multitrain.monitor.interruptions import interruptions
 from multitrain.monitor.status_text import card, table
 
 AFTER = {"submit": "submitted", "requeue": "requeued", "error": "failed"}
-"""Events that leave a run in a state; `start`, `resume` and `end` are read more closely."""
+"""States of a run by its last event; `start`, `resume` and `end` are handled separately."""
 
 LEFT = {"finished": "finished", "stopped on request": "stopped", "cancelled": "cancelled"}
 """The status of an `end` event and the state it leaves; any other is an interruption."""
@@ -29,7 +29,7 @@ LEFT = {"finished": "finished", "stopped on request": "stopped", "cancelled": "c
 UNDER_WAY = ("running", "pending", "requeued", "submitted")
 
 QUIET = 600.0
-"""Seconds without an update, at least, after which a running run is said to be silent; twenty updates when those are longer."""
+"""Minimum seconds without an update after which a running run counts as silent; or the time of twenty updates, if longer."""
 
 
 FIELDS = (
@@ -38,11 +38,11 @@ FIELDS = (
     *("validation_update", "checkpoint", "checkpoint_age_seconds", "checkpoints", "job", "job_state", "reason"),
     *("job_start", "nodes", "restarts", "interruptions", "skipped", "last_event", "last_error"),
 )
-"""What is told of a run."""
+"""Keys of a status."""
 
 
 def status(run_dir: str | Path) -> dict[str, Any]:
-    """What is known of a run.
+    """Status of a run.
 
     Returns:
         ``name``, ``run_dir``, ``state`` (running, pending, submitted, requeued, suspended, interrupted, stopped,
@@ -198,7 +198,7 @@ def _error(history: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def _state(history: Sequence[Mapping[str, Any]]) -> str:
-    """The state that the events tell, when no scheduler knows the job."""
+    """The state according to the events, when no scheduler knows the job."""
     for event in reversed(history):
         name = str(event.get("event"))
         if name in AFTER:
@@ -278,7 +278,7 @@ def _mean(metrics: Sequence[Mapping[str, Any]], key: str) -> float | None:
 
 
 def _speed(metrics: Sequence[Mapping[str, Any]]) -> float | None:
-    """Clips a second: all clips of the updates by all their seconds."""
+    """Clips per second, averaged over the updates."""
     pairs = [(r["clips_per_second"], r.get("seconds") or 1.0) for r in metrics if r.get("clips_per_second") is not None]
     return sum(speed * seconds for speed, seconds in pairs) / sum(s for _, s in pairs) if pairs else None
 
@@ -324,7 +324,7 @@ EXAMPLES = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``multitrain status [RUN…]``: how runs are doing."""
+    """``multitrain status [RUN…]``: the status of runs."""
     parser = Parser("status", "How runs are doing: from their folders and, where there is one, SLURM.", *EXAMPLES)
     parser.add_argument("run", nargs="*", metavar="RUN", help="a run's folder, or its name (default: all runs)")
     parser.add_argument("--runs", default="runs", metavar="DIR", help="folder of runs (default runs)")

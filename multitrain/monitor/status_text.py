@@ -1,4 +1,4 @@
-"""The statuses of runs as text: a line a run, or one run in full. Colours only when asked for."""
+"""Statuses of runs as text: one line per run, or one run in full. Colours only on request."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COLUMNS = {
     "checkpoint": "checkpoint",
     "job": "job",
 }
-"""Columns of :func:`table`, without those that say nothing of any run."""
+"""Columns of :func:`table`; columns that are empty for all runs are left out."""
 
 COLOURS = {
     "running": "32",
@@ -41,11 +41,11 @@ COLOURS = {
 """ANSI colours of states."""
 
 SHOWN = 8
-"""Interruptions that :func:`card` lists, the newest ones."""
+"""Number of interruptions that :func:`card` lists, the newest ones."""
 
 
 def table(rows: Sequence[Mapping[str, Any]], *, colour: bool = False) -> str:
-    """Statuses of several runs as aligned text, one line a run, with lines below a run that needs a look."""
+    """Statuses of several runs as aligned text, one line per run, with warnings below it."""
     cells = [_cells(row) for row in rows]
     kept = [c for c in COLUMNS if c == "name" or any(row[c] for row in cells)]
     widths = {c: max([len(COLUMNS[c]), *(len(row[c]) for row in cells)]) for c in kept}
@@ -60,7 +60,7 @@ def table(rows: Sequence[Mapping[str, Any]], *, colour: bool = False) -> str:
 
 
 def card(row: Mapping[str, Any], *, colour: bool = False) -> str:
-    """One run in full, a fact a line."""
+    """One run in full, one fact per line."""
     cells = _cells(row)
     state = str(row.get("state") or "")
     facts = {
@@ -111,7 +111,7 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _remedy(row: Mapping[str, Any]) -> list[str]:
-    """How a run that has ended early goes on."""
+    """How to continue a run that ended early."""
     if row.get("state") not in ("interrupted", "failed", "stopped", "timeout", "out_of_memory", "node_fail"):
         return []
     return [printable(f"to go on: python launch/submit.py {shlex.quote(str(row['run_dir']))}  (in the checkout)")]

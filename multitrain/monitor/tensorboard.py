@@ -28,7 +28,7 @@ SCALARS = {
 """Keys of a record in `metrics.jsonl` and their TensorBoard names."""
 
 PER_DATASET = {"loss_per_dataset": "train/loss_", "skipped": "data/skipped_"}
-"""Keys that hold one number a dataset, and what stands before the dataset's name."""
+"""Keys with one number per dataset, and the prefix of their TensorBoard names."""
 
 
 def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -47,7 +47,7 @@ COLOUR = 3
 
 
 class TensorBoard:
-    """Writes scalars to a folder; points that a resumed run does again are hidden (`purge_step`).
+    """Writes scalars to a folder; points of updates that a resumed run repeats are hidden (`purge_step`).
 
     While the disk refuses them, points are left out (`metrics.jsonl` has them all), and every :meth:`flush` tries again.
 
@@ -70,7 +70,7 @@ class TensorBoard:
         return SummaryWriter(str(self._folder), purge_step=purge_step, flush_secs=30)
 
     def _do(self, action: Callable[[SummaryWriter], Any]) -> None:
-        """`action`, unless the disk refuses: the library's thread keeps its error and raises it at a later call."""
+        """Run `action`; write errors are caught (the library's thread keeps an error and raises it at a later call)."""
         if self._writer is None:
             return
         try:
@@ -99,7 +99,7 @@ class TensorBoard:
         self._do(lambda writer: writer._get_file_writer().add_summary(stored, completed))  # type: ignore[no-untyped-call]
 
     def settings(self, values: Mapping[str, Any], measures: Sequence[str]) -> None:
-        """What the HPARAMS tab compares runs by: settings, and the names of the scalars that are their results."""
+        """Write the HPARAMS tab: the settings, and the names of the scalars to compare."""
         from torch.utils.tensorboard.summary import hparams
 
         plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in values.items()}

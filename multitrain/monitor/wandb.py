@@ -1,4 +1,4 @@
-"""Weights & Biases, for those who use it: the numbers that TensorBoard gets. It never disturbs a run."""
+"""Weights & Biases (optional): the same scalars as TensorBoard. Its failures never affect a run."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Wandb:
         self._try(lambda: self._open(project, name, run_dir, settings))
 
     def scalars(self, values: Mapping[str, float], completed: int) -> None:
-        """Numbers by name, after `completed` updates."""
+        """Log scalars after `completed` updates."""
         if self._run is not None:
             self._try(lambda: self._run.log({**values, "update": completed}))
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the rest and finish."""
         if self._run is not None:
             self._try(lambda: self._run.finish())
         self._run = None
