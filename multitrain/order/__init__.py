@@ -1,4 +1,4 @@
-"""Which video comes when, and on which GPU: numpy and integer arithmetic only, no state, no torch."""
+"""The order of the samples, and their rank: stateless integer arithmetic with numpy, no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How an update is cut up: effective batch = micro-batch × accumulation × GPUs, solved for, never typed in."""
+"""Decomposition of an update: effective batch = micro-batch × accumulation × GPUs. Accumulation is computed, not configured."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 class BatchShapeError(ValueError):
-    """An effective batch that does not divide as asked. One line: what was asked, and the nearest that works."""
+    """An effective batch that does not divide; one line with the given values and the nearest that work."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class BatchShape:
     world_size: int
     """Ranks (GPUs)."""
     micro_batch: int
-    """Videos of one rank in one forward and backward."""
+    """Videos of one rank in one forward and backward pass."""
     accumulation: int
     """Micro-batches of one rank per update."""
 
@@ -61,8 +61,8 @@ def solve(
     """The shape of an update of `effective_batch` videos on `nodes` × `gpus` GPUs.
 
     Args:
-        micro_batch: videos of one GPU at a time; None takes the largest that divides and is no larger than
-            `largest_micro_batch` (or one group, where a group is larger).
+        micro_batch: videos per GPU and forward pass; None takes the largest divisor up to
+            `largest_micro_batch` (or one group, if a group is larger).
         group: videos that have to stay together in a micro-batch (the option augment.mix_group).
 
     Raises:
@@ -99,7 +99,7 @@ def _options(batch: int, nodes: int, gpus: int, micro: int | None, group: int, l
 
 
 def _refusal(batch: int, nodes: int, gpus: int, group: int, unit: int) -> str:
-    """Why `batch` does not go on these GPUs, and what does: other GPUs for this batch, other batches for these GPUs."""
+    """The error for a `batch` that does not divide over these GPUs, with the nearest GPU counts and batches that work."""
     world = nodes * gpus
     what = f"effective_batch={batch} does not divide over {_gpus(nodes, gpus)}"
     if group > 1:

@@ -1,7 +1,7 @@
-"""A keyed permutation of ``range(size)``, evaluated at any position without visiting the others.
+"""A keyed permutation of ``range(size)``, evaluated at any position in constant time.
 
 Everything is integer arithmetic of fixed width, so the order is the same on every machine and with every version of
-numpy, for ever. numpy's own shuffles promise that for one build on one machine only (NEP 19).
+numpy. numpy's own shuffles guarantee that for one build on one machine only (NEP 19).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 ROUNDS = 16
-"""So many that even the 720 orders of six videos come out equally often; with 12 they visibly do not."""
+"""Enough rounds that all 720 permutations of 6 items are equally likely (12 are measurably biased)."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLIERS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
@@ -21,13 +21,13 @@ _SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
 
 
 def key(*parts: int | str | bytes) -> int:
-    """The 64-bit hash of a tuple: equal for equal tuples, unrelated for all others.
+    """The 64-bit hash of a tuple.
 
     Every part enters BLAKE2b with its type and length. So ``("ab", "c")`` and ``("a", "bc")`` differ, ``(1,)`` and
     ``("1",)``, ``(seed, epoch + 1)`` and ``(seed + 1, epoch)``. Integers may be of any size and sign, numpy's too.
 
     Raises:
-        TypeError: for a part that is no integer, text or bytes.
+        TypeError: a part is not an integer, text or bytes.
     """
     state = hashlib.blake2b(digest_size=8)
     for part in parts:
@@ -48,11 +48,11 @@ def _encode(part: int | str | bytes) -> tuple[bytes, bytes]:
 
 
 def permute(index: NDArray[np.int64], size: int, key: int | NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Where a keyed bijection of ``range(size)`` sends each of `index`.
+    """The images of `index` under a keyed bijection of ``range(size)``.
 
-    A generalised Feistel network over Z_a × Z_b, a ≈ b ≈ √size; what it sends past the end of the range walks on along
-    its cycle until it is back inside (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). Since a·b
-    exceeds the size by less than a, hardly anything has to walk.
+    A generalised Feistel network over Z_a × Z_b, a ≈ b ≈ √size, with cycle walking: images outside the range are mapped again
+    until they are inside (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). Since a·b exceeds the size by
+    less than a, this is rare.
 
     Args:
         index: int64 of any shape, each in ``range(size)``.
@@ -82,7 +82,7 @@ def permute(index: NDArray[np.int64], size: int, key: int | NDArray[np.uint64]) 
 
 
 def shuffle(size: int, key: int) -> NDArray[np.int64]:
-    """A keyed permutation of ``range(size)`` as a whole, int64 [size]: cheaper than `permute` where all of it is wanted."""
+    """A whole keyed permutation of ``range(size)``, int64 [size]: cheaper than `permute` when all of it is needed."""
     return np.argsort(_round_keys(np.array([key], np.uint64), size)[:, 0], kind="stable")
 
 

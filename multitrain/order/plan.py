@@ -1,7 +1,7 @@
-"""Which video comes when: ``ticket(g) → (dataset, index, pass)``, a pure function of the plan and the sample number g.
+"""The order of the samples: ``ticket(g) → (dataset, index, pass)``, a pure function of the plan and the sample number g.
 
-Update s trains on the samples ``[s * effective_batch, (s + 1) * effective_batch)``. There is no state but s, so a run
-resumes anywhere at once, on any number of GPUs, and still sees every video exactly once per pass over its dataset.
+Update s trains on the samples ``[s * effective_batch, (s + 1) * effective_batch)``. The only state is s, so a run resumes at any
+update, on any number of GPUs, and sees every video exactly once per epoch of its dataset ("pass" in the record's field).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from multitrain.order.permutation import key, permute
 from multitrain.order.windows import SHARD_VIDEOS, Part, scatter, shard_pass
 
 ORDER_VERSION = 1
-"""Raised with every change that gives an old plan a new order: no run goes on in an order it did not start in."""
+"""Incremented with every change of the order of an existing plan; a run refuses to resume in another order."""
 
 TICKET = np.dtype([("dataset", "<i4"), ("index", "<i8"), ("pass", "<i8")])
 """One sample: its dataset (position in `Plan.sources`), its video in that dataset, and that dataset's epoch."""
@@ -36,17 +36,17 @@ Proportions = Literal["size", "weights", "temperature"]
 
 @dataclass(frozen=True)
 class Source:
-    """One dataset as the order sees it."""
+    """One dataset of the mixture."""
 
     name: str
     size: int
     """Videos."""
     replicas: int = 1
-    """Passes over the dataset in one epoch."""
+    """Passes over the dataset in one epoch of the mixture."""
     weight: float | None = None
     """Share in the mixture with proportions=weights; any positive scale."""
     digest: str = ""
-    """Of the content of the annotations; the order does not depend on it, the fingerprint does."""
+    """Digest of the annotations. Part of the fingerprint, without influence on the order."""
 
     def __post_init__(self) -> None:
         _make_integers(self, "size", "replicas")
@@ -65,9 +65,9 @@ class Source:
 class Plan:
     """The order of all videos of a run.
 
-    mixture=interleave: every update holds the datasets in their proportions, exactly where these come out whole (see
-    `apportion`), and each dataset runs through keyed permutations of its own, one a pass. mixture=concat: one keyed
-    permutation a pass over the union of all replicas of all datasets, as in the paper's code.
+    mixture=interleave: every update holds the datasets in their proportions, exactly where these are whole numbers (see
+    `apportion`), and each dataset has its own keyed permutation per epoch. mixture=concat: one keyed permutation per epoch of
+    the union of all replicas of all datasets, as in the published code.
 
     Raises:
         ValueError: when the settings contradict each other; one line.
@@ -180,7 +180,7 @@ class Plan:
         return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """What changed since another plan's `describe` was written, one line each; empty for the same plan."""
+        """The differences from another plan's `describe`, one line each; empty for the same plan."""
         was, now = dict(other), self.describe()
         old, new = ({s["name"]: s for s in d.pop("sources", ())} for d in (was, now))
         lines = _changes("", was, now)
@@ -193,7 +193,7 @@ class Plan:
         return lines
 
     def _concat(self, tickets: NDArray[np.void], start: int, stop: int) -> None:
-        """One pass over the union: dataset after dataset, replica after replica, all shuffled by one permutation."""
+        """One epoch of the union of all replicas of all datasets, shuffled by one permutation."""
         ends = np.cumsum([s.draws for s in self.sources])
         sizes = np.array([s.size for s in self.sources])
         replicas = np.array([s.replicas for s in self.sources])
@@ -206,24 +206,24 @@ class Plan:
         tickets["dataset"], tickets["index"], tickets["pass"] = dataset, video, union * replicas[dataset] + replica
 
     def _interleave(self, tickets: NDArray[np.void], start: int, stop: int) -> None:
-        """The k-th draw of a dataset is place k of an endless list: one permutation of the dataset after the other."""
-        tickets["dataset"], draw = self._seating(start, stop)
+        """Sample k of a dataset is at position k of an infinite sequence of permutations of the dataset."""
+        tickets["dataset"], draw = self._assign_slots(start, stop)
         for number, source in enumerate(self.sources):
             own = np.flatnonzero(tickets["dataset"] == number)
             if own.size:
                 shuffled = self._shuffled if self.shuffle_window is None else self._in_windows
-                lap, video = shuffled(("order", self.seed, source.name), draw[own], source.size)
-                tickets["index"][own], tickets["pass"][own] = video, lap
+                epoch, video = shuffled(("order", self.seed, source.name), draw[own], source.size)
+                tickets["index"][own], tickets["pass"][own] = video, epoch
 
     def _in_windows(
         self, name: tuple[str | int, ...], place: NDArray[np.int64], size: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """As `_shuffled`, in windows of shards."""
-        lap, _, video = self._windowed((Part(size, 1),), name, place)
-        return lap, scatter(video, size)
+        """As `_shuffled`, with shuffling in windows of shards."""
+        epoch, _, video = self._windowed((Part(size, 1),), name, place)
+        return epoch, scatter(video, size)
 
     def _concat_in_windows(self, tickets: NDArray[np.void], start: int, stop: int) -> None:
-        """As `_concat`; what is permuted is the shards of all replicas of all datasets."""
+        """As `_concat`, permuting the shards of all replicas of all datasets."""
         parts = tuple(Part(s.size, s.replicas) for s in self.sources)
         union, part, video = self._windowed(parts, ("concat", self.seed), np.arange(start, stop))
         replicas = np.array([s.replicas for s in self.sources])
@@ -237,26 +237,26 @@ class Plan:
     def _windowed(
         self, parts: tuple[Part, ...], name: tuple[str | int, ...], place: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Pass, part (replicas counted one by one) and place within the part, of ascending places [N] of the endless list."""
-        lap, offset = np.divmod(place, sum(p.videos * p.replicas for p in parts))
-        part, video = np.empty_like(lap), np.empty_like(lap)
+        """Epoch, part (replicas counted one by one) and position within the part, for ascending positions [N] of the sequence."""
+        epoch, offset = np.divmod(place, sum(p.videos * p.replicas for p in parts))
+        part, video = np.empty_like(epoch), np.empty_like(epoch)
         assert self.shuffle_window is not None
-        for number in range(int(lap[0]), int(lap[-1]) + 1):
-            own = slice(*np.searchsorted(lap, [number, number + 1]))
+        for number in range(int(epoch[0]), int(epoch[-1]) + 1):
+            own = slice(*np.searchsorted(epoch, [number, number + 1]))
             shards = shard_pass(parts, self.shard_videos, self.shuffle_window, (*name, number))
             part[own], video[own] = shards.shuffled(offset[own])
-        return lap, part, video
+        return epoch, part, video
 
     def _shuffled(
         self, name: tuple[str | int, ...], place: NDArray[np.int64], size: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Pass and video at ascending places [N] of an endless list of passes, each a permutation of range(size)."""
-        lap, offset = np.divmod(place, size)
-        first, last = int(lap[0]), int(lap[-1])
+        """Epoch and video for ascending positions [N] of an infinite sequence of epochs, each a permutation of range(size)."""
+        epoch, offset = np.divmod(place, size)
+        first, last = int(epoch[0]), int(epoch[-1])
         keys = np.array([key(*name, number) for number in range(first, last + 1)], np.uint64)
-        return lap, permute(offset, size, keys[lap - first] if len(keys) > 1 else keys)
+        return epoch, permute(offset, size, keys[epoch - first] if len(keys) > 1 else keys)
 
-    def _seating(self, start: int, stop: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    def _assign_slots(self, start: int, stop: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """For each sample in ``[start, stop)``: its dataset, and its ordinal among the samples of that dataset."""
         batch = self.effective_batch
         first, end = start // batch, -(-stop // batch)
@@ -270,7 +270,7 @@ class Plan:
         return np.concatenate(datasets)[wanted], np.concatenate(draws)[wanted]
 
     def _drawn(self, updates: int) -> list[int]:
-        """Videos drawn from each dataset in the first `updates` updates: whole shares exact, the others apportioned."""
+        """Samples of each dataset in the first `updates` updates: whole shares exactly, the others apportioned."""
         whole, fractional = self._shares
         seats = self.effective_batch - sum(whole)
         rest = apportion(updates * seats, fractional)
@@ -278,14 +278,14 @@ class Plan:
 
     @cached_property
     def _shares(self) -> tuple[list[int], list[int]]:
-        """Of each dataset the videos per update where that is a whole number, else 0; its weight where not, else 0."""
+        """For each dataset: its videos per update if that is a whole number, else 0; and its weight if not, else 0."""
         weights = self._weights()
         shares = [divmod(self.effective_batch * w, sum(weights)) for w in weights]
         whole = [share if not remainder else 0 for share, remainder in shares]
         return whole, [w if remainder else 0 for w, (_, remainder) in zip(weights, shares)]
 
     def _weights(self) -> list[int]:
-        """The proportions of the datasets as integers: floats are taken for the simple fractions they stand for."""
+        """The proportions of the datasets as integers; floats are replaced by the simplest fractions close to them."""
         if self.proportions == "size":
             return [s.draws for s in self.sources]
         if self.proportions == "weights":
@@ -299,12 +299,12 @@ class Plan:
 
 
 def apportion(seats: int, weights: Sequence[int]) -> list[int]:
-    """`seats` shared out by `weights` as the method of Webster and Sainte-Laguë does.
+    """Distribute `seats` in proportion to `weights` by the method of Webster and Sainte-Laguë.
 
-    It favours neither the large nor the small, and it is house-monotone: with one seat more, none has fewer (Balinski
-    and Young, "Fair Representation", 1982). So seat by seat it is an order of all draws, known at any seat without the
-    seats before. Shares that all come out whole are met exactly; else one of n who is due a fraction f of the seats is
-    off by (1 + n f) / 2 at most. Weight 0 gets none; ties go to the first.
+    The method is unbiased and monotone: with one seat more, no share decreases (Balinski and Young, "Fair Representation",
+    1982). So it defines an order of all samples that can be evaluated at any seat directly. Shares that are all whole numbers
+    are met exactly; otherwise a share of n with the fraction f of the seats is off by (1 + n f) / 2 at most. Weight 0 gets no
+    seat; ties go to the first.
     """
     total = sum(weights)
     if not total:
@@ -320,10 +320,10 @@ def apportion(seats: int, weights: Sequence[int]) -> list[int]:
 
 @lru_cache(maxsize=256)
 def layout(counts: tuple[int, ...], group: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """An update's samples, `counts` of each dataset: whole groups of one dataset spread evenly, what fills none last.
+    """The slots of an update, `counts` of each dataset: groups of one dataset spread evenly, incomplete groups last.
 
     Returns:
-        dataset int32 [sum of counts], and ordinal int64: how many of the dataset's samples come before this one.
+        dataset int32 [sum of counts], and ordinal int64: the number of the dataset's samples before this one.
     """
     groups = [count // group for count in counts]
     owner = np.repeat(np.arange(len(counts)), groups)
@@ -352,7 +352,7 @@ def simplest(number: float | Decimal) -> Fraction:
 
 
 def _make_integers(instance: object, *names: str) -> None:
-    """Python's own integers, which do not overflow, in place of numpy's; refuses floats."""
+    """Replace numpy's integers by Python's, which do not overflow; refuse floats."""
     for name in names:
         object.__setattr__(instance, name, index(getattr(instance, name)))
 
@@ -364,6 +364,6 @@ def _changes(prefix: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> lis
 
 
 def _short(value: object) -> str:
-    """`value` in a message: of a digest, the first digits will do."""
+    """`value` for a message; digests are shortened."""
     text = str(value) or "none"
     return text if len(text) <= 16 else text[:12] + "…"

@@ -1,7 +1,7 @@
-"""The order in which shards are read locally: shards permuted, then the videos within windows of a few shards.
+"""An order with local reads: the shards are permuted, then the videos within windows of a few shards.
 
-`data pack` cuts a dataset into shards of a fixed number of videos. Which video lies in which shard is a function of the number
-of videos alone (`scatter`), so the order knows the shards and depends neither on files nor on whether there are any.
+`data pack` splits a dataset into shards of a fixed number of videos. The shard of a video is a function of the number of videos
+alone (`scatter`), so the order does not depend on files.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from numpy.typing import NDArray
 from multitrain.order.permutation import key, permute, shuffle
 
 SHARD_VIDEOS = 1000
-"""Videos of a shard, unless the configuration says otherwise."""
+"""Default number of videos per shard."""
 
 
 def scatter(place: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """The videos, by their lines in the csv, at some places of the shards of a dataset of `size` videos.
+    """The videos (line numbers in the csv) at the positions `place` of the shards of a dataset of `size` videos.
 
-    Shard s holds places ``[s * n, (s + 1) * n)`` for n videos a shard. A fixed permutation, so that the videos of a shard are a
-    fair sample of the dataset also where the csv is sorted by class.
+    Shard s holds the positions ``[s * n, (s + 1) * n)`` for n videos per shard. A fixed permutation, so that a shard is an unbiased
+    sample of the dataset also where the csv is sorted by class.
     """
     return permute(place, size, key("shards", size))
 
 
 class Part(NamedTuple):
-    """A dataset whose shards are among those of a pass, `replicas` times over."""
+    """A dataset in an epoch, with its number of replicas."""
 
     videos: int
     replicas: int
@@ -37,14 +37,14 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over some shards: which comes when, and where windows end.
+    """One epoch of the shards: their order, and the ends of the windows.
 
     Attributes:
         part: int64 [S], the part (replicas counted one by one) that the shard at each position is of.
         first: int64 [S], the place within its part of the shard's first video.
         start: int64 [S + 1], the place in the pass of the first video of each position, and the end.
         window: int64 [windows + 1], the place of the first video of each window, and the end.
-        name: of the pass, for the keys of the windows.
+        name: of the epoch, for the keys of the windows.
     """
 
     part: NDArray[np.int64]
@@ -54,7 +54,7 @@ class Pass:
     name: tuple[str | int, ...]
 
     def shuffled(self, place: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The part, and the place within it, of the video that comes at each of the ascending places [N] of the pass."""
+        """The part, and the position within it, of the video at each of the ascending positions [N] of the epoch."""
         number = np.searchsorted(self.window, place, side="right") - 1
         begin = self.window[number]
         size = self.window[number + 1] - begin
@@ -71,10 +71,10 @@ class Pass:
 
 @lru_cache(maxsize=64)
 def shard_pass(parts: tuple[Part, ...], shard_videos: int, reach: int, name: tuple[str | int, ...]) -> Pass:
-    """The pass that `name` identifies.
+    """The epoch with this name.
 
-    Windows are as even as they can be, of ``(reach + 1) // 2`` shards at most: so an update whose videos come from two windows in a
-    row reads ``reach + 1`` shards at most. It costs a fraction of a microsecond a shard, once a pass and process.
+    Windows are as equal as possible and have ``(reach + 1) // 2`` shards at most, so that an update whose videos come from two
+    consecutive windows reads ``reach + 1`` shards at most. Costs less than a microsecond per shard, once per epoch and process.
     """
     each = [np.arange(0, videos, shard_videos) for videos, replicas in parts for _ in range(replicas)]
     ends = [videos for videos, replicas in parts for _ in range(replicas)]
