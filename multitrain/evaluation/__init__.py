@@ -1,1 +1,1 @@
-"""Views become scores, scores become tables."""
+"""Multi-view testing, validation, metrics, and plots and pages of the results."""

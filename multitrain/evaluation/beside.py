@@ -1,4 +1,4 @@
-"""Where what is made of a run goes: beside it when the run is ours, else to the working folder."""
+"""Output folders for results of a run: inside the run if it belongs to this user, else in the working folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from multitrain.config import RunConfig
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether this user owns `folder`, or the nearest folder above it that exists, and may write there."""
+    """Whether this user owns `folder`, or its nearest existing parent, and may write there."""
     place = folder.absolute()
     while not place.exists() and place != place.parent:
         place = place.parent

@@ -1,4 +1,4 @@
-"""Features of videos: what a model makes of them before any head looks, for search, maps and other people's classifiers."""
+"""Features of videos before the heads, for retrieval, maps and other classifiers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MAKER = "embed, nearest"
 """Whose files an output may replace: see :mod:`multitrain.files`."""
 _NAMED = 24
-"""Classes up to which a map shows their names."""
+"""Maximum number of classes for which a map shows the names."""
 
 
 class Item(NamedTuple):
@@ -31,7 +31,7 @@ class Item(NamedTuple):
 
     path: str
     dataset: str = ""
-    """Whose clips it is read as; of the model's first dataset when empty."""
+    """Dataset whose sampling is used to read it; empty: the model's first dataset."""
     label: str = ""
 
 
@@ -80,7 +80,7 @@ def embed(
 
 
 def write(found: Embeddings, out: Path) -> None:
-    """Write path, dataset, label and features of each video to a ``.npz`` or ``.parquet`` file, whole or not at all.
+    """Write path, dataset, label and features of each video to a ``.npz`` or ``.parquet`` file, atomically.
 
     Raises:
         ConfigError: another kind of file, another file in its place, or pyarrow is not installed.

@@ -1,4 +1,4 @@
-"""Multi-view testing: every video of a split scored exactly once, by any number of ranks, through any interruption.
+"""Multi-view testing: scores every video of a split exactly once, with any number of ranks and across interruptions.
 
 Every rank appends what it has scored to files of its own (:mod:`multitrain.evaluation.shards`); started again, with any
 number of ranks, an evaluation goes on where it was. A video that cannot be read is listed, never replaced. Datasets that are
@@ -41,15 +41,15 @@ PATIENCE = 1800.0
 
 
 class EvaluationError(ConfigError):
-    """An evaluation that cannot be finished; the message says what is missing. What is scored is kept."""
+    """An evaluation that cannot be finished; the message says what is missing. Existing scores are kept."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What :func:`evaluate` did."""
+    """Result of :func:`evaluate`."""
 
     finished: bool
-    """Every video is scored or known to be unreadable. False after an interruption: call it again to go on."""
+    """Whether every video is scored or known to be unreadable. False after an interruption: call it again to continue."""
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Figures by dataset (see :func:`multitrain.evaluation.tables.figures`); on rank 0 of a finished evaluation only."""
     combined: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -150,7 +150,7 @@ def _score_share(
     stop: Stop | None,
     progress: Callable[[str, int, int], None] | None,
 ) -> bool:
-    """Scores what is left of this rank's share of a task; False when stopped."""
+    """Score the remaining videos of this rank's part of a task; False when stopped."""
     folder = out / task.key / "shards"
     known = ShardReader(folder, header)
     known.poll()
@@ -174,7 +174,7 @@ def _score_share(
 
 
 def _wait(task: Task, header: Mapping[str, Any], out: Path, stop: Stop | None, patience: float) -> ShardReader | None:
-    """Reads shards until every video is in them; None when stopped."""
+    """Read the shards until they hold every video; None when stopped."""
     shards = ShardReader(out / task.key / "shards", header)
     changed = time.monotonic()
     while True:
@@ -217,7 +217,7 @@ def _known(name: str, known: Mapping[str, object], what: str) -> str:
 def _header(
     task: Task, config: RunConfig, model: MultiTrain, split: str, precision: str, weights: str
 ) -> dict[str, Any]:
-    """All that the scores depend on; shards that differ in it are never put together."""
+    """Everything that the scores depend on; shards that differ in it are never merged."""
     dataset, data = task.dataset, config.data
     return {
         "format": FORMAT,

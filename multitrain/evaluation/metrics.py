@@ -1,4 +1,4 @@
-"""Scores and labels become figures. Plain numpy; every rule about ties is fixed, so a figure never depends on the order of videos.
+"""Metrics from scores and labels, with numpy. Tie rules are fixed, so that a metric never depends on the order of the videos.
 
 `scores` are ``float [N, K]``, larger is better. `labels` are one integer a video (``int [N]``) or, with several true
 labels a video, a sequence of tuples of integers. All figures are fractions in [0, 1].
@@ -47,7 +47,7 @@ def topk_hits(scores: Scores, labels: Labels, k: int) -> npt.NDArray[np.bool_]:
 
 
 def topk_accuracy(scores: Scores, labels: Labels, k: int = 1) -> float:
-    """Share of rows with a true label among the `k` best classes; NaN without rows."""
+    """Fraction of rows with a true label among the `k` best classes; NaN without rows."""
     hits = topk_hits(scores, labels, k)
     return float(hits.mean()) if len(hits) else float("nan")
 

@@ -1,4 +1,4 @@
-"""Which classes of other datasets a class is near to: what the projections have learned.
+"""Nearest classes of other datasets for each class, from the learned projections.
 
 A projection maps the logits of one dataset to those of another, ẑ_b = W_ab z_a. Its entry (j, i) says how much class j of b
 speaks for a clip when class i of a does. Rows are compared as z-scores, for classes of b differ in how much they follow at all.
@@ -16,12 +16,12 @@ from multitrain.model import MultiTrain
 from multitrain.monitor.plot_style import figure, label, png
 
 SHOWN = 40
-"""Classes of a side at most that a heat map shows."""
+"""Maximum number of classes per axis of a heat map."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """A class of the source and one of the target that go together."""
+    """A class of the source and its match in the target."""
 
     source: str
     target: str

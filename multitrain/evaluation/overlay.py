@@ -1,4 +1,4 @@
-"""A video with what the model says of it drawn in."""
+"""A copy of a video with the model's predictions drawn in."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def write_overlay(
 
 
 def _in_order(video: Video) -> Iterator[tuple[int, np.ndarray]]:
-    """All frames by rising number, one in memory at a time; one that has to be tried twice is asked for by itself."""
+    """All frames in order, one in memory at a time; a frame that fails is requested again by itself."""
     done = 0
     while done < video.frame_count:
         for number, frame in video.each(range(done, video.frame_count)):
@@ -59,7 +59,7 @@ def _in_order(video: Video) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def caption(predictions: Mapping[str, Sequence[tuple[str, float]]], height: int, width: int) -> np.ndarray:
-    """The lines of text on transparent ground, for frames of height × width: uint8 [h, w, 4], h ≤ height, w ≤ width."""
+    """The lines of text on a transparent background, for frames of height × width: uint8 [h, w, 4], h ≤ height, w ≤ width."""
     lines = [printable(f"{name}: {label} {100 * p:.1f}%") for name, best in predictions.items() for label, p in best]
     size = float(max(8, min(height // 16, (height - 4) // max(len(lines), 1) - 2)))
     font = ImageFont.load_default(size)

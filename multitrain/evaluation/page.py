@@ -1,4 +1,4 @@
-"""One HTML page that needs no other file: sections with tables, pictures and folded text."""
+"""A self-contained HTML page: sections with tables, pictures and folded text."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ summary{cursor:pointer;color:#57606a}
 
 @dataclass(frozen=True)
 class Section:
-    """One box of the page."""
+    """A section of the page."""
 
     title: str
     """Empty for one without heading and without a place in the navigation."""
     body: str
-    """HTML; made by the functions of this module, which escape what they are given."""
+    """HTML, made by the functions of this module, which escape their arguments."""
     note: str = ""
-    """What to know when reading it, plain text."""
+    """Explanation of the section, plain text."""
 
 
 def page(name: str, sections: Sequence[Section]) -> str:
@@ -112,7 +112,7 @@ def folded(title: str, text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """`text` for HTML; it may come from a stranger."""
+    """Escape `text` for HTML."""
     return html.escape(printable(text))
 
 

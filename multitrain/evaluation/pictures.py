@@ -1,4 +1,4 @@
-"""Pictures of a run: curves, film strips with predictions, confusion matrices. matplotlib is loaded when one is drawn."""
+"""Plots of a run: curves, film strips with predictions, confusion matrices. matplotlib is imported on the first plot."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 POINTS = 600
-"""Points of a drawn curve at most; longer ones are averaged in equal stretches."""
+"""Maximum points of a curve; longer curves are averaged in equal intervals."""
 MARKED = 25
-"""Interruptions up to which their numbers stand at the lines; more would hide each other."""
+"""Maximum number of interruptions whose lines are numbered; more would overlap."""
 LONGEST = 32
 """Maximum length of a class label."""
 NAMED = 32
-"""Classes up to which a confusion matrix shows their names."""
+"""Maximum number of classes for which a confusion matrix shows the names."""
 
 Curve = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
 class History:
-    """What the curves show."""
+    """Data of the curves."""
 
     metrics: Sequence[Mapping[str, Any]]
     """Records of `metrics.jsonl`."""
@@ -40,12 +40,12 @@ class History:
     interruptions: Sequence[Mapping[str, Any]] = ()
     """See :func:`multitrain.monitor.interruptions.interruptions`; numbered from 1 in the pictures."""
     chance: Mapping[str, float] = field(default_factory=dict)
-    """By dataset: percent that guessing reaches."""
+    """By dataset: chance level in percent."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One test video and what the model says of it."""
+    """A test video and its predictions."""
 
     dataset: str
     frames: np.ndarray
@@ -81,7 +81,7 @@ def curves(history: History) -> bytes:
 
 
 def film_strips(examples: Sequence[Example], heads: Sequence[str]) -> bytes:
-    """One row a video: frames, true label, and the best classes of every head, as PNG."""
+    """One row per video: frames, true label, and the best classes of every head, as PNG."""
     rows, shown = len(examples), 6
     figure, axes = _figure(1 + len(heads), rows, width=6.0 + 2.5 * len(heads), height=1.2 * rows + 0.4, ratio=2.6)
     for row, example in enumerate(examples):
@@ -105,7 +105,7 @@ def film_strips(examples: Sequence[Example], heads: Sequence[str]) -> bytes:
 
 
 def confusion(matrices: Mapping[str, np.ndarray], names: Mapping[str, Sequence[str]]) -> bytes:
-    """One confusion matrix a dataset (int [K, K], row = true class), in percent of the row, as PNG."""
+    """One confusion matrix per dataset (int [K, K], row = true class), in percent of the row, as PNG."""
     sides = {d: 3.0 + 0.24 * min(len(m), NAMED) for d, m in matrices.items()}
     widths = list(sides.values())
     figure, axes = _figure(len(matrices), 1, width=sum(widths), height=max(widths) * 0.92, widths=widths)
@@ -162,7 +162,7 @@ def _rate(axis: Axes, history: History) -> None:
 
 
 def _waiting(axis: Axes, history: History) -> None:
-    """Share of the time that the ranks waited for data, in percent."""
+    """Percentage of the time that the ranks waited for data."""
     updates, share = _curve(history, "data_wait_fraction")
     _lines(axis, "Waiting for data, % of the time", {"": (updates, 100 * share)}, first=COLOURS[5])
 

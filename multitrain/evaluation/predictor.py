@@ -1,4 +1,4 @@
-"""A trained model that answers: which action is in this file?"""
+"""A trained model with the reading of video files: predicts the action in a file."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class Predictor(MultiTrain):
         return settings if views == "test" else settings.model_copy(update={"temporal_views": 1, "spatial_views": 1})
 
     def _pixels(self, settings: DatasetConfig) -> tuple[object, ...]:
-        """What decides which pixels the network sees; datasets that agree on it share the clips."""
+        """Settings that determine the pixels of a clip; datasets with equal settings share the clips."""
         return settings.sampling, settings.temporal_views, settings.spatial_views, short_side(settings, self.config)
 
     def _best(self, name: str, row: torch.Tensor, top: int) -> list[tuple[str, float]]:
@@ -132,7 +132,7 @@ def load(
     frames: int | None = None,
     crop: int | None = None,
 ) -> Predictor:
-    """The model stored at `path`, on the CPU in eval mode; its `report` says what became of every tensor of the file.
+    """The model stored at `path`, on the CPU in eval mode; its `report` lists how every tensor of the file was used.
 
     Args:
         path: a published `.pyth` file, a run's folder, a checkpoint's folder, or a `.safetensors` file.
@@ -178,7 +178,7 @@ def load(
 
 
 MOST_FRESH = 1_000_000_000
-"""Numbers that the description of a file may ask for and the file not hold."""
+"""Maximum number of elements that a file's description may require beyond the tensors in the file."""
 
 
 def _require_affordable(path: str | Path, weights: Weights) -> None:
@@ -192,7 +192,7 @@ def _require_affordable(path: str | Path, weights: Weights) -> None:
 
 
 def _require_numbers(path: str | Path, dataset: str, probabilities: torch.Tensor) -> None:
-    """Raises ConfigError when a network's answer is no probability: its weights overflow."""
+    """Raises ConfigError when an output is not a probability: the weights overflow."""
     if not bool(torch.isfinite(probabilities).all()):
         raise ConfigError(
             f"{path}: the head of {dataset} answers with NaN; the weights are unusable, use an older checkpoint"

@@ -1,4 +1,4 @@
-"""A run as one page to look at: curves, figures on test videos, what was predicted on some of them.
+"""The report of a run, one HTML page: curves, test accuracy, predictions on some test videos.
 
 `multitrain report RUN` writes ``RUN/report/report.html`` (self-contained: mail it, open it anywhere), the pictures in it as
 PNG files, and ``report.md`` with the tables. What is not there yet, such as an evaluation, is left out.
@@ -37,14 +37,14 @@ from multitrain.text import markdown, printable
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`write_report` made."""
+    """Result of :func:`write_report`."""
 
     page: Path
     """``report.html``."""
     table: str
     """Accuracy against chance, as text; empty without an evaluation."""
     notes: list[str] = field(default_factory=list)
-    """What could not be shown, and why."""
+    """Parts that could not be made, and the reasons."""
 
 
 def write_report(
@@ -107,7 +107,7 @@ PICTURES = ("curves", "clips", "confusion")
 
 
 def _is_report(content: bytes) -> bool:
-    """Whether a file of ours, of which no record was kept, is at a place where a report goes."""
+    """Whether an earlier version's report, which has no record, is in the output folder."""
     head = content[:4096]
     return (
         b"MultiTrain</title>" in head or b"Matplotlib" in head or (head.startswith(b"# ") and b"* experiment: " in head)
@@ -115,7 +115,7 @@ def _is_report(content: bytes) -> bool:
 
 
 def read_history(run_dir: Path, chance: Mapping[str, float]) -> History:
-    """Curves of a run; of a validation done twice, the later one."""
+    """Data of the curves; of a repeated validation, the later one."""
     happened = events.read(run_dir / "events.jsonl")
     return History(
         metrics=metrics.read(run_dir / "metrics.jsonl"),
@@ -126,7 +126,7 @@ def read_history(run_dir: Path, chance: Mapping[str, float]) -> History:
 
 
 def accuracy_table(tested: Mapping[str, Scored]) -> str:
-    """Accuracy against chance as aligned text, one line a dataset."""
+    """Accuracy and chance level as aligned text, one line per dataset."""
     if not tested:
         return ""
     header, *rows = _rows(tested)
@@ -137,7 +137,7 @@ _HEADER = ("dataset", "test videos", "classes", "top-1 %", "top-5 %", "mAP %", "
 
 
 def _rows(tested: Mapping[str, Scored]) -> list[tuple[str, ...]]:
-    """Header and one row a dataset, without the columns that say nothing of any dataset."""
+    """Header and one row per dataset, without columns that are empty for all datasets."""
     rows = [_HEADER, *(_row(t) for t in tested.values())]
     kept = [c for c in range(len(_HEADER)) if any(row[c] != "–" for row in rows[1:])]
     return [tuple(row[c] for c in kept) for row in rows]
@@ -151,7 +151,7 @@ def _row(tested: Scored) -> tuple[str, ...]:
 
 
 def summarise(config: RunConfig, history: History, state: Mapping[str, Any]) -> dict[str, str]:
-    """The run in a few facts."""
+    """Summary of the run."""
     records = history.metrics
     facts = {"experiment": config.experiment_name, "datasets": ", ".join(config.data.datasets)}
     if records:
@@ -205,7 +205,7 @@ def pick_examples(
 
 
 def _chosen(tested: Scored, count: int) -> list[int]:
-    """Videos of classes far apart; the last is the surest mistake, if there was one."""
+    """Videos of different classes; the last is the most confident mistake, if there is one."""
     best = tested.scores.argmax(1) if len(tested.scores) else np.zeros(0, int)
     labels = tested.labels.argmax(1) if tested.labels.ndim == 2 else tested.labels
     wrong = np.flatnonzero(best != labels)
@@ -325,7 +325,7 @@ _SETTINGS = (
 
 
 def _settings(run_dir: Path, config: RunConfig, hidden: Sequence[str]) -> str:
-    """What the run is, folded: configuration, what was typed, environment, events."""
+    """Folded details: configuration, submissions, environment, events."""
     classes = {name: dataset.classes or 1 for name, dataset in config.data.datasets.items()}
     texts = {
         "Configuration": dump(validate(shareable(config, classes))),
@@ -337,11 +337,11 @@ def _settings(run_dir: Path, config: RunConfig, hidden: Sequence[str]) -> str:
 
 
 EVENTS = 200
-"""Events that are shown, the newest ones."""
+"""Number of events shown, the newest ones."""
 
 
 def _typed(run_dir: Path) -> str:
-    """The options of each submission, without those that say where."""
+    """The options of each submission, without paths."""
     try:
         return "\n".join(
             " ".join(shareable_words(str(word) for word in entry["overrides"]))
@@ -357,7 +357,7 @@ def _event(event: Mapping[str, Any], hidden: Sequence[str]) -> str:
 
 
 def _hosts(run_dir: Path) -> list[str]:
-    """The machines that a run has been on, by their whole and short names."""
+    """The machines of a run, by full and short names."""
     names = {str(e["host"]) for e in events.read(run_dir / "events.jsonl") if e.get("host")}
     return sorted(names | {name.partition(".")[0] for name in names}, key=len, reverse=True)
 

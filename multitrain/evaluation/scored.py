@@ -1,4 +1,4 @@
-"""What a finished test says: scores and figures of each dataset, its hardest classes, and which are taken for which."""
+"""Results of a finished evaluation: scores and metrics by dataset, hardest classes, and most frequent confusions."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Scored:
 
     @property
     def class_names(self) -> list[str]:
-        """Names by label; numbers where names are not known."""
+        """Class names by label; numbers where the names are unknown."""
         return self.result.get("class_names") or [str(i) for i in range(self.scores.shape[1])]
 
     @property
     def chance(self) -> float:
-        """Percent that always guessing the most frequent class reaches."""
+        """Accuracy of always predicting the most frequent class, in percent."""
         frequency = (
             self.labels.mean(0) if self.labels.ndim == 2 else np.bincount(self.labels) / max(len(self.labels), 1)
         )
@@ -65,17 +65,17 @@ class Scored:
 
 
 class Hard(NamedTuple):
-    """A class that a model finds hard."""
+    """A class with low accuracy."""
 
     name: str
     videos: int
     right: int
     taken_for: tuple[tuple[str, int], ...]
-    """Other classes that it was taken for, and how often; the most frequent first."""
+    """Predicted wrong classes with counts, the most frequent first."""
 
 
 def hardest(tested: Scored, count: int = 10, others: int = 3) -> list[Hard]:
-    """The classes with the smallest share of right answers, the hardest first; among equals the one with more videos.
+    """The classes with the lowest accuracy, lowest first; among equals the one with more videos first.
 
     Classes without test videos, and those that are always right, are left out.
     """
@@ -94,7 +94,7 @@ def hardest(tested: Scored, count: int = 10, others: int = 3) -> list[Hard]:
 
 
 def confused(tested: Scored, count: int = 10) -> list[tuple[str, str, int, int]]:
-    """The most frequent confusions: (true class, taken for, times, videos of the true class)."""
+    """The most frequent confusions: (true class, predicted class, count, videos of the true class)."""
     matrix = tested.confusion
     if matrix is None:
         return []

@@ -1,4 +1,4 @@
-"""Videos become scores: the one code that testing and validation share.
+"""Scores of videos, shared by testing and validation.
 
 A video's scores are the sum of its views' probabilities (float64 sums of fp32 rows, in view order, kept as float32).
 Videos go through the network in groups of consecutive numbers, always filled to the same shape, so that a video's scores
@@ -33,7 +33,7 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Task:
-    """One dataset's videos before one head."""
+    """One dataset's videos scored by one head."""
 
     name: str
     """Dataset whose videos are scored."""
@@ -83,7 +83,7 @@ def score_videos(
 
 
 def share_of(videos: int, group: int, rank: int, world_size: int) -> list[int]:
-    """Numbers of the videos of every `world_size`-th group."""
+    """Indices of the videos of this rank: every `world_size`-th group."""
     return [i for i in range(videos) if i // group % world_size == rank]
 
 
@@ -113,7 +113,7 @@ def device_of(model: MultiTrain) -> torch.device:
 
 
 class _Group:
-    """Clips of consecutive videos on their way through the network, in a batch of constant shape."""
+    """Batches of constant shape from the clips of consecutive videos."""
 
     def __init__(self, model: MultiTrain, head: str, views: int, size: int) -> None:
         self._model, self._head, self._views, self._size = model, head, views, size
@@ -126,7 +126,7 @@ class _Group:
         self._clips[index] = clips
 
     def scores(self) -> Iterator[tuple[int, Scores, str]]:
-        """Scores of the videos added so far, which are forgotten."""
+        """Scores of the videos added so far; empties the batch."""
         import torch
 
         if not self._clips:

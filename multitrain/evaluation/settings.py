@@ -1,4 +1,4 @@
-"""A stored configuration with a few options changed: what `multitrain evaluate CHECKPOINT … key=value` works with."""
+"""Overrides on a stored configuration, for `multitrain evaluate CHECKPOINT … key=value`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def with_overrides(config: RunConfig, overrides: Sequence[str], *, config_dirs: 
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    """Sets a dotted key; parts that are not there are made, so that the schema can name what is wrong with them."""
+    """Set a dotted key; missing parts are created, so that the schema reports the error."""
     *parents, last = key.split(".")
     node = values
     for part in parents:

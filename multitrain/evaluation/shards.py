@@ -1,4 +1,4 @@
-"""Scores on disk while an evaluation runs: append-only files that survive any interruption, whatever the number of ranks.
+"""Scores on disk during an evaluation: append-only files that survive interruptions and changes of the world size.
 
 A folder holds, for every start of every rank, ``rank-….scores`` (binary records) and, if videos could not be read,
 ``rank-….unreadable.jsonl``. Each rank writes only its own files, so ranks need not communicate; what is done is
@@ -28,7 +28,7 @@ _FRAME = struct.Struct("<II")
 _INDEX = struct.Struct("<q")
 _HEADER_INDEX = -1
 SYNC_RECORDS, SYNC_SECONDS = 64, 10.0
-"""Records, or seconds, after which what was appended is forced to disk."""
+"""Records, or seconds, between two syncs to disk."""
 
 Scores = npt.NDArray[np.float32]
 
@@ -70,7 +70,7 @@ class ShardWriter:
         os.fsync(self._failures)
 
     def sync(self) -> None:
-        """Everything appended so far survives a crash after this."""
+        """Sync everything appended so far."""
         if self._scores is not None and self._pending:
             _write_all(self._scores, bytes(self._pending))
             os.fsync(self._scores)
@@ -78,7 +78,7 @@ class ShardWriter:
         self._records, self._synced = 0, time.monotonic()
 
     def close(self) -> None:
-        """Sync and close. Closing twice is fine."""
+        """Sync and close. Idempotent."""
         self.sync()
         for descriptor in (self._scores, self._failures):
             if descriptor is not None:
@@ -91,7 +91,7 @@ class ShardWriter:
 
 
 class ShardReader:
-    """What the files of a folder hold together; :meth:`poll` reads only what is new.
+    """Reader of all files of a folder; :meth:`poll` reads only new records.
 
     Args:
         folder: need not exist yet.

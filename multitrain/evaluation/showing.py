@@ -1,4 +1,4 @@
-"""Pictures of a validation: confusion by dataset and clips with predictions, from the scores that it makes anyway.
+"""Plots of a validation: confusion matrices and clips with predictions, from the validation's own scores.
 
 A process of its own draws them and then ends. matplotlib and a decoder in the training process would leave memory behind at
 every validation (seen: 230 MB after 20 of them), and would hold up its updates meanwhile.
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.5
 PATIENCE = 300.0
-"""Seconds that the pictures of one dataset may take."""
+"""Timeout for the plots of one dataset, in seconds."""
 
 
 class Showing:
-    """Collects what a validation says of its videos on this rank; rank 0 draws.
+    """Collects the predictions of a validation on this rank; rank 0 draws.
 
     Args:
         config: of the run.
@@ -45,7 +45,7 @@ class Showing:
         self.clear()
 
     def clear(self) -> None:
-        """Forget what was seen; at the start of each validation."""
+        """Clear the collected predictions; called at the start of each validation."""
         self._matrices: dict[str, np.ndarray] = {
             n: np.zeros((c.classes, c.classes)) for n, c in self._catalogs.items() if not c.multi_label
         }
@@ -93,7 +93,7 @@ class Showing:
 
 @dataclass
 class _Drawing:
-    """Draws the pictures of one dataset after the other; a :class:`multitrain.data.pool.Job` whose tasks are their names.
+    """Draws the pictures of one dataset after the other; a :class:`multitrain.data.pool.WorkerFn` whose tasks are their names.
 
     `names`: class names by dataset, None where there are none. `matrices`: int [K, K] by dataset. `seen`: by dataset, numbers of
     the videos that are shown, and their scores.
@@ -109,7 +109,7 @@ class _Drawing:
     patience: float = PATIENCE
 
     def prepare(self) -> None:
-        """Nothing to import before there is something to draw."""
+        """Nothing to import in advance."""
 
     def describe(self, task: str) -> str:
         """What is drawn, for error messages."""

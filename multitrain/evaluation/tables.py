@@ -1,4 +1,4 @@
-"""Scores become figures, figures become tables and files."""
+"""Metrics, tables and result files of an evaluation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 
 def figures(scores: Scores, labels: Sequence[tuple[int, ...]], *, multi_label: bool) -> dict[str, Any]:
-    """The figures of scored videos.
+    """The metrics of scored videos.
 
     Args:
         scores: float32 [n, K].
@@ -83,7 +83,7 @@ def combine(
 
 
 def require_own(folder: Path, keys: Sequence[str]) -> None:
-    """Raises ConfigError when a file that an evaluation would replace in `folder` is none that an evaluation wrote."""
+    """Raises ConfigError when `folder` holds a file in the way that was not written by an evaluation."""
     for inside in (folder, *(folder / key for key in keys)):
         file = inside / FILE
         if inside.is_symlink() and inside != folder:
@@ -160,7 +160,7 @@ def merge(task: Task, shards: ShardReader, header: Mapping[str, Any], folder: Pa
 def _draw_confusion(
     path: Path, dataset: str, scores: Scores, labels: Sequence[tuple[int, ...]], names: Sequence[str] | None
 ) -> None:
-    """The confusion matrix as a picture; without matplotlib a warning says so, and the figures stand without it."""
+    """The confusion matrix as a PNG; without matplotlib a warning is logged instead."""
     from multitrain.evaluation import pictures
 
     matrix = metrics.confusion_matrix(scores, labels)

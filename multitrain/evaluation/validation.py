@@ -1,4 +1,4 @@
-"""Validation during training: the same scoring, one centred view a video, nothing random, all ranks together."""
+"""Validation during training: the scoring of the tests with one centred view per video, on all ranks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def validate(
     autocast: torch.dtype | None = None,
     observe: Callable[[str, int, Scores | None], None] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Accuracy on validation videos during training: one centred view a video, nothing random, all ranks together.
+    """Accuracy on validation videos during training, with one centred view per video, on all ranks.
 
     Args:
         model: put in eval mode meanwhile; its mode is restored.
@@ -77,7 +77,7 @@ def validate(
 
 
 class _Tally:
-    """What a rank knows of a validation, as a float64 vector that can be summed over ranks."""
+    """Partial sums of a validation, as a float64 vector that is summed over ranks."""
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
@@ -96,7 +96,7 @@ class _Tally:
 
     @staticmethod
     def results(catalog: Catalog, vector: np.ndarray) -> dict[str, float]:
-        """The figures of the sum of all ranks' vectors."""
+        """The metrics from the sum of all ranks' vectors."""
         scored = max(vector[2], 1)
         out = {"top1": 100 * float(vector[0] / scored), "top5": 100 * float(vector[1] / scored)}
         if catalog.multi_label:
