@@ -17,11 +17,12 @@ from multitrain.config import RunConfig
 from multitrain.data.loader import Batch, TrainLoader
 from multitrain.engine import checkpoint as checkpoints
 from multitrain.engine.checkpoint import Checkpoint
+from multitrain.engine.checkpoint_policy import CheckpointPolicy
 from multitrain.engine.deepspeed import Engine
 from multitrain.engine.distributed import World
 from multitrain.engine.interruption import Interruption, Request
 from multitrain.engine.leadtime import LeadTime
-from multitrain.engine.saver import Saver, SaveResult
+from multitrain.engine.saver import Saver
 from multitrain.engine.schedule import Schedule
 from multitrain.engine.step_metrics import StepMetrics, UpdateTimer
 from multitrain.engine.unreadable import UnreadableTracker
@@ -35,8 +36,6 @@ Validate = Callable[[MultiTrain], dict[str, dict[str, float]]]
 Pictures = Callable[[], Mapping[str, bytes]]
 MOST_NONFINITE = 100
 """Consecutive updates with a non-finite gradient after which the run stops: it has diverged."""
-ATTEMPTS = 3
-"""Attempts to write the last checkpoint of a start, which no later one replaces."""
 
 
 class TrainingError(RuntimeError):
@@ -112,10 +111,18 @@ class Trainer:
         self._skips = skips
         self._validate = validate
         self._pictures = pictures
-        self._saver = Saver(self._checkpoints, world, self.engine, config.checkpoint, config_text)
+        self._saving = CheckpointPolicy(
+            self._checkpoints,
+            config.checkpoint.every,
+            Saver(self._checkpoints, world, self.engine, config.checkpoint, config_text),
+            self._state,
+            interruption=interruption,
+            watchdog=watchdog,
+            lead_time=lead_time,
+            reports=world.is_main,
+        )
         self._step_metrics = StepMetrics(config, list(model.datasets), shape.accumulation, world)
         self._timer = UpdateTimer()
-        self._saved = -1  # newest update that is on disk, or being written
         self._validated = -1
         self._nonfinite = 0
         self._fp16_scale: dict[str, Any] | None = None  # of earlier starts, kept while this one is not in fp16
@@ -140,9 +147,8 @@ class Trainer:
         folder, refused = choice
         if folder is not None:
             self._load(checkpoints.read(folder))
-            self._saved = self.completed
-        self._saver.preallocate()
         self.recorder = self._open_recorder(self.completed)
+        self._saving.begin(self.recorder, self.completed if folder is not None else None)
         return refused
 
     def train(self) -> Request:
@@ -164,13 +170,13 @@ class Trainer:
             while self.completed < self.updates:
                 self._one_update()
                 self._validate_if_due()
-                self._save_if_due()
+                self._saving.save_if_due(self.completed)
         except _Stopped:
             request = self._interruption.agreed()
             self.recorder.event("signal", request=request.name.lower(), signals=self._interruption.signals)
         finally:
             self._loader.close()
-        if not self._save_for_good() and request == Request.NONE:
+        if not self._saving.save_last(self.completed) and request == Request.NONE:
             raise SaveError(
                 f"the last checkpoint could not be written to {self._checkpoints}; make room, and resume the run"
             )
@@ -218,86 +224,6 @@ class Trainer:
         self.recorder.validation(self.completed, results)
         if self._pictures is not None:
             self.recorder.pictures(self.completed, self._pictures)
-
-    def _save_if_due(self) -> None:
-        """Begin a checkpoint at its interval or on request; report the one begun before."""
-        self._report(self._saver.poll_result())
-        asked = self._interruption.agreed() == Request.SAVE
-        due = self.completed % self.config.checkpoint.every == 0
-        late = due and self._saver.in_flight and not self._saver.done
-        began = time.monotonic()
-        if asked or due:
-            self._begin_save()
-        if late:
-            self._say_slow(time.monotonic() - began)
-        if asked:
-            self._end_save()
-            self._interruption.saved()
-
-    def _begin_save(self) -> None:
-        """Copy the state and start writing it asynchronously, unless this update is saved. All ranks call this.
-
-        A failure to write is reported; the run continues and tries again at the next interval.
-        """
-        self._end_save()
-        if self._saved != self.completed:
-            self._saved = self.completed
-            self._saver.start(self._state())
-
-    def _end_save(self) -> None:
-        """Wait for the save in flight, if any."""
-        if not self._saver.in_flight:
-            return
-        self._watchdog.heartbeat()  # the disk gets the whole limit
-        if not self._saver.finish():
-            self._saved = -1
-        self._report(self._saver.poll_result())
-        self._watchdog.heartbeat()
-
-    def _say_slow(self, waited: float) -> None:
-        """Report that a checkpoint was still being written when the next was due, and that training waited for it."""
-        self.recorder.event("checkpoint_slow", update=self.completed, waited=round(waited, 3))
-        self.recorder.write(
-            f"WARNING: writing a checkpoint takes longer than checkpoint.every={self.config.checkpoint.every} updates; "
-            f"training stood still for {waited:.1f} s: raise checkpoint.every, or look at the disk of {self._checkpoints}"
-        )
-
-    def _save_for_good(self) -> bool:
-        """Write the last checkpoint of this start and wait for it; True if it is on disk."""
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                time.sleep(1.0)
-            self._begin_save()
-            self._end_save()
-            if self._saved == self.completed:
-                return True
-        return False
-
-    def _report(self, outcome: SaveResult | None) -> None:
-        """Log the result of a save; rank 0 only."""
-        if outcome is None or not self.world.is_main:
-            return
-        update = outcome.update
-        if outcome.failure is not None:
-            self.recorder.event("checkpoint_failed", update=update, reason=outcome.failure)
-            self.recorder.write(
-                f"checkpoint after update {update} could NOT be written: {outcome.failure}; "
-                f"the newest one is that of before, and the next interval tries again"
-            )
-            return
-        seconds, held_up = round(outcome.seconds, 3), round(outcome.held_up, 3)
-        self.recorder.event("checkpoint", update=update, seconds=seconds, held_up=held_up)
-        if outcome.retention is not None:
-            self.recorder.event("retention_failed", update=update, reason=outcome.retention)
-            self.recorder.write(f"an old checkpoint could not be deleted: {outcome.retention}; make room by hand")
-        self._lead_time.save(outcome.seconds)
-        for name, lead in self._lead_time.short().items():
-            needed = self._lead_time.needed or 0.0
-            self.recorder.event("lead_time_short", setting=name, seconds=lead, needed=round(needed, 1))
-            self.recorder.write(
-                f"WARNING: stopping takes {needed:.0f} s (95th percentiles of an update and of a save), and {name} gives "
-                f"{lead:.0f} s: touch {self._checkpoints.parent}/STOP and submit the run again with more, or with a smaller micro_batch"
-            )
 
     def _micro_batches(self) -> Iterator[Batch]:
         """This rank's micro-batches of the current update; raises _Stopped on all ranks before the same one."""

@@ -52,6 +52,7 @@ def pause(phase: str, seconds: float) -> None:
 def linger(phase: str) -> None:
     from multitrain.data import loader
     from multitrain.engine import checkpoint, distributed
+    from multitrain.engine.checkpoint_policy import CheckpointPolicy
     from multitrain.engine.saver import Saver
     from multitrain.engine.trainer import Trainer
     from multitrain.engine.watchdog import Watchdog
@@ -90,7 +91,7 @@ def linger(phase: str) -> None:
         checkpoint.listed = lambda folder: []
     elif phase == "beats":
         before(Watchdog, "heartbeat", lambda *_: log("beat"))
-        before(Trainer, "_end_save", lambda *_: log("end"))
+        before(CheckpointPolicy, "_end_save", lambda *_: log("end"))
         before(Saver, "finish", lambda *_: log("finish"))
     elif phase == "evaluation":
         before(loader.EvalLoader, "next_video", lambda *_: pause(phase, 0.5))
