@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from multitrain.data.annotations import CatalogError, Syntax, count_repeated, parse
+from multitrain.data.annotations import CatalogError, Syntax, count_repeated, parse, read_annotations
 from multitrain.files import replacing
 
 FORMAT = 3
@@ -44,7 +44,7 @@ def indexed(csv: Path, syntax: Syntax, folder: Path) -> Path:
         if known is not None and _is_complete(folder / known):
             return folder / known
         before = csv.stat()
-        content = csv.read_bytes()
+        content = read_annotations(csv)
         index = folder / f"{_name(content, *how)}.index"
         if not _is_complete(index):
             _write(index, _build(content, csv, syntax))
@@ -61,7 +61,9 @@ def indexed(csv: Path, syntax: Syntax, folder: Path) -> Path:
     except OSError as error:
         where = error.filename or folder
         if Path(os.fsdecode(where)) == csv:
-            raise CatalogError(f"{csv}: cannot be read ({error.strerror}); check its permissions") from error
+            raise CatalogError(
+                f"{csv}: cannot be read ({error.strerror}); check the path and its permissions"
+            ) from error
         raise CatalogError(
             f"{where}: index of {csv} cannot be written ({error.strerror}); set data.index to a folder that can be"
         ) from error

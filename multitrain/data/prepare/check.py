@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from multitrain.config import DatasetConfig
-from multitrain.data.annotations import CatalogError, Syntax, lines
+from multitrain.config.class_names import LARGEST
+from multitrain.config.reading import read_bytes
+from multitrain.data.annotations import CatalogError, Syntax, lines, read_annotations
 from multitrain.data.prepare.listing import found_below
 from multitrain.files import OutputFolder
 from multitrain.monitor.plot_style import table
@@ -108,7 +110,7 @@ def listed(datasets: Mapping[str, DatasetConfig]) -> list[Entry]:
     for name, dataset in datasets.items():
         folder = Path(dataset.annotations)
         files = {split: folder / f"{split}.csv" for split in SPLITS}
-        there = {split: file for split, file in files.items() if file.is_file()}
+        there = {split: file for split, file in files.items() if os.path.lexists(file)}
         if not there:
             raise CatalogError(f"{folder}: no train.csv, val.csv or test.csv; set data.datasets.{name}.annotations")
         for split, file in there.items():
@@ -125,11 +127,7 @@ def in_folder(folder: Path) -> list[Entry]:
 
 
 def _read(file: Path, syntax: Syntax) -> Iterator[tuple[int, str, tuple[int, ...]]]:
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise CatalogError(f"{file}: cannot be read ({error.strerror}); check its permissions") from None
-    for line in lines(content, file, syntax):
+    for line in lines(read_annotations(file), file, syntax):
         yield line.number, os.fsdecode(line.path), tuple(line.labels)
 
 
@@ -218,7 +216,7 @@ def write_clean(report: Report, datasets: Mapping[str, DatasetConfig], out: Outp
             left_out[str(out.write_text(f"{name}/{split}.csv", text))] = len(listed_here) - len(kept)
         names = Path(dataset.annotations) / "classes.txt"
         if names.is_file():
-            out.write_bytes(f"{name}/classes.txt", names.read_bytes())
+            out.write_bytes(f"{name}/classes.txt", read_bytes(names, LARGEST))
     return left_out
 
 

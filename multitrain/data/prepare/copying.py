@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from multitrain.config.class_names import LARGEST
+from multitrain.config.reading import read_bytes
 from multitrain.data.prepare.listing import PARTS, AnnotationFiles, Copy, Layout, copies, located, segments
 from multitrain.data.prepare.parallel_map import FINAL, Journal, Shard, version
 from multitrain.data.prepare.resize import Encoding, Item, clean_parts, stamps
@@ -195,7 +197,7 @@ class Copying:
             file = self.annotations_out.write_text(f"{split}.csv", text)
             said.append(f"{file}: {text.count(chr(10))} videos, {lost} left out")
         if (names := self.annotations.class_names) is not None:
-            self.annotations_out.write_bytes("classes.txt", names.read_bytes())
+            self.annotations_out.write_bytes("classes.txt", read_bytes(names, LARGEST))
         return said
 
 
