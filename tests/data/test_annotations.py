@@ -307,6 +307,7 @@ def test_lines_across_blocks_are_whole(tmp_path: Path, monkeypatch: pytest.Monke
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a pointer of Git LFS"),
         (b"<!DOCTYPE html>\n<html>404</html>\n", "a web page"),
     ],
+    ids=["gzip", "zip", "xz", "bzip2", "lfs", "html"],
 )
 def test_files_of_other_formats_are_named(tmp_path: Path, content: bytes, says: str) -> None:
     csv = tmp_path / "train.csv"

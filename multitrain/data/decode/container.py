@@ -84,6 +84,14 @@ def open_container(path: Path) -> tuple[av.container.InputContainer, av.VideoStr
     return container, stream
 
 
+def stream_index(path: Path) -> int:
+    """The number, within its file, of the stream that is read of a video; other programs are told it, so that they take the
+    same. Raises VideoError as `open_container`."""
+    container, stream = open_container(path)
+    with container:
+        return stream.index
+
+
 class Bytes(io.BytesIO):
     """A video in memory; libavformat is told its name, whose ending it looks at as it does with a file."""
 
@@ -191,4 +199,5 @@ __all__ = [
     "local_name",
     "open_container",
     "opened",
+    "stream_index",
 ]

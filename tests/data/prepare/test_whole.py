@@ -78,6 +78,10 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     ffmpeg(*source, "-c:v", "mpeg4", "-bf", "2", folder / "mpeg4.avi")
     ffmpeg(*source, "-c:v", "libvpx-vp9", "-deadline", "realtime", folder / "vp9.webm")
+    small = ("-f", "lavfi", "-i", "testsrc2=size=32x24:rate=10:duration=2")
+    second = ("-disposition:0", "0", "-disposition:1", "default")
+    for name in ("two.mkv", "two.ts", "two.mp4"):  # two streams, of which the second is read
+        ffmpeg(*small, *source, "-map", "0", "-map", "1", *second, "-c:v", "libx264", folder / name)
     ffmpeg("-f", "lavfi", "-i", "sine=duration=1", folder / "sound.mp4")
     ffmpeg(*source, "-c:v", "libx264", "-g", "20", "-bf", "0", folder / "recording.ts")
     recording = (folder / "recording.ts").read_bytes()
@@ -107,7 +111,7 @@ def work(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Resize:
 WHOLE = (
     *("plain.mp4", "plain.ts", "plain.mkv", "plain.avi", "plain.mov", "plain.flv", "plain.h264", "early.mp4"),
     *("phone.mp4", "jitter.mp4", "fast.mp4", "jitter.ts", "jitter.mkv", "gaps.avi", "mpeg4.avi", "vp9.webm"),
-    *("recording.ts", "midgop.ts"),
+    *("recording.ts", "midgop.ts", "two.mkv", "two.ts", "two.mp4"),
 )
 BROKEN = (
     *("cut_plain.mp4", "cut_plain.avi", "cut_gaps.avi", "cut_early.mp4", "zeroed.mp4", "unknown.mp4", "empty.mp4"),
