@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from multitrain.data.decode.video import VideoError, from_pack, may_pass
 from multitrain.data.packs import read
@@ -113,6 +113,19 @@ def opened(path: Path) -> str | Bytes:
     return source
 
 
+def content_of(path: Path) -> BinaryIO:
+    """The bytes of a video, of a file or a pack, to be closed.
+
+    Raises:
+        VideoError: they cannot be read.
+    """
+    source = opened(path)
+    try:
+        return source if isinstance(source, Bytes) else open(path, "rb")
+    except OSError as error:
+        raise as_video_error(path, error) from error
+
+
 def local_name(path: Path) -> str:
     """A file's name for libavformat: whole and with a prefix, so that nothing in it is taken for a protocol, an option or a
     pattern."""
@@ -195,6 +208,7 @@ __all__ = [
     "VIDEO_FORMATS",
     "as_video_error",
     "check_size",
+    "content_of",
     "has_flag",
     "local_name",
     "open_container",

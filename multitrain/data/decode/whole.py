@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from multitrain.data.decode.container import as_video_error
+from multitrain.data.decode.container import as_video_error, content_of
+from multitrain.data.decode.extent import needed_bytes
 from multitrain.data.decode.pyav import PyAVVideo, upright_size
 from multitrain.data.decode.rate import cut_off_avi
 from multitrain.data.decode.video import Video, VideoError, check_file
@@ -81,7 +83,7 @@ def _decode_all(video: PyAVVideo) -> tuple[int, int, int]:
 
 
 def check_complete(video: Video) -> None:
-    """Raises VideoError unless all is there that the header speaks of, in formats whose header counts frames.
+    """Raises VideoError unless all is there that the file speaks of: the frames that its header counts, and its own chunks.
 
     An AVI counts places for frames, of which some are empty: what is compared is the place of the last. Nothing is decoded.
     """
@@ -93,9 +95,14 @@ def check_complete(video: Video) -> None:
     elif kind == "avi" and cut_off_avi(video.stream):
         there = video.last_tick + 1
     else:
-        return
+        there = promised
     if there < promised:
         raise VideoError(video.path, f"cut off: {there} of {promised} frames are there")
+    with content_of(video.path) as file:
+        size = file.seek(0, os.SEEK_END)
+        needed = needed_bytes(file, size, kind)
+    if needed > size:
+        raise VideoError(video.path, f"cut off: {size} of at least {needed} bytes are there")
 
 
 def _digest(video: PyAVVideo) -> tuple[str, int]:
