@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -221,12 +221,39 @@ def one_spelling(path: bytes) -> bytes:
     return plain[1:] if plain.startswith(b"//") else plain
 
 
-def count_repeats(content: bytes, csv: Path, syntax: Syntax) -> int:
-    """Number of lines that repeat an earlier line. Raises CatalogError for a path with two different labels."""
-    seen: dict[bytes, Line] = {}
+def needs_folder(paths: list[bytes], content: bytes) -> bool:
+    """Whether only the folder that paths start from tells which are one: some are absolute, or lead out of it (``../``)."""
+    if 0 < sum(path[:1] == b"/" for path in paths) < len(paths):
+        return True
+    return b"../" in content and any(one_spelling(path).startswith(b"../") for path in paths)
+
+
+def _speller(videos: Path | None) -> Callable[[bytes], bytes]:
+    """What makes the one spelling of a path; of where it leads from the folder `videos` on, which may be reached over links."""
+    if videos is None:
+        return one_spelling
+    folder, real = os.fsencode(os.path.abspath(videos)), os.fsencode(os.path.realpath(videos))
+
+    def whole(path: bytes) -> bytes:
+        joined = one_spelling(os.path.join(folder, path))
+        return folder + joined[len(real) :] if joined.startswith(real + b"/") else joined
+
+    return whole
+
+
+def count_repeats(content: bytes, csv: Path, syntax: Syntax, videos: Path | None = None) -> int:
+    """Number of lines that repeat the video of an earlier line.
+
+    Args:
+        videos: the folder that paths start from, where :func:`needs_folder` holds.
+
+    Raises:
+        CatalogError: a video with two different labels.
+    """
+    spelled, seen = _speller(videos), dict[bytes, Line]()
     repeats = 0
     for line in lines(content, csv, syntax):
-        first = seen.setdefault(one_spelling(line.path), line)
+        first = seen.setdefault(spelled(line.path), line)
         if first.labels != line.labels:
             here, there = (",".join(map(str, x.labels)) for x in (line, first))
             as_spelled = "" if first.path == line.path else f" (as {_shown(first.path)}, the same video)"
@@ -378,6 +405,7 @@ __all__ = [
     "count_repeated",
     "count_repeats",
     "lines",
+    "needs_folder",
     "one_spelling",
     "parse",
     "read_annotations",

@@ -86,7 +86,7 @@ class Catalog:
         classes = resolve_classes(dataset)
         csv = _annotation_file(dataset, name, split)
         syntax = Syntax.of(dataset, csv)
-        index = indexed(csv, syntax, Path(index_dir))
+        index = indexed(csv, syntax, Path(index_dir), Path(dataset.videos))
         catalog = Catalog(
             index,
             name=name,

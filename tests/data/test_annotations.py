@@ -128,6 +128,30 @@ def test_one_video_under_two_spellings_is_one(tmp_path: Path, other: bytes, capl
         opened(tmp_path, b"x/a.mp4 1\n" + other + b" 2\n")
 
 
+@pytest.mark.parametrize(
+    "other", ["{videos}/x/a.mp4", "../videos/x/a.mp4", "{real}/x/a.mp4", "{videos}/../videos//x/a.mp4"]
+)
+def test_one_video_spelled_from_elsewhere_is_one(tmp_path: Path, other: str, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "videos").symlink_to("real")
+    spelled = other.format(videos=tmp_path / "videos", real=tmp_path / "real").encode()
+    fields = {"present": False}
+    (tmp_path / "real/x").mkdir()
+    (tmp_path / "real/x/a.mp4").touch()
+    catalog = opened(tmp_path, b"x/a.mp4 1\n" + spelled + b" 1\n", **fields)
+    assert catalog.duplicates == 1
+    assert catalog.relative_path(1).encode() == spelled
+    for _ in range(2):
+        with pytest.raises(
+            CatalogError, match=r"train\.csv:2: .* has label 2 here and 1 in line 1 \(as 'x/a\.mp4', the same"
+        ):
+            opened(tmp_path, b"x/a.mp4 1\n" + spelled + b" 2\n", **fields)
+    (tmp_path / "other/x").mkdir(parents=True)
+    (tmp_path / "other/x/a.mp4").touch()
+    content = b"x/a.mp4 1\n" + f"{tmp_path}/real/x/a.mp4".encode() + b" 2\n"
+    assert opened(tmp_path, content, **fields, videos=f"{tmp_path}/other").duplicates == 0, "two videos, from there"
+
+
 def test_labels_from_one_get_their_own_remedy(tmp_path: Path) -> None:
     with pytest.raises(CatalogError, match="numbered from 1: subtract 1 from each"):
         opened(tmp_path, b"a.mp4 1\nb.mp4 2\n", classes=2)

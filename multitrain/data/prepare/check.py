@@ -140,7 +140,7 @@ def judge(entries: Sequence[Entry], scans: Mapping[str, Mapping[str, Any]], min_
     scans: by file, the record of `multitrain.data.prepare.scan.ScanFile`.
     """
     found = [f for e in entries if (f := _by_itself(e, scans[e.file], min_frames)) is not None]
-    found += _compared(entries, {e.file: str(scans[e.file].get("digest") or e.file) for e in entries})
+    found += _compared(entries, {e.file: str(scans[e.file].get("digest") or os.path.normpath(e.file)) for e in entries})
     order = {entry: number for number, entry in enumerate(entries)}
     return Report(entries, sorted(found, key=lambda f: (order[f.entry], KINDS.index(f.kind))))
 
