@@ -34,7 +34,8 @@ class Whole:
     height: int
     codec: str
     digest: str
-    """Of the compressed pictures: the same for a copy, also in another container or with other sound. 32 hex digits."""
+    """Of the compressed pictures, and of which of them the container hides (an edit list): the same for a copy, also in another
+    container or with other sound. 32 hex digits."""
 
 
 def read_whole(path: Path | str, timeout: float | None = None) -> Whole:
@@ -106,11 +107,14 @@ def check_complete(video: Video) -> None:
 
 
 def _digest(video: PyAVVideo) -> tuple[str, int]:
-    """Digest of all packets, and how many of those shown are too small for a picture."""
-    digest, placeholders = hashlib.blake2b(digest_size=16), 0
+    """Digest of all packets and of which are hidden, if any is, and how many of them are too small for a picture."""
+    digest, placeholders, hidden = hashlib.blake2b(digest_size=16), 0, bytearray()
     for packet in video.packets():
         digest.update(memoryview(packet))
         placeholders += packet.size < _PICTURE
+        hidden.append(packet.is_discard)
+    if any(hidden):  # the digest of a video that is shown whole is that of its packets, as it is in older journals
+        digest.update(hidden)
     return digest.hexdigest(), placeholders
 
 
