@@ -34,8 +34,9 @@ class Whole:
     height: int
     codec: str
     digest: str
-    """Of the compressed pictures, and of which of them the container hides (an edit list): the same for a copy, also in another
-    container or with other sound. 32 hex digits."""
+    """Of the compressed pictures: the same for a copy, also in another container or with other sound. 32 hex digits."""
+    hidden: str
+    """Digest of which of them the container hides (an edit list); empty where it hides none."""
 
 
 def read_whole(path: Path | str, timeout: float | None = None) -> Whole:
@@ -53,11 +54,11 @@ def read_whole(path: Path | str, timeout: float | None = None) -> Whole:
     with video:
         decoded, height, width = _decode_all(video)
         check_complete(video)
-        digest, placeholders = _digest(video)
+        digest, hidden, placeholders = _digest(video)
         if decoded < video.frame_count - placeholders:
             raise VideoError(path, f"only {decoded} of {video.frame_count} frames can be decoded")
         codec = video.stream.codec_context.name
-        return Whole(video.frame_count, decoded, video.fps, width, height, codec, digest)
+        return Whole(video.frame_count, decoded, video.fps, width, height, codec, digest, hidden)
 
 
 def _decode_all(video: PyAVVideo) -> tuple[int, int, int]:
@@ -106,16 +107,15 @@ def check_complete(video: Video) -> None:
         raise VideoError(video.path, f"cut off: {size} of at least {needed} bytes are there")
 
 
-def _digest(video: PyAVVideo) -> tuple[str, int]:
-    """Digest of all packets and of which are hidden, if any is, and how many of them are too small for a picture."""
+def _digest(video: PyAVVideo) -> tuple[str, str, int]:
+    """Digest of all packets, that of which are hidden, and how many are too small for a picture."""
     digest, placeholders, hidden = hashlib.blake2b(digest_size=16), 0, bytearray()
     for packet in video.packets():
         digest.update(memoryview(packet))
         placeholders += packet.size < _PICTURE
         hidden.append(packet.is_discard)
-    if any(hidden):  # the digest of a video that is shown whole is that of its packets, as it is in older journals
-        digest.update(hidden)
-    return digest.hexdigest(), placeholders
+    which = hashlib.blake2b(hidden, digest_size=16).hexdigest() if any(hidden) else ""
+    return digest.hexdigest(), which, placeholders
 
 
 __all__ = ["Whole", "check_complete", "read_whole"]

@@ -140,17 +140,23 @@ def judge(entries: Sequence[Entry], scans: Mapping[str, Mapping[str, Any]], min_
     scans: by file, the record of `multitrain.data.prepare.scan.ScanFile`.
     """
     found = [f for e in entries if (f := _by_itself(e, scans[e.file], min_frames)) is not None]
-    found += _compared(entries, {e.file: _content(e.file, scans[e.file]) for e in entries})
+    found += _compared(entries, _contents({e.file: scans[e.file] for e in entries}))
     order = {entry: number for number, entry in enumerate(entries)}
     return Report(entries, sorted(found, key=lambda f: (order[f.entry], KINDS.index(f.kind))))
 
 
-def _content(file: str, scan: Mapping[str, Any]) -> str:
-    """What is the same for one video under two names; files that cannot be read are told apart by their paths.
+def _contents(scans: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """By file, what is the same for one video under two names; files that cannot be read are told apart by their paths.
 
-    The number of frames is a part of it: digests of journals of earlier versions do not tell which packets are shown.
+    Records of earlier versions do not tell which pictures are hidden, only how many are shown: they are taken for that one of
+    the same pictures that does.
     """
-    return f"{scan['digest']} {scan['frames']}" if "digest" in scan else os.path.normpath(file)
+    same = {file: f"{scan['digest']} {scan['frames']}" for file, scan in scans.items() if "digest" in scan}
+    told = {same[file]: str(scans[file]["hidden"]) for file in same if "hidden" in scans[file]}
+    return {
+        file: f"{same[file]} {scan.get('hidden', told.get(same[file], ''))}" if file in same else os.path.normpath(file)
+        for file, scan in scans.items()
+    }
 
 
 def _by_itself(entry: Entry, scan: Mapping[str, Any], min_frames: int) -> Finding | None:

@@ -154,16 +154,21 @@ def test_parts_of_one_video_that_show_other_pictures_are_other_videos(tmp_path: 
     scans = {str(file): ScanFile()(str(file)) for file in folder.glob("*.mp4")}
     frames = {Path(file).name: scan["frames"] for file, scan in scans.items()}
     assert (frames["0.5.mp4"], frames["1.5.mp4"]) == (75, 45)
-    assert len({scan["digest"] for scan in scans.values()}) == 2
+    assert len({scan["hidden"] for scan in scans.values()}) == 2
 
     def found() -> list[tuple[str, str]]:
         dataset = DatasetConfig.model_validate({"annotations": str(folder), "videos": str(folder), "classes": 2})
         return [(f.entry.path, f.kind) for f in judge(listed({"d": dataset}), scans, 1).findings]
 
     assert found() == [("copy.mp4", "duplicate")]
-    for scan in scans.values():
-        scan["digest"] = "of the packets alone, as an earlier version wrote it"
+    del scans[str(folder / "copy.mp4")]["hidden"]  # as in a journal of an earlier version
     assert found() == [("copy.mp4", "duplicate")]
+    for scan in scans.values():
+        scan.pop("hidden", None)
+    assert found() == [("copy.mp4", "duplicate")]
+    for scan, hidden in zip(scans.values(), "xyz"):
+        scan |= {"digest": "same", "frames": 45, "hidden": hidden}
+    assert found() == []
 
 
 def test_one_video_in_any_spelling_by_a_link_or_remuxed_is_one_video(tmp_path: Path) -> None:
