@@ -138,11 +138,12 @@ def read_json(file: Path, largest: int = LARGEST_JSON) -> Any:
     return parse_json(read_bytes(file, largest), file)
 
 
-def parse_json(text: str | bytes, where: object) -> Any:
+def parse_json(text: str | bytes, where: object, *, unique: bool = False) -> Any:
     """The value of a JSON text.
 
     Args:
         where: what an error begins with: a file, or a file and a line.
+        unique: whether a key that stands twice in one object is an error; else the last one counts.
 
     Raises:
         ConfigError: not JSON, deeper than :data:`DEEPEST`, with more than :data:`MOST_VALUES` values or too long a number.
@@ -152,7 +153,8 @@ def parse_json(text: str | bytes, where: object) -> Any:
     if opened + text.count(",") > MOST_VALUES:
         raise ConfigError(f"{where}: more than {MOST_VALUES:,} values in it; is it the right file?")
     try:
-        value = json.loads(text, parse_int=_json_number if _LONG_NUMBER.search(text) else None)
+        number, pairs = _json_number if _LONG_NUMBER.search(text) else None, _unique if unique else None
+        value = json.loads(text, parse_int=number, object_pairs_hook=pairs)
     except RecursionError:
         raise ConfigError(_too_deep(where)) from None
     except json.JSONDecodeError as error:
@@ -240,6 +242,15 @@ def shown(value: object, longest: int = 200) -> str:
     """Text of strangers for an error: one line, no control characters, not longer than `longest`."""
     text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(value).replace("\n", " ")[: longest + 1])
     return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{shown(key, 60)!r} stands twice in one object")
+        found[key] = value
+    return found
 
 
 def _json_number(text: str) -> int:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from multitrain.config import ConfigError, DataConfig, DatasetConfig, RunConfig, load, nearest
-from multitrain.config.class_names import find_class_names, read_class_names
+from multitrain.config.class_names import find_class_names, read_class_names, repeated_name
 from multitrain.config.reading import shown
 from multitrain.data.annotations import CatalogError, Syntax, lines, read_annotations
 from multitrain.data.index import indexed, read_index
@@ -96,6 +96,8 @@ class Catalog:
             class_names=_class_names(dataset, classes),
             stride=stride,
         )
+        if catalog.class_names and split == "train" and (said := repeated_name(catalog.class_names)):
+            _log.warning("%s: %s, so results do not tell them apart; give each its own name", csv.parent, said)
         catalog._check_labels(syntax)
         catalog._check_videos(name)
         if catalog.duplicates:

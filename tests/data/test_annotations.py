@@ -152,6 +152,12 @@ def test_one_video_spelled_from_elsewhere_is_one(tmp_path: Path, other: str, cap
     assert opened(tmp_path, content, **fields, videos=f"{tmp_path}/other").duplicates == 0, "two videos, from there"
 
 
+def test_a_name_of_two_classes_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "names.txt").write_text("alpha\nbeta\nalpha\n")
+    opened(tmp_path, b"a.mp4 1\n", classes=3, class_names=str(tmp_path / "names.txt"))
+    assert "'alpha' is the name of labels 0 and 2, so results do not tell them apart" in caplog.text
+
+
 def test_labels_from_one_get_their_own_remedy(tmp_path: Path) -> None:
     with pytest.raises(CatalogError, match="numbered from 1: subtract 1 from each"):
         opened(tmp_path, b"a.mp4 1\nb.mp4 2\n", classes=2)

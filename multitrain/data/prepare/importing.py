@@ -17,7 +17,7 @@ from typing import Any
 
 from multitrain.config import ConfigError, nearest
 from multitrain.config.boundary import in_words
-from multitrain.config.class_names import read_class_names
+from multitrain.config.class_names import read_class_names, repeated_name
 from multitrain.config.reading import read_json, read_text
 from multitrain.data.annotations import CatalogError
 from multitrain.files import OutputFolder
@@ -364,12 +364,8 @@ def _class_list(file: Path) -> list[str]:
         names = read_class_names(file)
     except ConfigError as error:
         raise CatalogError(str(error)) from None
-    first: dict[str, int] = {}
-    for label, name in enumerate(names):
-        if first.setdefault(name, label) != label:
-            raise CatalogError(
-                f"{file}: {name!r} is the name of labels {first[name]} and {label}; give each its own name"
-            )
+    if said := repeated_name(names):
+        raise CatalogError(f"{file}: {said}; give each its own name")
     return names
 
 
