@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -140,8 +139,8 @@ def _video_stream(path: Path, container: av.container.InputContainer) -> av.Vide
     covers = Disposition.attached_pic | Disposition.timed_thumbnails
     moving = [s for s in container.streams.video if not s.disposition & covers]
     if not moving:
-        held = _listed(s.type for s in container.streams if s.type != "video")
-        raise VideoError(path, f"no video in it, only {held}")
+        held = ", ".join(sorted({s.type for s in container.streams if s.type != "video"}))
+        raise VideoError(path, f"no video in it, only {held}" if held else "no video in it, nor anything else")
     kind = container.format.name
     if kind.endswith("_pipe"):
         raise VideoError(path, f"a picture ({kind.removesuffix('_pipe')}), not a video")
@@ -190,10 +189,6 @@ def check_size(path: Path, width: int, height: int) -> None:
 def as_video_error(path: Path, error: BaseException) -> VideoError:
     """What a library raised about a file, as the one error that callers know."""
     return error if isinstance(error, VideoError) else VideoError(path, _reason(error), transient=may_pass(error))
-
-
-def _listed(types: Iterable[str]) -> str:
-    return ", ".join(sorted(set(types))) or "nothing"
 
 
 def _reason(error: BaseException) -> str:

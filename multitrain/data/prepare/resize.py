@@ -131,15 +131,18 @@ class Resize:
         except VideoError as error:
             with contextlib.suppress(FileNotFoundError):
                 part.unlink()
-            return self._failure(source, error)
+            return self._failure(source, copy, error)
 
     @staticmethod
-    def _failure(source: Path, error: VideoError) -> dict[str, Any]:
+    def _failure(source: Path, copy: Copy, error: VideoError) -> dict[str, Any]:
         """What `check` says of the file, which is plainer than what ffmpeg says; the latter when the file reads well."""
         try:
-            read_whole(source)
+            whole = read_whole(source)
         except VideoError as plainer:
             return {"error": plainer.reason, FINAL: not is_of_system(plainer)}
+        if copy.segment is not None and copy.segment[0] > (whole.frames - 1) / whole.fps:
+            end = f"the video ends at {whole.frames / whole.fps:.1f} s"
+            return {"error": f"the segment begins at {copy.segment[0]:g} s, after the last frame ({end})", FINAL: False}
         return {"error": error.reason, FINAL: False}
 
     def _made(self, source: Path, part: Path, copy: Copy) -> dict[str, Any]:
@@ -154,10 +157,6 @@ class Resize:
         with open_video(source) as video:
             if copy.segment is None:
                 check_complete(video)
-            elif copy.segment[0] >= (end := video.times()[-1] + 1 / video.fps):
-                raise VideoError(
-                    source, f"the segment begins at {copy.segment[0]:g} s, after the video's end ({end:.1f} s)"
-                )
             stream = stream_index(source)
             try:
                 said = self._encode(source, part, copy, stream, strict=True)

@@ -242,9 +242,10 @@ def test_segments_are_cut(tmp_path: Path) -> None:
     record = work(Item(Copy("v.mp4", "v/0000100_0000200.mp4", (1.0, 2.0))))
     assert record["frames"] == 30
     assert work(Item(Copy("v.mp4", "w.mp4", (2.5, 9.0))))["frames"] == 15, "what is there of it"
-    record = work(Item(Copy("v.mp4", "x.mp4", (3.0, 4.0))))
-    assert record["error"] == "the segment begins at 3 s, after the video's end (3.0 s)"
-    assert not record["final"]
+    for encoding in (Encoding(64), Encoding(64, salvage=True)):
+        record = Resize(tmp_path, tmp_path / "out", encoding, 60)(Item(Copy("v.mp4", "x.mp4", (3.0, 4.0))))
+        assert record["error"] == "the segment begins at 3 s, after the last frame (the video ends at 3.0 s)"
+        assert not record["final"]
 
 
 @needs_ffmpeg
