@@ -15,6 +15,10 @@ _Reader = Callable[[bytes, "_Walk"], int]
 
 _HEAD = 320
 """Bytes that hold every header of a chunk; an Ogg page has the longest."""
+_MOST = 1 << 22
+"""Chunks that are looked at; a file of more is taken as it is."""
+_ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
+_ASF_DATA = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")
 _FRAGMENTED = (b"moof", b"mdat", b"mfra", b"styp", b"sidx", b"emsg", b"prft", b"free", b"skip", b"uuid")
 """Boxes of an MP4 from the first fragment on; other bytes are none of it."""
 
@@ -47,7 +51,9 @@ def needed_bytes(file: BinaryIO, size: int, kind: str) -> int:
     first, read = found
     file.seek(0)
     at, walk = first(file.read(_HEAD)), _Walk()
-    while at < size:
+    for _ in range(_MOST):
+        if at >= size:
+            return at
         file.seek(at)
         head, walk.left = file.read(_HEAD), size - at
         try:
@@ -57,7 +63,7 @@ def needed_bytes(file: BinaryIO, size: int, kind: str) -> int:
         if length <= 0:
             return size
         at += length
-    return at
+    return size
 
 
 def _bytes(head: bytes, begin: int, count: int) -> bytes:
@@ -98,14 +104,16 @@ def _frame(head: bytes, walk: _Walk) -> int:
 
 
 def _object(head: bytes, walk: _Walk) -> int:
-    """ASF: a broadcast's size is 0 or that of its header."""
+    """ASF: the header, then the data, whose size is not known in a broadcast; what comes behind it is no picture."""
+    if len(head) < 24 or head[:16] not in (_ASF_HEADER, _ASF_DATA):
+        return 0
     size = _number(head, 16, 8, "little")
-    return size if size >= 24 else 0
+    return size if size > 50 else 0
 
 
 def _page(head: bytes, walk: _Walk) -> int:
     """Ogg."""
-    if _bytes(head, 0, 4) != b"OggS":
+    if not b"OggS".startswith(head[:4]):
         return 0
     segments = _number(head, 26, 1)
     return 27 + segments + sum(_bytes(head, 27, segments))
@@ -113,7 +121,7 @@ def _page(head: bytes, walk: _Walk) -> int:
 
 def _triplet(head: bytes, walk: _Walk) -> int:
     """MXF: key, length, value."""
-    if _bytes(head, 0, 4) != b"\x06\x0e\x2b\x34":
+    if not b"\x06\x0e\x2b\x34".startswith(head[:4]):
         return 0
     length = _number(head, 16, 1)
     if length < 0x80:
@@ -125,7 +133,7 @@ def _box(head: bytes, walk: _Walk) -> int:
     """MP4, if it is in fragments; of one that is not, the header counts the frames."""
     kind = head[4:8]
     walk.fragmented = walk.fragmented or kind == b"moof"
-    if not walk.fragmented and len(head) < 16:
+    if len(head) < 16:
         return 0
     size = _number(head, 0, 4)
     size = _number(head, 8, 8) if size == 1 else size
