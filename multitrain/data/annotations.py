@@ -195,7 +195,9 @@ def _too_long(csv: Path, line: int, size: int) -> str:
 
 
 def _long_line(csv: Path, line: int) -> str:
-    return f"{csv}:{line}: a line of more than {LONGEST_LINE:,} bytes is no 'path label'; is it the right file?"
+    return (
+        f"{csv}:{line}: a line of more than {LONGEST_LINE:,} bytes, which no list of videos has; is it the right file?"
+    )
 
 
 def _line_at(content: bytes, offset: int) -> int:
@@ -329,7 +331,7 @@ def _label_remedy(token: bytes, text: bytes, number: int, syntax: Syntax) -> str
         return "for several labels a video set the dataset's multi_label=true"
     if re.fullmatch(rb"\+[0-9]+|[0-9]+\.0*", token):
         return "write it without sign and point"
-    if number == 1 and re.fullmatch(rb"[\"']?[^\W\d][\w -]*[\"']?", token):
+    if number == 1 and re.fullmatch(rb"[\"']?([^\W\d]|[\x80-\xff])[\w\x80-\xff -]*[\"']?", token):
         return "labels are whole numbers from 0 up; a header line has to go"
     return "labels are whole numbers from 0 up; correct the line"
 

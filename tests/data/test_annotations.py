@@ -366,6 +366,7 @@ def test_what_is_no_file_of_bytes_is_named(tmp_path: Path) -> None:
     ("content", "remedy"),
     [
         (b"path label\n", "a header line has to go"),
+        ("chemin étiquette\n".encode(), "a header line has to go"),
         (b"1 a/1.mp4\n", "the columns are in the other order"),
         (b'"a/1.mp4 1"\n', "the line as a whole is in quotation marks"),
         (b"'a/1.mp4 1'\n", "the line as a whole is in quotation marks"),

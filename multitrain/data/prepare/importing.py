@@ -18,8 +18,8 @@ from typing import Any
 from multitrain.config import ConfigError, nearest
 from multitrain.config.boundary import in_words
 from multitrain.config.class_names import read_class_names, repeated_name
-from multitrain.config.reading import read_json, read_text
-from multitrain.data.annotations import CatalogError
+from multitrain.config.reading import as_text, read_json
+from multitrain.data.annotations import CatalogError, read_annotations
 from multitrain.files import OutputFolder
 from multitrain.text import printable, quoted
 
@@ -385,7 +385,7 @@ def _note_unlabelled(out: Imported, file: Path, count: int) -> None:
 
 def _text(file: Path) -> str:
     try:
-        return read_text(file)
+        return as_text(read_annotations(file), file)
     except ConfigError as error:
         raise CatalogError(str(error)) from None
 
