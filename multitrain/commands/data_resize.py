@@ -79,8 +79,8 @@ def main(arguments: Arguments) -> int:
     items, mine = list(task.items()), len(shard.of(task.copies))
     if items:
         task.journal.claim()
-    if len(items) < mine:
-        print(f"{mine - len(items)} of {mine} are done already", file=sys.stderr)
+    if task.before:
+        print(", ".join(f"{n} of {mine} {what}" for what, n in task.before.items()), file=sys.stderr)
     bar: Bar[Item] = Bar("resize", len(items))
     for item, answer in map_resumable(items, work, workers=given.workers, timeout=3 * given.timeout + 30, stop=stop):
         bar.add(bad=not task.done(item, answer))

@@ -40,6 +40,8 @@ _NAME_FIRST = re.compile(r"(?P<name>.+?)\s*[,;\t]\s*(?P<label>[0-9]{1,9})", re.A
 _LABEL_FIRST = re.compile(r"(?P<label>[0-9]{1,9})\s*[,;\t]\s*(?P<name>.+)", re.ASCII)
 _LABEL_BLANK = re.compile(r"(?P<label>[0-9]{1,9})\s+(?P<name>.+)", re.ASCII)
 _HEADER = re.compile(r"\W*(\w*(id|index|idx|number|label|name|class|category|action)\w*|\W+)\W*", re.IGNORECASE)
+_JSON = re.compile(r"\s*(\{\s*[\"}]|\[\s*[\"\[{\]])")
+"""How JSON begins, whatever the file's name ends with."""
 _WRAPPERS = ("id2label", "label2id", "classes", "class_names", "names", "categories", "labels")
 
 
@@ -50,7 +52,18 @@ def read_class_names(file: Path) -> list[str]:
         ConfigError: not readable, or labels that are not 0, 1, 2 … each once; one line with the file and the remedy.
     """
     text = read_text(file, LARGEST)
-    return _of_json(file, parse_json(text, file)) if file.suffix == ".json" else _of_lines(file, text)
+    if file.suffix == ".json" or _JSON.match(text):
+        return _of_json(file, parse_json(text, file, unique=True))
+    return _of_lines(file, text)
+
+
+def repeated_name(names: Sequence[str]) -> str:
+    """What is to be said of the first name that two classes have; empty when each has its own."""
+    first: dict[str, int] = {}
+    for label, name in enumerate(names):
+        if first.setdefault(name, label) != label:
+            return f"{shown(name, 60)!r} is the name of labels {first[name]} and {label}"
+    return ""
 
 
 def find_class_names(folder: Path, classes: int) -> list[str] | None:
@@ -152,4 +165,4 @@ def _by_label(file: Path, pairs: Sequence[tuple[int, str]]) -> list[str]:
     return [names[label] for label in range(len(names))]
 
 
-__all__ = ["LOOKED_FOR", "find_class_names", "read_class_names"]
+__all__ = ["LOOKED_FOR", "find_class_names", "read_class_names", "repeated_name"]

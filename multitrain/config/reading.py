@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,31 +32,64 @@ DEEPEST = 100
 LONGEST_NUMBER = 40
 """Digits of a whole number."""
 
+BLOCK = 1 << 20
+"""Bytes read at once of a file that may have to be refused."""
+
+_UNPACK = "unpack it, and give the file that comes out"
+_EXPORT = "export it as text"
+_FORMATS = (
+    (b"\x1f\x8b", "compressed by gzip", f"{_UNPACK} (gunzip)"),
+    (b"PK\3\4", "a zip archive or a spreadsheet", "unzip it, or save the spreadsheet as CSV"),
+    (b"\xfd7zXZ\0", "compressed by xz", f"{_UNPACK} (unxz)"),
+    (b"BZh91AY&SY", "compressed by bzip2", f"{_UNPACK} (bunzip2)"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd", f"{_UNPACK} (unzstd)"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
+    (b"\xd0\xcf\x11\xe0", "a spreadsheet or document of an older Office", "save it as CSV"),
+    (b"PAR1\x15", "a Parquet table", _EXPORT),
+    (b"SQLite format 3\0", "an SQLite database", _EXPORT),
+    (b"\x89HDF\r\n", "an HDF5 file", _EXPORT),
+    (b"%PDF-", "a PDF document", _EXPORT),
+    (b"version https://git-lfs.github.com/", "a pointer of Git LFS", "fetch the file itself (git lfs pull)"),
+    (b"<!doctype html", "a web page", "download the file itself"),
+    (b"<html", "a web page", "download the file itself"),
+)
+"""First bytes of files that stand in the place of a text now and then (in any case), what they are, and the remedy."""
+
 _LONG_NUMBER = re.compile(rf"[0-9]{{{LONGEST_NUMBER + 1}}}")
 _DIGITS = re.compile(r"[-+]?[0-9_]+")
 
 
 def read_bytes(file: Path, largest: int = LARGEST_TEXT) -> bytes:
     """The content of a file. Raises ConfigError: missing, not readable, no file of bytes, or larger than `largest`."""
+    return b"".join(read_blocks(file, largest))
+
+
+def read_blocks(file: Path, largest: int = LARGEST_TEXT) -> Iterator[bytes]:
+    """The content of a file in blocks of :data:`BLOCK` bytes; nothing is read of a file that is larger than `largest`.
+
+    Raises:
+        ConfigError: missing, not readable, no file of bytes, or larger than `largest`.
+    """
     try:
         status = file.stat()
         if stat.S_ISDIR(status.st_mode):
-            raise ConfigError(f"{file}: is a folder; give a file")
+            raise ConfigError(f"{shown(file)}: is a folder; give a file")
         if not stat.S_ISREG(status.st_mode):  # a pipe or a device, which may never end
             raise ConfigError(f"{shown(file)}: is no ordinary file; write its content to one")
         size = status.st_size
-        with file.open("rb") as opened:
-            content = b"" if size > largest else opened.read(largest + 1)
+        with file.open("rb", buffering=0) as opened:
+            while size <= largest and (block := opened.read(BLOCK)):
+                yield block
+                size = max(size, opened.tell())
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         if isinstance(error, ConfigError):
             raise
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{shown(file)}: cannot be read ({reason}); check the path and its permissions") from error
-    if size > largest or len(content) > largest:
+    if size > largest:
         raise ConfigError(
-            f"{file}: larger than the {largest >> 20} MB that such a file may have; is it the right file?"
+            f"{shown(file)}: larger than the {largest >> 20} MB that such a file may have; is it the right file?"
         )
-    return content
 
 
 def read_text(file: Path, largest: int = LARGEST_TEXT) -> str:
@@ -63,10 +97,21 @@ def read_text(file: Path, largest: int = LARGEST_TEXT) -> str:
     return as_text(read_bytes(file, largest), file)
 
 
+def refuse_other_format(content: bytes, where: object) -> None:
+    """Raises ConfigError for content that begins as a file of a known format that is no text of the user's.
+
+    UTF-16 and UTF-32, compressed files and archives, tables of other programs, a pointer of Git LFS, a web page.
+    """
+    refuse_utf16(content, where)
+    head = content[:64]
+    for begin, what, remedy in _FORMATS:
+        if head.lower().startswith(begin.lower()):
+            raise ConfigError(f"{where}: is {what}, not the text itself; {remedy}")
+
+
 def as_text(content: bytes, where: object) -> str:
     """UTF-8 `content` as text, without its byte order mark. Raises ConfigError for another encoding, or a NUL."""
-    if b"\0" in content[:200]:
-        refuse_utf16(content, where)
+    refuse_other_format(content, where)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -83,7 +128,8 @@ def refuse_utf16(content: bytes, where: object) -> None:
     head = content[:200]
     marked = head.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff"))
     zeros = max(head[0::2].count(0), head[1::2].count(0))
-    if (marked and zeros) or (len(head) >= 6 and zeros >= 0.8 * (len(head) // 2)):
+    text = head.count(0) < 0.9 * len(head)  # and no hole of a file that was never written
+    if (marked and zeros) or (text and len(head) >= 6 and zeros >= 0.8 * (len(head) // 2)):
         raise ConfigError(f"{where}: is UTF-16, not UTF-8; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
 
 
@@ -92,11 +138,12 @@ def read_json(file: Path, largest: int = LARGEST_JSON) -> Any:
     return parse_json(read_bytes(file, largest), file)
 
 
-def parse_json(text: str | bytes, where: object) -> Any:
+def parse_json(text: str | bytes, where: object, *, unique: bool = False) -> Any:
     """The value of a JSON text.
 
     Args:
         where: what an error begins with: a file, or a file and a line.
+        unique: whether a key that stands twice in one object is an error; else the last one counts.
 
     Raises:
         ConfigError: not JSON, deeper than :data:`DEEPEST`, with more than :data:`MOST_VALUES` values or too long a number.
@@ -106,7 +153,8 @@ def parse_json(text: str | bytes, where: object) -> Any:
     if opened + text.count(",") > MOST_VALUES:
         raise ConfigError(f"{where}: more than {MOST_VALUES:,} values in it; is it the right file?")
     try:
-        value = json.loads(text, parse_int=_json_number if _LONG_NUMBER.search(text) else None)
+        number, pairs = _json_number if _LONG_NUMBER.search(text) else None, _unique if unique else None
+        value = json.loads(text, parse_int=number, object_pairs_hook=pairs)
     except RecursionError:
         raise ConfigError(_too_deep(where)) from None
     except json.JSONDecodeError as error:
@@ -196,6 +244,15 @@ def shown(value: object, longest: int = 200) -> str:
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{shown(key, 60)!r} stands twice in one object")
+        found[key] = value
+    return found
+
+
 def _json_number(text: str) -> int:
     if len(text) > LONGEST_NUMBER:
         raise ValueError(f"a number of {len(text)} digits in it")
@@ -229,10 +286,12 @@ __all__ = [
     "check_yaml",
     "parse_json",
     "parse_yaml",
+    "read_blocks",
     "read_bytes",
     "read_json",
     "read_text",
     "read_yaml",
+    "refuse_other_format",
     "refuse_utf16",
     "shown",
 ]

@@ -6,22 +6,28 @@ by line.
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from multitrain.config import ConfigError, DatasetConfig
-from multitrain.config.reading import refuse_utf16
+from multitrain.config.reading import read_blocks, refuse_other_format
 
 _LARGEST_LABEL = 10**9
 LONGEST_PATH = 4096
 """Bytes of a path that an operating system takes."""
 LONGEST_LINE = 1 << 16
 """Bytes of a line; thousands of labels fit."""
+MOST_LINES = 20_000_000
+"""Lines of an annotation file; the largest lists of action recognition have one or two million."""
 _QUOTE = 34
+_NULS = 0.01
+"""Share of NUL bytes at the beginning of a file from which on it is no text with a stray one."""
 
 
 class CatalogError(ConfigError):
@@ -77,6 +83,52 @@ class Line(NamedTuple):
     """Offset of the path in the file."""
 
 
+def read_annotations(csv: Path) -> bytes:
+    """The content of an annotation file (or of another list, a video a line), which is looked at block by block.
+
+    So of a file that no list can be (a disk image, a video, one line without an end) no more is read than proves it.
+
+    Raises:
+        CatalogError: not readable, no file of bytes, too large, with too many lines or one that is too long, or no text.
+    """
+    blocks: list[bytes] = []
+    number, open_bytes = 1, 0  # of the line that the next block begins in, and the bytes of it that are read
+    try:
+        for block in read_blocks(csv):
+            if not blocks:
+                _refuse_binary(block, csv)
+            open_bytes = _refuse_long_line(block, open_bytes, csv, number)
+            number += block.count(b"\n")
+            blocks.append(block)
+            if number > MOST_LINES + 1:
+                raise CatalogError(f"{csv}: more than {MOST_LINES:,} lines; is it the right file?")
+    except CatalogError:
+        raise
+    except ConfigError as error:
+        raise CatalogError(str(error)) from error
+    return b"".join(blocks)
+
+
+def _refuse_long_line(block: bytes, open_bytes: int, csv: Path, number: int) -> int:
+    """Raises CatalogError for a line of more than `LONGEST_LINE` bytes; else the bytes of the block's last line.
+
+    Args:
+        open_bytes: of the block's first line that came before the block.
+        number: of that line.
+    """
+    begin, room = 0, LONGEST_LINE - open_bytes
+    while len(block) - begin > room:
+        end = block.rfind(b"\n", begin, begin + room + 1)
+        if end < 0:
+            number += block.count(b"\n", 0, begin)
+            _refuse_nul(block[begin:], csv, number)
+            _refuse_carriage_returns(block[begin : begin + room], csv, number)
+            raise CatalogError(_long_line(csv, number))
+        begin, room = end + 1, LONGEST_LINE
+    begin = max(begin, block.rfind(b"\n") + 1)
+    return len(block) - begin if begin else open_bytes + len(block)
+
+
 def parse(content: bytes, csv: Path, syntax: Syntax) -> Annotations:
     """All lines of a file's `content`.
 
@@ -97,27 +149,55 @@ def parse(content: bytes, csv: Path, syntax: Syntax) -> Annotations:
 
 
 def _refuse_no_text(content: bytes, csv: Path) -> None:
-    """Raises CatalogError for what looks like lines and is none: UTF-16, NUL bytes, carriage returns alone."""
+    """Raises CatalogError for what looks like lines and is none: another format, NUL bytes, carriage returns alone."""
+    _refuse_binary(content, csv)
+    _refuse_carriage_returns(content, csv)
+
+
+def _refuse_binary(content: bytes, csv: Path) -> None:
+    """Raises CatalogError for content of another format than text, and for NUL bytes."""
     try:
-        refuse_utf16(content, csv)
+        refuse_other_format(content, csv)
     except ConfigError as error:
         raise CatalogError(str(error)) from None
+    _refuse_nul(content, csv)
+
+
+def _refuse_nul(content: bytes, csv: Path, number: int = 1) -> None:
+    """Raises CatalogError for NUL bytes; `number` is that of the first line of `content`."""
     nul = content.find(b"\0")
-    if nul >= 0:
+    if nul < 0:
+        return
+    head = content[: 1 << 16]
+    if head.count(0) > max(16, _NULS * len(head)):
         raise CatalogError(
-            f"{csv}:{_line_at(content, nul)}: a NUL byte in the line, which no path can hold; remove it "
-            f"(tr -d '\\000' < {csv.name})"
+            f"{csv}: bytes, not text (many are NUL); is it the right file, and was it written to its end?"
         )
-    if content.count(b"\r") != content.count(b"\r\n"):
-        lines = content.split(b"\n")
-        alone = next((i for i, line in enumerate(lines, start=1) if b"\r" in line.removesuffix(b"\r")), len(lines))
-        raise CatalogError(
-            f"{csv}:{alone}: lines that end with a carriage return alone; save it with Unix or Windows line ends"
-        )
+    raise CatalogError(
+        f"{csv}:{number - 1 + _line_at(content, nul)}: a NUL byte in the line, which no path can hold; remove it "
+        f"(tr -d '\\000' < {csv.name})"
+    )
+
+
+def _refuse_carriage_returns(content: bytes, csv: Path, number: int = 1) -> None:
+    """Raises CatalogError for lines that end as on old Macintosh systems."""
+    if content.count(b"\r") == content.count(b"\r\n"):
+        return
+    alone = re.search(rb"\r(?!\n)", content)
+    line = number - 1 + _line_at(content, alone.start() if alone else 0)
+    raise CatalogError(
+        f"{csv}:{line}: lines that end with a carriage return alone; save it with Unix or Windows line ends"
+    )
 
 
 def _too_long(csv: Path, line: int, size: int) -> str:
     return f"{csv}:{line}: a path of {size} bytes, and none can be longer than {LONGEST_PATH}; correct the line"
+
+
+def _long_line(csv: Path, line: int) -> str:
+    return (
+        f"{csv}:{line}: a line of more than {LONGEST_LINE:,} bytes, which no list of videos has; is it the right file?"
+    )
 
 
 def _line_at(content: bytes, offset: int) -> int:
@@ -143,12 +223,39 @@ def one_spelling(path: bytes) -> bytes:
     return plain[1:] if plain.startswith(b"//") else plain
 
 
-def count_repeats(content: bytes, csv: Path, syntax: Syntax) -> int:
-    """Number of lines that repeat an earlier line. Raises CatalogError for a path with two different labels."""
-    seen: dict[bytes, Line] = {}
+def needs_folder(paths: list[bytes], content: bytes) -> bool:
+    """Whether only the folder that paths start from tells which are one: some are absolute, or lead out of it (``../``)."""
+    if 0 < sum(path[:1] == b"/" for path in paths) < len(paths):
+        return True
+    return b"../" in content and any(one_spelling(path).startswith(b"../") for path in paths)
+
+
+def _speller(videos: Path | None) -> Callable[[bytes], bytes]:
+    """What makes the one spelling of a path; of where it leads from the folder `videos` on, which may be reached over links."""
+    if videos is None:
+        return one_spelling
+    folder, real = os.fsencode(os.path.abspath(videos)), os.fsencode(os.path.realpath(videos))
+
+    def whole(path: bytes) -> bytes:
+        joined = one_spelling(os.path.join(folder, path))
+        return folder + joined[len(real) :] if joined.startswith(real + b"/") else joined
+
+    return whole
+
+
+def count_repeats(content: bytes, csv: Path, syntax: Syntax, videos: Path | None = None) -> int:
+    """Number of lines that repeat the video of an earlier line.
+
+    Args:
+        videos: the folder that paths start from, where :func:`needs_folder` holds.
+
+    Raises:
+        CatalogError: a video with two different labels.
+    """
+    spelled, seen = _speller(videos), dict[bytes, Line]()
     repeats = 0
     for line in lines(content, csv, syntax):
-        first = seen.setdefault(one_spelling(line.path), line)
+        first = seen.setdefault(spelled(line.path), line)
         if first.labels != line.labels:
             here, there = (",".join(map(str, x.labels)) for x in (line, first))
             as_spelled = "" if first.path == line.path else f" (as {_shown(first.path)}, the same video)"
@@ -164,10 +271,10 @@ def lines(content: bytes, csv: Path, syntax: Syntax) -> Iterator[Line]:
     """Every line that is not blank. Raises CatalogError at one that is not a path and a label."""
     _refuse_no_text(content, csv)
     end = 0
-    for number, raw in enumerate(content.split(b"\n"), start=1):
-        start, end = end, end + len(raw) + 1
-        if len(raw) > LONGEST_LINE:
-            raise CatalogError(f"{csv}:{number}: a line of {len(raw)} bytes is no 'path label'; is it the right file?")
+    for number, raw in enumerate(io.BytesIO(content), start=1):  # which shares the memory of `content`
+        start, end = end, end + len(raw)
+        if len(raw) > LONGEST_LINE + 1:
+            raise CatalogError(_long_line(csv, number))
         text = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw  # the byte order mark of some editors
         start += len(raw) - len(text.lstrip())
         path, found, tail = text.strip().rpartition(syntax.separator)
@@ -177,10 +284,10 @@ def lines(content: bytes, csv: Path, syntax: Syntax) -> Iterator[Line]:
         if len(path) > LONGEST_PATH:
             raise CatalogError(_too_long(csv, number, len(path)))
         if found and path:
-            yield Line(number, path, _labels(tail, csv, number, syntax), start)
+            yield Line(number, path, _labels(tail, csv, number, syntax, text.strip()), start)
         elif text.strip():
             expected = f"path{syntax.separator.decode()}label"
-            remedy = _separator_remedy(text, syntax.separator)
+            remedy = _line_remedy(text.strip(), number) or _separator_remedy(text, syntax.separator)
             raise CatalogError(f"{csv}:{number}: {_shown(text)} is not {expected!r}; {remedy}")
 
 
@@ -194,21 +301,39 @@ def _unquoted(path: bytes, csv: Path, number: int) -> bytes:
     return inner
 
 
-def _labels(text: bytes, csv: Path, number: int, syntax: Syntax) -> list[int]:
+def _labels(text: bytes, csv: Path, number: int, syntax: Syntax, line: bytes) -> list[int]:
     labels = set()
     for token in text.split(b",") if syntax.multi_label else [text]:
         token = token.strip()
         if not token.isdigit() or len(token.lstrip(b"0")) > 10 or int(token) > _LARGEST_LABEL:
-            remedy = "labels are whole numbers from 0 up"
-            if not syntax.multi_label and b"," in text:
-                remedy += "; for several labels a video set the dataset's multi_label=true"
-            elif number == 1:
-                remedy += "; a header line has to go"
+            remedy = _line_remedy(line, number) or _label_remedy(token, text, number, syntax)
             raise CatalogError(
                 f"{csv}:{number}: label {_shown(token)} is no whole number up to {_LARGEST_LABEL:,}; {remedy}"
             )
         labels.add(int(token))
     return sorted(labels)
+
+
+def _line_remedy(line: bytes, number: int) -> str:
+    """What is to be done about a line as a whole that is no 'path label'; empty when that lies in its parts."""
+    if number == 1 and line[:1] in (b"{", b"["):
+        return "this is JSON: write 'path label' lines (`multitrain data import` does, from official annotation files)"
+    if len(line) > 1 and line[:1] == line[-1:] and line[:1] in (b'"', b"'"):
+        return "the line as a whole is in quotation marks; write it without them"
+    if re.fullmatch(rb"[0-9]{1,10}[\s,;]+[^\s,;].*", line) and not re.search(rb"[\s,;][-+0-9.]+$", line):
+        return "the columns are in the other order; write 'path label'"
+    return ""
+
+
+def _label_remedy(token: bytes, text: bytes, number: int, syntax: Syntax) -> str:
+    """What is to be done about a label that is none: `token`, of all that stands after the path, `text`."""
+    if not syntax.multi_label and re.fullmatch(rb"\s*[0-9]+(\s*,\s*[0-9]+)+\s*", text):
+        return "for several labels a video set the dataset's multi_label=true"
+    if re.fullmatch(rb"\+[0-9]+|[0-9]+\.0*", token):
+        return "write it without sign and point"
+    if number == 1 and re.fullmatch(rb"[\"']?([^\W\d]|[\x80-\xff])[\w\x80-\xff -]*[\"']?", token):
+        return "labels are whole numbers from 0 up; a header line has to go"
+    return "labels are whole numbers from 0 up; correct the line"
 
 
 def _separator_remedy(line: bytes, separator: bytes) -> str:
@@ -282,6 +407,8 @@ __all__ = [
     "count_repeated",
     "count_repeats",
     "lines",
+    "needs_folder",
     "one_spelling",
     "parse",
+    "read_annotations",
 ]

@@ -21,9 +21,9 @@ from typing import Any, Literal
 import numpy as np
 
 from multitrain.config import ConfigError, DataConfig, DatasetConfig, RunConfig, load, nearest
-from multitrain.config.class_names import find_class_names, read_class_names
+from multitrain.config.class_names import find_class_names, read_class_names, repeated_name
 from multitrain.config.reading import shown
-from multitrain.data.annotations import CatalogError, Syntax, lines
+from multitrain.data.annotations import CatalogError, Syntax, lines, read_annotations
 from multitrain.data.index import indexed, read_index
 from multitrain.data.packs import open_pack
 from multitrain.data.presence import Looked, absent, frames_column
@@ -86,7 +86,7 @@ class Catalog:
         classes = resolve_classes(dataset)
         csv = _annotation_file(dataset, name, split)
         syntax = Syntax.of(dataset, csv)
-        index = indexed(csv, syntax, Path(index_dir))
+        index = indexed(csv, syntax, Path(index_dir), Path(dataset.videos))
         catalog = Catalog(
             index,
             name=name,
@@ -96,6 +96,8 @@ class Catalog:
             class_names=_class_names(dataset, classes),
             stride=stride,
         )
+        if catalog.class_names and split == "train" and (said := repeated_name(catalog.class_names)):
+            _log.warning("%s: %s, so results do not tell them apart; give each its own name", csv.parent, said)
         catalog._check_labels(syntax)
         catalog._check_videos(name)
         if catalog.duplicates:
@@ -165,7 +167,7 @@ class Catalog:
             return
         from_one = self._largest == self.classes and bool(self._labels.min() == 1)
         remedy = "labels seem to be numbered from 1: subtract 1 from each; else " if from_one else ""
-        for line in lines(self.csv.read_bytes(), self.csv, syntax):
+        for line in lines(read_annotations(self.csv), self.csv, syntax):
             if line.labels[-1] >= self.classes:
                 raise CatalogError(
                     f"{self.csv}:{line.number}: label {line.labels[-1]} of {shown(os.fsdecode(line.path))!r} with classes={self.classes}, "
@@ -226,6 +228,9 @@ class Catalog:
         line = self._line(found.example)
         path = self.path(found.example)
         known = frames_column(self.relative_path(found.example), self.videos)
+        name = self.relative_path(found.example)
+        if name[:1] == name[-1:] and name[:1] in "'\"":
+            return f"{self.csv}:{line}: {what}: {name[0]} stands around the path {shown(name)}; write it without"
         if known is not None:
             return f"{self.csv}:{line}: {what}: lines are 'path frames label', as {known} says; keep 'path label'"
         if found.reason == "unreadable":
@@ -315,7 +320,7 @@ def _class_file(dataset: DatasetConfig) -> Path:
     given = Path(dataset.class_names or "")
     places = [given, Path(dataset.annotations) / given]
     for file in places:
-        if file.is_file():
+        if os.path.lexists(file) and not file.is_dir():
             return file
     looked = " nor ".join(str(p) for p in dict.fromkeys(places))
     raise CatalogError(
@@ -348,7 +353,7 @@ def _class_names(dataset: DatasetConfig, classes: int) -> list[str] | None:
 def _annotation_file(dataset: DatasetConfig, name: str, split: Split) -> Path:
     folder = Path(os.path.abspath(dataset.annotations))
     csv = folder / f"{split}.csv"
-    if csv.is_file():
+    if os.path.lexists(csv):  # what is no file of bytes, or cannot be read, is told apart where it is read
         return csv
     option = f"data.datasets.{name}.annotations"
     if not folder.is_dir():

@@ -12,15 +12,24 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from multitrain.data.annotations import CatalogError, Syntax, count_repeated, parse
+from multitrain.data.annotations import (
+    CatalogError,
+    Syntax,
+    count_repeated,
+    count_repeats,
+    needs_folder,
+    parse,
+    read_annotations,
+)
 from multitrain.files import replacing
 
-FORMAT = 3
+FORMAT = 4
 """Version of the index file; another one is built anew."""
 
 _DIGEST = 1
@@ -30,41 +39,79 @@ _MAGIC = b"MTINDEX\n"
 _SETTLED = 2.0  # seconds after which an unchanged time of change proves an unchanged file (two writes can share a tick)
 
 
-def indexed(csv: Path, syntax: Syntax, folder: Path) -> Path:
+def indexed(csv: Path, syntax: Syntax, folder: Path, videos: Path | None = None) -> Path:
     """The index file of `csv` as it is now, in `folder`, built if need be; safe when many processes do it at once.
+
+    Args:
+        videos: the folder that paths start from; a list of which some are absolute or lead out of it has an index for each.
 
     Raises:
         CatalogError: the csv cannot be read or has a wrong line, or the index cannot be written.
     """
-    how = (syntax.separator, bytes([syntax.multi_label]))
+    with _naming(csv, folder):
+        index = _indexed(csv, syntax, folder)
+        if videos is None or not read_header(index)["needs_folder"]:
+            return index
+        return _with_folder(index, csv, syntax, videos)
+
+
+@contextlib.contextmanager
+def _naming(csv: Path, folder: Path) -> Iterator[None]:
+    """Raises CatalogError for what the operating system refuses within the block."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        note = folder / f"{_name(os.fsencode(csv), *how)}.json"
-        known = _noted(note, csv)
-        if known is not None and _is_complete(folder / known):
-            return folder / known
-        before = csv.stat()
-        content = csv.read_bytes()
-        index = folder / f"{_name(content, *how)}.index"
-        if not _is_complete(index):
-            _write(index, _build(content, csv, syntax))
-        stamp = {
-            "csv": str(csv),
-            "size": before.st_size,
-            "mtime_ns": before.st_mtime_ns,
-            "index": index.name,
-        }
-        if len(content) == before.st_size and time.time() - before.st_mtime > _SETTLED:
-            with contextlib.suppress(PermissionError):  # another user's folder: only saves time
-                _write(note, [json.dumps(stamp).encode()])
-        return index
+        yield
     except OSError as error:
         where = error.filename or folder
         if Path(os.fsdecode(where)) == csv:
-            raise CatalogError(f"{csv}: cannot be read ({error.strerror}); check its permissions") from error
+            raise CatalogError(
+                f"{csv}: cannot be read ({error.strerror}); check the path and its permissions"
+            ) from error
         raise CatalogError(
             f"{where}: index of {csv} cannot be written ({error.strerror}); set data.index to a folder that can be"
         ) from error
+
+
+def _indexed(csv: Path, syntax: Syntax, folder: Path) -> Path:
+    """The index by the text of the csv alone."""
+    how = _how(syntax)
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / f"{_name(os.fsencode(csv), *how)}.json"
+    known = _noted(note, csv)
+    if known is not None and _is_complete(folder / known):
+        return folder / known
+    before = csv.stat()
+    content = read_annotations(csv)
+    index = folder / f"{_name(content, *how)}.index"
+    if not _is_complete(index):
+        _write(index, _build(content, csv, syntax))
+    stamp = {
+        "csv": str(csv),
+        "size": before.st_size,
+        "mtime_ns": before.st_mtime_ns,
+        "index": index.name,
+    }
+    if len(content) == before.st_size and time.time() - before.st_mtime > _SETTLED:
+        with contextlib.suppress(PermissionError):  # another user's folder: only saves time
+            _write(note, [json.dumps(stamp).encode()])
+    return index
+
+
+def _with_folder(plain: Path, csv: Path, syntax: Syntax, videos: Path) -> Path:
+    """The index of a csv whose videos are told apart by the folder that paths start from; `plain` is the one by its text."""
+    places = os.fsencode(os.path.abspath(videos)), os.fsencode(os.path.realpath(videos))
+    index = plain.with_name(f"{plain.stem}-{_name(*places)}.index")
+    if not _is_complete(index):
+        content = read_annotations(csv)
+        if f"{_name(content, *_how(syntax))}.index" != plain.name:
+            raise CatalogError(f"{csv}: changed while it was read; try again")
+        header, arrays = read_index(plain)
+        header["duplicates"] = count_repeats(content, csv, syntax, videos)
+        _write(index, laid_out({k: v for k, v in header.items() if k not in ("arrays", "bytes")}, arrays))
+    return index
+
+
+def _how(syntax: Syntax) -> tuple[bytes, bytes]:
+    return syntax.separator, bytes([syntax.multi_label])
 
 
 def _name(*parts: bytes) -> str:
@@ -169,6 +216,7 @@ def _build(content: bytes, csv: Path, syntax: Syntax) -> list[Any]:
         "digest": digest.hexdigest(),
         "multi_label": syntax.multi_label,
         "duplicates": duplicates,
+        "needs_folder": needs_folder(paths, content),
         "largest_label": int(parsed.labels.max()),
     }
     return laid_out(header, arrays)

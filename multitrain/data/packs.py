@@ -177,14 +177,14 @@ def read(path: Path | str) -> bytes | None:
 
 
 def read_stored(stored: Stored) -> bytes:
-    """`read` of a video whose place is known."""
+    """`read` of a video whose place is known; an OSError names the shard."""
     try:
         content = _range(stored)
         if not _is_whole(stored, content):
             content = _range(stored)  # once more: a server, not the disk, may have been wrong
-    except OSError:
+    except OSError as error:
         _opened.cache_clear()  # e.g. a stale handle: the next try opens the shard anew
-        raise
+        raise OSError(error.errno, error.strerror or str(error), str(stored.shard)) from error
     if len(content) < stored.size:
         raise DamagedError(f"{printable(stored.shard.name)} is cut off: it ends within this video; pack it again")
     if not _is_whole(stored, content):
@@ -192,6 +192,12 @@ def read_stored(stored: Stored) -> bytes:
             f"its bytes in {printable(stored.shard.name)} are damaged (another checksum); pack it again from its file"
         )
     return content
+
+
+def refusal(error: OSError) -> str:
+    """What the operating system refused, and of which file: of a packed video that is not the one that is asked for."""
+    said = error.strerror or str(error)
+    return f"{printable(os.fsdecode(error.filename))}: {said}" if error.filename else said
 
 
 def wrong_frame(stored: Stored) -> str:
@@ -299,5 +305,6 @@ __all__ = [
     "open_pack",
     "read",
     "read_stored",
+    "refusal",
     "wrong_frame",
 ]

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
 import logging
+import lzma
 import os
+import re
 import shutil
 import time
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from multitrain.config import DatasetConfig, dump
+from multitrain.config import ConfigError, DatasetConfig, dump
+from multitrain.config.class_names import read_class_names
 from multitrain.data import catalog as catalogs
-from multitrain.data.annotations import LONGEST_PATH, CatalogError, Syntax, lines, one_spelling, parse
+from multitrain.data.annotations import LONGEST_PATH, CatalogError, Syntax, lines, one_spelling, parse, read_annotations
 from multitrain.data.catalog import Catalog, summary
+from multitrain.data.index import indexed
+from multitrain.data.prepare.check import listed
+from multitrain.data.prepare.listing import AnnotationFiles, Layout, segments
 from multitrain.monitor import jsonl as jsonl
 from tests.data.numbered import run_config
 
@@ -70,7 +80,7 @@ def test_lines_of_other_tools_are_read(content: bytes, syntax: Syntax, expected:
         ("a.mp4 1\nb.mp4 2\n".encode("utf-16-le"), "is UTF-16"),
         ("a.mp4 1\nb.mp4 2\n".encode("utf-16-be"), "is UTF-16"),
         (b"a.mp4 1\n" + b"x" * (LONGEST_PATH + 1) + b" 2\n", f"train.csv:2: a path of {LONGEST_PATH + 1} bytes"),
-        (b"a.mp4 1\n\n" + b"x " * 100_000 + b"\n", "train.csv:3: a line of 200000 bytes"),
+        (b"a.mp4 1\n\n" + b"x " * 100_000 + b"\n", "train.csv:3: a line of more than 65,536 bytes"),
         (b"a.mp4 " + b"9" * 5000 + b"\n", "is no whole number up to 1,000,000,000"),
         ("a.mp4 ²\n".encode(), "train.csv:1: label '²' is no whole number"),
         (b"a.mp4 1\rb.mp4 2\r", "carriage return alone"),
@@ -116,6 +126,36 @@ def test_one_video_under_two_spellings_is_one(tmp_path: Path, other: bytes, capl
         CatalogError, match=r"train\.csv:2: .* has label 2 here and 1 in line 1 \(as 'x/a\.mp4', the same video\)"
     ):
         opened(tmp_path, b"x/a.mp4 1\n" + other + b" 2\n")
+
+
+@pytest.mark.parametrize(
+    "other", ["{videos}/x/a.mp4", "../videos/x/a.mp4", "{real}/x/a.mp4", "{videos}/../videos//x/a.mp4"]
+)
+def test_one_video_spelled_from_elsewhere_is_one(tmp_path: Path, other: str, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "videos").symlink_to("real")
+    spelled = other.format(videos=tmp_path / "videos", real=tmp_path / "real").encode()
+    fields = {"present": False}
+    (tmp_path / "real/x").mkdir()
+    (tmp_path / "real/x/a.mp4").touch()
+    catalog = opened(tmp_path, b"x/a.mp4 1\n" + spelled + b" 1\n", **fields)
+    assert catalog.duplicates == 1
+    assert catalog.relative_path(1).encode() == spelled
+    for _ in range(2):
+        with pytest.raises(
+            CatalogError, match=r"train\.csv:2: .* has label 2 here and 1 in line 1 \(as 'x/a\.mp4', the same"
+        ):
+            opened(tmp_path, b"x/a.mp4 1\n" + spelled + b" 2\n", **fields)
+    (tmp_path / "other/x").mkdir(parents=True)
+    (tmp_path / "other/x/a.mp4").touch()
+    content = b"x/a.mp4 1\n" + f"{tmp_path}/real/x/a.mp4".encode() + b" 2\n"
+    assert opened(tmp_path, content, **fields, videos=f"{tmp_path}/other").duplicates == 0, "two videos, from there"
+
+
+def test_a_name_of_two_classes_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "names.txt").write_text("alpha\nbeta\nalpha\n")
+    opened(tmp_path, b"a.mp4 1\n", classes=3, class_names=str(tmp_path / "names.txt"))
+    assert "'alpha' is the name of labels 0 and 2, so results do not tell them apart" in caplog.text
 
 
 def test_labels_from_one_get_their_own_remedy(tmp_path: Path) -> None:
@@ -207,3 +247,143 @@ SHARED = [
 @pytest.mark.parametrize(("name", "last"), SHARED)
 def test_shared_files_are_read(shared: Path, name: str, last: str) -> None:
     assert read((shared / "bugs" / name).read_bytes())[-1][0] == last
+
+
+# ------------------------------------------------------------------------------------------ what is no list at all
+
+READERS: dict[str, Callable[[Path], object]] = {
+    "training": lambda csv: indexed(csv, PLAIN, csv.parent / "index"),
+    "data check": lambda csv: listed({"d": entry(csv.parent)}),
+    "data resize": lambda csv: AnnotationFiles(csv.parent),
+    "segments": lambda csv: segments(Layout(csv.parent, csv.parent / "out"), csv),
+}
+
+
+def entry(folder: Path) -> DatasetConfig:
+    return DatasetConfig.model_validate({"annotations": str(folder), "videos": str(folder), "classes": 9})
+
+
+def refused_by_all(csv: Path) -> str:
+    """What every reader of lists says of a file, in one line and in little memory."""
+    said = set()
+    for name, read in READERS.items():
+        tracemalloc.start()
+        try:
+            with pytest.raises(CatalogError) as caught:
+                read(csv)
+            assert tracemalloc.get_traced_memory()[1] < 12 << 20, name
+        finally:
+            tracemalloc.stop()
+        said.add(str(caught.value))
+    (message,) = said
+    assert "\n" not in message
+    assert len(message) < 500
+    return message
+
+
+@pytest.mark.parametrize(
+    ("first", "repeated", "size", "says"),
+    [
+        (b"", b"x" * (1 << 20), 0, ":1: a line of more than 65,536 bytes"),
+        (b"a.mp4 1\n", b"x" * (1 << 20), 0, ":2: a line of more than 65,536 bytes"),
+        (b"", b"a.mp4 1\r" * (1 << 17), 0, ":1: lines that end with a carriage return alone"),
+        (b"a.mp4 1\n", b"", 50 << 30, ": larger than the 1024 MB"),
+        (b"", b"", 1 << 28, ": bytes, not text"),
+        (b"a.mp4 1\n" * 20, b"", 1 << 28, ": bytes, not text"),
+    ],
+)
+def test_a_file_that_no_list_can_be_is_refused_unread(
+    tmp_path: Path, first: bytes, repeated: bytes, size: int, says: str
+) -> None:
+    csv = tmp_path / "train.csv"
+    with csv.open("wb") as out:
+        out.write(first)
+        for _ in range(32):
+            out.write(repeated)
+        out.truncate(max(size, out.tell()))
+    assert f"{csv}{says}" in refused_by_all(csv)
+
+
+def test_more_lines_than_any_list_has_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    csv = tmp_path / "train.csv"
+    csv.write_bytes(b"a 1\n" * 1000 + b"b 2")
+    assert read_annotations(csv).count(b"\n") == 1000
+    monkeypatch.setattr("multitrain.data.annotations.MOST_LINES", 900)
+    assert "more than 900 lines" in refused_by_all(csv)
+
+
+def test_lines_across_blocks_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("multitrain.data.annotations.LONGEST_LINE", 20)
+    csv = tmp_path / "train.csv"
+    for block in range(1, 40):
+        monkeypatch.setattr("multitrain.config.reading.BLOCK", block)
+        for content in (b"", b"a 1\r\n" * 9, b"x" * 20 + b"\n" + b"y" * 20, b"\n" * 30 + b"x" * 20 + b"\n\n"):
+            csv.write_bytes(content)
+            assert read_annotations(csv) == content
+        for content in (b"x" * 21, b"a 1\n" * 9 + b"x" * 21 + b"\nb 1", b"x" * 20 + b"\n" + b"y" * 90):
+            csv.write_bytes(content)
+            line = content[: content.find(b"x" * 21) if b"x" * 21 in content else content.find(b"y")].count(b"\n") + 1
+            with pytest.raises(CatalogError, match=rf"train\.csv:{line}: a line of more than 20 bytes"):
+                read_annotations(csv)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (gzip.compress(b"a.mp4 1\n" * 99), "compressed by gzip, not the text itself; unpack it"),
+        (b"PK\3\4\x14\0\6\0" + bytes(range(256)), "a zip archive or a spreadsheet"),
+        (lzma.compress(b"a.mp4 1\n"), "compressed by xz"),
+        (bz2.compress(b"a.mp4 1\n"), "compressed by bzip2"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a pointer of Git LFS"),
+        (b"<!DOCTYPE html>\n<html>404</html>\n", "a web page"),
+    ],
+    ids=["gzip", "zip", "xz", "bzip2", "lfs", "html"],
+)
+def test_files_of_other_formats_are_named(tmp_path: Path, content: bytes, says: str) -> None:
+    csv = tmp_path / "train.csv"
+    csv.write_bytes(content)
+    assert says in refused_by_all(csv)
+    with pytest.raises(ConfigError, match=says):
+        read_class_names(csv)
+
+
+def test_what_is_no_file_of_bytes_is_named(tmp_path: Path) -> None:
+    csv = tmp_path / "train.csv"
+    for make, says in (
+        (csv.mkdir, "is a folder; give a file"),
+        (lambda: os.mkfifo(csv), "is no ordinary file"),
+        (lambda: csv.symlink_to("/dev/zero"), "is no ordinary file"),
+        (lambda: csv.symlink_to("gone.csv"), "cannot be read (No such file or directory)"),
+    ):
+        make()
+        assert f"{csv}: {says}" in refused_by_all(csv)
+        with pytest.raises(CatalogError, match=re.escape(f"{csv}: {says}")):
+            Catalog.open(entry(tmp_path), "d", "train", tmp_path / "index")
+        csv.rmdir() if csv.is_dir() else csv.unlink()
+
+
+@pytest.mark.parametrize(
+    ("content", "remedy"),
+    [
+        (b"path label\n", "a header line has to go"),
+        ("chemin étiquette\n".encode(), "a header line has to go"),
+        (b"1 a/1.mp4\n", "the columns are in the other order"),
+        (b'"a/1.mp4 1"\n', "the line as a whole is in quotation marks"),
+        (b"'a/1.mp4 1'\n", "the line as a whole is in quotation marks"),
+        (b'{"a.mp4": 1}\n', "this is JSON"),
+        (b"[\n", "this is JSON"),
+        (b"a.mp4 +1\n", "write it without sign and point"),
+        (b"a.mp4 1.0\n", "write it without sign and point"),
+        (b"a.mp4 -1\n", "labels are whole numbers from 0 up; correct the line"),
+        (b"a.mp4 1,2\n", "multi_label=true"),
+        (b"a.mp4,1\n", "set the dataset's separator to ','"),
+    ],
+)
+def test_the_remedy_fits_the_line(content: bytes, remedy: str) -> None:
+    assert refused(content).endswith(remedy) or remedy in refused(content)
+    assert ("header" in refused(content)) == ("header" in remedy)
+
+
+def test_single_quotation_marks_around_paths_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CatalogError, match=r"' stands around the path 'a/1\.mp4'; write it without"):
+        opened(tmp_path, b"'a/1.mp4' 1\n", present=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,8 @@ from multitrain.data.clips import Task, TrainClipFn
 from multitrain.data.decode import VideoError, open_video
 from multitrain.data.index import _MAGIC, read_header
 from multitrain.data.packs import BLOCK, INDEX, Pack, locate, open_pack
+from multitrain.data.prepare.packing import Unpack
+from multitrain.data.prepare.scan import ScanFile
 
 NAMES = ("stride", "segment", "with.dot")
 
@@ -181,6 +184,17 @@ def test_unpacked_files_are_the_packed_ones(one: tuple[Path, Path], tmp_path: Pa
         assert main(["data", "unpack", str(folder), str(tmp_path / "out"), "--workers", "1"]) == 0
     for file in files.rglob("*.mp4"):
         assert (tmp_path / "out" / file.relative_to(files)).read_bytes() == file.read_bytes()
+
+
+def test_a_shard_that_is_missing_is_named_by_every_reader(one: tuple[Path, Path], tmp_path: Path) -> None:
+    stored = next(iter(Pack(one[0])))
+    stored.shard.unlink()
+    packs.forget()
+    says = f"{stored.shard}: No such file or directory"
+    assert Unpack(one[0], tmp_path / "out")([stored])["unreadable"] == [[stored.name, says]]
+    assert ScanFile()(str(one[0] / stored.name))["error"] == says
+    with pytest.raises(VideoError, match=re.escape(says)):
+        open_video(one[0] / stored.name)
 
 
 def test_a_video_that_cannot_be_read_is_named_and_left_out_only_on_request(

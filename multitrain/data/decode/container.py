@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from multitrain.data.decode.video import VideoError, from_pack, may_pass
 from multitrain.data.packs import read
@@ -84,6 +83,14 @@ def open_container(path: Path) -> tuple[av.container.InputContainer, av.VideoStr
     return container, stream
 
 
+def stream_index(path: Path) -> int:
+    """The number, within its file, of the stream that is read of a video; other programs are told it, so that they take the
+    same. Raises VideoError as `open_container`."""
+    container, stream = open_container(path)
+    with container:
+        return stream.index
+
+
 class Bytes(io.BytesIO):
     """A video in memory; libavformat is told its name, whose ending it looks at as it does with a file."""
 
@@ -105,6 +112,19 @@ def opened(path: Path) -> str | Bytes:
     return source
 
 
+def content_of(path: Path) -> BinaryIO:
+    """The bytes of a video, of a file or a pack, to be closed.
+
+    Raises:
+        VideoError: they cannot be read.
+    """
+    source = opened(path)
+    try:
+        return source if isinstance(source, Bytes) else open(path, "rb")
+    except OSError as error:
+        raise as_video_error(path, error) from error
+
+
 def local_name(path: Path) -> str:
     """A file's name for libavformat: whole and with a prefix, so that nothing in it is taken for a protocol, an option or a
     pattern."""
@@ -119,8 +139,8 @@ def _video_stream(path: Path, container: av.container.InputContainer) -> av.Vide
     covers = Disposition.attached_pic | Disposition.timed_thumbnails
     moving = [s for s in container.streams.video if not s.disposition & covers]
     if not moving:
-        held = _listed(s.type for s in container.streams if s.type != "video")
-        raise VideoError(path, f"no video in it, only {held}")
+        held = ", ".join(sorted({s.type for s in container.streams if s.type != "video"}))
+        raise VideoError(path, f"no video in it, only {held}" if held else "no video in it, nor anything else")
     kind = container.format.name
     if kind.endswith("_pipe"):
         raise VideoError(path, f"a picture ({kind.removesuffix('_pipe')}), not a video")
@@ -171,10 +191,6 @@ def as_video_error(path: Path, error: BaseException) -> VideoError:
     return error if isinstance(error, VideoError) else VideoError(path, _reason(error), transient=may_pass(error))
 
 
-def _listed(types: Iterable[str]) -> str:
-    return ", ".join(sorted(set(types))) or "nothing"
-
-
 def _reason(error: BaseException) -> str:
     """What a library says is wrong, without the path and its own decoration."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -187,8 +203,10 @@ __all__ = [
     "VIDEO_FORMATS",
     "as_video_error",
     "check_size",
+    "content_of",
     "has_flag",
     "local_name",
     "open_container",
     "opened",
+    "stream_index",
 ]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from multitrain.data.decode.picture import Frame, pixels
-from multitrain.data.packs import DamagedError, Stored, locate
+from multitrain.data.packs import DamagedError, Stored, locate, refusal
 
 _LASTING = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
@@ -140,7 +140,7 @@ def from_pack(path: Path) -> Iterator[None]:
     except DamagedError as error:
         raise VideoError(path, str(error)) from error
     except OSError as error:
-        raise VideoError(path, error.strerror or str(error), transient=may_pass(error)) from error
+        raise VideoError(path, refusal(error), transient=may_pass(error)) from error
 
 
 def located(path: Path) -> Stored | None:

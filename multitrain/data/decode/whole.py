@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from multitrain.data.decode.container import as_video_error
+from multitrain.data.decode.container import as_video_error, content_of
+from multitrain.data.decode.extent import needed_bytes
 from multitrain.data.decode.pyav import PyAVVideo, upright_size
 from multitrain.data.decode.rate import cut_off_avi
 from multitrain.data.decode.video import Video, VideoError, check_file
@@ -33,6 +35,8 @@ class Whole:
     codec: str
     digest: str
     """Of the compressed pictures: the same for a copy, also in another container or with other sound. 32 hex digits."""
+    hidden: str
+    """Digest of which of them the container hides (an edit list); empty where it hides none."""
 
 
 def read_whole(path: Path | str, timeout: float | None = None) -> Whole:
@@ -50,11 +54,11 @@ def read_whole(path: Path | str, timeout: float | None = None) -> Whole:
     with video:
         decoded, height, width = _decode_all(video)
         check_complete(video)
-        digest, placeholders = _digest(video)
+        digest, hidden, placeholders = _digest(video)
         if decoded < video.frame_count - placeholders:
             raise VideoError(path, f"only {decoded} of {video.frame_count} frames can be decoded")
         codec = video.stream.codec_context.name
-        return Whole(video.frame_count, decoded, video.fps, width, height, codec, digest)
+        return Whole(video.frame_count, decoded, video.fps, width, height, codec, digest, hidden)
 
 
 def _decode_all(video: PyAVVideo) -> tuple[int, int, int]:
@@ -81,7 +85,7 @@ def _decode_all(video: PyAVVideo) -> tuple[int, int, int]:
 
 
 def check_complete(video: Video) -> None:
-    """Raises VideoError unless all is there that the header speaks of, in formats whose header counts frames.
+    """Raises VideoError unless all is there that the file speaks of: the frames that its header counts, and its own chunks.
 
     An AVI counts places for frames, of which some are empty: what is compared is the place of the last. Nothing is decoded.
     """
@@ -93,18 +97,25 @@ def check_complete(video: Video) -> None:
     elif kind == "avi" and cut_off_avi(video.stream):
         there = video.last_tick + 1
     else:
-        return
+        there = promised
     if there < promised:
         raise VideoError(video.path, f"cut off: {there} of {promised} frames are there")
+    with content_of(video.path) as file:
+        size = file.seek(0, os.SEEK_END)
+        needed = needed_bytes(file, size, kind)
+    if needed > size:
+        raise VideoError(video.path, f"cut off: {size} of at least {needed} bytes are there")
 
 
-def _digest(video: PyAVVideo) -> tuple[str, int]:
-    """Digest of all packets, and how many of those shown are too small for a picture."""
-    digest, placeholders = hashlib.blake2b(digest_size=16), 0
+def _digest(video: PyAVVideo) -> tuple[str, str, int]:
+    """Digest of all packets, that of which are hidden, and how many are too small for a picture."""
+    digest, placeholders, hidden = hashlib.blake2b(digest_size=16), 0, bytearray()
     for packet in video.packets():
         digest.update(memoryview(packet))
         placeholders += packet.size < _PICTURE
-    return digest.hexdigest(), placeholders
+        hidden.append(packet.is_discard)
+    which = hashlib.blake2b(hidden, digest_size=16).hexdigest() if any(hidden) else ""
+    return digest.hexdigest(), which, placeholders
 
 
 __all__ = ["Whole", "check_complete", "read_whole"]

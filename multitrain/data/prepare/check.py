@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from multitrain.config import DatasetConfig
-from multitrain.data.annotations import CatalogError, Syntax, lines
+from multitrain.config.class_names import LARGEST
+from multitrain.config.reading import read_bytes
+from multitrain.data.annotations import CatalogError, Syntax, lines, read_annotations
 from multitrain.data.prepare.listing import found_below
 from multitrain.files import OutputFolder
 from multitrain.monitor.plot_style import table
@@ -108,7 +110,7 @@ def listed(datasets: Mapping[str, DatasetConfig]) -> list[Entry]:
     for name, dataset in datasets.items():
         folder = Path(dataset.annotations)
         files = {split: folder / f"{split}.csv" for split in SPLITS}
-        there = {split: file for split, file in files.items() if file.is_file()}
+        there = {split: file for split, file in files.items() if os.path.lexists(file)}
         if not there:
             raise CatalogError(f"{folder}: no train.csv, val.csv or test.csv; set data.datasets.{name}.annotations")
         for split, file in there.items():
@@ -125,11 +127,7 @@ def in_folder(folder: Path) -> list[Entry]:
 
 
 def _read(file: Path, syntax: Syntax) -> Iterator[tuple[int, str, tuple[int, ...]]]:
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise CatalogError(f"{file}: cannot be read ({error.strerror}); check its permissions") from None
-    for line in lines(content, file, syntax):
+    for line in lines(read_annotations(file), file, syntax):
         yield line.number, os.fsdecode(line.path), tuple(line.labels)
 
 
@@ -142,9 +140,23 @@ def judge(entries: Sequence[Entry], scans: Mapping[str, Mapping[str, Any]], min_
     scans: by file, the record of `multitrain.data.prepare.scan.ScanFile`.
     """
     found = [f for e in entries if (f := _by_itself(e, scans[e.file], min_frames)) is not None]
-    found += _compared(entries, {e.file: str(scans[e.file].get("digest") or e.file) for e in entries})
+    found += _compared(entries, _contents({e.file: scans[e.file] for e in entries}))
     order = {entry: number for number, entry in enumerate(entries)}
     return Report(entries, sorted(found, key=lambda f: (order[f.entry], KINDS.index(f.kind))))
+
+
+def _contents(scans: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """By file, what is the same for one video under two names; files that cannot be read are told apart by their paths.
+
+    Records of earlier versions do not tell which pictures are hidden, only how many are shown: they are taken for that one of
+    the same pictures that does.
+    """
+    same = {file: f"{scan['digest']} {scan['frames']}" for file, scan in scans.items() if "digest" in scan}
+    told = {same[file]: str(scans[file]["hidden"]) for file in same if "hidden" in scans[file]}
+    return {
+        file: f"{same[file]} {scan.get('hidden', told.get(same[file], ''))}" if file in same else os.path.normpath(file)
+        for file, scan in scans.items()
+    }
 
 
 def _by_itself(entry: Entry, scan: Mapping[str, Any], min_frames: int) -> Finding | None:
@@ -218,7 +230,7 @@ def write_clean(report: Report, datasets: Mapping[str, DatasetConfig], out: Outp
             left_out[str(out.write_text(f"{name}/{split}.csv", text))] = len(listed_here) - len(kept)
         names = Path(dataset.annotations) / "classes.txt"
         if names.is_file():
-            out.write_bytes(f"{name}/classes.txt", names.read_bytes())
+            out.write_bytes(f"{name}/classes.txt", read_bytes(names, LARGEST))
     return left_out
 
 

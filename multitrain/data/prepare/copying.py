@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from multitrain.config.class_names import LARGEST
+from multitrain.config.reading import read_bytes
 from multitrain.data.prepare.listing import PARTS, AnnotationFiles, Copy, Layout, copies, located, segments
 from multitrain.data.prepare.parallel_map import FINAL, Journal, Shard, version
 from multitrain.data.prepare.resize import Encoding, Item, clean_parts, stamps
@@ -67,6 +70,8 @@ class Copying:
         self._earlier = self._earlier_sizes()
         clean_parts(self._parts)
         self._versions: dict[str, list[object]] = {}
+        self.before: Counter[str] = Counter()
+        """What `items` has not given out, by what is to be said of it."""
 
     def _annotations_out(self, read: list[Path]) -> OutputFolder | None:
         if self.wanted.write_annotations is None or self.annotations is None:
@@ -98,15 +103,18 @@ class Copying:
 
     def items(self) -> Iterator[Item]:
         """What this shard has to make or to look at. What is in the way of a copy is noted at once."""
+        self.before = Counter()
         for copy in self._shard.of(self.copies):
             at = self._versions[copy.target] = self._version(copy)
             record = self.journal.get(copy.target, at)
             if record is not None and self._is_done(copy, record):
+                self.before["failed before" if "error" in record else "are done already"] += 1
                 continue
             try:
                 yield Item(copy, self._there(copy, record))
             except ConfigError as error:
                 self._note(copy, {"error": str(error), FINAL: False})
+                self.before["have another file in the place of the copy"] += 1
 
     def done(self, item: Item, answer: Record) -> bool:
         """Note what a worker has made, and move it to its place; whether that went well."""
@@ -195,7 +203,7 @@ class Copying:
             file = self.annotations_out.write_text(f"{split}.csv", text)
             said.append(f"{file}: {text.count(chr(10))} videos, {lost} left out")
         if (names := self.annotations.class_names) is not None:
-            self.annotations_out.write_bytes("classes.txt", names.read_bytes())
+            self.annotations_out.write_bytes("classes.txt", read_bytes(names, LARGEST))
         return said
 
 

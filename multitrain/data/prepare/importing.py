@@ -17,9 +17,9 @@ from typing import Any
 
 from multitrain.config import ConfigError, nearest
 from multitrain.config.boundary import in_words
-from multitrain.config.class_names import read_class_names
-from multitrain.config.reading import read_json, read_text
-from multitrain.data.annotations import CatalogError
+from multitrain.config.class_names import read_class_names, repeated_name
+from multitrain.config.reading import as_text, read_json
+from multitrain.data.annotations import CatalogError, read_annotations
 from multitrain.files import OutputFolder
 from multitrain.text import printable, quoted
 
@@ -364,12 +364,8 @@ def _class_list(file: Path) -> list[str]:
         names = read_class_names(file)
     except ConfigError as error:
         raise CatalogError(str(error)) from None
-    first: dict[str, int] = {}
-    for label, name in enumerate(names):
-        if first.setdefault(name, label) != label:
-            raise CatalogError(
-                f"{file}: {name!r} is the name of labels {first[name]} and {label}; give each its own name"
-            )
+    if said := repeated_name(names):
+        raise CatalogError(f"{file}: {said}; give each its own name")
     return names
 
 
@@ -389,7 +385,7 @@ def _note_unlabelled(out: Imported, file: Path, count: int) -> None:
 
 def _text(file: Path) -> str:
     try:
-        return read_text(file)
+        return as_text(read_annotations(file), file)
     except ConfigError as error:
         raise CatalogError(str(error)) from None
 

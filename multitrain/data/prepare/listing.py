@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from multitrain.data.annotations import CatalogError, Line, Syntax, lines
+from multitrain.data.annotations import CatalogError, Line, Syntax, lines, read_annotations
 from multitrain.data.packs import open_pack
 from multitrain.data.prepare.importing import SPLITS, VIDEO_ENDINGS
 from multitrain.text import quoted
@@ -169,10 +169,7 @@ def segments(layout: Layout, file: Path) -> list[Copy]:
 
 
 def _rows(file: Path) -> Iterator[tuple[Place, dict[str, str]]]:
-    try:
-        text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    except OSError as error:
-        raise CatalogError(f"{file}: cannot be read ({error.strerror})") from None
+    text = read_annotations(file).decode("utf-8-sig", errors="surrogateescape")
     reader = csv.DictReader(io.StringIO(text, newline=""))
     try:
         for row in reader:
@@ -222,7 +219,7 @@ class AnnotationFiles:
 
     def __init__(self, folder: Path, separator: str = " ") -> None:
         self.folder, self._separator = folder, separator
-        self.files = {s: f for s in SPLITS if (f := folder / f"{s}.csv").is_file()}
+        self.files = {s: f for s in SPLITS if os.path.lexists(f := folder / f"{s}.csv")}
         if not self.files:
             raise CatalogError(f"{folder}: no train.csv, val.csv or test.csv; `multitrain data import` writes them")
         self._lines = {split: list(self._read(file)) for split, file in self.files.items()}
@@ -251,11 +248,9 @@ class AnnotationFiles:
         return "".join(kept), len(self._lines[split]) - len(kept)
 
     def _read(self, file: Path) -> Iterator[Line]:
-        try:
-            content = file.read_bytes()
-        except OSError as error:
-            raise CatalogError(f"{file}: cannot be read ({error.strerror}); check its permissions") from None
-        yield from lines(content, file, Syntax(self._separator.encode(), multi_label=self._separator != ","))
+        yield from lines(
+            read_annotations(file), file, Syntax(self._separator.encode(), multi_label=self._separator != ",")
+        )
 
 
 def located(source: Path) -> Path:

@@ -28,6 +28,7 @@ from multitrain.data.packs import (
     header,
     index_parts,
     read_stored,
+    refusal,
 )
 from multitrain.data.prepare.listing import PARTS, AnnotationFiles, Layout, Listed
 from multitrain.data.prepare.parallel_map import Journal, Shard
@@ -315,7 +316,7 @@ class Unpack:
             except (DamagedError, ConfigError) as error:
                 counts["unreadable"].append([video.name, str(error)])
             except OSError as error:
-                counts["unreadable"].append([video.name, error.strerror or str(error)])
+                counts["unreadable"].append([video.name, refusal(error)])
         return counts
 
     @staticmethod

@@ -25,7 +25,7 @@ import numpy as np
 
 from multitrain.config import ConfigError
 from multitrain.data.decode import Video, VideoError, check_complete, open_video, read_whole
-from multitrain.data.decode.container import MAX_PIXELS, VIDEO_FORMATS
+from multitrain.data.decode.container import MAX_PIXELS, VIDEO_FORMATS, stream_index
 from multitrain.data.encode import retime
 from multitrain.data.prepare.listing import PARTS, Copy, located
 from multitrain.data.prepare.parallel_map import FINAL
@@ -131,15 +131,18 @@ class Resize:
         except VideoError as error:
             with contextlib.suppress(FileNotFoundError):
                 part.unlink()
-            return self._failure(source, error)
+            return self._failure(source, copy, error)
 
     @staticmethod
-    def _failure(source: Path, error: VideoError) -> dict[str, Any]:
+    def _failure(source: Path, copy: Copy, error: VideoError) -> dict[str, Any]:
         """What `check` says of the file, which is plainer than what ffmpeg says; the latter when the file reads well."""
         try:
-            read_whole(source)
+            whole = read_whole(source)
         except VideoError as plainer:
             return {"error": plainer.reason, FINAL: not is_of_system(plainer)}
+        if copy.segment is not None and copy.segment[0] > (whole.frames - 1) / whole.fps:
+            end = f"the video ends at {whole.frames / whole.fps:.1f} s"
+            return {"error": f"the segment begins at {copy.segment[0]:g} s, after the last frame ({end})", FINAL: False}
         return {"error": error.reason, FINAL: False}
 
     def _made(self, source: Path, part: Path, copy: Copy) -> dict[str, Any]:
@@ -147,19 +150,21 @@ class Resize:
         if self.encoding.salvage:
             if not os.path.exists(source):
                 raise VideoError(source, "no such file")
-            said = self._encode(source, part, copy, strict=False)
+            stream = stream_index(source)
+            said = self._encode(source, part, copy, stream, strict=False)
             with self._read_back(source, part, said) as made:
                 return self._record(part, made) | ({"damage": said} if said else {})
         with open_video(source) as video:
             if copy.segment is None:
                 check_complete(video)
+            stream = stream_index(source)
             try:
-                said = self._encode(source, part, copy, strict=True)
+                said = self._encode(source, part, copy, stream, strict=True)
             except VideoError:
                 said = "ffmpeg gave up"
             if said:  # of a whole file, too: of what comes before the first picture that can be decoded
                 read_whole(source)
-                said = self._encode(source, part, copy, strict=False)
+                said = self._encode(source, part, copy, stream, strict=False)
             if copy.segment is None:
                 self._keep_times(video, part)
             with self._read_back(source, part, said) as made:
@@ -167,9 +172,9 @@ class Resize:
                     self._compare(video, made, source)
                 return self._record(part, made)
 
-    def _encode(self, source: Path, part: Path, copy: Copy, *, strict: bool) -> str:
+    def _encode(self, source: Path, part: Path, copy: Copy, stream: int, *, strict: bool) -> str:
         """Runs ffmpeg; returns what it complained of. Raises VideoError if it gave up."""
-        command = self.command(source, part, copy, strict=strict)
+        command = self.command(source, part, copy, stream, strict=strict)
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, errors="replace", timeout=self.timeout, check=False
@@ -181,8 +186,8 @@ class Resize:
             raise VideoError(source, said or f"ffmpeg gave up (exit status {done.returncode})")
         return said
 
-    def command(self, source: Path, part: Path, copy: Copy, *, strict: bool) -> list[str]:
-        """The ffmpeg command line of a copy; `strict` ends with the first error."""
+    def command(self, source: Path, part: Path, copy: Copy, stream: int, *, strict: bool) -> list[str]:
+        """The ffmpeg command line of a copy of the stream of that number; `strict` ends with the first error."""
         e = self.encoding
         side = f"trunc(min({e.short_side},min(iw,ih))/2)*2"
         scale = f"scale=w='if(lte(iw,ih),{side},-2)':h='if(lte(iw,ih),-2,{side})':flags=bicubic"
@@ -199,7 +204,7 @@ class Resize:
                 "-max_pixels",
                 str(MAX_PIXELS),
             ),
-            *(*cut, "-i", f"file:{source}", "-map", "0:V:0", "-map_metadata", "-1"),
+            *(*cut, "-i", f"file:{source}", "-map", f"0:{stream}", "-map_metadata", "-1"),
             *("-vf", scale, *self.timing, "-c:v", "libx264", "-threads", "1", "-pix_fmt", "yuv420p"),
             *("-crf", str(e.crf), "-preset", e.preset, *fast, "-movflags", "+faststart", f"file:{part}"),
         ]

@@ -17,8 +17,9 @@ import pytest
 from support import write_video
 
 from multitrain.cli import main
+from multitrain.config import DatasetConfig
 from multitrain.data.decode import read_whole
-from multitrain.data.prepare.check import Entry, judge
+from multitrain.data.prepare.check import Entry, judge, listed
 from multitrain.data.prepare.listing import PARTS, Copy, Layout, Listed, copies, found_below
 from multitrain.data.prepare.resize import Encoding, Item, Resize
 from multitrain.data.prepare.scan import ScanFile
@@ -137,6 +138,39 @@ def test_the_same_video_in_another_container_is_a_duplicate(tmp_path: Path) -> N
     assert read_whole(tmp_path / "a.mp4").digest == read_whole(tmp_path / "b.mkv").digest
 
 
+@needs_ffmpeg
+def test_parts_of_one_video_that_show_other_pictures_are_other_videos(tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    folder.mkdir()
+    write_video(tmp_path / "a.mp4", 0, frames=90)
+    ffmpeg = ["ffmpeg", "-nostdin", "-v", "error", "-y"]
+    subprocess.run([*ffmpeg, "-i", tmp_path / "a.mp4", "-g", "90", "-bf", "0", tmp_path / "one.mp4"], check=True)
+    for start in ("0.5", "1.5"):  # the same packets, of which an edit list hides the first ones
+        subprocess.run(
+            [*ffmpeg, "-ss", start, "-i", tmp_path / "one.mp4", "-c", "copy", folder / f"{start}.mp4"], check=True
+        )
+    shutil.copy(folder / "0.5.mp4", folder / "copy.mp4")
+    (folder / "train.csv").write_text("0.5.mp4 0\n1.5.mp4 1\ncopy.mp4 0\n")
+    scans = {str(file): ScanFile()(str(file)) for file in folder.glob("*.mp4")}
+    frames = {Path(file).name: scan["frames"] for file, scan in scans.items()}
+    assert (frames["0.5.mp4"], frames["1.5.mp4"]) == (75, 45)
+    assert len({scan["hidden"] for scan in scans.values()}) == 2
+
+    def found() -> list[tuple[str, str]]:
+        dataset = DatasetConfig.model_validate({"annotations": str(folder), "videos": str(folder), "classes": 2})
+        return [(f.entry.path, f.kind) for f in judge(listed({"d": dataset}), scans, 1).findings]
+
+    assert found() == [("copy.mp4", "duplicate")]
+    del scans[str(folder / "copy.mp4")]["hidden"]  # as in a journal of an earlier version
+    assert found() == [("copy.mp4", "duplicate")]
+    for scan in scans.values():
+        scan.pop("hidden", None)
+    assert found() == [("copy.mp4", "duplicate")]
+    for scan, hidden in zip(scans.values(), "xyz"):
+        scan |= {"digest": "same", "frames": 45, "hidden": hidden}
+    assert found() == []
+
+
 def test_one_video_in_any_spelling_by_a_link_or_remuxed_is_one_video(tmp_path: Path) -> None:
     folder = tmp_path / "d"
     (folder / "x").mkdir(parents=True)
@@ -207,6 +241,11 @@ def test_segments_are_cut(tmp_path: Path) -> None:
     work = Resize(tmp_path, tmp_path / "out", Encoding(64), 60)
     record = work(Item(Copy("v.mp4", "v/0000100_0000200.mp4", (1.0, 2.0))))
     assert record["frames"] == 30
+    assert work(Item(Copy("v.mp4", "w.mp4", (2.5, 9.0))))["frames"] == 15, "what is there of it"
+    for encoding in (Encoding(64), Encoding(64, salvage=True)):
+        record = Resize(tmp_path, tmp_path / "out", encoding, 60)(Item(Copy("v.mp4", "x.mp4", (3.0, 4.0))))
+        assert record["error"] == "the segment begins at 3 s, after the last frame (the video ends at 3.0 s)"
+        assert not record["final"]
 
 
 @needs_ffmpeg

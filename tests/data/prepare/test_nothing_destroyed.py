@@ -261,6 +261,26 @@ def test_annotations_are_never_rewritten_in_place(orig: Path, tmp_path: Path) ->
     assert state(tmp_path) == before
 
 
+def test_what_is_done_and_what_is_in_the_way_are_counted_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    videos.mkdir()
+    for name in "abc":
+        write_video(videos / f"{name}.mp4", 0, frames=4)
+    (videos / "text.mp4").write_text("no video")
+    resize(videos, out)
+    (out / "b.mp4").write_bytes(b"edited")
+    capsys.readouterr()
+    assert resize(videos, out) == 1
+    said = capsys.readouterr()
+    assert (
+        "2 of 4 are done already, 1 of 4 have another file in the place of the copy, 1 of 4 failed before" in said.err
+    )
+    assert "4 videos, 2 copies, 2 failed, 0 waiting" in said.out
+    assert (out / "b.mp4").read_bytes() == b"edited"
+
+
 def forget(out: Path, what: str) -> None:
     """Leave `out` as the version before the record of digests did."""
     for file in out.glob(".multitrain-files*"):

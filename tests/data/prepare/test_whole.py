@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ import pytest
 from support import write_video
 
 from multitrain.data.decode import VideoError, open_video
+from multitrain.data.decode.container import open_container
+from multitrain.data.decode.extent import needed_bytes
 from multitrain.data.encode import VideoWriter
 from multitrain.data.encode import write_video as writing
 from multitrain.data.prepare.listing import PARTS, Copy
@@ -23,8 +26,11 @@ pytestmark = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpe
 FRAMES = 60
 
 
+FFMPEG = ("ffmpeg", "-nostdin", "-v", "error", "-y")
+
+
 def ffmpeg(*arguments: object) -> None:
-    subprocess.run(["ffmpeg", "-nostdin", "-v", "error", "-y", *map(str, arguments)], check=True)
+    subprocess.run([*FFMPEG, *map(str, arguments)], check=True)
 
 
 def phone() -> list[float]:
@@ -78,18 +84,42 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     ffmpeg(*source, "-c:v", "mpeg4", "-bf", "2", folder / "mpeg4.avi")
     ffmpeg(*source, "-c:v", "libvpx-vp9", "-deadline", "realtime", folder / "vp9.webm")
+    small = ("-f", "lavfi", "-i", "testsrc2=size=32x24:rate=10:duration=2")
+    second = ("-disposition:0", "0", "-disposition:1", "default")
+    for name in ("two.mkv", "two.ts", "two.mp4"):  # two streams, of which the second is read
+        ffmpeg(*small, *source, "-map", "0", "-map", "1", *second, "-c:v", "libx264", folder / name)
     ffmpeg("-f", "lavfi", "-i", "sine=duration=1", folder / "sound.mp4")
     ffmpeg(*source, "-c:v", "libx264", "-g", "20", "-bf", "0", folder / "recording.ts")
     recording = (folder / "recording.ts").read_bytes()
     cut = len(recording) // 188 // 5 * 188
     (folder / "midgop.ts").write_bytes(recording[:376] + recording[cut:])  # its tables, then from inside a group on
-    for name in ("plain.mp4", "plain.avi", "plain.mkv", "gaps.avi"):
+    sound = ("-f", "lavfi", "-i", "sine=duration=5")
+    vp8 = ("-c:v", "libvpx", "-deadline", "realtime")
+    kinds: dict[str, tuple[str, ...]] = {
+        "vp8.webm": vp8,
+        "vp8.ivf": (*vp8, "-an"),
+        "theora.ogv": ("-c:v", "libtheora"),
+        "wmv2.wmv": ("-c:v", "wmv2"),
+        "sorenson.flv": ("-c:v", "flv", "-ar", "44100"),
+        "live.mkv": ("-live", "1"),
+        "mpeg2.mxf": ("-c:v", "mpeg2video", "-r", "25", "-an"),
+        "fragments.mp4": ("-movflags", "frag_keyframe+empty_moov", "-g", "10"),
+    }
+    for name, options in kinds.items():  # their sound is longer than the video
+        ffmpeg(*source, *sound, *options, folder / name)
+    for name, kind in (("pipe.mkv", "matroska"), ("pipe.wmv", "asf"), ("pipe.flv", "flv")):
+        streamed = [*FFMPEG, *source, *sound, "-ar", "44100", "-f", kind, "-"]
+        (folder / name).write_bytes(subprocess.run(streamed, check=True, capture_output=True).stdout)
+    for name in ("plain.mp4", "plain.avi", "plain.mkv", "gaps.avi", *kinds, "pipe.mkv", "pipe.flv"):
         content = (folder / name).read_bytes()
         (folder / f"cut_{name}").write_bytes(content[: len(content) * 2 // 3])
     ffmpeg("-i", plain, "-c", "copy", "-movflags", "+faststart", folder / "early.mp4")
     content = (folder / "early.mp4").read_bytes()
     (folder / "cut_early.mp4").write_bytes(content[: len(content) * 2 // 3])
     (folder / "zeroed.mp4").write_bytes(content[: len(content) // 2] + bytes(200) + content[len(content) // 2 + 200 :])
+    content = (folder / "plain.h264").read_bytes()
+    (folder / "cut_plain.h264").write_bytes(content[: content.rfind(b"\0\0\1", 0, len(content) * 2 // 3)])
+    content = (folder / "early.mp4").read_bytes()
     (folder / "unknown.mp4").write_bytes(content.replace(b"avc1", b"zzz1"))
     (folder / "empty.mp4").write_bytes(b"")
     (folder / "text.mp4").write_text("no video")
@@ -104,14 +134,21 @@ def work(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Resize:
     return Resize(zoo, out, Encoding(32, preset="ultrafast"), 60)
 
 
+IN_CHUNKS = (
+    *("pipe.flv", "vp8.webm", "vp8.ivf", "theora.ogv", "wmv2.wmv", "sorenson.flv", "live.mkv", "pipe.mkv", "mpeg2.mxf"),
+    "fragments.mp4",
+)
 WHOLE = (
     *("plain.mp4", "plain.ts", "plain.mkv", "plain.avi", "plain.mov", "plain.flv", "plain.h264", "early.mp4"),
     *("phone.mp4", "jitter.mp4", "fast.mp4", "jitter.ts", "jitter.mkv", "gaps.avi", "mpeg4.avi", "vp9.webm"),
-    *("recording.ts", "midgop.ts"),
+    *("recording.ts", "midgop.ts", "two.mkv", "two.ts", "two.mp4"),
+    *IN_CHUNKS,
+    "pipe.wmv",
 )
 BROKEN = (
     *("cut_plain.mp4", "cut_plain.avi", "cut_gaps.avi", "cut_early.mp4", "zeroed.mp4", "unknown.mp4", "empty.mp4"),
-    *("text.mp4", "list.mp4", "sound.mp4"),
+    *("text.mp4", "list.mp4", "sound.mp4", "cut_plain.mkv"),
+    *(f"cut_{name}" for name in IN_CHUNKS if name != "vp8.ivf"),  # whose chunks have some 30 bytes
 )
 
 
@@ -144,8 +181,23 @@ def test_a_broken_file_is_broken_for_all_for_the_same_reason(zoo: Path, work: Re
             open_video(zoo / name)
 
 
-def test_files_whose_end_nobody_can_know_are_the_same_for_all(zoo: Path, work: Resize) -> None:
-    name = "cut_plain.mkv"  # a Matroska file counts no frames
+@pytest.mark.parametrize("name", [*IN_CHUNKS, "plain.mkv", "plain.flv", "plain.mp4", "plain.mov", "early.mp4"])
+def test_a_file_that_ends_inside_a_chunk_is_cut_off_wherever_that_is(zoo: Path, name: str) -> None:
+    content = (zoo / name).read_bytes()
+    with open_container(zoo / name)[0] as container:
+        kind = container.format.name
+    for behind in (b"", b"\0" * 4096, *([b"\0\1"] if name != "vp8.ivf" else [])):
+        assert needed_bytes(io.BytesIO(content + behind), len(content + behind), kind) <= len(content + behind)
+    cuts = np.random.default_rng(0).integers(len(content) // 3, len(content), 200).tolist()
+    found = [needed_bytes(io.BytesIO(content[:cut]), cut, kind) > cut for cut in cuts]
+    if name in (*IN_CHUNKS, "plain.mkv", "plain.flv"):
+        assert np.mean(found) > 0.95, "but for those between two chunks"
+    else:
+        assert not any(found), "frames are counted there"
+
+
+def test_files_whose_end_cannot_be_known_are_the_same_for_all(zoo: Path, work: Resize) -> None:
+    name = "cut_plain.h264"  # between two pictures of a stream without a header
     checked, made = ScanFile()(str(zoo / name)), work(Item(Copy(name, "x.mp4")))
     assert checked.get("error") == made.get("error")
     assert checked.get("frames") == made.get("frames")

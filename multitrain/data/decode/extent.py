@@ -1,0 +1,161 @@
+"""Whether a file is cut off: how many bytes it has to have by the sizes that its own chunks say.
+
+Most containers are a row of chunks (elements, tags, pages, boxes), each with its size at its beginning. A file that ends inside
+one of them was not written or copied to its end. Nothing is concluded from a header's duration, which may be that of a longer
+sound, or be missing in a recording; a chunk of unknown size is no reason for doubt, nor are bytes behind the last chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import BinaryIO
+
+_Reader = Callable[[bytes, "_Walk"], int]
+"""Size in bytes of the chunk that begins with these bytes, its header included; 0 where nothing more is known."""
+
+_HEAD = 320
+"""Bytes that hold every header of a chunk; an Ogg page has the longest."""
+_MOST = 1 << 22
+"""Chunks that are looked at; a file of more is taken as it is."""
+_ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
+_ASF_DATA = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")
+_FRAGMENTED = (b"moof", b"mdat", b"mfra", b"styp", b"sidx", b"emsg", b"prft", b"free", b"skip", b"uuid")
+"""Boxes of an MP4 from the first fragment on; other bytes are none of it."""
+
+
+class _Walk:
+    """What a reader knows beside the chunk.
+
+    Attributes:
+        left: bytes of the file from the chunk on.
+        fragmented: whether an MP4's fragment was met.
+    """
+
+    left = 0
+    fragmented = False
+
+
+class _ShortError(Exception):
+    """The file ends inside a chunk's header."""
+
+
+def needed_bytes(file: BinaryIO, size: int, kind: str) -> int:
+    """How many bytes a file needs at least; not more than `size`, which it has, when it is whole or nothing is known of that.
+
+    Args:
+        kind: libavformat's name of the format.
+    """
+    found = next((chunk for name, chunk in _READERS.items() if name in kind.split(",")), None)
+    if found is None:
+        return size
+    first, read = found
+    file.seek(0)
+    at, walk = first(file.read(_HEAD)), _Walk()
+    for _ in range(_MOST):
+        if at >= size:
+            return at
+        file.seek(at)
+        head, walk.left = file.read(_HEAD), size - at
+        try:
+            length = read(head, walk)
+        except (_ShortError, IndexError):
+            return at + len(head) + 1
+        if length <= 0:
+            return size
+        at += length
+    return size
+
+
+def _bytes(head: bytes, begin: int, count: int) -> bytes:
+    if len(head) < begin + count:
+        raise _ShortError
+    return head[begin : begin + count]
+
+
+def _number(head: bytes, begin: int, count: int, order: str = "big") -> int:
+    return int.from_bytes(_bytes(head, begin, count), "big" if order == "big" else "little")
+
+
+def _element(head: bytes, walk: _Walk) -> int:
+    """Matroska. Elements of unknown size (a recording's segment and clusters) are entered, all others passed over."""
+    id_length = 9 - head[0].bit_length()
+    if id_length > 4:
+        return 0
+    size_length = 9 - head[id_length].bit_length()
+    if size_length > 8:
+        return 0
+    content = _number(head, id_length, size_length) & ((1 << 7 * size_length) - 1)
+    unknown = content == (1 << 7 * size_length) - 1
+    return id_length + size_length + (0 if unknown else content)
+
+
+def _tag(head: bytes, walk: _Walk) -> int:
+    """FLV; the four bytes behind the last tag, which repeat its size, are left out by some."""
+    if head[0] & 0x1F not in (8, 9, 18):
+        return 0
+    size = 11 + _number(head, 1, 3)
+    return size + (4 if walk.left > size else 0)
+
+
+def _frame(head: bytes, walk: _Walk) -> int:
+    """IVF."""
+    size = _number(head, 0, 4, "little")
+    return 12 + size if size else 0
+
+
+def _object(head: bytes, walk: _Walk) -> int:
+    """ASF: the header, then the data, whose size is not known in a broadcast; what comes behind it is no picture."""
+    if len(head) < 24 or head[:16] not in (_ASF_HEADER, _ASF_DATA):
+        return 0
+    size = _number(head, 16, 8, "little")
+    return size if size > 50 else 0
+
+
+def _page(head: bytes, walk: _Walk) -> int:
+    """Ogg."""
+    if not b"OggS".startswith(head[:4]):
+        return 0
+    segments = _number(head, 26, 1)
+    return 27 + segments + sum(_bytes(head, 27, segments))
+
+
+def _triplet(head: bytes, walk: _Walk) -> int:
+    """MXF: key, length, value."""
+    if not b"\x06\x0e\x2b\x34".startswith(head[:4]):
+        return 0
+    length = _number(head, 16, 1)
+    if length < 0x80:
+        return 17 + length
+    return 17 + (length & 0x7F) + _number(head, 17, length & 0x7F)
+
+
+def _box(head: bytes, walk: _Walk) -> int:
+    """MP4, if it is in fragments; of one that is not, the header counts the frames."""
+    kind = head[4:8]
+    walk.fragmented = walk.fragmented or kind == b"moof"
+    if len(head) < 16:
+        return 0
+    size = _number(head, 0, 4)
+    size = _number(head, 8, 8) if size == 1 else size
+    if size < 8 or (walk.fragmented and kind not in _FRAGMENTED):
+        return 0
+    return size if walk.fragmented else min(size, walk.left)
+
+
+def _from_start(head: bytes) -> int:
+    return 0
+
+
+_READERS: dict[str, tuple[Callable[[bytes], int], _Reader]] = {
+    "matroska": (_from_start, _element),
+    "flv": (lambda head: int.from_bytes(head[5:9], "big") + 4, _tag),
+    "ivf": (lambda head: int.from_bytes(head[6:8], "little"), _frame),
+    "asf": (_from_start, _object),
+    "ogg": (_from_start, _page),
+    "mxf": (_from_start, _triplet),
+    "mov": (_from_start, _box),
+}
+"""By format, where its chunks begin, and the reader of one."""
+
+
+__all__ = ["needed_bytes"]
