@@ -164,7 +164,7 @@ import numpy as np
 from multitrain.config import AugmentConfig, DataConfig, DatasetConfig, ModelConfig
 from multitrain.data.augment import Augmenter, changer
 from multitrain.data.decode import open_video
-from multitrain.data.pool import settle
+from multitrain.data.pool import configure_worker
 from multitrain.data.random import Draws
 from multitrain.data.randaugment import Operation
 from multitrain.data.views import crop_plan, show
@@ -181,7 +181,7 @@ def each(path, use):
             del frame
     return peak()
 
-settle()
+configure_worker()
 path = sys.argv[1]
 made = Augmenter(2160, 3840, AugmentConfig(randaugment=None, crop_area=(1, 1)), 224, Draws("a", 0), True)
 chain = [Operation("Rotate", 20.0), Operation("Equalize"), Operation("ShearX", 0.2), Operation("Sharpness", 1.5)]
