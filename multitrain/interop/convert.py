@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from multitrain.config import ConfigError, RunConfig, dump
 from multitrain.config.reading import parse_json
-from multitrain.files import OutputFolder
+from multitrain.files import OutputFolder, refuse_run
 from multitrain.interop import protocol, pyslowfast
 from multitrain.interop.model_path import MODEL_FILE, is_of_a_run, locate, sha256
 from multitrain.interop.optimizer_state import Grouping
@@ -103,6 +103,9 @@ def convert(
 
 
 def _check_target(source: Path, target: Path, force: bool) -> None:
+    refuse_run(target.parent if target.is_dir() else target)  # an earlier conversion is laid out as a checkpoint is
+    if target.is_dir() and is_of_a_run(target):
+        raise ConfigError(f"{target}: is a run's folder, which is never written into; choose another name")
     if target.suffix not in (".pyth", ".safetensors", "") and not target.is_dir():
         raise ConfigError(
             f"{target}: its ending says no known format; end it in .pyth or .safetensors, or give a folder without one"
@@ -115,8 +118,6 @@ def _check_target(source: Path, target: Path, force: bool) -> None:
         raise ConfigError(f"{target}: exists already; choose another name, or add --force to replace it")
     if target.is_dir() != (target.suffix not in (".pyth", ".safetensors")) and target.exists():
         raise ConfigError(f"{target}: is {'a folder' if target.is_dir() else 'a file'} already; choose another name")
-    if target.is_dir() and is_of_a_run(target):
-        raise ConfigError(f"{target}: is a run's folder, which is never written into; choose another name")
     if not target.absolute().parent.is_dir():
         raise ConfigError(f"{target}: there is no folder {target.parent}; create it first")
     if not force:
