@@ -32,8 +32,9 @@ from launch.snapshot import ROOT, digest, environment, snapshot
 from multitrain import lease
 from multitrain.config import ConfigError, RunConfig, compose, config_folder, dump, leaves, load, nearest
 from multitrain.config.class_names import LOOKED_FOR, find_class_names, read_class_names
-from multitrain.config.reading import read_yaml
-from multitrain.files import replace_text
+from multitrain.config.reading import read_yaml, shown
+from multitrain.config.run import check_run_name
+from multitrain.files import refuse_run, replace_text
 from multitrain.monitor import slurm
 from multitrain.monitor.events import Events, read
 from multitrain.monitor.restarts import refuse_lost_checkpoints
@@ -102,6 +103,7 @@ def ask(words: Sequence[str], *, config_dirs: Sequence[str] = (), default_name: 
         resume.refuse_another_start(path, saved, config)
     else:
         dirs = list(config_dirs)
+        refuse_run(path, run=path.parent)
         config = resume.placed(leaves(compose(options(typed), config_dirs=dirs)), path)
     flags = {"from_scratch": config.from_scratch, "update_code": config.update_code}
     config = config.model_copy(update=dict.fromkeys(flags, False))
@@ -143,9 +145,17 @@ def _folder(typed: list[str], plain: list[str], config_dirs: Sequence[str], defa
         name = config.name or f"{config.experiment_name}-{default_name or time.strftime('%Y%m%d-%H%M%S')}"
     if "/" in name:
         raise ConfigError(
-            f"name={name} cannot be a folder name; give the folder of runs as runs=…, and a name without '/'"
+            f"name={shown(name, 80)} cannot be a folder name; give the folder of runs as runs=…, and a name without '/'"
         )
-    return runs / name
+    try:
+        return runs / check_run_name(name, len(_beside(Path(), "", 9_999_999).name))
+    except ValueError as error:
+        raise ConfigError(f"name: {error}") from None
+
+
+def _beside(folder: Path, name: str, process: int) -> Path:
+    """Where a process puts together what becomes the run's folder: the longest name that is made of a run's."""
+    return folder / f".{name}.new-{process}"
 
 
 def _bare(text: str) -> str:
@@ -227,7 +237,7 @@ def write(run: Run) -> None:
     Raises:
         ConfigError: the folder cannot be written, or another submission of the same name was faster.
     """
-    new = run.path.with_name(f".{run.name}.new-{os.getpid()}")
+    new = _beside(run.path.parent, run.name, os.getpid())
     shutil.rmtree(new, ignore_errors=True)
     try:
         new.mkdir(parents=True)

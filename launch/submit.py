@@ -29,6 +29,7 @@ from launch.run_folder import ROOT, Run
 from multitrain.config import ConfigError, dump
 from multitrain.config.aliases import elsewhere
 from multitrain.config.arguments import piped
+from multitrain.config.boundary import refused_by_system
 from multitrain.config.overrides import tidy
 from multitrain.order.batch import BatchShapeError
 
@@ -69,6 +70,11 @@ def main(arguments: list[str] | None = None) -> int:
         return _prepare(words, options.config_dir) if options.prepare else _submit(words, options.config_dir)
     except (ConfigError, BatchShapeError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        print(f"error: {refused_by_system(error)}", file=sys.stderr)
         return 2
 
 

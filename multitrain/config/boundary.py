@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from multitrain.config.errors import ConfigError
+from multitrain.config.reading import shown
 from multitrain.text import quoted
 
 
@@ -34,6 +35,12 @@ def understood(where: str, remedy: str) -> Iterator[None]:
         raise ConfigError(f"{where} ({in_words(error)}); {remedy}") from None
 
 
+def refused_by_system(error: OSError) -> str:
+    """What the operating system refused, for a message of one line."""
+    where = f"{shown(error.filename)}: " if error.filename else ""
+    return f"{where}{error.strerror or error}; check the path, its permissions and the space left"
+
+
 def in_words(error: Exception) -> str:
     """What a reader tripped over, for a message of one line."""
     if isinstance(error, KeyError):
@@ -57,4 +64,4 @@ def writing_to(place: Path) -> Iterator[None]:
         ) from None
 
 
-__all__ = ["understood", "writing_to"]
+__all__ = ["in_words", "refused_by_system", "understood", "writing_to"]
