@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +35,8 @@ from multitrain.config import ConfigError, RunConfig, compose, config_folder, du
 from multitrain.config.class_names import LOOKED_FOR, find_class_names, read_class_names
 from multitrain.config.reading import read_yaml, shown
 from multitrain.config.run import check_run_name
-from multitrain.files import refuse_run, replace_text
+from multitrain.config.typed import refuse_typed
+from multitrain.files import TEMPORARY, refuse_run, replace_text
 from multitrain.monitor import slurm
 from multitrain.monitor.events import Events, read
 from multitrain.monitor.restarts import refuse_lost_checkpoints
@@ -99,12 +101,14 @@ def ask(words: Sequence[str], *, config_dirs: Sequence[str] = (), default_name: 
     saved = load(path) if (path / "config.yaml").is_file() else None
     if saved:
         config, dirs = resume.resumed(saved, path, typed, config_dirs)
+        refuse_typed(resume.new_words(path, typed), config, saved)
         resume.refuse_another_run(path.name, saved, config)
         resume.refuse_another_start(path, saved, config)
     else:
         dirs = list(config_dirs)
         refuse_run(path, run=path.parent)
         config = resume.placed(leaves(compose(options(typed), config_dirs=dirs)), path)
+        refuse_typed(options(typed), config)
     flags = {"from_scratch": config.from_scratch, "update_code": config.update_code}
     config = config.model_copy(update=dict.fromkeys(flags, False))
     shape = solve(
@@ -112,7 +116,40 @@ def ask(words: Sequence[str], *, config_dirs: Sequence[str] = (), default_name: 
     )
     run = Run(path, config, shape, typed, [str(Path(d).absolute()) for d in dirs], **flags)
     _refuse_wrong_start(run)
+    _refuse_single_clips(config, shape)
     return run
+
+
+def _refuse_single_clips(config: RunConfig, shape: BatchShape) -> None:
+    """The informative loss with `scope=micro` looks at the clips that all ranks hold at once: one has no variance."""
+    held = shape.micro_batch * config.augment.copies * shape.world_size
+    if config.loss.informative_weight > 0 and config.loss.scope == "micro" and held < 2:
+        raise ConfigError(
+            "loss.scope=micro with one clip at a time, which has no variance; use micro_batch=2 or more, augment.copies=2, "
+            "loss.scope=update or loss.informative_weight=0"
+        )
+
+
+def check_places(run: Run) -> None:
+    """Refuse a new run where its folder, or that of its index, cannot be made. Leaves nothing.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    if run.exists:
+        return
+    for option, place in {"runs": run.path.parent, "data.index": run.config.data.index}.items():
+        if place is None:
+            continue
+        above = Path(place)
+        while not os.path.lexists(above):
+            above = above.parent
+        try:
+            os.rmdir(tempfile.mkdtemp(prefix=TEMPORARY, dir=above))
+        except OSError as error:
+            raise ConfigError(
+                f"{option}={place}: no folder can be made in {above} ({error.strerror}); choose {option}=FOLDER"
+            ) from None
 
 
 def folder(words: Sequence[str], config_dirs: Sequence[str] = ()) -> Path | None:

@@ -143,6 +143,7 @@ def _write_claimed(run: Run, claim: contextlib.ExitStack, job: str | None = None
     if resumed:
         claim.enter_context(run_folder.claimed(run.path))
         _refuse_active(run.path, but=job)
+    run_folder.check_places(run)
     _check_weights(run)
     _check_data(run)
     run_folder.write(run)
@@ -203,6 +204,7 @@ def _dry_run(run: Run) -> int:
                 f"# then   tests of {', '.join(run.config.data.datasets)}, one job each, after training has ended well"
             )
     sys.stdout.flush()
+    run_folder.check_places(run)
     _check_weights(run)
     with tempfile.TemporaryDirectory() as folder:
         _check_data(run, index=Path(folder))

@@ -122,6 +122,11 @@ class RunConfig(Settings):
             raise ValueError(
                 "loss.projection_weight is positive but model.projections=false; set model.projections=true or loss.projection_weight=0"
             )
+        if self.loss.informative_weight > 0 and self.effective_batch * self.augment.copies < 2:
+            raise ValueError(
+                "loss.informative_weight is positive but an update has one clip, which has no variance; use effective_batch=2 or "
+                "more, augment.copies=2 or loss.informative_weight=0"
+            )
         for name in self.loss.dataset_weights:
             if name not in datasets:
                 raise ValueError(
