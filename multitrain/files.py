@@ -417,7 +417,7 @@ class _Record:
             except PermissionError:
                 continue  # another user's
             except OSError as error:
-                raise _cannot(file, error) from None
+                raise _cannot(self._folder, error) from None
             with open(handle, "ab", buffering=0) as out:
                 out.write(line)
             return
@@ -497,9 +497,10 @@ def _refuse_nul(text: str) -> None:
 
 
 def _cannot(path: Path, error: OSError) -> ConfigError:
-    return ConfigError(
-        f"{printable(str(error.filename or path))}: cannot be written ({error.strerror or error}); choose another output"
-    )
+    """What the system refused; `path` is what a user knows of, in place of a file in the making or a record."""
+    named = None if error.filename is None else Path(os.fsdecode(error.filename))
+    at = path if named is None or named.name.startswith(TEMPORARY) else named
+    return ConfigError(f"{printable(str(at))}: cannot be written ({error.strerror or error}); choose another output")
 
 
 def _encoded(text: str) -> bytes:

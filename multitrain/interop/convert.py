@@ -95,7 +95,7 @@ def convert(
     if target.suffix == ".pyth":
         notes += _write_pyth(out, target, weights, run, training, grouping)
     else:
-        _write_safetensors(source, out, Path(_names(target)[0]), weights, run, training)
+        notes += _write_safetensors(source, out, Path(_names(target)[0]), weights, run, training)
         if target.suffix != ".safetensors":
             _complete_folder(out, _names(target), weights, run)
     count = sum(t.numel() for t in weights.state.values())
@@ -179,7 +179,8 @@ def _write_pyth(
 
 def _write_safetensors(
     source: Path, out: OutputFolder, name: Path, weights: Weights, run: RunConfig, training: TrainingState
-) -> None:
+) -> list[str]:
+    """Writes the file, and what goes beside it; returns a note where that has another name than usual."""
     kept, tensors = describe(training)
     values = run.model_dump(mode="json") | {"model": weights.config.model_dump(mode="json")}
     source = source if source.suffix == ".pyth" else locate(source)
@@ -187,7 +188,11 @@ def _write_safetensors(
     out.remove(optimizer_file(name))
     if tensors:
         save_tensors(out, optimizer_file(name), tensors)
-    write_model(out, name, weights.state, description, _description_file(out, name, description))
+    beside = _description_file(out, name, description)
+    write_model(out, name, weights.state, description, beside)
+    if beside.name == "config.json":
+        return []
+    return [f"the config.json that is there is of another model and stays; this one's description is {beside.name}"]
 
 
 def describe_model(weights: Weights, run: Mapping[str, Any]) -> dict[str, Any]:

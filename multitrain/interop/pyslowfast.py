@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from multitrain.config import ConfigError, DatasetConfig, ModelConfig
 from multitrain.config.boundary import understood
 from multitrain.files import replacing
-from multitrain.interop.archive import open_archive, require_finite
+from multitrain.interop.archive import open_archive, require_weights
 from multitrain.interop.layout import layout, name_map, pairs, require_possible
 from multitrain.interop.matching import Report, compare, listed, require_all, shapes
 from multitrain.interop.official import refusal
@@ -108,7 +108,7 @@ def read_published(path: str | Path, *, strict: bool = True, copy: str | None = 
             "load it with the code that wrote it, or start from what fits: init_from",
         )
     state = {name: ours[name].clone() for name in ours if name in set(report.matched)}
-    require_finite(path, state)
+    require_weights(path, state)
     with understood(f"{path}: its 'epoch' is no number", "save it again with a trusted torch"):
         epoch = int(content.get("epoch", 0))
     return Published(
@@ -134,8 +134,9 @@ def read_tensors(
     For starting from files whose configuration says nothing or another network: official releases. Raises ConfigError.
     """
     found = open_archive(path)
-    state = _by_our_names(found.state, name_map(config, datasets, single=len(datasets) == 1))
-    require_finite(path, state)
+    names = name_map(config, datasets, single=len(datasets) == 1)
+    state = _by_our_names(found.state, names)
+    require_weights(path, {name: tensor for name, tensor in state.items() if name in set(names.values())})
     return state, found.notes
 
 
