@@ -33,6 +33,7 @@ from launch.snapshot import ROOT, digest, environment, snapshot
 from multitrain import lease
 from multitrain.config import ConfigError, RunConfig, compose, config_folder, dump, leaves, load, nearest
 from multitrain.config.class_names import LOOKED_FOR, find_class_names, read_class_names
+from multitrain.config.compose import example_of
 from multitrain.config.reading import read_yaml, shown
 from multitrain.config.run import check_run_name
 from multitrain.config.typed import refuse_typed
@@ -185,7 +186,7 @@ def _folder(typed: list[str], plain: list[str], config_dirs: Sequence[str], defa
             f"name={shown(name, 80)} cannot be a folder name; give the folder of runs as runs=…, and a name without '/'"
         )
     try:
-        return runs / check_run_name(name, len(_beside(Path(), "", 9_999_999).name))
+        return runs / check_run_name(name, _ROOM)
     except ValueError as error:
         raise ConfigError(f"name: {error}") from None
 
@@ -193,6 +194,10 @@ def _folder(typed: list[str], plain: list[str], config_dirs: Sequence[str], defa
 def _beside(folder: Path, name: str, process: int) -> Path:
     """Where a process puts together what becomes the run's folder: the longest name that is made of a run's."""
     return folder / f".{name}.new-{process}"
+
+
+_ROOM = len(_beside(Path(), "", 9_999_999).name)
+"""Bytes that it has more than the run's name."""
 
 
 def _bare(text: str) -> str:
@@ -205,11 +210,20 @@ def _existing(plain: list[str], runs: Path) -> Path:
     folder = Path(plain[0]) if (Path(plain[0]) / "overrides.yaml").is_file() else runs / plain[0]
     if len(plain) == 1 and (folder / "config.yaml").is_file():
         return folder.absolute()
+    raise ConfigError(_no_run(plain[-1], runs))
+
+
+def _no_run(word: str, runs: Path) -> str:
+    """That a plain word names no run, and what to type."""
+    if (value := example_of(word)) is not None:
+        return f"{word!r} is an option, which needs a value; write {word}={value}"
     known = [p.parent.name for p in runs.glob("*/config.yaml")]
-    raise ConfigError(
-        f"{plain[-1]!r} is neither an option (key=value) nor a run in {runs}; "
-        f"{nearest(plain[-1], known) + ' ' if known else ''}name={plain[-1]} starts a new run"
-    )
+    remedies = [nearest(word, known)] if known else []
+    try:
+        remedies.append(f"name={check_run_name(word, _ROOM)} starts a new run")
+    except ValueError:
+        remedies.append("name=NAME starts a new run")
+    return f"{shown(repr(word), 80)} is neither an option (key=value) nor a run in {runs}; {'; '.join(remedies)}"
 
 
 def _refuse_wrong_start(run: Run) -> None:

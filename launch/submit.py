@@ -32,6 +32,7 @@ from multitrain.config.arguments import piped
 from multitrain.config.boundary import refused_by_system
 from multitrain.config.overrides import tidy
 from multitrain.order.batch import BatchShapeError
+from multitrain.text import counted
 
 EXAMPLES = """\
 examples:
@@ -407,8 +408,9 @@ def _asked(module: str, run: Run, *arguments: str, said_first: str = "") -> None
 
 def _batch(run: Run) -> str:
     s, c = run.shape, run.config
-    where = f"{c.nodes} × {c.gpus} ranks" if c.nodes > 1 else f"{c.gpus} rank{'s' if c.gpus > 1 else ''}"
-    return f"{s.effective_batch} videos an update = {where} × {s.micro_batch} videos × {s.accumulation} accumulated"
+    where = (f"{c.nodes} × " if c.nodes > 1 else "") + counted(c.gpus, "rank")
+    videos = counted(s.micro_batch, "video")
+    return f"{counted(s.effective_batch, 'video')} an update = {where} × {videos} × {s.accumulation} accumulated"
 
 
 def _again(run: Run) -> str:

@@ -192,7 +192,9 @@ def _write_safetensors(
     write_model(out, name, weights.state, description, beside)
     if beside.name == "config.json":
         return []
-    return [f"the config.json that is there is of another model and stays; this one's description is {beside.name}"]
+    return [
+        f"the config.json that is there is of another model, or edited, and stays; this one's description is {beside.name}"
+    ]
 
 
 def describe_model(weights: Weights, run: Mapping[str, Any]) -> dict[str, Any]:

@@ -136,7 +136,8 @@ def _of_safetensors(place: Path, *, strict: bool, copy: str | None) -> Weights:
 def _stored_run(place: Path) -> RunConfig:
     header = description(place)
     if isinstance(header.get("run"), dict):
-        return validate(header["run"])
+        with understood(f"{place}: the configuration in it cannot be used", "write it again with `multitrain convert`"):
+            return validate(header["run"])
     for folder in (place.parent, place.parent.parent.parent):
         if (folder / "config.yaml").is_file():
             return load(folder / "config.yaml")

@@ -205,6 +205,27 @@ def test_counters_that_are_no_weights_of_the_model_are_let_be(good: Path, tmp_pa
     assert "norm.bias" in initialise_from(MultiTrain(SMALL, NAMES), counted).matched
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"depth": 0}, "depth=0: input should be greater than or equal to 1"),
+        ({"heads": 3}, "width=16 is not a multiple of heads=3"),
+        ({"width": "wide"}, "width='wide': input should be a valid integer"),
+        ({"what": 1}, "what is no option that is known here"),
+    ],
+)
+def test_a_description_of_no_network_is_said_in_our_words(
+    good: Path, tmp_path: Path, change: dict[str, Any], says: str
+) -> None:
+    description = {"model": SMALL.model_dump(mode="json") | change, "datasets": NAMES}
+    save_file(weights(SMALL, NAMES), tmp_path / "a.safetensors", {HEADER: json.dumps(description)})
+    with pytest.raises(ConfigError) as caught:
+        read_weights(tmp_path / "a.safetensors")
+    assert says in str(caught.value)
+    assert "ValidationError" not in str(caught.value)
+    assert "further" not in str(caught.value)
+
+
 def test_large_numbers_are_no_infinities(good: Path, tmp_path: Path) -> None:
     big = edit(
         good, tmp_path / "a.pyth", model_state=lambda s: s | {"norm.bias": torch.full_like(s["norm.bias"], 3e38)}

@@ -71,6 +71,37 @@ def test_a_name_that_is_no_folders_is_refused_before_any_path_is_made_of_it(
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        (
+            "a b",
+            "'a b' is neither an option (key=value) nor a run in {runs}; did you mean 'a-b'?; name=NAME starts a new run",
+        ),
+        (
+            "",
+            "'' is neither an option (key=value) nor a run in {runs}; known here: a-b, std2; name=NAME starts a new run",
+        ),
+        ("${seed}", "known here: a-b, std2; name=NAME starts a new run"),
+        ("std3", "did you mean 'std2'?; name=std3 starts a new run"),
+        ("x" * 300, "File name too long"),
+        ("dry_run", "'dry_run' is an option, which needs a value; write dry_run=true"),
+        ("nodes", "write nodes=VALUE"),
+        ("optim.lr", "write optim.lr=VALUE"),
+    ],
+)
+def test_a_word_that_is_no_run_is_answered_with_what_can_be_typed(
+    word: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("std2", "a-b"):
+        Path("runs", name).mkdir(parents=True)
+        Path("runs", name, "config.yaml").touch()
+    assert main([word]) == 2
+    said = capsys.readouterr().err
+    assert says.format(runs=Path("runs").absolute()) in said
+    assert said.count("\n") == 1
+
+
 def test_the_longest_name_is_that_of_a_folder_that_can_be_made() -> None:
     write(ask([*words()[:1], "gpus=1", "cluster=local", "name=" + "x" * 242]))
     assert [p.name for p in Path("runs").iterdir()] == ["x" * 242]
