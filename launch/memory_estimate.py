@@ -122,7 +122,10 @@ def here(config: RunConfig) -> list[str]:
     loaders = config.gpus * config.data.workers
     said = []
     if on_cpus(config):
-        said.append(f"# note: no GPU on this machine: {counted(config.gpus, 'rank')} on its {counted(cores, 'core')}")
+        said.append(
+            f"# note: no GPU on this machine: {counted(config.gpus, 'rank')} {'trains' if config.gpus == 1 else 'train'} "
+            f"on its {counted(cores, 'core')}"
+        )
     if loaders + config.gpus > max(cores, config.gpus + 1):
         fits = max(0, (cores - config.gpus) // config.gpus)
         said.append(
