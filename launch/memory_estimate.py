@@ -16,6 +16,7 @@ from typing import Any
 
 from multitrain.config import ModelConfig, RunConfig
 from multitrain.order.batch import BatchShape
+from multitrain.text import counted
 
 GB = 1e9
 CONTEXT = 0.8 * GB
@@ -75,11 +76,11 @@ def forecast(config: RunConfig, shape: BatchShape) -> Forecast:
 def lines(config: RunConfig, shape: BatchShape) -> list[str]:
     """The forecast as comment lines for a person; warnings last, each with what to do."""
     f, cluster = forecast(config, shape), config.cluster
-    cores = f"{cluster.cpus_per_gpu} core{'s' if cluster.cpus_per_gpu > 1 else ''}"
+    cores = counted(cluster.cpus_per_gpu, "core")
     needed = f.gpu_clips / cluster.cpus_per_gpu
     holder = "rank" if on_cpus(config) else "GPU"
     said = [
-        f"# memory {f.bytes / GB:.1f} GB a {holder} at the peak, predicted: {f.clips} clips × {f.clip_bytes / GB:.2f} GB "
+        f"# memory {f.bytes / GB:.1f} GB a {holder} at the peak, predicted: {counted(f.clips, 'clip')} × {f.clip_bytes / GB:.2f} GB "
         f"+ {f.fixed_bytes / GB:.1f} GB (activation_checkpointing={config.activation_checkpointing})"
     ]
     made = f"a core makes about {f.core_clips:.0f} (multitrain data bench measures yours)"
@@ -122,12 +123,14 @@ def here(config: RunConfig) -> list[str]:
     said = []
     if on_cpus(config):
         said.append(
-            f"# note: no GPU on this machine: {config.gpus} rank{'s' if config.gpus > 1 else ''} train on its {cores} cores"
+            f"# note: no GPU on this machine: {counted(config.gpus, 'rank')} {'trains' if config.gpus == 1 else 'train'} "
+            f"on its {counted(cores, 'core')}"
         )
     if loaders + config.gpus > max(cores, config.gpus + 1):
         fits = max(0, (cores - config.gpus) // config.gpus)
         said.append(
-            f"# warning: {config.gpus} ranks × data.workers={config.data.workers} = {loaders} loader processes on {cores} cores; "
+            f"# warning: {counted(config.gpus, 'rank')} × data.workers={config.data.workers} = {loaders} loader processes on "
+            f"{counted(cores, 'core')}; "
             f"use data.workers={max(1, fits)}" + (f" and gpus={max(1, cores // 2)}" if config.gpus > cores else "")
         )
     return said

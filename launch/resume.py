@@ -46,6 +46,11 @@ def _new_words(typed: Sequence[str], earlier: Sequence[str]) -> list[str]:
     return [o for o in options(typed) if o not in known]
 
 
+def new_words(path: Path, typed: Sequence[str]) -> list[str]:
+    """What was typed now for a run that exists and does not stand in an earlier submission in the same words."""
+    return _new_words(typed, merge([entry["overrides"] for entry in history(path)]))
+
+
 def key(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 

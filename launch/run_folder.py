@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -32,8 +33,11 @@ from launch.snapshot import ROOT, digest, environment, snapshot
 from multitrain import lease
 from multitrain.config import ConfigError, RunConfig, compose, config_folder, dump, leaves, load, nearest
 from multitrain.config.class_names import LOOKED_FOR, find_class_names, read_class_names
-from multitrain.config.reading import read_yaml
-from multitrain.files import replace_text
+from multitrain.config.compose import example_of
+from multitrain.config.reading import read_yaml, shown
+from multitrain.config.run import check_run_name
+from multitrain.config.typed import refuse_typed
+from multitrain.files import TEMPORARY, refuse_run, replace_text
 from multitrain.monitor import slurm
 from multitrain.monitor.events import Events, read
 from multitrain.monitor.restarts import refuse_lost_checkpoints
@@ -98,11 +102,14 @@ def ask(words: Sequence[str], *, config_dirs: Sequence[str] = (), default_name: 
     saved = load(path) if (path / "config.yaml").is_file() else None
     if saved:
         config, dirs = resume.resumed(saved, path, typed, config_dirs)
+        refuse_typed(resume.new_words(path, typed), config, saved)
         resume.refuse_another_run(path.name, saved, config)
         resume.refuse_another_start(path, saved, config)
     else:
         dirs = list(config_dirs)
+        refuse_run(path, run=path.parent)
         config = resume.placed(leaves(compose(options(typed), config_dirs=dirs)), path)
+        refuse_typed(options(typed), config)
     flags = {"from_scratch": config.from_scratch, "update_code": config.update_code}
     config = config.model_copy(update=dict.fromkeys(flags, False))
     shape = solve(
@@ -110,7 +117,40 @@ def ask(words: Sequence[str], *, config_dirs: Sequence[str] = (), default_name: 
     )
     run = Run(path, config, shape, typed, [str(Path(d).absolute()) for d in dirs], **flags)
     _refuse_wrong_start(run)
+    _refuse_single_clips(config, shape)
     return run
+
+
+def _refuse_single_clips(config: RunConfig, shape: BatchShape) -> None:
+    """The informative loss with `scope=micro` looks at the clips that all ranks hold at once: one has no variance."""
+    held = shape.micro_batch * config.augment.copies * shape.world_size
+    if config.loss.informative_weight > 0 and config.loss.scope == "micro" and held < 2:
+        raise ConfigError(
+            "loss.scope=micro with one clip at a time, which has no variance; use micro_batch=2 or more, augment.copies=2, "
+            "loss.scope=update or loss.informative_weight=0"
+        )
+
+
+def check_places(run: Run) -> None:
+    """Refuse a new run where its folder, or that of its index, cannot be made. Leaves nothing.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    if run.exists:
+        return
+    for option, place in {"runs": run.path.parent, "data.index": run.config.data.index}.items():
+        if place is None:
+            continue
+        above = Path(place)
+        while not os.path.lexists(above):
+            above = above.parent
+        try:
+            os.rmdir(tempfile.mkdtemp(prefix=TEMPORARY, dir=above))
+        except OSError as error:
+            raise ConfigError(
+                f"{option}={place}: no folder can be made in {above} ({error.strerror}); choose {option}=FOLDER"
+            ) from None
 
 
 def folder(words: Sequence[str], config_dirs: Sequence[str] = ()) -> Path | None:
@@ -143,9 +183,21 @@ def _folder(typed: list[str], plain: list[str], config_dirs: Sequence[str], defa
         name = config.name or f"{config.experiment_name}-{default_name or time.strftime('%Y%m%d-%H%M%S')}"
     if "/" in name:
         raise ConfigError(
-            f"name={name} cannot be a folder name; give the folder of runs as runs=…, and a name without '/'"
+            f"name={shown(name, 80)} cannot be a folder name; give the folder of runs as runs=…, and a name without '/'"
         )
-    return runs / name
+    try:
+        return runs / check_run_name(name, _ROOM)
+    except ValueError as error:
+        raise ConfigError(f"name: {error}") from None
+
+
+def _beside(folder: Path, name: str, process: int) -> Path:
+    """Where a process puts together what becomes the run's folder: the longest name that is made of a run's."""
+    return folder / f".{name}.new-{process}"
+
+
+_ROOM = len(_beside(Path(), "", 9_999_999).name)
+"""Bytes that it has more than the run's name."""
 
 
 def _bare(text: str) -> str:
@@ -158,11 +210,20 @@ def _existing(plain: list[str], runs: Path) -> Path:
     folder = Path(plain[0]) if (Path(plain[0]) / "overrides.yaml").is_file() else runs / plain[0]
     if len(plain) == 1 and (folder / "config.yaml").is_file():
         return folder.absolute()
+    raise ConfigError(_no_run(plain[-1], runs))
+
+
+def _no_run(word: str, runs: Path) -> str:
+    """That a plain word names no run, and what to type."""
+    if (value := example_of(word)) is not None:
+        return f"{word!r} is an option, which needs a value; write {word}={value}"
     known = [p.parent.name for p in runs.glob("*/config.yaml")]
-    raise ConfigError(
-        f"{plain[-1]!r} is neither an option (key=value) nor a run in {runs}; "
-        f"{nearest(plain[-1], known) + ' ' if known else ''}name={plain[-1]} starts a new run"
-    )
+    remedies = [nearest(word, known)] if known else []
+    try:
+        remedies.append(f"name={check_run_name(word, _ROOM)} starts a new run")
+    except ValueError:
+        remedies.append("name=NAME starts a new run")
+    return f"{shown(repr(word), 80)} is neither an option (key=value) nor a run in {runs}; {'; '.join(remedies)}"
 
 
 def _refuse_wrong_start(run: Run) -> None:
@@ -227,7 +288,7 @@ def write(run: Run) -> None:
     Raises:
         ConfigError: the folder cannot be written, or another submission of the same name was faster.
     """
-    new = run.path.with_name(f".{run.name}.new-{os.getpid()}")
+    new = _beside(run.path.parent, run.name, os.getpid())
     shutil.rmtree(new, ignore_errors=True)
     try:
         new.mkdir(parents=True)

@@ -29,8 +29,10 @@ from launch.run_folder import ROOT, Run
 from multitrain.config import ConfigError, dump
 from multitrain.config.aliases import elsewhere
 from multitrain.config.arguments import piped
+from multitrain.config.boundary import refused_by_system
 from multitrain.config.overrides import tidy
 from multitrain.order.batch import BatchShapeError
+from multitrain.text import counted
 
 EXAMPLES = """\
 examples:
@@ -69,6 +71,11 @@ def main(arguments: list[str] | None = None) -> int:
         return _prepare(words, options.config_dir) if options.prepare else _submit(words, options.config_dir)
     except (ConfigError, BatchShapeError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        print(f"error: {refused_by_system(error)}", file=sys.stderr)
         return 2
 
 
@@ -137,6 +144,7 @@ def _write_claimed(run: Run, claim: contextlib.ExitStack, job: str | None = None
     if resumed:
         claim.enter_context(run_folder.claimed(run.path))
         _refuse_active(run.path, but=job)
+    run_folder.check_places(run)
     _check_weights(run)
     _check_data(run)
     run_folder.write(run)
@@ -197,6 +205,7 @@ def _dry_run(run: Run) -> int:
                 f"# then   tests of {', '.join(run.config.data.datasets)}, one job each, after training has ended well"
             )
     sys.stdout.flush()
+    run_folder.check_places(run)
     _check_weights(run)
     with tempfile.TemporaryDirectory() as folder:
         _check_data(run, index=Path(folder))
@@ -399,8 +408,9 @@ def _asked(module: str, run: Run, *arguments: str, said_first: str = "") -> None
 
 def _batch(run: Run) -> str:
     s, c = run.shape, run.config
-    where = f"{c.nodes} × {c.gpus} ranks" if c.nodes > 1 else f"{c.gpus} rank{'s' if c.gpus > 1 else ''}"
-    return f"{s.effective_batch} videos an update = {where} × {s.micro_batch} videos × {s.accumulation} accumulated"
+    where = (f"{c.nodes} × " if c.nodes > 1 else "") + counted(c.gpus, "rank")
+    videos = counted(s.micro_batch, "video")
+    return f"{counted(s.effective_batch, 'video')} an update = {where} × {videos} × {s.accumulation} accumulated"
 
 
 def _again(run: Run) -> str:

@@ -25,6 +25,7 @@ from launch import run_folder
 from launch.run_folder import Run
 from multitrain.config import ConfigError, load
 from multitrain.config.arguments import piped
+from multitrain.config.boundary import refused_by_system
 from multitrain.config.overrides import is_text, split
 from multitrain.config.reading import read_yaml
 from multitrain.monitor.plot_style import table
@@ -75,6 +76,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     except (ConfigError, BatchShapeError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        print(f"error: {refused_by_system(error)}", file=sys.stderr)
         return 2
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from multitrain.config import ConfigError, nearest
 from multitrain.config.arguments import MISTAKE, piped
+from multitrain.config.boundary import refused_by_system
 from multitrain.config.reading import shown
 
 FINISHED = 0
@@ -73,11 +74,7 @@ def _main(arguments: Sequence[str]) -> int:
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             raise
-        where = f"{shown(error.filename)}: " if error.filename else ""
-        print(
-            f"multitrain: {where}{error.strerror or error}; check the path, its permissions and the space left",
-            file=sys.stderr,
-        )
+        print(f"multitrain: {refused_by_system(error)}", file=sys.stderr)
         return MISTAKE
 
 

@@ -79,14 +79,45 @@ def output_file(path: Path, maker: str, sources: Iterable[Path] = ()) -> Iterato
         yield temporary
 
 
-def checkpoint_above(path: Path | str) -> Path | None:
-    """The checkpoint that `path` is or lies in, links followed; None where it lies in none."""
+def check_output(path: Path, maker: str, sources: Iterable[Path | str] = ()) -> None:
+    """Refuse now what `output_file` would refuse after the work is done. Raises ConfigError."""
+    OutputFolder(path.parent, maker, sources).check(path.name)
+
+
+def refuse_run(path: Path | str, run: Path | str | None = None) -> None:
+    """Refuse an output that is, or lies in, a run's folder, its folder of checkpoints or a checkpoint, links followed.
+
+    Args:
+        path: the output; it need not exist.
+        run: the run that the output belongs to: its folder may hold it, its checkpoints may not.
+
+    Raises:
+        InTheWayError: names the run, or the part of it.
+    """
+    own = None if run is None else os.path.realpath(run)
     resolved = Path(os.path.realpath(path))
     for place in (resolved, *resolved.parents):
-        with contextlib.suppress(OSError):
-            if all((place / name).exists() for name in ("manifest.json", "model.safetensors")):
-                return place
-    return None
+        with contextlib.suppress(OSError):  # a folder that we may not look into
+            what = _part_of_run(place)
+            if what is not None and not (what == "run" and str(place) == own):
+                raise InTheWayError(
+                    f"{printable(str(path))} {'is' if place == resolved else 'lies in'} the {what} {printable(str(place))}, "
+                    "which is never written into; choose another place"
+                )
+
+
+def _part_of_run(place: Path) -> str | None:
+    """What of a run a folder is, by the files in it."""
+    if all((place / name).exists() for name in ("manifest.json", "model.safetensors")):
+        return "checkpoint"
+    if place.name == "checkpoints" and (_is_run(place.parent) or next(place.glob("update-*"), None) is not None):
+        return "folder of checkpoints"
+    return "run" if _is_run(place) else None
+
+
+def _is_run(place: Path) -> bool:
+    marks = ("overrides.yaml", "events.jsonl", "lease")
+    return (place / "config.yaml").is_file() and any((place / mark).exists() for mark in marks)
 
 
 def refuse_same(outputs: Mapping[str, Path | str | None]) -> None:
@@ -130,9 +161,10 @@ class OutputFolder:
         sources: files and folders that are read: no output may be one of them or lie below one (unless the whole output
             folder does).
         known: stamps that something else than the record holds for a name, e.g. a journal.
+        run: the run that the output belongs to, see `refuse_run`.
 
     Raises:
-        ConfigError: the folder cannot be one, or is one of the sources.
+        ConfigError: the folder cannot be one, is one of the sources, or lies in a run or a checkpoint.
     """
 
     def __init__(
@@ -141,15 +173,13 @@ class OutputFolder:
         maker: str,
         sources: Iterable[Path | str] = (),
         known: Callable[[str], Iterable[Stamp]] = lambda name: (),
+        run: Path | str | None = None,
     ) -> None:
         _refuse_nul(os.fspath(root))
         self.root, self.maker, self._known = Path(os.path.realpath(root)), maker, known
         self._sources = {os.path.realpath(s) for s in sources if "\0" not in os.fspath(s)}  # else no file
         self._record = _Record(self.root, maker)
-        if (checkpoint := checkpoint_above(self.root)) is not None:
-            raise InTheWayError(
-                f"{root} lies in the checkpoint {checkpoint}, which is never written into; choose another folder"
-            )
+        refuse_run(self.root, run)
         if str(self.root) in self._sources:
             raise InTheWayError(f"{root} is what {maker} reads; choose another folder for what it writes")
         try:
@@ -387,7 +417,7 @@ class _Record:
             except PermissionError:
                 continue  # another user's
             except OSError as error:
-                raise _cannot(file, error) from None
+                raise _cannot(self._folder, error) from None
             with open(handle, "ab", buffering=0) as out:
                 out.write(line)
             return
@@ -467,9 +497,10 @@ def _refuse_nul(text: str) -> None:
 
 
 def _cannot(path: Path, error: OSError) -> ConfigError:
-    return ConfigError(
-        f"{printable(str(error.filename or path))}: cannot be written ({error.strerror or error}); choose another output"
-    )
+    """What the system refused; `path` is what a user knows of, in place of a file in the making or a record."""
+    named = None if error.filename is None else Path(os.fsdecode(error.filename))
+    at = path if named is None or named.name.startswith(TEMPORARY) else named
+    return ConfigError(f"{printable(str(at))}: cannot be written ({error.strerror or error}); choose another output")
 
 
 def _encoded(text: str) -> bytes:
@@ -480,7 +511,10 @@ __all__ = [
     "RECORD",
     "InTheWayError",
     "OutputFolder",
+    "check_output",
     "output_file",
+    "refuse_run",
+    "refuse_same",
     "remove_tree",
     "replace_text",
     "replacing",

@@ -27,6 +27,11 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(_escaped, text)
 
 
+def counted(number: int, what: str) -> str:
+    """A number and its noun: ``1 rank``, ``4 ranks``."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def quoted(text: str, length: int = 200) -> str:
     """`text` for an error message: printable, in quotation marks, its middle left out beyond `length` characters."""
     shown = printable(text)
@@ -66,4 +71,4 @@ def markdown(text: str) -> str:
     return _MARKDOWN.sub(lambda match: _ENTITIES.get(match[0]) or f"\\{match[0]}", printable(text))
 
 
-__all__ = ["cell", "csv_text", "markdown", "printable", "quoted"]
+__all__ = ["cell", "counted", "csv_text", "markdown", "printable", "quoted"]

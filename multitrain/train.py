@@ -28,6 +28,7 @@ from multitrain.monitor import requeue, restarts, slurm
 from multitrain.monitor.events import Events, read, starts_before
 from multitrain.monitor.exit_status import Exit
 from multitrain.monitor.requeue import Action, Decision, Ended
+from multitrain.text import counted
 
 if TYPE_CHECKING:
     from multitrain.engine.distributed import World
@@ -299,8 +300,9 @@ def _start(config: RunConfig, run: Path, trainer: Trainer) -> None:
     )
     verb = f"resuming after update {trainer.completed}" if trainer.completed else "starting"
     print(
-        f"{run.name}: {verb} of {trainer.updates}; {trainer.world.size} ranks × {trainer.shape.micro_batch} videos × "
-        f"{trainer.shape.accumulation} accumulation = {config.effective_batch} videos an update",
+        f"{run.name}: {verb} of {trainer.updates}; {counted(trainer.world.size, 'rank')} × "
+        f"{counted(trainer.shape.micro_batch, 'video')} × {trainer.shape.accumulation} accumulation = "
+        f"{counted(config.effective_batch, 'video')} an update",
         flush=True,
     )
 

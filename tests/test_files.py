@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -286,6 +287,27 @@ def test_a_tree_is_deleted_below_its_root_only_and_no_link_is_followed(tmp_path:
     remove_tree(run / "real", inside=run)
     assert not (run / "real").exists()
     assert (archive / "manifest.json").read_text() == "precious"
+
+
+@pytest.mark.parametrize("refused", ["the file in the making", "the record"])
+def test_what_cannot_be_written_is_named_as_the_user_knows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    """Not by the name of a file in the making or of a record. The system's refusal is acted, since root is refused nothing."""
+    system = os.open
+
+    def no_new_files(path: str, flags: int, *more: int) -> int:
+        made = ".multitrain-files" if refused == "the record" else ".multitrain-"
+        if flags & os.O_CREAT and made in str(path):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return system(path, flags, *more)
+
+    monkeypatch.setattr(os, "open", no_new_files)
+    with pytest.raises(ConfigError) as caught:
+        OutputFolder(tmp_path, "one").write_text("a.txt", "x")
+    assert str(caught.value).startswith(str(tmp_path))
+    assert ".multitrain" not in str(caught.value)
+    assert os.strerror(errno.EROFS) in str(caught.value)
 
 
 def test_what_cannot_be_written_is_one_line(tmp_path: Path) -> None:

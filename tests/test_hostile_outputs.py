@@ -158,23 +158,47 @@ def test_over_a_linked_folder_only_new_files_are_made(home: Path, tmp_path: Path
     assert (tmp_path / "desk").is_symlink()
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("data stats", "data show")])
-def test_nothing_is_written_into_what_is_read(
+INTO_A_RUN = ("", "new", "evaluation/new", "checkpoints", "checkpoints/update-00000099", "checkpoints/update-00000001")
+"""Folders of a run, there or not, in which no command writes what a user asks for."""
+
+OTHERS: dict[str, Callable[[Path, Path], list[str]]] = {
+    "convert to a folder": lambda home, out: ["convert", f"{home}/runs/tiny", str(out.parent)],
+    "convert to .safetensors": lambda home, out: ["convert", f"{home}/runs/tiny", f"{out}.safetensors"],
+    "export": lambda home, out: ["export", f"{home}/runs/tiny", str(out.parent)],
+    "overlay folder": lambda home, out: [
+        *("predict", f"{home}/runs/tiny", f"{home}/data/stride/v 0.mp4", f"{home}/data/stride/v 1.mp4"),
+        *("--overlay", str(out), "--device", "cpu"),
+    ],
+    "data check": lambda home, out: ["data", "check", f"{home}/data/stride", "--out", str(out.parent)],
+    "data check --write-clean": lambda home, out: [
+        *("data", "check", "--run", f"{home}/runs/tiny", "--out", f"{home}/checked", "--write-clean", str(out.parent)),
+    ],
+    "data resize": lambda home, out: ["data", "resize", f"{home}/data/stride", str(out.parent)],
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*the published code builds")
+@pytest.mark.parametrize("command", [*COMMANDS, *OTHERS])
+def test_nothing_is_written_into_a_run(
     home: Path, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Below a checkpoint's folder, named as it is and over a link to it."""
+    """Named as it is and over a link to it; a report goes into its own run, not into its checkpoints."""
     monkeypatch.chdir(tmp_path)
-    checkpoint = home / "runs" / "tiny" / "checkpoints" / "update-00000001"
-    (tmp_path / "over").symlink_to(checkpoint)
-    before = tree(home / "runs" / "tiny", home / "precious")
-    for place in (checkpoint, tmp_path / "over"):
-        words = COMMANDS[command](home, place / "out")
+    run = home / "runs" / "tiny"
+    (tmp_path / "over").symlink_to(run)
+    before = tree(run, home / "precious")
+    for place in (root / part for part in INTO_A_RUN for root in (run, tmp_path / "over")):
+        if command == "report" and "checkpoints" not in str(place):
+            continue
+        words = (COMMANDS | OTHERS)[command](home, place / "out")
         if command == "report":
             words[3] = str(place)
         status = main(words)
         said = capsys.readouterr().err.strip()
-        assert status == 2, said
-        assert tree(home / "runs" / "tiny", home / "precious") == before
+        assert status == 2, (place, said)
+        assert "never written into" in said, (place, said)
+        assert len(said.splitlines()) == 1, (place, said)
+        assert tree(run, home / "precious") == before, place
 
 
 @pytest.mark.parametrize("layout", [n for n in LAYOUTS if n != "a link to a folder"])

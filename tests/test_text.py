@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from multitrain.config.boundary import understood
 from multitrain.errors import ConfigError
-from multitrain.text import cell, csv_text, printable
+from multitrain.text import cell, counted, csv_text, printable
 
 
 def test_control_characters_and_bytes_that_are_no_utf8_are_written_as_escapes() -> None:
@@ -56,3 +56,7 @@ def test_a_missing_entry_is_called_so() -> None:
         understood("results.json: damaged", "restore it"),
     ):
         {}["views"]
+
+
+def test_one_of_a_kind_is_singular() -> None:
+    assert [counted(n, "rank") for n in (0, 1, 2)] == ["0 ranks", "1 rank", "2 ranks"]

@@ -37,11 +37,14 @@ def configured(run: str | None, overrides: Sequence[str], config_dirs: Sequence[
         config_dirs: folders with config groups of the user's own.
     """
     from multitrain.config import compose, load
+    from multitrain.config.typed import refuse_typed
 
     if run is None and overrides and "=" not in overrides[0] and not overrides[0].startswith("~"):
         run, *overrides = overrides
     if run is None:
-        return compose(overrides, config_dirs=config_dirs)
+        config = compose(overrides, config_dirs=config_dirs)
+        refuse_typed(overrides, config)
+        return config
     from multitrain.evaluation.settings import with_overrides
 
     return with_overrides(load(run), overrides, config_dirs=config_dirs)

@@ -8,6 +8,7 @@ from pathlib import Path
 from multitrain.commands.common import configured
 from multitrain.config import ConfigError
 from multitrain.config.arguments import Arguments, Parser, whole_number
+from multitrain.files import check_output
 
 
 def main(arguments: Arguments) -> int:
@@ -49,6 +50,7 @@ def main(arguments: Arguments) -> int:
     from multitrain.data.show import clips_of, write
     from multitrain.evaluation.beside import index_folder
 
+    check_output(given.out, "data show")
     config = configured(given.run, given.overrides, given.config_dir)
     index = index_folder(config, given.index)
     catalogs = open_catalogs(config.data, "train", index)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from multitrain.commands.common import configured
 from multitrain.config.arguments import Arguments, Parser, whole_number
-from multitrain.files import output_file
+from multitrain.files import check_output, output_file
 
 
 def main(arguments: Arguments) -> int:
@@ -48,6 +48,8 @@ def main(arguments: Arguments) -> int:
     from multitrain.data.prepare.parallel_map import Journal
     from multitrain.evaluation.beside import index_folder
 
+    if given.plot:
+        check_output(given.plot, "data stats")
     config = configured(given.run, given.overrides, given.config_dir)
     index = index_folder(config, given.index)
     scans = Journal.records(given.checked, "check") if given.checked else {}

@@ -62,11 +62,11 @@ def main(arguments: Arguments) -> int:
     from multitrain.evaluation import embed as e
     from multitrain.evaluation.predictor import load
     from multitrain.evaluation.settings import with_overrides
-    from multitrain.files import OutputFolder, output_file, refuse_same
+    from multitrain.files import check_output, output_file, refuse_same
 
     refuse_same({"--out": given.out, "--plot": given.plot})
     for target in filter(None, (given.out, given.plot)):
-        OutputFolder(target.parent, e.MAKER, [given.checkpoint, *given.videos]).check(target.name)
+        check_output(target, e.MAKER, [given.checkpoint, *given.videos])
     model = load(given.checkpoint)
     config = with_overrides(model.run, given.overrides, config_dirs=given.config_dir)
     model.run = config

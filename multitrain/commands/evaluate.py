@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from multitrain.commands.common import MODEL, StopSignals, device
 from multitrain.config import ClusterConfig, ConfigError, RunConfig
 from multitrain.config.arguments import Arguments, Parser
+from multitrain.files import refuse_run
 from multitrain.text import printable
 
 if TYPE_CHECKING:
@@ -56,13 +57,15 @@ def main(arguments: Arguments) -> int:
     from multitrain.evaluation.settings import with_overrides
     from multitrain.monitor import slurm
 
+    checkpoint = _checkpoint(given.model)
+    out = given.out or _default_out(given.model, checkpoint, given.split)
+    refuse_run(out, checkpoint and checkpoint.parent.parent)
     stop = StopSignals()
     place = slurm.rank_environment()
     rank, world_size = int(place["RANK"]), int(place["WORLD_SIZE"])
     model = load(given.model)
     config = with_overrides(model.run, given.overrides, config_dirs=given.config_dir)
     _require_same_network(model.run, config)
-    out = given.out or _default_out(given.model, given.split)
     model.to(device(given.device, int(place["LOCAL_RANK"])))
     done = evaluator.evaluate(
         model,
@@ -116,16 +119,23 @@ def _require_same_network(stored: RunConfig, config: RunConfig) -> None:
         )
 
 
-def _default_out(model: str, split: str) -> Path:
+def _default_out(model: str, checkpoint: Path | None, split: str) -> Path:
     """``RUN/evaluation/CHECKPOINT/SPLIT`` for weights of a run of this user, else below ``evaluation/`` in the working folder."""
+    if checkpoint is None:
+        return Path("evaluation") / Path(model).stem / split
+    from multitrain.evaluation.beside import beside
+
+    return beside(checkpoint.parent.parent, "evaluation", checkpoint.name, split)
+
+
+def _checkpoint(model: str) -> Path | None:
+    """The checkpoint's folder that weights lie in; None for a file from elsewhere."""
     path = Path(model)
     if path.suffix in (".pyth", ".safetensors") and path.parent.name[:7] != "update-":
-        return Path("evaluation") / path.stem / split
-    from multitrain.evaluation.beside import beside
+        return None
     from multitrain.interop.model_path import locate
 
-    checkpoint = locate(path).parent
-    return beside(checkpoint.parent.parent, "evaluation", checkpoint.name, split)
+    return locate(path).parent
 
 
 _last_line = 0.0

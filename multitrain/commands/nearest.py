@@ -38,9 +38,11 @@ def main(arguments: Arguments) -> int:
     from multitrain.evaluation import nearest as n
     from multitrain.evaluation.embed import MAKER
     from multitrain.evaluation.predictor import load
-    from multitrain.files import output_file
+    from multitrain.files import check_output, output_file
     from multitrain.monitor.plot_style import table
 
+    if given.plot:
+        check_output(given.plot, MAKER, [given.model])
     model = load(given.model, class_names=dict(pair(text, "--classes") for text in given.classes))
     pairs = [pair(text, "--pair") for text in given.pair] or [
         (a, b) for a in model.datasets for b in model.datasets if a != b

@@ -10,6 +10,7 @@ from pathlib import Path
 from multitrain.commands.common import MODEL, device
 from multitrain.config import ConfigError
 from multitrain.config.arguments import MISTAKE, Arguments, Parser, pair, whole_number
+from multitrain.files import refuse_run
 from multitrain.text import printable
 
 
@@ -74,6 +75,7 @@ def _overlays(target: Path | None, videos: Sequence[str]) -> dict[str, Path]:
     """
     if target is None:
         return {}
+    refuse_run(target)
     if target.is_dir() or (len(videos) > 1 and not target.suffix):
         target.mkdir(parents=True, exist_ok=True)
         found = {video: target / f"{Path(video).stem}.mp4" for video in videos}

@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from multitrain.config.errors import ConfigError
+from multitrain.config.reading import shown
 from multitrain.text import quoted
 
 
@@ -34,10 +37,31 @@ def understood(where: str, remedy: str) -> Iterator[None]:
         raise ConfigError(f"{where} ({in_words(error)}); {remedy}") from None
 
 
+def refused_by_system(error: OSError) -> str:
+    """What the operating system refused, for a message of one line."""
+    where = f"{shown(error.filename)}: " if error.filename else ""
+    return f"{where}{error.strerror or error}; check the path, its permissions and the space left"
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first thing that is wrong with the values of a description, e.g. ``depth=0: input should be greater than 0``."""
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    message = " ".join(first["msg"].removeprefix("Value error, ").split()).partition(", unable to parse")[0]
+    if first["type"] == "extra_forbidden":
+        return f"{shown(where, 80)} is no option that is known here"
+    if not where:
+        return message
+    value = f"={shown(repr(first['input']), 60)}" if first["type"] != "missing" else ""
+    return f"{shown(where, 80)}{value}: {message[0].lower()}{message[1:]}"
+
+
 def in_words(error: Exception) -> str:
     """What a reader tripped over, for a message of one line."""
     if isinstance(error, KeyError):
         return f"the entry {quoted(str(error.args[0]), 80) if error.args else ''} is missing"
+    if isinstance(error, ValidationError):
+        return first_problem(error)
     said = " ".join(str(error).split())[:160]
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
@@ -57,4 +81,4 @@ def writing_to(place: Path) -> Iterator[None]:
         ) from None
 
 
-__all__ = ["understood", "writing_to"]
+__all__ = ["in_words", "refused_by_system", "understood", "writing_to"]

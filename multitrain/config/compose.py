@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 
 from multitrain.config.aliases import elsewhere
 from multitrain.config.errors import ConfigError, nearest
-from multitrain.config.overrides import apply, group_word, is_group, split
+from multitrain.config.overrides import Override, apply, group_word, is_group, option_type, split
 from multitrain.config.paths import expanded, find_run
 from multitrain.config.reading import DEEPEST, read_yaml, shown
 from multitrain.config.run import RunConfig
@@ -48,7 +48,7 @@ def compose(overrides: Sequence[str] = (), *, config_dirs: Sequence[str | Path] 
     Raises:
         ConfigError: one line that names the option, its value, and what would work.
     """
-    return validate(compose_mapping(overrides, config_dirs=config_dirs))
+    return validate(compose_mapping(overrides, config_dirs=config_dirs), config_dirs=config_dirs)
 
 
 def compose_mapping(overrides: Sequence[str] = (), *, config_dirs: Sequence[str | Path] = ()) -> dict[str, Any]:
@@ -67,6 +67,7 @@ def compose_mapping(overrides: Sequence[str] = (), *, config_dirs: Sequence[str 
                 "runs=FOLDER and name=NAME say where it lies, python launch/sweep.py starts several"
             )
         if is_group(override.key, groups):
+            _refuse_no_group(override, folders, groups)
             chosen.append(group_word(override, folders, has_default=(folders[0] / override.key).is_dir()))
         else:
             set_here.append(override)
@@ -147,8 +148,11 @@ def checked_source() -> str:
     return CheckedConfigSource.scheme()
 
 
-def validate(mapping: Mapping[str, Any]) -> RunConfig:
+def validate(mapping: Mapping[str, Any], *, config_dirs: Sequence[str | Path] = ()) -> RunConfig:
     """The typed configuration of plain nested dictionaries.
+
+    Args:
+        config_dirs: folders with config groups of your own, whose choices a message lists too.
 
     Raises:
         ConfigError: the first problems found, in one line.
@@ -156,7 +160,7 @@ def validate(mapping: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(dict(mapping))
     except ValidationError as error:
-        raise ConfigError(_one_line(error)) from error
+        raise ConfigError(_one_line(error, config_dirs)) from error
 
 
 def load(path: str | Path) -> RunConfig:
@@ -245,7 +249,25 @@ def _fields(model: type[BaseModel], prefix: str = "") -> tuple[str, ...]:
     return tuple(names)
 
 
-def _one_line(error: ValidationError) -> str:
+def example_of(option: str) -> str | None:
+    """What may stand behind ``option=``; None where the schema has no such option."""
+    if option not in _fields(RunConfig):
+        return None
+    default = RunConfig.model_fields[option].default if option in RunConfig.model_fields else None
+    return {False: "true", True: "false"}[default] if isinstance(default, bool) else "VALUE"
+
+
+def _refuse_no_group(override: Override, folders: Sequence[Path], groups: set[str]) -> None:
+    """Raises ConfigError for a key with ``/`` that is no group: an option is written with dots."""
+    group = override.key.split("@")[0]
+    if override.deletes or "/" not in group or group.startswith("hydra") or any((f / group).is_dir() for f in folders):
+        return
+    dotted = group.replace("/", ".")
+    remedy = f"write {dotted}={override.text or 'VALUE'}" if dotted in _fields(RunConfig) else nearest(group, groups)
+    raise ConfigError(f"{shown(override.word, 100)}: there is no config group {shown(group, 60)!r}; {remedy}")
+
+
+def _one_line(error: ValidationError, config_dirs: Sequence[str | Path] = ()) -> str:
     """The first three problems of a validation, each with its dotted name, value and remedy."""
     problems = []
     for e in error.errors()[:3]:
@@ -258,8 +280,12 @@ def _one_line(error: ValidationError) -> str:
             message = (
                 f"unknown option {shown('.'.join(map(str, loc)), 100)!r}; {_nearest_field(e['loc'], str(loc[-1]))}"
             )
+        elif (listed := _list_problem(e)) is not None:
+            message = listed
+        elif e["type"] == "bool_parsing":
+            message = f"{where}={shown(repr(e['input']), 80)}: is true or false"
         elif e["type"] == "missing":
-            message = f"{where} is missing; {_described(e['loc'])}"
+            message = f"{where} is missing; {_described(e['loc'], config_dirs)}"
         elif e["type"] == "value_error":
             message = f"{where}: {message}" if where else message
         elif e["type"] in ("tuple_type", "list_type"):
@@ -271,6 +297,19 @@ def _one_line(error: ValidationError) -> str:
         problems.append(message)
     more = len(error.errors()) - len(problems)
     return "; ".join(problems) + (f" (and {more} more)" if more else "")
+
+
+def _list_problem(e: Any) -> str | None:
+    """A list of fixed length that has another one; None for other problems."""
+    loc, given = e["loc"], e["input"]
+    if e["type"] == "missing" and loc and isinstance(loc[-1], int):
+        loc = loc[:-1]
+    elif e["type"] not in ("too_long", "too_short"):
+        return None
+    where = ".".join(map(str, loc))
+    kinds = typing.get_args(option_type(where))
+    count = len(kinds) if kinds and ... not in kinds else e.get("ctx", {}).get("max_length", "fewer")
+    return f"{where}={shown(str(given).replace(' ', ''), 80)}: is a list of {count} values, not of {len(given)}"
 
 
 def _schema_path(loc: tuple[str | int, ...]) -> list[str]:
@@ -305,7 +344,7 @@ def _nearest_field(loc: tuple[str | int, ...], name: str) -> str:
     return nearest(name, siblings, most=len(siblings))
 
 
-def _described(loc: tuple[str | int, ...]) -> str:
+def _described(loc: tuple[str | int, ...], config_dirs: Sequence[str | Path] = ()) -> str:
     model: Any = RunConfig
     for part in loc[:-1]:
         if isinstance(model, type) and issubclass(model, BaseModel) and str(part) in model.model_fields:
@@ -315,8 +354,7 @@ def _described(loc: tuple[str | int, ...]) -> str:
         text = model.model_fields[str(loc[-1])].description
         if text:
             return _flat(text)
-    folder = config_folder() / str(loc[-1])
-    known = sorted(p.stem for p in folder.glob("*.yaml"))
+    known = sorted({p.stem for f in config_folders(config_dirs) for p in (f / str(loc[-1])).glob("*.yaml")})
     return f"choose one: {', '.join(f'{loc[-1]}={name}' for name in known)}" if known else "give it a value"
 
 

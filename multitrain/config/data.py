@@ -66,7 +66,7 @@ class DataConfig(Settings):
     """`interleave`: exact proportions in every update; `concat`: one permutation over the union, as published."""
     proportions: Literal["size", "weights", "temperature"] = "size"
     """Shares of the datasets under `interleave`: by number of videos × replicas, by `weight`, or by size to the power 1/temperature."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, ge=0.01)
     """1 is proportional to size; larger evens the shares out. Used with `proportions=temperature`."""
     shuffle_window: int | None = Field(None, ge=1, le=10**6)
     """Packed shards that an update reads of a dataset at most (or one more), so that reads are local; null permutes all videos of

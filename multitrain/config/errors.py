@@ -14,6 +14,8 @@ def nearest(name: str, known: Iterable[str], count: int = 3, most: int = 20) -> 
     When nothing is close, all names are listed (up to `most`).
     """
     names = sorted(known)
+    if not names:
+        return "none is known here"
     close = difflib.get_close_matches(name[:200], names, n=count, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"

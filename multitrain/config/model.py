@@ -50,7 +50,9 @@ class ModelConfig(Settings):
     """Hidden width of the expander."""
 
     @model_validator(mode="after")
-    def _stages_in_order(self) -> ModelConfig:
+    def _can_be_built(self) -> ModelConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}; change one of them")
         if list(self.stages) != sorted(set(self.stages)) or any(not 0 < s < self.depth for s in self.stages):
             raise ValueError(f"stages={list(self.stages)} must rise and lie between 1 and depth-1={self.depth - 1}")
         return self

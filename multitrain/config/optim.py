@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from multitrain.config.base import Settings
 
@@ -32,3 +32,12 @@ class OptimConfig(Settings):
     """Global L2 norm that the gradient of the effective batch is clipped to; null for no clipping."""
     schedule: Literal["cosine"] = "cosine"
     """Shape of the decay after warm-up."""
+
+    @field_validator("betas")
+    @classmethod
+    def _are_rates(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError(
+                f"{list(value)} are no decay rates; both lie from 0 up to, but not at, 1, e.g. [0.9,0.999]"
+            )
+        return value

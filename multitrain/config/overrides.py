@@ -125,7 +125,7 @@ def value_of(override: Override) -> Any:
         ConfigError: brackets that do not fit, or several values.
     """
     key, text = override.key, override.text or ""
-    kinds = _members(_annotation(key))
+    kinds = _members(option_type(key))
     read = _hydra(text)
     if is_text(key):
         return read if read is None or isinstance(read, str) else text
@@ -146,7 +146,7 @@ def value_of(override: Override) -> Any:
 
 def is_text(key: str) -> bool:
     """Whether an option is text by the schema, so that what is typed is taken as it stands."""
-    kinds = _members(_annotation(key)) - {type(None)}
+    kinds = _members(option_type(key)) - {type(None)}
     return bool(kinds) and all(kind is str or isinstance(kind, str) for kind in kinds)
 
 
@@ -194,7 +194,7 @@ def _hydra(text: str, word: str | None = None) -> Any:
         return _Unreadable()
 
 
-def _annotation(key: str) -> Any:
+def option_type(key: str) -> Any:
     """The type of an option by the schema; None for one that it does not know."""
     kind: Any = RunConfig
     parts = key.split(".")

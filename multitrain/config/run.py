@@ -16,6 +16,29 @@ from multitrain.config.evaluation import EvalConfig
 from multitrain.config.loss import LossConfig
 from multitrain.config.model import ModelConfig
 from multitrain.config.optim import OptimConfig
+from multitrain.config.reading import shown
+
+LONGEST_NAME = 255
+"""Bytes of a file's name."""
+
+
+def check_run_name(name: str, room: int = 0) -> str:
+    """`name`, when a run can be called that.
+
+    Args:
+        name: without its folder.
+        room: bytes that what is made beside the run's folder adds to its name.
+
+    Raises:
+        ValueError: not a folder's name, or too long for one.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+=,@-]*", name):
+        raise ValueError(f"{shown(repr(name), 80)} cannot be a folder name; use letters, digits and . _ + = , @ -")
+    if len(name) > LONGEST_NAME - room:
+        raise ValueError(
+            f"{shown(name, 40)} has {len(name)} characters, {LONGEST_NAME - room} are the most; give a shorter name"
+        )
+    return name
 
 
 class RunConfig(Settings):
@@ -81,9 +104,7 @@ class RunConfig(Settings):
     @field_validator("name")
     @classmethod
     def _is_folder_name(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+=,@-]*", value):
-            raise ValueError(f"{value!r} cannot be a folder name; use letters, digits and . _ + = , @ -")
-        return value
+        return None if value is None else check_run_name(value)
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -100,6 +121,11 @@ class RunConfig(Settings):
         if len(datasets) > 1 and self.loss.projection_weight > 0 and not self.model.projections:
             raise ValueError(
                 "loss.projection_weight is positive but model.projections=false; set model.projections=true or loss.projection_weight=0"
+            )
+        if self.loss.informative_weight > 0 and self.effective_batch * self.augment.copies < 2:
+            raise ValueError(
+                "loss.informative_weight is positive but an update has one clip, which has no variance; use effective_batch=2 or "
+                "more, augment.copies=2 or loss.informative_weight=0"
             )
         for name in self.loss.dataset_weights:
             if name not in datasets:

@@ -101,11 +101,19 @@ def _without_prefixes(path: Path, state: Mapping[str, torch.Tensor]) -> dict[str
     return out
 
 
-def require_finite(path: Path, state: Mapping[str, torch.Tensor]) -> None:
-    """Raises ConfigError when a tensor holds NaN or an infinity: what such a network answers means nothing."""
+def require_weights(path: Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Raises ConfigError for tensors of a model that are no floating-point numbers of 16 bits or more, or hold NaN or an infinity:
+    what such a network answers means nothing."""
     import torch
 
-    bad = [name for name, t in state.items() if t.is_floating_point() and not bool(torch.isfinite(t.sum()))]
+    kinds = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    other = [f"{name}: {str(t.dtype).removeprefix('torch.')}" for name, t in state.items() if t.dtype not in kinds]
+    if other:
+        raise ConfigError(
+            f"{path}: {len(other)} of {len(state)} tensors are no weights, which are floating-point numbers of 16 bits or more "
+            f"({listed(other, 2)}); save them as float32, float16 or bfloat16"
+        )
+    bad = [name for name, t in state.items() if not bool(torch.isfinite(t.sum()))]
     bad = [name for name in bad if not bool(torch.isfinite(state[name]).all())]  # a sum may overflow
     if bad:
         raise ConfigError(
@@ -235,4 +243,4 @@ def _require_sound(path: Path, state: Mapping[str, torch.Tensor]) -> None:
             )
 
 
-__all__ = ["HOLDERS", "PREFIXES", "Archive", "one_set", "open_archive", "require_finite"]
+__all__ = ["HOLDERS", "PREFIXES", "Archive", "one_set", "open_archive", "require_weights"]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from multitrain.config import ConfigError, RunConfig, dump
 from multitrain.config.reading import parse_json
-from multitrain.files import OutputFolder
+from multitrain.files import OutputFolder, refuse_run
 from multitrain.interop import protocol, pyslowfast
 from multitrain.interop.model_path import MODEL_FILE, is_of_a_run, locate, sha256
 from multitrain.interop.optimizer_state import Grouping
@@ -95,7 +95,7 @@ def convert(
     if target.suffix == ".pyth":
         notes += _write_pyth(out, target, weights, run, training, grouping)
     else:
-        _write_safetensors(source, out, Path(_names(target)[0]), weights, run, training)
+        notes += _write_safetensors(source, out, Path(_names(target)[0]), weights, run, training)
         if target.suffix != ".safetensors":
             _complete_folder(out, _names(target), weights, run)
     count = sum(t.numel() for t in weights.state.values())
@@ -103,6 +103,9 @@ def convert(
 
 
 def _check_target(source: Path, target: Path, force: bool) -> None:
+    refuse_run(target.parent if target.is_dir() else target)  # an earlier conversion is laid out as a checkpoint is
+    if target.is_dir() and is_of_a_run(target):
+        raise ConfigError(f"{target}: is a run's folder, which is never written into; choose another name")
     if target.suffix not in (".pyth", ".safetensors", "") and not target.is_dir():
         raise ConfigError(
             f"{target}: its ending says no known format; end it in .pyth or .safetensors, or give a folder without one"
@@ -115,8 +118,6 @@ def _check_target(source: Path, target: Path, force: bool) -> None:
         raise ConfigError(f"{target}: exists already; choose another name, or add --force to replace it")
     if target.is_dir() != (target.suffix not in (".pyth", ".safetensors")) and target.exists():
         raise ConfigError(f"{target}: is {'a folder' if target.is_dir() else 'a file'} already; choose another name")
-    if target.is_dir() and is_of_a_run(target):
-        raise ConfigError(f"{target}: is a run's folder, which is never written into; choose another name")
     if not target.absolute().parent.is_dir():
         raise ConfigError(f"{target}: there is no folder {target.parent}; create it first")
     if not force:
@@ -178,7 +179,8 @@ def _write_pyth(
 
 def _write_safetensors(
     source: Path, out: OutputFolder, name: Path, weights: Weights, run: RunConfig, training: TrainingState
-) -> None:
+) -> list[str]:
+    """Writes the file, and what goes beside it; returns a note where that has another name than usual."""
     kept, tensors = describe(training)
     values = run.model_dump(mode="json") | {"model": weights.config.model_dump(mode="json")}
     source = source if source.suffix == ".pyth" else locate(source)
@@ -186,7 +188,13 @@ def _write_safetensors(
     out.remove(optimizer_file(name))
     if tensors:
         save_tensors(out, optimizer_file(name), tensors)
-    write_model(out, name, weights.state, description, _description_file(out, name, description))
+    beside = _description_file(out, name, description)
+    write_model(out, name, weights.state, description, beside)
+    if beside.name == "config.json":
+        return []
+    return [
+        f"the config.json that is there is of another model, or edited, and stays; this one's description is {beside.name}"
+    ]
 
 
 def describe_model(weights: Weights, run: Mapping[str, Any]) -> dict[str, Any]:

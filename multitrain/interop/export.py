@@ -14,7 +14,7 @@ from multitrain.config import ConfigError, RunConfig
 from multitrain.config.arguments import Parser
 from multitrain.config.boundary import writing_to
 from multitrain.config.reading import read_yaml
-from multitrain.files import OutputFolder, checkpoint_above
+from multitrain.files import OutputFolder, refuse_run
 from multitrain.interop.convert import describe_model, write_model
 from multitrain.interop.matching import listed
 from multitrain.interop.model_path import MODEL_FILE, is_of_a_run, locate, sha256
@@ -80,11 +80,8 @@ def _check_target(source: Path, target: Path, force: bool) -> None:
     with writing_to(target):
         if target.exists() and not target.is_dir():
             raise ConfigError(f"{target}: is a file; give a new folder")
-        if (
-            is_of_a_run(target)
-            or checkpoint_above(target.parent)
-            or (source.exists() and target.exists() and target.samefile(source))
-        ):
+        refuse_run(target)
+        if is_of_a_run(target) or (source.exists() and target.exists() and target.samefile(source)):
             raise ConfigError(
                 f"{target}: is a run's or a checkpoint's folder, which is never written into; give another"
             )

@@ -99,7 +99,7 @@ def _difference(folder: Path) -> str | None:
 
 def is_of_a_run(folder: Path) -> bool:
     """Whether `folder` is a run's, its folder of checkpoints, or a checkpoint: nothing else is ever written there."""
-    marks = ("checkpoints", "events.jsonl", "state.json")
+    marks = ("checkpoints", "events.jsonl", "overrides.yaml", "lease", "state.json")
     return any((folder / mark).exists() for mark in marks) or next(folder.glob("update-*"), None) is not None
 
 

@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from multitrain.config import ConfigError, DatasetConfig, ModelConfig
-from multitrain.config.boundary import understood
+from multitrain.config.boundary import first_problem, understood
 from multitrain.config.reading import parse_yaml
 from multitrain.interop.layout import pairs
 from multitrain.interop.matching import listed
@@ -231,12 +231,7 @@ def _model_config(
     try:
         return ModelConfig.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(p) for p in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(
-            f"{path}: a network that cannot be built here: {where + ': ' if where else ''}{message}"
-        ) from None
+        raise ConfigError(f"{path}: a network that cannot be built here: {first_problem(error)}") from None
 
 
 def _rows(tensors: Mapping[str, torch.Tensor], start: str, end: str, default: int) -> int:

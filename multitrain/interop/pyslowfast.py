@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 from multitrain.config import ConfigError, DatasetConfig, ModelConfig
 from multitrain.config.boundary import understood
 from multitrain.files import replacing
-from multitrain.interop.archive import open_archive, require_finite
-from multitrain.interop.layout import layout, name_map, require_possible
-from multitrain.interop.matching import Report, compare, require_all, shapes
+from multitrain.interop.archive import open_archive, require_weights
+from multitrain.interop.layout import layout, name_map, pairs, require_possible
+from multitrain.interop.matching import Report, compare, listed, require_all, shapes
 from multitrain.interop.official import refusal
 from multitrain.interop.optimizer_state import Grouping, published_state
 from multitrain.interop.published_cfg import EXPANDER_HIDDEN, HEAD_HIDDEN, make_cfg, parse_cfg, read_cfg
@@ -108,7 +108,7 @@ def read_published(path: str | Path, *, strict: bool = True, copy: str | None = 
             "load it with the code that wrote it, or start from what fits: init_from",
         )
     state = {name: ours[name].clone() for name in ours if name in set(report.matched)}
-    require_finite(path, state)
+    require_weights(path, state)
     with understood(f"{path}: its 'epoch' is no number", "save it again with a trusted torch"):
         epoch = int(content.get("epoch", 0))
     return Published(
@@ -134,8 +134,9 @@ def read_tensors(
     For starting from files whose configuration says nothing or another network: official releases. Raises ConfigError.
     """
     found = open_archive(path)
-    state = _by_our_names(found.state, name_map(config, datasets, single=len(datasets) == 1))
-    require_finite(path, state)
+    names = name_map(config, datasets, single=len(datasets) == 1)
+    state = _by_our_names(found.state, names)
+    require_weights(path, {name: tensor for name, tensor in state.items() if name in set(names.values())})
     return state, found.notes
 
 
@@ -191,9 +192,10 @@ def write_pyth(
     require_all(compare(shapes(state), wanted), str(path), "the weights are not those of the model to be written")
     text = cfg if cfg is not None else make_cfg(config, datasets, multi_label, sampling_rate, target_fps, tested)
     parsed, named, _, single = read_cfg(text, path)
-    if named != datasets or _architecture(parsed) != _architecture(config):
+    if (difference := _difference(named, parsed, datasets, config)) is not None:
         raise ConfigError(
-            f"{path}: the cfg text describes another model than the weights; leave cfg out to have it made"
+            f"{path}: the configuration text (cfg) that belongs to the weights describes another model: {difference}; "
+            "convert the file that they came from, or the run"
         )
     names = name_map(config, datasets, single=single)
     for problem in _not_publishable(config, datasets, single=single):
@@ -216,10 +218,24 @@ def _by_our_names(published: Mapping[str, torch.Tensor], names: Mapping[str, str
     return {names.get(name, name): tensor for name, tensor in published.items()}
 
 
-def _architecture(config: ModelConfig) -> dict[str, Any]:
-    """What determines the function computed in evaluation; dropout rates and unused widths left out."""
+def _difference(
+    named: Mapping[str, int], parsed: ModelConfig, datasets: Mapping[str, int], config: ModelConfig
+) -> str | None:
+    """Where a configuration text describes another model than `config` with the heads `datasets`; None where it does not."""
+    if dict(named) != dict(datasets):
+        return f"datasets {dict(named)} in the text, {dict(datasets)} in the weights"
+    theirs, ours = _architecture(parsed, named), _architecture(config, datasets)
+    differs = [
+        f"{key} is {theirs[key]} in the text, {ours[key]} in the weights" for key in ours if theirs[key] != ours[key]
+    ]
+    return listed(differs) if differs else None
+
+
+def _architecture(config: ModelConfig, datasets: Mapping[str, int]) -> dict[str, Any]:
+    """What determines the function computed in evaluation, as it is built: dropout rates, unused widths and the projections
+    of a single dataset are left out."""
     unused = {"drop_path", "head_dropout", "dropout_logits", "head_hidden", "expander_hidden"}
-    return config.model_dump(exclude=unused)
+    return config.model_dump(exclude=unused) | {"projections": bool(pairs(config, datasets))}
 
 
 def _not_publishable(config: ModelConfig, datasets: Mapping[str, int], *, single: bool) -> list[str]:

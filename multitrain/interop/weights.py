@@ -17,7 +17,7 @@ from multitrain.config.boundary import understood
 from multitrain.config.class_names import find_class_names, read_class_names
 from multitrain.config.reading import LARGEST_JSON, parse_json, read_bytes, read_yaml
 from multitrain.interop import protocol, pyslowfast
-from multitrain.interop.archive import one_set, require_finite
+from multitrain.interop.archive import one_set, require_weights
 from multitrain.interop.foreign_run import generic_run, published_datasets, published_run
 from multitrain.interop.layout import layout, require_possible
 from multitrain.interop.matching import Report, compare, require_all, shapes
@@ -129,14 +129,15 @@ def _of_safetensors(place: Path, *, strict: bool, copy: str | None) -> Weights:
         where = f"{place}: its tensors are not those of the model that it describes"
         require_all(report, where, "write it again with `multitrain convert`")
     kept = {name: state[name] for name in report.matched}
-    require_finite(place, kept)
+    require_weights(place, kept)
     return found._replace(state=kept, report=replace(report, notes=notes))
 
 
 def _stored_run(place: Path) -> RunConfig:
     header = description(place)
     if isinstance(header.get("run"), dict):
-        return validate(header["run"])
+        with understood(f"{place}: the configuration in it cannot be used", "write it again with `multitrain convert`"):
+            return validate(header["run"])
     for folder in (place.parent, place.parent.parent.parent):
         if (folder / "config.yaml").is_file():
             return load(folder / "config.yaml")

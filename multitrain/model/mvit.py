@@ -72,15 +72,11 @@ class MViT(nn.Module):
         activation_checkpointing: what the backward pass recomputes: "none", "mlp", "selective" or "full" (model/block.py).
 
     Raises:
-        ConfigError: `width` is not a multiple of `heads`; a clip's size is not that of the configuration.
+        ConfigError: a clip's size is not that of the configuration.
     """
 
     def __init__(self, config: ModelConfig, activation_checkpointing: Recompute = "none") -> None:
         super().__init__()
-        if config.width % config.heads:
-            raise ConfigError(
-                f"model.width={config.width} is not a multiple of model.heads={config.heads}; change one of them"
-            )
         self.config = config
         self.activation_checkpointing = activation_checkpointing
         time, height, width = patch_grid(config)

@@ -307,3 +307,29 @@ def test_a_run_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "w.pyth").touch()
     assert find_run("w.pyth") == Path("w.pyth")
     assert compose(["init_from=demo"]).init_from == "runs/demo"
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("optim/lr=1", "optim/lr=1: there is no config group 'optim/lr'; write optim.lr=1"),
+        ("optm/adamw=1", "there is no config group 'optm/adamw'; known here: augment, cluster, data"),
+        ("optim.betas=[1,2,3]", "optim.betas=[1,2,3]: is a list of 2 values, not of 3"),
+        ("optim.betas=[0.9]", "optim.betas=[0.9]: is a list of 2 values, not of 1"),
+        ("augment.crop_area=[]", "augment.crop_area=[]: is a list of 2 values, not of 0"),
+        ("dry_run=maybe", "dry_run='maybe': is true or false"),
+        ("data.datasets.mit.flip=3", "is true or false"),
+    ],
+)
+def test_lists_switches_and_groups_are_answered_in_the_words_of_the_options(word: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose([word])
+    assert says in str(caught.value)
+    assert not [raw for raw in (*RAW, "after validation", "unable to interpret") if raw in str(caught.value)]
+
+
+def test_choices_that_are_offered_include_those_of_the_users_folder(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.yaml").write_text("datasets: {}")
+    with pytest.raises(ConfigError, match="data=mine"):
+        compose(["~data"], config_dirs=[tmp_path])

@@ -33,7 +33,10 @@ def test_a_description_of_the_same_model_with_other_content_stays(source: Path, 
     convert(source, tmp_path / "first.safetensors")
     mine = (tmp_path / "config.json").read_text().replace("{", '{\n "note": "mine",', 1)
     (tmp_path / "config.json").write_text(mine)
-    convert(source, tmp_path / "second.safetensors")
+    done = convert(source, tmp_path / "second.safetensors")
+    assert any(
+        "of another model, or edited, and stays; this one's description is second.json" in note for note in done.notes
+    )
     assert (tmp_path / "config.json").read_text() == mine
     assert (tmp_path / "second.json").exists()
 

@@ -176,6 +176,56 @@ def test_weights_that_are_no_numbers_are_refused_by_name(good: Path, tmp_path: P
             initialise_from(MultiTrain(SMALL, NAMES), path)
 
 
+@pytest.mark.parametrize("kind", ["int64", "int8", "bool", "complex64", "float8_e4m3fn"])
+def test_weights_of_another_type_than_floating_point_are_refused_by_name(good: Path, tmp_path: Path, kind: str) -> None:
+    def cast(state: dict[str, Any]) -> dict[str, Any]:
+        return state | {"norm.bias": state["norm.bias"].to(getattr(torch, kind))}
+
+    description = {"model": SMALL.model_dump(mode="json"), "datasets": NAMES}
+    files = [edit(good, tmp_path / "a.pyth", model_state=cast), edit(good, tmp_path / "b.pyth", model_state=cast)]
+    torch.save({"model_state": torch.load(files[1], weights_only=True)["model_state"]}, files[1])  # without a cfg
+    save_file(cast(weights(SMALL, NAMES)), tmp_path / "a.safetensors", {HEADER: json.dumps(description)})
+    says = rf"1 of \d+ tensors are no weights.*\(norm\.bias: {kind}\)"
+    for path in (files[0], tmp_path / "a.safetensors"):
+        with pytest.raises(ConfigError, match=says):
+            multitrain.load(path)
+    for path in (*files, tmp_path / "a.safetensors"):
+        with pytest.raises(ConfigError, match=says):
+            initialise_from(MultiTrain(SMALL, NAMES), path)
+
+
+def test_counters_that_are_no_weights_of_the_model_are_let_be(good: Path, tmp_path: Path) -> None:
+    counted = edit(
+        good,
+        tmp_path / "a.pyth",
+        model_state=lambda s: s | {"head.num_batches_tracked": torch.tensor(3), "n_averaged": torch.tensor(7)},
+    )
+    content = torch.load(counted, weights_only=True)
+    torch.save({"model_state": content["model_state"]}, counted)
+    assert "norm.bias" in initialise_from(MultiTrain(SMALL, NAMES), counted).matched
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"depth": 0}, "depth=0: input should be greater than or equal to 1"),
+        ({"heads": 3}, "width=16 is not a multiple of heads=3"),
+        ({"width": "wide"}, "width='wide': input should be a valid integer"),
+        ({"what": 1}, "what is no option that is known here"),
+    ],
+)
+def test_a_description_of_no_network_is_said_in_our_words(
+    good: Path, tmp_path: Path, change: dict[str, Any], says: str
+) -> None:
+    description = {"model": SMALL.model_dump(mode="json") | change, "datasets": NAMES}
+    save_file(weights(SMALL, NAMES), tmp_path / "a.safetensors", {HEADER: json.dumps(description)})
+    with pytest.raises(ConfigError) as caught:
+        read_weights(tmp_path / "a.safetensors")
+    assert says in str(caught.value)
+    assert "ValidationError" not in str(caught.value)
+    assert "further" not in str(caught.value)
+
+
 def test_large_numbers_are_no_infinities(good: Path, tmp_path: Path) -> None:
     big = edit(
         good, tmp_path / "a.pyth", model_state=lambda s: s | {"norm.bias": torch.full_like(s["norm.bias"], 3e38)}

@@ -188,6 +188,8 @@ OURS = {
         {"ssv2": 7},
     ),
     "one mlp head": (SMALL.model_copy(update={"projections": False}), {"ssv2": 7}),
+    "one dataset with every option as it is by default": (SMALL, {"ssv2": 7}),
+    "one linear head with every option as it is by default": (SMALL.model_copy(update={"head": "linear"}), {"ssv2": 7}),
     "no expander": (SMALL.model_copy(update={"expander": False}), NAMES),
     "no projections": (SMALL.model_copy(update={"projections": False}), NAMES),
     "queries pooled at stage changes only": (
@@ -205,15 +207,16 @@ def test_a_model_of_ours_comes_back_bit_for_bit(tmp_path: Path, case: str) -> No
     state = write(tmp_path / "a.pyth", config, datasets, epoch=7, multi_label=[next(iter(datasets))])
     file = read_published(tmp_path / "a.pyth")
     kept = {"dropout_logits"}  # the published code has no switch for it
-    assert file.config.model_dump(exclude=kept) == _used(config).model_dump(exclude=kept)
+    assert file.config.model_dump(exclude=kept) == _used(config, datasets).model_dump(exclude=kept)
     assert (file.datasets, list(file.datasets), file.epoch) == (datasets, list(datasets), 7)
     assert file.multi_label == (next(iter(datasets)),)
     assert same(file.state, state)
 
 
-def _used(config: ModelConfig) -> ModelConfig:
-    """`config` with the published widths where it has no such part, so that a file cannot say another."""
-    plain = {} if config.head == "mlp" else {"head_hidden": 2048}
+def _used(config: ModelConfig, datasets: dict[str, int]) -> ModelConfig:
+    """`config` with the published values where the model has no such part, so that a file cannot say another."""
+    plain: dict[str, Any] = {} if config.head == "mlp" else {"head_hidden": 2048}
+    plain |= {"projections": config.projections and len(datasets) > 1}
     return config.model_copy(update=plain | ({} if config.expander else {"expander_hidden": 4096}))
 
 
@@ -247,8 +250,11 @@ def test_nothing_is_left_behind_when_writing_fails(tmp_path: Path) -> None:
 
 def test_a_configuration_text_of_another_network_is_refused(tmp_path: Path) -> None:
     other = make_cfg(SMALL.model_copy(update={"kv_stride": 2}), NAMES)
-    with pytest.raises(ConfigError, match="another model"):
+    with pytest.raises(ConfigError, match="another model: kv_stride is 2 in the text, 4 in the weights"):
         write_pyth(tmp_path / "a.pyth", SMALL, NAMES, weights(SMALL, NAMES), cfg=other)
+    without = make_cfg(SMALL.model_copy(update={"projections": False}), NAMES)
+    with pytest.raises(ConfigError, match="projections is False in the text, True in the weights"):
+        write_pyth(tmp_path / "a.pyth", SMALL, NAMES, weights(SMALL, NAMES), cfg=without)
 
 
 def test_kv_strides_are_read_from_the_derived_list_too(tmp_path: Path) -> None:

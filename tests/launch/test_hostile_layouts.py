@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from launch.run_folder import ask, claimed, write
+from launch.submit import main
 from multitrain import lease
 from multitrain.config import ConfigError
 
@@ -53,6 +54,75 @@ def test_what_stands_in_the_place_of_a_new_run_stays(precious: Path, layout: str
     assert "\n" not in str(caught.value)
     assert sorted((p, os.lstat(p).st_ino) for p in Path("runs").rglob("*")) == before
     assert untouched(precious)
+
+
+ODD_NAMES = (".", "..", "'.'", '"."', "...", "./", ".index", "-x", "a/b", "a b", "~", "x" * 243, "ü")
+
+
+@pytest.mark.parametrize("name", [*ODD_NAMES, "x" * 300, "x" * 9000])
+def test_a_name_that_is_no_folders_is_refused_before_any_path_is_made_of_it(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words(), f"name={name}", "updates=1"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1, said
+    assert "name" in said
+    assert len(said) < 300, "a long name is cut"
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        (
+            "a b",
+            "'a b' is neither an option (key=value) nor a run in {runs}; did you mean 'a-b'?; name=NAME starts a new run",
+        ),
+        (
+            "",
+            "'' is neither an option (key=value) nor a run in {runs}; known here: a-b, std2; name=NAME starts a new run",
+        ),
+        ("${seed}", "known here: a-b, std2; name=NAME starts a new run"),
+        ("std3", "did you mean 'std2'?; name=std3 starts a new run"),
+        ("x" * 300, "File name too long"),
+        ("dry_run", "'dry_run' is an option, which needs a value; write dry_run=true"),
+        ("nodes", "write nodes=VALUE"),
+        ("optim.lr", "write optim.lr=VALUE"),
+    ],
+)
+def test_a_word_that_is_no_run_is_answered_with_what_can_be_typed(
+    word: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("std2", "a-b"):
+        Path("runs", name).mkdir(parents=True)
+        Path("runs", name, "config.yaml").touch()
+    assert main([word]) == 2
+    said = capsys.readouterr().err
+    assert says.format(runs=Path("runs").absolute()) in said
+    assert said.count("\n") == 1
+
+
+def test_the_longest_name_is_that_of_a_folder_that_can_be_made() -> None:
+    write(ask([*words()[:1], "gpus=1", "cluster=local", "name=" + "x" * 242]))
+    assert [p.name for p in Path("runs").iterdir()] == ["x" * 242]
+
+
+@pytest.mark.parametrize("option", ["runs=", "--config-dir=", "data=", "init_from=", "data.root=", "experiment="])
+@pytest.mark.parametrize("text", ["x" * 300, "/".join("x" * 3000)], ids=["a long name", "a long path"])
+def test_a_path_that_the_system_refuses_is_one_line(option: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words(), "dry_run=true", option + text]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1, said
+    assert said.startswith("error: "), said
+
+
+@pytest.mark.parametrize("runs", ["checkpoints", "evaluation", "checkpoints/update-00000009"])
+def test_no_run_is_made_within_another(runs: str) -> None:
+    write(ask(words()))
+    before = sorted(Path("runs/r").rglob("*"))
+    with pytest.raises(ConfigError, match="never written into"):
+        ask(["experiment=demo", "gpus=1", "cluster=local", f"runs=runs/r/{runs}", "name=update-00000007"])
+    assert sorted(Path("runs/r").rglob("*")) == before
 
 
 @pytest.mark.parametrize("name", ["class_names", "code", "logs", "config.yaml", "overrides.yaml", "env.txt", "STOP"])

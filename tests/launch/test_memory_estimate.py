@@ -124,6 +124,9 @@ def test_more_loader_processes_than_cores_are_said_for_this_machine(monkeypatch:
     note, warning = here(compose(["cluster=local", "gpus=2", "data.workers=8"]))
     assert note == "# note: no GPU on this machine: 2 ranks train on its 2 cores"
     assert "2 ranks × data.workers=8 = 16 loader processes on 2 cores; use data.workers=1" in warning
+    alone = here(compose(["cluster=local", "gpus=1", "data.workers=8"]))
+    assert alone[0] == "# note: no GPU on this machine: 1 rank trains on its 2 cores"
+    assert "1 rank × data.workers=8 = 8 loader processes" in alone[1]
     assert here(compose(["gpus=2", "data.workers=8"])) == []
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(32)))
     assert len(here(compose(["cluster=local", "gpus=2", "data.workers=8"]))) == 1

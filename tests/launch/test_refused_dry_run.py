@@ -10,8 +10,9 @@ import pytest
 import torch
 import yaml
 
+from launch.run_folder import ask, write
 from launch.submit import main
-from multitrain.config import ModelConfig, compose, validate
+from multitrain.config import ConfigError, ModelConfig, compose, validate
 from multitrain.model import MultiTrain
 
 pytest.importorskip("submitit")
@@ -84,6 +85,47 @@ def test_a_run_that_can_start_passes(capsys: pytest.CaptureFixture[str]) -> None
         (["data.datasets.own.classes=1"], "train.csv:2: label 1"),
         (["data.datasets.own.videos=mine"], "none of the first 4 videos exists"),
         (["init_from=nothing.pyth"], "nothing.pyth: no such file or folder"),
+        (["model.heads=3"], "model: width=8 is not a multiple of heads=3; change one of them"),
+        (["data.temperature=0.001"], "data.temperature=0.001: input should be greater than or equal to 0.01"),
+        (["optim.betas=[0.9,1]"], "optim.betas: [0.9, 1.0] are no decay rates"),
+        (
+            ["loss=multitrain", "effective_batch=1", "gpus=1", "augment.mix_group=1", "augment.copies=1"],
+            "loss.informative_weight is positive but an update has one clip",
+        ),
+        (
+            [
+                "loss=multitrain",
+                "loss.scope=micro",
+                "effective_batch=2",
+                "micro_batch=1",
+                "gpus=1",
+                "augment.mix_group=1",
+                "augment.copies=1",
+            ],
+            "loss.scope=micro with one clip at a time",
+        ),
+        (["eval.every=10", "data.datasets.own.test_short_side=16"], "test_short_side=16: smaller than model.crop=32"),
+        (
+            ["runs=/proc/x"],
+            "runs=/proc/x: no folder can be made in /proc (No such file or directory); choose runs=FOLDER",
+        ),
+        (
+            ["runs=/dev/null"],
+            "runs=/dev/null: no folder can be made in /dev/null (Not a directory); choose runs=FOLDER",
+        ),
+        (["data.index=/proc/x"], "data.index=/proc/x: no folder can be made in /proc"),
+        (
+            ["data.datasets={}"],
+            "data.datasets={}: changes nothing, since mappings are added to; ~data.datasets.NAME takes",
+        ),
+        (
+            ["loss.dataset_weights={own: -1}"],
+            "loss.dataset_weights.own=-1: a weight below 0 trains away from the labels",
+        ),
+        (["updates=5", "epochs=3"], "epochs=3: changes nothing, since the run's length is updates=5; add updates=null"),
+        (["experiment=demo", "data=own", "epochs=3"], "epochs=3: changes nothing, since the run's length is updates="),
+        (["optim.warmup_updates=5", "optim.warmup_epochs=3"], "the warm-up is optim.warmup_updates=5"),
+        (["data.temperature=2"], "data.proportions is size; add data.proportions=temperature"),
     ],
 )
 def test_what_is_not_there_is_refused_in_one_line(
@@ -93,6 +135,32 @@ def test_what_is_not_there_is_refused_in_one_line(
     assert status == 2
     assert says in err
     assert err.count("\n") == 1
+
+
+def test_a_stored_run_keeps_what_would_be_refused_when_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of an earlier version, which accepted it; only what is typed anew is looked at."""
+    run = write_new_run(["updates=5"])
+    for name in ("config.yaml", "overrides.yaml"):
+        file = run / name
+        text = file.read_text().replace("dataset_weights: {}", "dataset_weights: {own: -1}")
+        file.write_text(
+            text.replace("  - updates=5", "  - updates=5\n  - epochs=3\n  - 'loss.dataset_weights={own: -1}'")
+        )
+    kept = ("updates=5", "epochs=3", "loss.dataset_weights={own: -1}")
+    for typed in ([], ["nodes=2"], list(kept)):
+        config = ask(["x", *typed]).config
+        assert config.loss.dataset_weights == {"own": -1}
+        assert (config.updates, config.nodes) == (5, 2 if "nodes=2" in typed else 1)
+    with pytest.raises(ConfigError, match="epochs=4: changes nothing"):
+        ask(["x", "epochs=4"])
+    with pytest.raises(ConfigError, match="trains away"):
+        ask(["x", "loss.dataset_weights.own=-2"])
+
+
+def write_new_run(more: list[str]) -> Path:
+    run = ask([w for w in words(*more) if w not in ("--config-dir", "mine", "dry_run=true")], config_dirs=["mine"])
+    write(run)
+    return run.path
 
 
 def test_missing_videos_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
