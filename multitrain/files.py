@@ -84,12 +84,13 @@ def check_output(path: Path, maker: str, sources: Iterable[Path | str] = ()) -> 
     OutputFolder(path.parent, maker, sources).check(path.name)
 
 
-def refuse_run(path: Path | str, run: Path | str | None = None) -> None:
+def refuse_run(path: Path | str, run: Path | str | None = None, *, whole: bool = True) -> None:
     """Refuse an output that is, or lies in, a run's folder, its folder of checkpoints or a checkpoint, links followed.
 
     Args:
         path: the output; it need not exist.
-        run: the run that the output belongs to: its folder may hold it, its checkpoints may not.
+        run: a run whose folder may hold the output, though not what the run itself writes there.
+        whole: False lets every run's folder hold it in the same way: figures and tables beside a run's own files.
 
     Raises:
         InTheWayError: names the run, or the part of it.
@@ -99,11 +100,15 @@ def refuse_run(path: Path | str, run: Path | str | None = None) -> None:
     for place in (resolved, *resolved.parents):
         with contextlib.suppress(OSError):  # a folder that we may not look into
             what = _part_of_run(place)
-            if what is not None and not (what == "run" and str(place) == own):
+            if what is not None and not (what == "run" and (str(place) == own or not whole)):
                 raise InTheWayError(
                     f"{printable(str(path))} {'is' if place == resolved else 'lies in'} the {what} {printable(str(place))}, "
                     "which is never written into; choose another place"
                 )
+
+
+_RUNS_OWN = {"code", "lease", "logs", "tensorboard"}
+"""Folders that a run writes beside its checkpoints."""
 
 
 def _part_of_run(place: Path) -> str | None:
@@ -112,6 +117,8 @@ def _part_of_run(place: Path) -> str | None:
         return "checkpoint"
     if place.name == "checkpoints" and (_is_run(place.parent) or next(place.glob("update-*"), None) is not None):
         return "folder of checkpoints"
+    if place.name in _RUNS_OWN and _is_run(place.parent):
+        return "part of a run"
     return "run" if _is_run(place) else None
 
 
@@ -161,10 +168,9 @@ class OutputFolder:
         sources: files and folders that are read: no output may be one of them or lie below one (unless the whole output
             folder does).
         known: stamps that something else than the record holds for a name, e.g. a journal.
-        run: the run that the output belongs to, see `refuse_run`.
 
     Raises:
-        ConfigError: the folder cannot be one, is one of the sources, or lies in a run or a checkpoint.
+        ConfigError: the folder cannot be one, is one of the sources, or lies in a checkpoint or among a run's own files.
     """
 
     def __init__(
@@ -173,13 +179,12 @@ class OutputFolder:
         maker: str,
         sources: Iterable[Path | str] = (),
         known: Callable[[str], Iterable[Stamp]] = lambda name: (),
-        run: Path | str | None = None,
     ) -> None:
         _refuse_nul(os.fspath(root))
         self.root, self.maker, self._known = Path(os.path.realpath(root)), maker, known
         self._sources = {os.path.realpath(s) for s in sources if "\0" not in os.fspath(s)}  # else no file
         self._record = _Record(self.root, maker)
-        refuse_run(self.root, run)
+        refuse_run(self.root, whole=False)
         if str(self.root) in self._sources:
             raise InTheWayError(f"{root} is what {maker} reads; choose another folder for what it writes")
         try:

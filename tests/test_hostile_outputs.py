@@ -158,8 +158,11 @@ def test_over_a_linked_folder_only_new_files_are_made(home: Path, tmp_path: Path
     assert (tmp_path / "desk").is_symlink()
 
 
-INTO_A_RUN = ("", "new", "evaluation/new", "checkpoints", "checkpoints/update-00000099", "checkpoints/update-00000001")
-"""Folders of a run, there or not, in which no command writes what a user asks for."""
+RUNS_OWN = ("checkpoints", "checkpoints/update-00000099", "checkpoints/update-00000001", "logs", "lease/new")
+"""Folders that a run writes, there or not: no command writes there what a user asks for."""
+BESIDE = ("", "new", "evaluation/new")
+"""Other folders of a run, in which no model is written; a figure may be."""
+MODELS = ("convert to a folder", "convert to .safetensors", "export")
 
 OTHERS: dict[str, Callable[[Path, Path], list[str]]] = {
     "convert to a folder": lambda home, out: ["convert", f"{home}/runs/tiny", str(out.parent)],
@@ -182,14 +185,14 @@ OTHERS: dict[str, Callable[[Path, Path], list[str]]] = {
 def test_nothing_is_written_into_a_run(
     home: Path, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Named as it is and over a link to it; a report goes into its own run, not into its checkpoints."""
+    """Named as it is and over a link to it; figures and tables go beside the run's own files, never among them."""
     monkeypatch.chdir(tmp_path)
     run = home / "runs" / "tiny"
     (tmp_path / "over").symlink_to(run)
     before = tree(run, home / "precious")
-    for place in (root / part for part in INTO_A_RUN for root in (run, tmp_path / "over")):
-        if command == "report" and "checkpoints" not in str(place):
-            continue
+    for place in (
+        root / part for part in (*RUNS_OWN, *(BESIDE if command in MODELS else ())) for root in (run, tmp_path / "over")
+    ):
         words = (COMMANDS | OTHERS)[command](home, place / "out")
         if command == "report":
             words[3] = str(place)
@@ -199,6 +202,12 @@ def test_nothing_is_written_into_a_run(
         assert "never written into" in said, (place, said)
         assert len(said.splitlines()) == 1, (place, said)
         assert tree(run, home / "precious") == before, place
+
+
+def test_a_figure_may_lie_beside_a_runs_own_files(home: Path) -> None:
+    out = home / "runs" / "tiny" / "figures" / "out"
+    assert main(COMMANDS["nearest"](home, out)) == 0
+    assert out.with_suffix(".png").is_file()
 
 
 @pytest.mark.parametrize("layout", [n for n in LAYOUTS if n != "a link to a folder"])

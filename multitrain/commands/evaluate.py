@@ -59,7 +59,7 @@ def main(arguments: Arguments) -> int:
 
     checkpoint = _checkpoint(given.model)
     out = given.out or _default_out(given.model, checkpoint, given.split)
-    refuse_run(out, checkpoint and checkpoint.parent.parent)
+    refuse_run(out, whole=False)
     stop = StopSignals()
     place = slurm.rank_environment()
     rank, world_size = int(place["RANK"]), int(place["WORLD_SIZE"])

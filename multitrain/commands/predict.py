@@ -75,7 +75,7 @@ def _overlays(target: Path | None, videos: Sequence[str]) -> dict[str, Path]:
     """
     if target is None:
         return {}
-    refuse_run(target)
+    refuse_run(target, whole=False)
     if target.is_dir() or (len(videos) > 1 and not target.suffix):
         target.mkdir(parents=True, exist_ok=True)
         found = {video: target / f"{Path(video).stem}.mp4" for video in videos}

@@ -68,7 +68,7 @@ def write_report(
     folder = Path(evaluation) if evaluation else newest_evaluation(run_dir)
     tested = read_evaluation(folder) if folder else {}
     history = read_history(run_dir, {name: t.chance for name, t in tested.items()})
-    place = OutputFolder(out or beside(run_dir, "report"), "report", [run_dir], run=run_dir)
+    place = OutputFolder(out or beside(run_dir, "report"), "report", [run_dir])
     for file in ("report.html", "report.md", *(f"{name}.png" for name in PICTURES)):
         place.check(file, _is_report)
     with writing_to(place.root):
