@@ -4,6 +4,10 @@
 #   python    the Python command of the ranks, as an array of words
 #   task      "evaluate" for a test of the run's weights; training otherwise
 
+# For SLURM's commands: an element of an array by both numbers, since SLURM_JOB_ID of the last one names the whole array.
+this_job=$SLURM_JOB_ID
+[ -z "${SLURM_ARRAY_TASK_ID:-}" ] || this_job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+
 signals=
 log=$(readlink /dev/fd/2)                     # of this script and of srun
 log_before=$(stat -c %s "$log" 2>/dev/null) # what earlier starts of the job wrote
@@ -14,13 +18,14 @@ hold='env --block-signal=TERM,INT,USR1,USR2'
 $hold true 2>/dev/null || hold=
 
 # Of the shell that submitted; the tasks' own come from srun.
-unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT SLURM_TIME_FORMAT
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT SLURM_TIME_FORMAT SLURM_CLUSTERS
+unset "${!SQUEUE_@}" "${!SCONTROL_@}" "${!SCANCEL_@}" "${!SACCT_@}"
 [ -z "${SLURM_MEM_PER_NODE:-}" ] || unset SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU
 # srun does not inherit --cpus-per-task since 22.05. The job's own value counts: sbatch --cpus-per-task=4 slurm/train.sh
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
 # job_record: what the controller says of this job; nothing when it does not answer.
-job_record() { scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null; }
+job_record() { scontrol show job -o "$this_job" 2>/dev/null; }
 
 # srun in the background, so that this script acts on a signal at once; its exit status is srun's.
 srun() {
@@ -49,17 +54,21 @@ for name in TERM INT USR1 USR2; do
     # shellcheck disable=SC2064
     trap "on_signal $name" "$name"
 done
+trap 'signals="$signals HUP"' HUP # else `scancel --signal=HUP --full` ends script and ranks at once, and nothing brings the job back
 
 # come_back STATUS [--early]: asks the one place that decides, which puts the job back when it is to come back.
 come_back() {
     local record
     record=$(job_record)
-    $hold "${python[@]}" -m launch.requeue "$run" "$1" ${2:-} ${task:+--task "$task"} --signals "$signals" \
+    PYTHONSAFEPATH=1 $hold "${python[@]}" -m launch.requeue "$run" "$1" ${2:-} ${task:+--task "$task"} --signals "$signals" \
         --record "$record" --failed-on "$(failed_on)"
     case $? in
     0) return ;;
     69) ;; # it is to come back, and there is no scontrol where Python is
-    70) scancel "$SLURM_JOB_ID"; return ;;
+    70)
+        scancel "$this_job"
+        return
+        ;;
     *) # Python cannot run on this node, or SLURM ends this script since the job is back in the queue
         record=$(job_record)
         case $record in '' | *' JobState=RUNNING '*) elsewhere ;; esac
@@ -104,17 +113,17 @@ elsewhere() {
     echo "multitrain: ${python[*]} does not run on $SLURMD_NODENAME: the job comes back without this node" >&2
     put_back "$out"
     if [ "$tried" -ge 8 ]; then
-        echo "multitrain: it does not run on $tried nodes ($seen); the job is held: scontrol release $SLURM_JOB_ID" >&2
-        $hold scontrol hold "$SLURM_JOB_ID"
+        echo "multitrain: it does not run on $tried nodes ($seen); the job is held: scontrol release $this_job" >&2
+        $hold scontrol hold "$this_job"
     fi
 }
 
 # put_back [NODES]: into the queue, or a successor that starts when this job has ended, without some nodes; a controller
 # that does not answer is asked until this script is ended.
 put_back() {
-    local said again=(scontrol requeue "$SLURM_JOB_ID")
+    local said again=(scontrol requeue "$this_job")
     if grep -q '^  requeue: resubmit' "$run/config.yaml" 2>/dev/null; then
-        again=(sbatch "--dependency=afterany:$SLURM_JOB_ID" ${1:+"--exclude=$1"} "$run/job.sh")
+        again=(sbatch "--dependency=afterany:$this_job" ${1:+"--exclude=$1"} "$run/job.sh")
     fi
     until said=$($hold "${again[@]}" 2>&1); do
         case $said in
@@ -125,7 +134,7 @@ put_back() {
             ;;
         esac
     done
-    [ -z "${1:-}" ] || [ "${again[0]}" = sbatch ] || $hold scontrol update "jobid=$SLURM_JOB_ID" "excnodelist=$1"
+    [ -z "${1:-}" ] || [ "${again[0]}" = sbatch ] || $hold scontrol update "jobid=$this_job" "excnodelist=$1"
 }
 
 # finish STATUS: the end of the script.

@@ -159,7 +159,7 @@ def _digest_here(path: Path) -> str:
     """What the digest of the run's snapshot would be if it were taken now."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "code"
-        snapshot(copy, [d for entry in history(path) for d in entry.get("config_dirs", [])])
+        snapshot(copy, list(dict.fromkeys(d for entry in history(path) for d in entry.get("config_dirs", []))))
         return digest(copy)
 
 

@@ -18,7 +18,7 @@ from launch.rank import Rank, supervised, training
 from multitrain.config import ClusterConfig, ConfigError, RunConfig
 from multitrain.files import replace_text
 from multitrain.monitor.requeue import SCRIPT
-from multitrain.monitor.slurm import SlurmError, show_job
+from multitrain.monitor.slurm import SlurmError, command_environment, show_job
 
 if TYPE_CHECKING:
     from submitit import SlurmExecutor
@@ -154,7 +154,9 @@ def active(run: Path, jobs: list[str]) -> dict[str, str]:
         return {}
     command = ["squeue", "--noheader", "--format=%i %T", f"--jobs={','.join(jobs)}"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=20, check=False, env=command_environment()
+        )
     except subprocess.TimeoutExpired:
         raise ConfigError("SLURM does not answer (squeue, 20 s); try again later") from None
     if done.returncode and "Invalid job id" not in done.stderr:  # that is how it says that all are long over
@@ -239,6 +241,7 @@ def _parameters(run: Path, config: RunConfig, task: str) -> dict[str, Any]:
     setup += [f"python=({_python(config)})"]
     setup += ["task=evaluate"] if task == "evaluate" else []
     setup += ['export PYTHONPATH="$run/code${PYTHONPATH:+:$PYTHONPATH}"', f'. "$run/code/{JOB}"', *cluster.setup]
+    setup += ["export PYTHONSAFEPATH=1"]  # python -m would look for modules in the submit directory first: the checkout
     if config.preflight:
         step = shlex.join(["srun", "--kill-on-bad-exit=1", *cluster.srun_args])
         setup.append(f'{step} $hold {_python(config)} -u -m launch.preflight --dir "$run" || finish $?')

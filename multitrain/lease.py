@@ -336,9 +336,14 @@ def _claim(run: Path, before: State | None, me: Holder) -> Lease | None:
         file = os.open(folder / f"{generation:08d}.json", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     except FileExistsError:
         return None
-    os.write(file, text + b"0" * _COUNTER + b"\n")
-    os.fsync(file)
-    os.close(os.open(folder / f"{generation:08d}.over", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666))
+    try:
+        os.write(file, text + b"0" * _COUNTER + b"\n")
+        os.fsync(file)
+        os.close(os.open(folder / f"{generation:08d}.over", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666))
+    except OSError:  # a full disk: an empty claim would hold up the next start
+        (folder / f"{generation:08d}.json").unlink(missing_ok=True)
+        os.close(file)
+        raise
     for earlier in range(max(1, generation - _KEPT), generation):
         if (folder / f"{earlier:08d}.json").exists() and not _read(folder / f"{earlier:08d}.over"):
             _mark(folder, earlier, f"taken over by {me}")

@@ -18,6 +18,8 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 
+unset SLURM_CLUSTERS "${!SQUEUE_@}" "${!SCONTROL_@}" # of the shell that submitted: they change what these commands print
+
 # The first start of the job prepares the run's folder from the checkout. Every later one finds it by the job's id, in
 # RUNS/.jobs or in the job's comment, and does not look at the checkout.
 run=

@@ -6,6 +6,8 @@ import shutil
 import subprocess
 from collections.abc import Iterable
 
+from multitrain.monitor import slurm
+
 QUEUE_STATES = {
     "RUNNING": "running",
     "COMPLETING": "running",
@@ -80,7 +82,14 @@ def _asked(*command: str, ids: list[str]) -> str:
     if program is None or not ids:
         return ""
     try:
-        done = subprocess.run([program, *command[1:]], capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        done = subprocess.run(
+            [program, *command[1:]],
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            check=False,
+            env=slurm.command_environment(),
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout

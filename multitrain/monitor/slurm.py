@@ -293,20 +293,25 @@ def fields(line: str) -> dict[str, str]:
     return found
 
 
+def command_environment() -> dict[str, str]:
+    """The environment for SLURM's commands, without the variables that change what they select and print."""
+    kept = {k: v for k, v in os.environ.items() if not re.match("(SQUEUE|SCONTROL|SCANCEL|SACCT)_|SLURM_CLUSTERS$", k)}
+    return {**kept, "SLURM_TIME_FORMAT": "standard"}
+
+
 def _scontrol(*arguments: str, attempts: int = 3, timeout: float = 10.0) -> str:
     return _answered("scontrol", *arguments, attempts=attempts, timeout=timeout)
 
 
 def _answered(*command: str, attempts: int = 3, timeout: float = 10.0) -> str:
     """Output of a SLURM command, with retries: it can hang or fail while the controller is busy."""
-    environment = {**os.environ, "SLURM_TIME_FORMAT": "standard"}  # sites set others, which cannot be compared
     said = ""
     for attempt in range(attempts):
         if attempt:
             time.sleep(1.0)
         try:
             done = subprocess.run(
-                command, capture_output=True, text=True, timeout=timeout, check=False, env=environment
+                command, capture_output=True, text=True, timeout=timeout, check=False, env=command_environment()
             )
         except FileNotFoundError:
             raise SlurmError(

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from launch import slurm
+from multitrain.config import compose
+from multitrain.monitor.slurm import command_environment
+
 ENDED = "srun: error: node1: task 0: Exited with exit code 75\n"
 EARLIER = "srun: error: node7: task 3: Exited with exit code 1\n"
 SAID = {
@@ -65,3 +69,59 @@ def test_the_list_of_nodes_without_python_is_appended_to_through_no_link(
     assert "none does not run on gpu1: the job comes back without this node" in done.stderr
     assert foreign.read_text() == "of somebody else\n"
     assert nodes.read_text() == ("of somebody else\n" if link else "gpu1\n")
+
+
+ELEMENT = {"SLURM_JOB_ID": "67", "SLURM_ARRAY_JOB_ID": "67", "SLURM_ARRAY_TASK_ID": "2", "SLURMD_NODENAME": "gpu1"}
+
+
+def test_the_last_element_of_an_array_asks_of_itself_and_not_of_the_whole_array(tmp_path: Path, root: Path) -> None:
+    """SLURM gives it the array's own id as its job's."""
+    asked = tmp_path / "asked"
+    for command in ("scontrol", "scancel"):
+        (tmp_path / command).write_text(f'#!/bin/sh\necho "{command} $*" >>{asked}\n')
+        (tmp_path / command).chmod(0o755)
+    (tmp_path / "logs").mkdir()
+    withdraws = tmp_path / "withdraws"
+    withdraws.write_text("#!/bin/sh\nexit 70\n")
+    withdraws.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | ELEMENT
+    calls = f"run={tmp_path} python=(none); job_record; elsewhere; put_back node1; python=({withdraws}); come_back 75"
+    subprocess.run(["bash", "-c", f". {root}/launch/job.sh; {calls}"], env=environment, check=True)
+    told = asked.read_text().splitlines()
+    assert {line.split()[0] for line in told} == {"scontrol", "scancel"}
+    assert [line for line in told if "67" in line and "67_2" not in line] == []
+    assert any("requeue 67_2" in line for line in told)
+
+
+@pytest.mark.parametrize("lines", [["cluster=slurm"], ["cluster=slurm", "preflight=true"]])
+def test_no_python_of_a_job_looks_for_modules_in_the_submit_directory(lines: list[str], tmp_path: Path) -> None:
+    """Which is the checkout, and may be edited by then; `cluster.setup` is the user's own and is not touched."""
+    config = compose(["experiment=k400", "cluster.setup=[echo ready]", *lines])
+    text = slurm.script(tmp_path / "run", config, ("-m", "multitrain.train", "run"))
+    assert text.index("echo ready") < text.index("export PYTHONSAFEPATH=1") < text.index("srun ")
+
+
+def test_a_shells_own_options_for_slurms_commands_are_not_passed_on(
+    monkeypatch: pytest.MonkeyPatch, root: Path
+) -> None:
+    for name in ("SQUEUE_STATES", "SQUEUE_PARTITION", "SCONTROL_ALL", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    environment = command_environment()
+    assert [k for k in environment if k.startswith(("SQUEUE", "SCONTROL", "SLURM_CL"))] == []
+    assert (environment["SLURM_TIME_FORMAT"], environment["SLURM_CONF"]) == ("standard", "/etc/slurm.conf")
+    script = f". {root}/launch/job.sh; env"
+    said = subprocess.run(
+        ["bash", "-c", script], env=os.environ | {"SLURM_JOB_ID": "7"}, capture_output=True, text=True
+    )
+    assert not [line for line in said.stdout.splitlines() if line.startswith(("SQUEUE", "SCONTROL", "SLURM_CL"))]
+
+
+def test_a_hangup_does_not_end_the_batch_script(tmp_path: Path, root: Path) -> None:
+    """`scancel --signal=HUP --full` ends the ranks; the script has to ask for the job's return."""
+    script = f'. {root}/launch/job.sh; run={tmp_path}; kill -HUP $$; echo "still here:$signals"'
+    done = subprocess.run(
+        ["bash", "-c", script], env=os.environ | {"SLURM_JOB_ID": "7"}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "still here: HUP\n"
+    assert not (tmp_path / "SAVE").exists()

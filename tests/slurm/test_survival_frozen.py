@@ -11,6 +11,10 @@ from tests.slurm.drill import Runs, copied_checkout, ranks
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400)]
 
+TRAINING = ("launch/submit.py", "multitrain/train.py", "slurm/train.sh")
+IMPORTED = ("launch/__init__.py", "multitrain/__init__.py", "multitrain/monitor/slurm.py")
+"""Modules of whatever Python a job starts: submitit's, the batch script's, the ranks'."""
+
 
 def test_a_requeued_job_of_train_sh_goes_on_though_its_checkout_is_edited_half_edited_moved_and_deleted(
     runs: Runs, reference: Path, tmp_path: Path
@@ -26,7 +30,7 @@ def test_a_requeued_job_of_train_sh_goes_on_though_its_checkout_is_edited_half_e
     typed = [*runs.command("edited", "cluster.partition=low", "nodes=2", "gpus=1"), "dry_run=true"]
     said = runs.start(typed, checkout=checkout).communicate()[0]
     assert "optim.lr is 0.009 there and 0.001 in the run" in said, said
-    for file in ("launch/submit.py", "multitrain/train.py", "slurm/train.sh"):
+    for file in (*TRAINING, *IMPORTED):
         (checkout / file).write_text("<<<<<<< a merge that is not finished\n")
     runs.cluster.start_now(job)
     runs.reach(run, job, len(runs.metrics(run)) + 1)
@@ -39,3 +43,17 @@ def test_a_requeued_job_of_train_sh_goes_on_though_its_checkout_is_edited_half_e
     runs.assert_same(run, reference)
     lines = (run / "config.yaml").read_text()
     assert "lr: 0.001" in lines
+
+
+def test_a_requeued_job_of_submit_imports_nothing_from_the_folder_that_it_was_submitted_in(
+    runs: Runs, reference: Path, tmp_path: Path
+) -> None:
+    checkout = copied_checkout(tmp_path / "checkout")
+    run, job = runs.submit("imports", checkout=checkout)
+    runs.reach(run, job, 2)
+    runs.cluster.preempt(job, ranks(run).values())
+    for file in IMPORTED:
+        (checkout / file).write_text("<<<<<<< a merge that is not finished\n")
+    runs.cluster.start_now(job)
+    runs.finish(run, job)
+    runs.assert_same(run, reference)
