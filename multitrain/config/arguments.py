@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -93,7 +94,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def piped(main: Callable[[], int]) -> int:
-    """The exit status of `main`, for an entry point. That the reader of its output has gone (``| head``) is no error."""
+    """The exit status of `main`, for an entry point.
+
+    No errors are a reader of the output that has gone (``| head``), and characters that the output's encoding lacks.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             return main()

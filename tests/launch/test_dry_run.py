@@ -60,6 +60,12 @@ def test_nothing_is_written(root: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_output_in_an_encoding_without_our_characters(root: Path, tmp_path: Path) -> None:
+    done = submit(root, tmp_path, "nodes=2", "gpus=8", "dry_run=true", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "#SBATCH --nodes=2" in done.stdout
+
+
 def test_without_slurm_on_the_machine(root: Path, tmp_path: Path) -> None:
     done = submit(root, tmp_path, "nodes=2", "dry_run=true", PATH="/nowhere")
     assert done.returncode == 0

@@ -26,6 +26,7 @@ def test_a_signal_ends_one_start_of_a_run_and_not_the_run(runs: Runs) -> None:
         (("--signal=TERM", job), "ended from outside", True),
         ((f"{job}.0",), "failed", False),
         (("--signal=TERM", "--full", job), "ended from outside", False),
+        (("--signal=HUP", "--full", job), "ended from outside", False),
     )
     for starts, (arguments, status, saves) in enumerate(ways, 1):
         runs.reach(run, job, len(runs.metrics(run)) + 2)
