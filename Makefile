@@ -39,10 +39,10 @@ demo: setup
 # Most tests wait for processes, so that two at a time use two cores.
 WORKERS ?= 2
 test: setup
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-fast: setup
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not long"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not long"
 
 bench: setup
 	$(BIN)/python -m benchmarks.run
