@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -121,7 +122,14 @@ def test_a_hangup_does_not_end_the_batch_script(tmp_path: Path, root: Path) -> N
     """`scancel --signal=HUP --full` ends the ranks; the script has to ask for the job's return."""
     script = f'. {root}/launch/job.sh; run={tmp_path}; kill -HUP $$; echo "still here:$signals"'
     done = subprocess.run(
-        ["bash", "-c", script], env=os.environ | {"SLURM_JOB_ID": "7"}, capture_output=True, text=True, check=True
+        ["bash", "-c", script],
+        env=os.environ | {"SLURM_JOB_ID": "7"},
+        capture_output=True,
+        text=True,
+        check=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGHUP, signal.SIG_DFL
+        ),  # under nohup it is ignored, and no shell can trap it
     )
     assert done.stdout == "still here: HUP\n"
     assert not (tmp_path / "SAVE").exists()
