@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def resumed(saved: RunConfig, path: Path, typed: list[str], config_dirs: Sequenc
     an earlier submission already changes nothing.
     """
     submissions = history(path)
-    dirs = list(dict.fromkeys([*(d for entry in submissions for d in entry.get("config_dirs", [])), *config_dirs]))
+    dirs = _config_dirs(submissions, config_dirs)
     result = leaves(saved)
     earlier = merge([entry["overrides"] for entry in submissions])
     new = _new_words(typed, earlier)
@@ -119,7 +119,7 @@ def changed_since(path: Path, typed: Sequence[str], config_dirs: Sequence[str]) 
     notes = []
     if options(typed):
         submissions = history(path)
-        dirs = list(dict.fromkeys([*(d for entry in submissions for d in entry.get("config_dirs", [])), *config_dirs]))
+        dirs = _config_dirs(submissions, config_dirs)
         try:
             today = leaves(compose(options(*(entry["overrides"] for entry in submissions)), config_dirs=dirs))
         except ConfigError as error:
@@ -155,11 +155,16 @@ def _differences(own: Flat, today: Flat, typed: Sequence[Sequence[str]]) -> list
     ]
 
 
+def _config_dirs(submissions: Sequence[Mapping[str, Any]], more: Sequence[str] = ()) -> list[str]:
+    """The folders with config groups of the user's own of all submissions, each once, in the order of a snapshot."""
+    return list(dict.fromkeys([*(d for entry in submissions for d in entry.get("config_dirs", [])), *more]))
+
+
 def _digest_here(path: Path) -> str:
     """What the digest of the run's snapshot would be if it were taken now."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "code"
-        snapshot(copy, list(dict.fromkeys(d for entry in history(path) for d in entry.get("config_dirs", []))))
+        snapshot(copy, _config_dirs(history(path)))
         return digest(copy)
 
 

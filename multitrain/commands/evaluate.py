@@ -57,8 +57,7 @@ def main(arguments: Arguments) -> int:
     from multitrain.evaluation.settings import with_overrides
     from multitrain.monitor import slurm
 
-    checkpoint = _checkpoint(given.model)
-    out = given.out or _default_out(given.model, checkpoint, given.split)
+    out = given.out or _default_out(given.model, given.split)
     refuse_run(out, whole=False)
     stop = StopSignals()
     place = slurm.rank_environment()
@@ -119,23 +118,16 @@ def _require_same_network(stored: RunConfig, config: RunConfig) -> None:
         )
 
 
-def _default_out(model: str, checkpoint: Path | None, split: str) -> Path:
+def _default_out(model: str, split: str) -> Path:
     """``RUN/evaluation/CHECKPOINT/SPLIT`` for weights of a run of this user, else below ``evaluation/`` in the working folder."""
-    if checkpoint is None:
-        return Path("evaluation") / Path(model).stem / split
-    from multitrain.evaluation.beside import beside
-
-    return beside(checkpoint.parent.parent, "evaluation", checkpoint.name, split)
-
-
-def _checkpoint(model: str) -> Path | None:
-    """The checkpoint's folder that weights lie in; None for a file from elsewhere."""
     path = Path(model)
     if path.suffix in (".pyth", ".safetensors") and path.parent.name[:7] != "update-":
-        return None
+        return Path("evaluation") / path.stem / split
+    from multitrain.evaluation.beside import beside
     from multitrain.interop.model_path import locate
 
-    return locate(path).parent
+    checkpoint = locate(path).parent
+    return beside(checkpoint.parent.parent, "evaluation", checkpoint.name, split)
 
 
 _last_line = 0.0

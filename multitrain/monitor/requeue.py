@@ -88,7 +88,7 @@ def decide(ended: Ended, history: Sequence[Start], cluster: ClusterConfig, *, we
     last = history[-1] if history else Start(ended.restart, began=False)
     taken = slurm.taken_away(ended.job, ended.signals, restart=ended.restart, close=close_to_limit(cluster))
     is_back = taken == OPERATOR or (taken == PREEMPTED and _is_back(ended))
-    own = str(last.ended) if last.restart == ended.restart else ""
+    own = last.ended or "" if last.restart == ended.restart else ""
     if is_back and own in ENDED_FOR_GOOD:  # an eviction's grace time was over before the job
         return Decision(Action.WITHDRAW, own, "SLURM had put the job back")
     if ended.exit_status == Exit.FINISHED:

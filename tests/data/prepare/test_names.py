@@ -5,14 +5,14 @@ from __future__ import annotations
 import csv
 import os
 import shutil
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support import settings, write_run, write_video
 
 from multitrain.cli import main
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 NAMES = (
     b"cam1:0900.mp4",
@@ -30,20 +30,6 @@ NAMES = (
     b"a\\b.mp4",
     b"esc\x1b[31m.mp4",
 )
-
-
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-
-    from multitrain.data.prepare import parallel_map
-
-    def map_resumable(
-        items: Iterable[Any], work: parallel_map.Work, **_: object
-    ) -> Iterator[tuple[Any, dict[str, Any]]]:
-        for item in items:
-            yield item, work(item)
-
-    monkeypatch.setattr(parallel_map, "map_resumable", map_resumable)
 
 
 @pytest.fixture(scope="module")

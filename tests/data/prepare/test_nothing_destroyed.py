@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,10 @@ from support import write_video
 from multitrain.cli import main
 from multitrain.data.decode import read_whole
 
-pytestmark = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg on this machine")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg on this machine"),
+    pytest.mark.usefixtures("in_this_process"),
+]
 FAST = ["--short-side", "32", "--workers", "1", "--preset", "ultrafast"]
 
 
@@ -42,21 +45,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "broken.mp4").write_bytes((folder / "good.mp4").read_bytes()[:600])
     (folder / "notes.txt").write_text("precious")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Starting workers takes most of the time of so small a conversion."""
-
-    from multitrain.data.prepare import parallel_map
-
-    def map_resumable(
-        items: Iterable[Any], work: parallel_map.Work, **_: object
-    ) -> Iterator[tuple[Any, dict[str, Any]]]:
-        for item in items:
-            yield item, work(item)
-
-    monkeypatch.setattr(parallel_map, "map_resumable", map_resumable)
 
 
 @pytest.fixture

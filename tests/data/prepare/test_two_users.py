@@ -6,9 +6,9 @@ import os
 import stat
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 from support import write_video
@@ -17,7 +17,10 @@ from multitrain.cli import main
 from multitrain.data.annotations import Syntax
 from multitrain.data.index import indexed
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users"),
+    pytest.mark.usefixtures("in_this_process"),
+]
 
 ALICE, BOB, LAB = 61001, 61002, 61000
 
@@ -56,21 +59,6 @@ def by(user: int, umask: int, action: Callable[[], int], folder: Path) -> Said:
     said = Said(status, log.read_text())
     assert "Traceback" not in said.text, said.text
     return said
-
-
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user may not be allowed to start the interpreter again: it may lie in root's home."""
-
-    from multitrain.data.prepare import parallel_map
-
-    def map_resumable(
-        items: Iterable[Any], work: parallel_map.Work, **_: object
-    ) -> Iterator[tuple[Any, dict[str, Any]]]:
-        for item in items:
-            yield item, work(item)
-
-    monkeypatch.setattr(parallel_map, "map_resumable", map_resumable)
 
 
 @pytest.fixture
