@@ -23,7 +23,7 @@ RANK = """
     from multitrain.monitor.slurm import unblock_stop_signals
     run = Path(sys.argv[1])
     watchdog = Watchdog(run, 0, float(sys.argv[2]))
-    watchdog.warm()
+    watchdog.first_update_done()
     with open(run / "started", "a") as file:
         file.write(f"{os.getpid()}\\n")
 """
@@ -41,9 +41,11 @@ def supervised(root: Path, run: Path, body: str, limit: float) -> subprocess.Pop
     )
 
 
-def rank_of(run: Path) -> int:
+def rank_of(run: Path, supervisor: subprocess.Popen[str]) -> int:
+    """The rank's process id, once its watchdog is on."""
     deadline = time.monotonic() + 600
     while not (run / "started").exists() or not (run / "started").read_text().endswith("\n"):
+        assert supervisor.poll() is None, supervisor.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.02)
     return int((run / "started").read_text().split()[-1])
@@ -59,10 +61,10 @@ def test_a_suspended_job_goes_on_where_it_was(root: Path, tmp_path: Path) -> Non
     body = """
         for _ in range(5):
             time.sleep(2.0)
-            watchdog.beat()
+            watchdog.heartbeat()
     """
     process = supervised(root, tmp_path, body, 5.0)
-    pids = [rank_of(tmp_path), process.pid]
+    pids = [rank_of(tmp_path, process), process.pid]
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     time.sleep(5.0 + GAP + 3.0)
@@ -83,14 +85,14 @@ def test_a_rank_whose_interpreter_is_held_ends_with_its_stacks(root: Path, tmp_p
     """
     process = supervised(root, tmp_path, body, 2.0)
     _, errors = process.communicate(timeout=300)
-    assert process.returncode == 128 + signal.SIGKILL
+    assert process.returncode == 128 + signal.SIGKILL, errors
     assert "in held" in errors, errors
     assert "no sign of life" in str(events(tmp_path)[0]["text"])
 
 
 def test_a_rank_that_alone_stands_still_hangs(root: Path, tmp_path: Path) -> None:
-    process = supervised(root, tmp_path, "while True:\n        time.sleep(0.2)\n        watchdog.beat()", 2.0)
-    pid = rank_of(tmp_path)
+    process = supervised(root, tmp_path, "while True:\n        time.sleep(0.2)\n        watchdog.heartbeat()", 2.0)
+    pid = rank_of(tmp_path, process)
     time.sleep(1.5)
     os.kill(pid, signal.SIGSTOP)
     assert process.wait(60) == 128 + signal.SIGKILL
@@ -107,7 +109,7 @@ def test_what_has_not_left_long_after_the_warning_is_killed(
     """So that the step ends before the time limit, and the job can be put back into the queue."""
     (tmp_path / "config.yaml").write_text("cluster:\n  kind: slurm\n  lead_time: 3\n")
     process = supervised(root, tmp_path, "time.sleep(120)", 600.0)
-    pid = rank_of(tmp_path)
+    pid = rank_of(tmp_path, process)
     if state == "frozen":
         os.kill(pid, signal.SIGSTOP)
     for target in (pid, process.pid):
