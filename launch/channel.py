@@ -59,7 +59,7 @@ def secret(run: Path | None, environment: Mapping[str, str] = os.environ) -> byt
     """
     given = environment.get(SECRET)
     if given is not None:
-        return _parsed(given, f"the environment variable {SECRET}")
+        return _parsed(given, f"the environment variable {SECRET}", "unset it")
     if run is None:
         raise ChannelError(f"{SECRET} is not set, and no folder of a run is given")
     return secret_of(run / FILE)
@@ -99,9 +99,9 @@ def _read(path: Path) -> str:
         time.sleep(0.05)
 
 
-def _parsed(text: str, where: str) -> bytes:
+def _parsed(text: str, where: str, remedy: str = "delete it") -> bytes:
     if re.fullmatch(r"[0-9a-fA-F]{64}\s*", text) is None:
-        raise ChannelError(f"{where} does not hold 64 hexadecimal digits; delete it")
+        raise ChannelError(f"{where} does not hold 64 hexadecimal digits; {remedy}")
     return bytes.fromhex(text.strip())
 
 

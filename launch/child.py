@@ -144,6 +144,11 @@ class Child:
         if self._kill_at is None:
             self._kill_at = self._clock() + patience
 
+    def pass_on(self, number: int) -> None:
+        """Send the rank, if it runs, a signal that came to its supervisor alone."""
+        if self._process is not None:
+            self._process.send_signal(number)
+
     def leave_within(self, seconds: float, warning: str) -> None:
         """From now on the rank has so many seconds to save and leave; the earliest such limit counts."""
         at = self._clock() + seconds

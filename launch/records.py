@@ -18,7 +18,7 @@ def record(run: Path, event: str, **fields: Any) -> None:
     """
     try:
         if (holder := _other(run)) is not None:
-            raise lease.LeaseLost(f"run {run.name!r} is held by {holder}")
+            raise lease.LeaseLost(lease.held_by(run, holder))
         Events(run / "events.jsonl", restart=restart_count() if job_id() else None).write(event, **fields)
     except (lease.LeaseLost, OSError) as error:
         print(f"multitrain: {event} not written to {run}/events.jsonl: {error}", file=sys.stderr, flush=True)

@@ -265,7 +265,9 @@ def claimed(path: Path) -> Iterator[None]:
             patience=lease.PATIENCE if job else 0.0,
         )
     except lease.LeaseHeld as error:
-        raise ConfigError(f"{error}; end that first{_how_to_end(path)}, or take another name: name=…") from None
+        raise ConfigError(f"{error}{_how_to_end(path)}") from None
+    except lease.LeaseUnusable as error:
+        raise ConfigError(str(error)) from None
     except OSError as error:
         raise ConfigError(f"cannot write {error.filename or path}: {error.strerror}; choose runs=FOLDER") from None
     with held:
@@ -274,9 +276,11 @@ def claimed(path: Path) -> Iterator[None]:
 
 def _how_to_end(path: Path) -> str:
     state = lease.newest(path)
-    if state is None or state.holder is None:
-        return ""
-    return f" (scancel {state.holder.job})" if state.holder.job else f" (touch {path}/STOP)"
+    holder = state.holder if state else None
+    if holder is not None and lease.is_copy(path, holder):
+        return ", or take another name: name=…"
+    how = "" if holder is None else f" (scancel {holder.job})" if holder.job else f" (touch {path}/STOP)"
+    return f"; end that first{how}, or take another name: name=…"
 
 
 def write(run: Run) -> None:

@@ -172,7 +172,7 @@ def _is_of_run(job: str, run: Path) -> bool:
         return True
     name, output = shown.get("JobName", ""), shown.get("StdOut", "")
     paths = (shown.get("Command", "").partition(" ")[0], output, shown.get("Comment", "").removeprefix(COMMENT))
-    of_this_name = run.name == name or run.name.startswith(f"{name}-")  # of a sweep
+    of_this_name = run.name == name or ("ArrayJobId" in shown and run.name.startswith(f"{name}-"))  # of a sweep
     return of_this_name or any(p == str(run) or p.startswith(f"{run}/") for p in paths) or name == "multitrain"
 
 

@@ -234,8 +234,12 @@ class Supervisor:
     # --------------------------------------------------------------------------------------------------------- signals
 
     def _note_signals(self) -> None:
-        """Stop signals are blocked; SLURM sends them to the rank as well, so there is no need to pass them on."""
+        """Stop signals are blocked. SLURM sends them to the rank as well, where a second one would end its wait for the end
+        of the job; without SLURM they are passed on.
+        """
         for number in _waiting_signals():
+            if job_id() is None:
+                self._child.pass_on(number)
             if self._child.stop is None and not self._child.running and self._link is not None:
                 self._link.send(do="stopped", stopping=True)  # rank 0 may be waiting for others still
             self._child.stop = self._child.stop or number

@@ -16,7 +16,6 @@ Standard library only.
 from __future__ import annotations
 
 import contextlib
-import errno
 import getpass
 import json
 import os
@@ -26,7 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +50,10 @@ class LeaseHeld(Exception):
     """Another start of the run holds its lease; the message says which, where and since when."""
 
 
+class LeaseUnusable(Exception):
+    """A file or a link lies where the folder of the run's leases belongs; the message says which, and what to do."""
+
+
 class LeaseLost(BaseException):
     """Another start of the run has taken over. Nothing may be written any more; no handler of errors may go on."""
 
@@ -71,6 +74,10 @@ class Holder:
     began: str
     """When the process began, in the kernel's ticks: process ids are used again."""
     since: str
+    folder: str | None = None
+    """The run's folder as the holder sees it; other machines may have it elsewhere."""
+    inode: int | None = None
+    """Of that folder's `lease`, by which a copy of the folder is told from the folder itself."""
 
     def __str__(self) -> str:
         job = f"job {self.job}{f' (restart {self.restart})' if self.restart else ''}, " if self.job else ""
@@ -96,7 +103,7 @@ def newest(run: Path) -> State | None:
     folder = run / FOLDER
     try:
         found = [int(match.group(1)) for name in os.listdir(folder) if (match := _NAME.fullmatch(name))]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     if not found:
         return None
@@ -135,6 +142,7 @@ def acquire(
     alive: Alive | None = None,
     patience: float = PATIENCE,
     silent: float = SILENT,
+    pause: Callable[[float], object] = time.sleep,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> Lease:
     """Claim the run's lease for this process.
@@ -145,17 +153,20 @@ def acquire(
         alive: what SLURM says of another holder's job.
         patience: seconds to wait for a holder that lives.
         silent: seconds without a step of its counter after which a holder of unknown state is gone.
+        pause: waits for so many seconds, several times while another start holds the lease; what it raises ends the wait.
         say: takes one line when the lease has to be waited for.
 
     Raises:
         LeaseHeld: another start holds it.
+        LeaseUnusable: what lies in its place is no folder of leases.
         OSError: the folder cannot be written.
     """
-    me = _myself(job, restart)
+    me = _myself(run, job, restart)
     began = time.monotonic()
     seen: tuple[int, str] | None = None
     changed, waiting = began, False
     while True:
+        _refuse_foreign(run / FOLDER)
         state = newest(run)
         if state is None or _free(state, me, alive):
             if (claimed := _claim(run, state, me)) is not None:
@@ -173,11 +184,28 @@ def acquire(
                 return claimed
             continue
         if known and now - began >= patience:
-            raise LeaseHeld(f"run {run.name!r} is held by {state.holder}")
+            raise LeaseHeld(held_by(run, state.holder))
         if not waiting:
             waiting = True
             say(f"waiting for the run's lease: held by {state.holder or 'a start that is just beginning'}")
-        time.sleep(min(0.5, patience or 0.5, silent or 0.5))
+        pause(min(0.5, patience or 0.5, silent or 0.5))
+
+
+def held_by(run: Path, holder: Holder | None) -> str:
+    """One line that says who holds the run, and, if the folder was copied while the run trained, what to do with the copy."""
+    if holder is None or not is_copy(run, holder):
+        return f"run {run.name!r} is held by {holder}"
+    return (
+        f"{run} is a copy of {holder.folder}, made while {holder} trained it: that run goes on; to train the copy, delete "
+        f"{run / FOLDER}"
+    )
+
+
+def is_copy(run: Path, holder: Holder) -> bool:
+    """Whether the run's folder is a copy of the one that the holder claimed: neither its path nor its inode are the same."""
+    if holder.folder is None or holder.inode is None:  # a start of an earlier version
+        return False
+    return holder.folder != str(run.resolve()) and holder.inode != _inode(run)
 
 
 def start_name(job: str | None, restart: int, environment: Mapping[str, str] = os.environ) -> str:
@@ -234,13 +262,13 @@ class Guard:
             holder = _state(self.run / FOLDER, self.generation).holder
             own = (self.start, self.pid or (holder and holder.pid))
             if holder is not None and (holder.start, holder.pid) != own:  # the folder was removed, and counted anew
-                raise LeaseLost(f"run {self.run.name!r} is held by {holder}")
+                raise LeaseLost(held_by(self.run, holder))
             return
         state = newest(self.run)
         if state is None or state.over or state.holder is None:
             return
         if state.holder.start != self.start and not is_later(self.start, state.holder.start):
-            raise LeaseLost(f"run {self.run.name!r} is held by {state.holder}")
+            raise LeaseLost(held_by(self.run, state.holder))
 
     def follow(self, generation: int | None, start: str) -> None:
         """From now on it is this generation, which rank 0 has claimed for this start, that must not be over."""
@@ -324,13 +352,20 @@ def verify(path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ on the disk
 
 
+def _refuse_foreign(folder: Path) -> None:
+    """Raises LeaseUnusable: a link, behind which files of other runs would be deleted, or a file."""
+    if folder.is_symlink():
+        raise LeaseUnusable(f"{folder} is a link, which is not followed; remove it")
+    if folder.exists() and not folder.is_dir():
+        raise LeaseUnusable(f"{folder} is no folder; move it away")
+
+
 def _claim(run: Path, before: State | None, me: Holder) -> Lease | None:
     """The lease of the next generation, unless another start was faster."""
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
-    if folder.is_symlink():  # files of other runs would be deleted there
-        raise OSError(errno.ELOOP, "is a link, which is not followed; remove it", str(folder))
     generation = before.generation + 1 if before else 1
+    me = replace(me, inode=_inode(run))
     text = (json.dumps(asdict(me), ensure_ascii=False) + "\n").encode()
     try:
         file = os.open(folder / f"{generation:08d}.json", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
@@ -398,13 +433,13 @@ def _read(path: Path) -> str | None:
 # ------------------------------------------------------------------------------------------------------- who is who
 
 
-def _myself(job: str | None, restart: int) -> Holder:
+def _myself(run: Path, job: str | None, restart: int) -> Holder:
     with contextlib.suppress(KeyError, OSError):
-        return _described(job, restart, getpass.getuser())
-    return _described(job, restart, str(os.getuid()))
+        return _described(run, job, restart, getpass.getuser())
+    return _described(run, job, restart, str(os.getuid()))
 
 
-def _described(job: str | None, restart: int, user: str) -> Holder:
+def _described(run: Path, job: str | None, restart: int, user: str) -> Holder:
     pid = os.getpid()
     return Holder(
         start=start_name(job, restart),
@@ -417,6 +452,7 @@ def _described(job: str | None, restart: int, user: str) -> Holder:
         machine=_machine(),
         began=_began(pid),
         since=time.strftime("%Y-%m-%d %H:%M:%S"),
+        folder=str(run.resolve()),
     )
 
 
@@ -447,6 +483,10 @@ def _machine() -> str:
         except OSError:
             parts.append(socket.gethostname())
     return " ".join(parts)
+
+
+def _inode(run: Path) -> int:
+    return os.stat(run / FOLDER).st_ino
 
 
 def _boot(path: str) -> str:
@@ -481,9 +521,12 @@ __all__ = [
     "Lease",
     "LeaseHeld",
     "LeaseLost",
+    "LeaseUnusable",
     "State",
     "acquire",
     "guarded",
+    "held_by",
+    "is_copy",
     "live",
     "newest",
     "verify",

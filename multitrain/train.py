@@ -10,8 +10,10 @@ interrupted run requeues itself as its last action, unless it was cancelled.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -23,7 +25,7 @@ from multitrain import lease
 from multitrain.config import ConfigError, RunConfig, dump, flat, load
 from multitrain.engine.interruption import Interruption, Request
 from multitrain.engine.watchdog import Watchdog
-from multitrain.lease import Guard, Lease, LeaseHeld, LeaseLost
+from multitrain.lease import Guard, Lease, LeaseHeld, LeaseLost, LeaseUnusable
 from multitrain.monitor import requeue, restarts, slurm
 from multitrain.monitor.events import Events, read, starts_before
 from multitrain.monitor.exit_status import Exit
@@ -58,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = load(run)
         _refuse_other_code(run)
         if rank == 0:
-            guard = _acquire(run)
+            guard = _acquire(run, interruption)
             _begin(config, run)
         watchdog = Watchdog(run, rank, config.engine.hang_limit)
         _make_deterministic(config)
@@ -90,19 +92,30 @@ def _refuse_other_code(run: Path) -> None:
         )
 
 
-def _acquire(run: Path) -> Lease:
+def _acquire(run: Path, interruption: Interruption) -> Lease:
     """The run's lease: from now on this start is the only one that writes to it.
 
     Raises:
         LeaseHeld: another start holds it.
+        SystemExit: a signal has come while this start waited for the lease.
     """
     job = slurm.job_id()
+
+    def pause(seconds: float) -> None:
+        time.sleep(seconds)
+        if interruption.signals:
+            print(
+                f"{run.name}: {signal.Signals(interruption.signals[0]).name} came while it waited for the lease; it ends"
+            )
+            raise SystemExit(int(Exit.INTERRUPTED))
+
     held = lease.acquire(
         run,
         job=job,
         restart=slurm.restart_count(),
         alive=lambda holder: slurm.job_lives(str(holder.job), holder.restart, holder.cluster),
         patience=lease.PATIENCE if job else 10.0,
+        pause=pause,
     )
     lease.guarded(held)
     return held
@@ -401,11 +414,12 @@ class GaveUp(RuntimeError):
 def _die(run: Path, rank: int, error: BaseException) -> NoReturn:
     """Leave at once after an error: no collective, no destructor that could wait for other ranks."""
     if isinstance(error, SystemExit):
+        sys.stdout.flush()
         os._exit(int(error.code or 0))
     if isinstance(error, (LeaseLost, LeaseHeld)):
         print(f"multitrain: rank {rank}: {error}", file=sys.stderr, flush=True)
         os._exit(Exit.HELD)
-    mistake = isinstance(error, ConfigError)
+    mistake = isinstance(error, (ConfigError, LeaseUnusable))
     gave_up = type(error).__name__ in ("GaveUp", "TrainingError")  # the latter cannot be imported without torch
     status = Exit.MISTAKE if mistake else Exit.GAVE_UP if gave_up else Exit.FAILED
     try:
@@ -415,17 +429,29 @@ def _die(run: Path, rank: int, error: BaseException) -> NoReturn:
         os._exit(status)
 
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+def _no_room(run: Path, error: BaseException) -> str:
+    assert isinstance(error, OSError)
+    return (
+        f"cannot write {error.filename or run}: {error.strerror}; make room (or a quota, or a mount that can be written), "
+        "and submit the same name to resume"
+    )
+
+
 def _say_last(run: Path, rank: int, error: BaseException, status: Exit) -> None:
     """The error in the events and in the log; with its traceback, unless it is one that a user mends by its text."""
     final = status != Exit.FAILED
-    text = str(error) if final else f"{type(error).__name__}: {error}"
+    full = isinstance(error, OSError) and error.errno in NO_ROOM
+    text = str(error) if final else _no_room(run, error) if full else f"{type(error).__name__}: {error}"
     try:
         if run.is_dir():
             events = Events(run / "events.jsonl")
             events.write("error", rank=rank, reason=text, final=final, exit_status=int(status))
     except (OSError, LeaseLost) as second:
         print(f"the error could not be written to {run}/events.jsonl: {second}", file=sys.stderr)
-    if not final:
+    if not final and not full:
         traceback.print_exception(error)
     for line in getattr(error, "details", ()) if rank == 0 else ():
         print(line, file=sys.stderr)

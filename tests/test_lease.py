@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support import settings, start_ranks, write_run
 
 from multitrain import lease
 from multitrain.lease import Guard, LeaseHeld, LeaseLost, acquire
@@ -238,3 +241,54 @@ def test_a_later_start_of_a_job_is_not_held_up_by_an_earlier_one_that_could_not_
         with pytest.raises(LeaseLost):
             Guard(run, start).check()
     held.release()
+
+
+def test_a_copy_of_a_run_that_trains_is_not_taken_for_it(run: Path, tmp_path: Path) -> None:
+    """The remedy for the copy is its own: ending the holder would end the original."""
+    copy = tmp_path / "copy"
+    with Other(run, job="12"):
+        shutil.copytree(run, copy)
+        with pytest.raises(LeaseHeld, match=re.escape(f"{copy} is a copy of {run}")) as refused:
+            acquire(copy, patience=0)
+        assert f"delete {copy / 'lease'}" in str(refused.value)
+        shutil.rmtree(copy / "lease")
+        with acquire(copy, patience=0) as held:
+            assert held.generation == 1
+
+
+def test_the_same_folder_under_another_path_is_no_copy(run: Path, tmp_path: Path) -> None:
+    """Machines may have the run at different paths; a run may be moved while it trains."""
+    with Other(run) as other:
+        run.rename(tmp_path / "moved")
+        with pytest.raises(LeaseHeld, match=f"held by process {other.process.pid}"):
+            acquire(tmp_path / "moved", patience=0)
+
+
+@pytest.mark.parametrize("what", ["a file", "a link"])
+def test_what_is_no_folder_of_leases_is_named_with_the_remedy(run: Path, tmp_path: Path, what: str) -> None:
+    place = run / "lease"
+    place.write_text("mine") if what == "a file" else place.symlink_to(tmp_path)
+    with pytest.raises(
+        lease.LeaseUnusable, match=f"{place} is (no folder; move|a link, which is not followed; remove)"
+    ):
+        acquire(run, patience=0)
+    assert lease.newest(run) is None
+    assert list(tmp_path.iterdir()) == [run], "nothing was written behind the link"
+
+
+def test_a_signal_ends_the_wait_for_the_lease(run: Path, tmp_path: Path, tiny_data: Path) -> None:
+    """With the status of an interrupted run: a job that SLURM takes away while it waits comes back."""
+    waiting, _ = write_run(tmp_path / "runs", settings(tiny_data, updates=2))
+    (waiting / "lease").mkdir()
+    with Other(waiting):
+        (process,) = start_ranks(["-m", "multitrain.train", str(waiting)], 1, log=None)
+        assert process.stdout is not None
+        said = b""
+        while b"waiting for the run's lease" not in said:
+            line = process.stdout.readline()
+            assert line, said
+            said += line
+        process.send_signal(signal.SIGTERM)
+        said += process.stdout.read()
+        assert process.wait(600) == 75, said
+    assert b"SIGTERM came while it waited for the lease" in said

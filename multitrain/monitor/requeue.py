@@ -307,6 +307,7 @@ def carry_out(
     try:
         done = come_back(run, job, cluster, decision.exclude, retry=retry)
     except SlurmError as error:
+        print(f"multitrain: the job was not put back into the queue: {error}", flush=True)
         write("requeue_failed", **facts, reason=str(error))
         return False
     write("requeue", **facts, **({} if done == "requeued" else {"by": done}))

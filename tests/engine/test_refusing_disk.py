@@ -94,6 +94,15 @@ def test_a_run_folder_that_refuses_in_the_middle_costs_neither_the_run_nor_a_lin
     assert "can be written again" in rank.said
 
 
+def test_a_disk_that_refuses_at_the_start_is_one_line_with_the_remedy(tiny_data: Path, tmp_path: Path) -> None:
+    run, _ = write_run(tmp_path, settings(tiny_data, updates=2))
+    with read_only(run, 0):
+        rank = Rank(run, ["-m", "multitrain.train", str(run)])
+        assert rank.end() == 1, rank.said
+    assert "Traceback" not in rank.said
+    assert "Read-only file system; make room" in rank.said
+
+
 SCONTROL = """#!/bin/sh
 # What a controller says of a partition without any grace time, in lines recorded from one (22.05.8).
 case "$2" in

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -71,6 +72,11 @@ def ranks(root: Path, tmp_path: Path) -> Callable[..., Ranks]:
     return lambda size, restarts, body: Ranks(root, tmp_path, size, restarts, body)
 
 
+def signal_rank(job: Ranks, rank: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # its supervisor has passed the signal on
+        os.kill(int(job.starts(rank)[0][2]), signal.SIGTERM)
+
+
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -104,12 +110,15 @@ def test_what_no_restart_mends_is_not_tried_again(ranks: Callable[..., Ranks], c
     assert [len(job.starts(rank)) for rank in range(2)] == [1, 1]
 
 
-def test_a_stop_is_no_death_and_after_one_nothing_starts_again(ranks: Callable[..., Ranks]) -> None:
+@pytest.mark.parametrize("every", [True, False], ids=["every process", "supervisors alone"])
+def test_a_stop_is_no_death_and_after_one_nothing_starts_again(ranks: Callable[..., Ranks], every: bool) -> None:
+    """SLURM sends a stop to every process of a step; a person may send it to the supervisors alone."""
     job = ranks(2, 5, "wait() if rank else (time.sleep(0) or wait())")
     job.until(0)
-    for process in job.processes:  # as SLURM does: every process of the step
+    for rank, process in enumerate(job.processes):
         process.send_signal(signal.SIGTERM)
-        os.kill(int(job.starts(job.processes.index(process))[0][2]), signal.SIGTERM)
+        if every:
+            signal_rank(job, rank)
     assert job.codes() == [75, 75]
     assert [len(job.starts(rank)) for rank in range(2)] == [1, 1]
 
@@ -120,7 +129,7 @@ def test_a_rank_that_dies_after_a_stop_signal_is_not_started_again(ranks: Callab
     for rank, process in enumerate(job.processes):
         process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
-        os.kill(int(job.starts(rank)[0][2]), signal.SIGTERM)
+        signal_rank(job, rank)
     assert all(code not in (0, 75) for code in job.codes())
     assert [len(job.starts(rank)) for rank in range(2)] == [1, 1]
 
