@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from multitrain.monitor.supervised import listen
+from multitrain.cluster.supervised import listen
 
 FILE = ".secret"
 SECRET = "MULTITRAIN_SECRET"

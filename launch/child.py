@@ -10,10 +10,10 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from multitrain.monitor.exit_status import explained, killed_for_memory
-from multitrain.monitor.restarts import IN_PLACE
-from multitrain.monitor.slurm import STOP_SIGNALS, block_stop_signals
-from multitrain.monitor.supervised import PULSE_FD, STACKS
+from multitrain.cluster.exit_status import explained, killed_for_memory
+from multitrain.cluster.restarts import IN_PLACE
+from multitrain.cluster.slurm import STOP_SIGNALS, block_stop_signals
+from multitrain.cluster.supervised import PULSE_FD, STACKS
 
 PATIENCE = 5.0
 """Seconds that ranks have to end by themselves, with their stacks in their logs, after another has died."""

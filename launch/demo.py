@@ -20,8 +20,8 @@ import subprocess
 import time
 from collections.abc import Sequence
 
-from multitrain.monitor.progress import duration
-from multitrain.monitor.status import status
+from multitrain.records.progress import duration
+from multitrain.report.status import status
 
 ROOT = Path(__file__).resolve().parents[1]
 EFFECTIVE_BATCH = 16

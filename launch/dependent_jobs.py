@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from multitrain.config import RunConfig
-from multitrain.monitor.events import Events
+from multitrain.records.events import Events
 
 
 def testing(run: Path, dataset: str) -> tuple[str, ...]:

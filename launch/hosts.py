@@ -32,8 +32,8 @@ from launch.local import devices, say, stop_requests
 from launch.rank import python_path, supervised, training
 from launch.supervisor import HELD_BACK, HUB_STATUS, JOIN_SECONDS
 from multitrain import lease
+from multitrain.cluster.exit_status import Exit
 from multitrain.config import ConfigError, RunConfig, load
-from multitrain.monitor.exit_status import Exit
 
 WAIT = 86400.0
 """Seconds that a machine waits for the others."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from multitrain.monitor.exit_status import Exit
+from multitrain.cluster.exit_status import Exit
 
 REJOIN = 60.0
 """Seconds within which all ranks must have ended, to be started again."""

@@ -19,11 +19,11 @@ from typing import BinaryIO
 from launch.child import PATIENCE, AwakeClock, Pulse, prepare
 from launch.rank import python_path, training
 from multitrain import lease
+from multitrain.cluster.exit_status import Exit, explained, killed_for_memory
+from multitrain.cluster.restarts import IN_PLACE
+from multitrain.cluster.slurm import free_port
+from multitrain.cluster.supervised import PULSE_FD, STORE_KEY
 from multitrain.config import ConfigError, RunConfig
-from multitrain.monitor.exit_status import Exit, explained, killed_for_memory
-from multitrain.monitor.restarts import IN_PLACE
-from multitrain.monitor.slurm import free_port
-from multitrain.monitor.supervised import PULSE_FD, STORE_KEY
 
 INTERRUPTED = Exit.INTERRUPTED
 """Exit code of a rank, and of a run, that saved and can be resumed."""

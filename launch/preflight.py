@@ -35,10 +35,10 @@ from typing import Any
 from launch import assess, channel, node
 from launch.assess import Finding
 from launch.channel import Channel, ChannelError, Server
-from launch.records import record
-from multitrain.monitor.exit_status import Exit
-from multitrain.monitor.slurm import STOP_SIGNALS, free_port, in_step, job_id, rank_environment, restart_count
-from multitrain.monitor.supervised import STORE_KEY
+from launch.events import record
+from multitrain.cluster.exit_status import Exit
+from multitrain.cluster.slurm import STOP_SIGNALS, free_port, in_step, job_id, rank_environment, restart_count
+from multitrain.cluster.supervised import STORE_KEY
 
 PATIENCE = 120.0
 """Seconds that every step of it may take."""

@@ -10,7 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
-from multitrain.monitor.slurm import DIST_ENV_VARS, STOP_SIGNALS, block_stop_signals, rank_environment
+from multitrain.cluster.slurm import DIST_ENV_VARS, STOP_SIGNALS, block_stop_signals, rank_environment
 
 
 def training(run: Path) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 python -m launch.requeue RUN STATUS [--signals "TERM USR1"] [--record TEXT] [--task evaluate] [--early]
     [--failed-on NODE]
 
-The decision is made in :mod:`multitrain.monitor.requeue`. Exit status: 0 all is done; 69 the job is to come back, and the
+The decision is made in :mod:`multitrain.cluster.requeue`. Exit status: 0 all is done; 69 the job is to come back, and the
 batch script has to do it, since there is no `scontrol` where Python is (a container); 70 in the same way, the job is to be
 cancelled.
 """
@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from multitrain import lease
+from multitrain.cluster import requeue, restarts, slurm
+from multitrain.cluster.exit_status import Exit
+from multitrain.cluster.requeue import Action, Decision, Ended
+from multitrain.cluster.restarts import Start
 from multitrain.config import ClusterConfig, ConfigError, load
 from multitrain.lease import LeaseLost
-from multitrain.monitor import requeue, restarts, slurm
-from multitrain.monitor.events import Events, read
-from multitrain.monitor.exit_status import Exit
-from multitrain.monitor.requeue import Action, Decision, Ended
-from multitrain.monitor.restarts import Start
+from multitrain.records.events import Events, read
 
 DONE, NO_SCONTROL, NO_SCANCEL = 0, 69, 70
 
@@ -94,7 +94,7 @@ def _training(run: Path, job: str, ended: Ended, *, early: bool, failed_on: str 
     if decision.action == Action.COME_BACK and not shutil.which("scontrol"):
         _writer(events)("requeue", status=decision.status, by="batch script")
         return NO_SCONTROL
-    requeue.carry_out(decision, run, job, cluster, _writer(events), retry=True)
+    requeue.carry_out(decision, run, job, cluster, _writer(events), dependents=restarts.dependents(told), retry=True)
     return DONE
 
 

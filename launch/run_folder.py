@@ -31,6 +31,8 @@ from launch import resume
 from launch.resume import ONCE, Flat, key, options
 from launch.snapshot import ROOT, digest, environment, snapshot
 from multitrain import lease
+from multitrain.cluster import slurm
+from multitrain.cluster.restarts import refuse_lost_checkpoints
 from multitrain.config import ConfigError, RunConfig, compose, config_folder, dump, leaves, load, nearest
 from multitrain.config.class_names import LOOKED_FOR, find_class_names, read_class_names
 from multitrain.config.compose import example_of
@@ -38,10 +40,8 @@ from multitrain.config.reading import read_yaml, shown
 from multitrain.config.run import check_run_name
 from multitrain.config.typed import refuse_typed
 from multitrain.files import TEMPORARY, refuse_run, replace_text
-from multitrain.monitor import slurm
-from multitrain.monitor.events import Events, read
-from multitrain.monitor.restarts import refuse_lost_checkpoints
 from multitrain.order.batch import BatchShape, solve
+from multitrain.records.events import Events, read
 
 JOBS = ".jobs"
 """Folder beside the runs: for each job of `slurm/train.sh` a file with the run's folder, which its later starts read."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -15,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.rank import Rank, supervised, training
+from multitrain.cluster.requeue import SCRIPT
+from multitrain.cluster.slurm import SUBMISSION, SlurmError, command_environment, show_job
 from multitrain.config import ClusterConfig, ConfigError, RunConfig
 from multitrain.files import replace_text
-from multitrain.monitor.requeue import SCRIPT
-from multitrain.monitor.slurm import SlurmError, command_environment, show_job
 
 if TYPE_CHECKING:
     from submitit import SlurmExecutor
@@ -295,26 +294,17 @@ def _more(cluster: ClusterConfig, gpus: int) -> dict[str, Any]:
     return more
 
 
-FOREIGN = re.compile(r"(SBATCH|SLURM|SRUN|SALLOC)_")
-"""Variables that change what `sbatch` and `srun` do; site modules set some of them."""
-
-
 def foreign_variables(environment: Mapping[str, str] = os.environ) -> list[str]:
     """The variables of this shell that would change the script that was printed, and are not passed on."""
     if "SLURM_JOB_ID" in environment:  # inside a job SLURM itself has set dozens of them
         return sorted(k for k in environment if k.startswith("SBATCH_"))
-    return sorted(k for k in environment if FOREIGN.match(k) and k not in KEPT)
-
-
-KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER")
+    return sorted(k for k in environment if SUBMISSION.match(k))
 
 
 @contextlib.contextmanager
 def _own_environment() -> Iterator[None]:
-    """Submit what the script says, and nothing else: no variable of a site, or of a job that we may be submitting from,
-    changes it (`SBATCH_TIMELIMIT`) or reaches the new job's steps (`SLURM_CPU_BIND` would pin its ranks).
-    """
-    hidden = {k: v for k, v in os.environ.items() if FOREIGN.match(k) and k not in KEPT}
+    """submitit submits in this process's own environment: the variables that do not belong into it are hidden meanwhile."""
+    hidden = {k: v for k, v in os.environ.items() if SUBMISSION.match(k)}
     try:
         for name in hidden:
             del os.environ[name]

@@ -297,7 +297,7 @@ def _run_here(run: Run) -> int:
 def _prepare(words: list[str], config_dirs: list[str]) -> int:
     """For `sbatch slurm/train.sh`: the run's folder, the same one again when SLURM has requeued the job."""
     from launch import slurm
-    from multitrain.monitor.slurm import job_id
+    from multitrain.cluster.slurm import job_id
 
     job = job_id()
     words = [*words, *_allocated(words)]

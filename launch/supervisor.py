@@ -32,10 +32,10 @@ from launch.channel import Channel, ChannelError, Server
 from launch.child import AwakeClock, Child
 from launch.hub import Hub
 from multitrain import lease
-from multitrain.monitor import slurm
-from multitrain.monitor.exit_status import Exit
-from multitrain.monitor.slurm import DIST_ENV_VARS, STOP_SIGNALS, job_id, rank_environment, restart_count
-from multitrain.monitor.supervised import STORE_FD, STORE_KEY, listen
+from multitrain.cluster import slurm
+from multitrain.cluster.exit_status import Exit
+from multitrain.cluster.slurm import DIST_ENV_VARS, STOP_SIGNALS, job_id, rank_environment, restart_count
+from multitrain.cluster.supervised import STORE_FD, STORE_KEY, listen
 
 JOIN = 300.0
 """Seconds within which all supervisors must have met."""
@@ -64,7 +64,7 @@ class Supervisor:
 
     Args:
         run: the run's folder.
-        place: of the rank, as :func:`multitrain.monitor.slurm.rank_environment` gives it.
+        place: of the rank, as :func:`multitrain.cluster.slurm.rank_environment` gives it.
         key: by which supervisors know each other.
     """
 
@@ -261,7 +261,7 @@ class Supervisor:
         self._told += 1
         if self._told > TOLD:
             return
-        from launch.records import record  # reading events needs the schema of configurations; most starts need none
+        from launch.events import record  # reading events needs the schema of configurations; most starts need none
 
         record(
             self._run,

@@ -28,9 +28,9 @@ from multitrain.config.arguments import piped
 from multitrain.config.boundary import refused_by_system
 from multitrain.config.overrides import is_text, split
 from multitrain.config.reading import read_yaml
-from multitrain.monitor.plot_style import table
-from multitrain.monitor.status import status
 from multitrain.order.batch import BatchShapeError
+from multitrain.plot_style import table
+from multitrain.report.status import status
 
 FAILED = ("failed", "cancelled", "interrupted", "timeout", "out_of_memory", "node_fail", "boot_fail", "deadline")
 """States that a run of a sweep does not leave by itself."""

@@ -25,10 +25,10 @@ VERBS: dict[str, tuple[str, str]] = {
     ),
     "export": ("multitrain.interop.export", "A model to give away: weights, class names, card with results."),
     "completion": ("multitrain.commands.completion", "Completion of commands and options for bash, zsh or fish."),
-    "status": ("multitrain.monitor.status", "How runs are doing."),
-    "report": ("multitrain.evaluation.report", "Curves, figures and example clips of a run as one page."),
+    "status": ("multitrain.report.status", "How runs are doing."),
+    "report": ("multitrain.report.run_report", "Curves, figures and example clips of a run as one page."),
     "compare": (
-        "multitrain.monitor.compare",
+        "multitrain.report.compare",
         "Runs side by side: what differs in their options, and how they came out.",
     ),
     "embed": ("multitrain.commands.embed", "Features of videos, and a map of them by dataset and class."),

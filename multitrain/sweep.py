@@ -16,9 +16,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from multitrain.cluster import slurm
 from multitrain.config import ConfigError, config_folder, dump, validate
 from multitrain.config.compose import forced
-from multitrain.monitor import slurm
 
 WAIT = 60.0
 """Seconds that a rank waits for rank 0 to write the run's configuration."""

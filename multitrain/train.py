@@ -2,7 +2,7 @@
 
 With ``-m`` it is Hydra's multirun: see `multitrain.sweep`.
 
-Exit status (`multitrain.monitor.exit_status.Exit`): 0 the run is complete; 75 it was interrupted and can be resumed; 1 it failed;
+Exit status (`multitrain.cluster.exit_status.Exit`): 0 the run is complete; 75 it was interrupted and can be resumed; 1 it failed;
 2 a setting or file is wrong; 3 it gave up, and another start would not help; 4 another start holds the run. Under SLURM an
 interrupted run requeues itself as its last action, unless it was cancelled.
 """
@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from multitrain import lease
+from multitrain.cluster import requeue, restarts, slurm
+from multitrain.cluster.exit_status import Exit
+from multitrain.cluster.requeue import Action, Decision, Ended
 from multitrain.config import ConfigError, RunConfig, dump, flat, load
 from multitrain.engine.interruption import Interruption, Request
 from multitrain.engine.watchdog import Watchdog
 from multitrain.lease import Guard, Lease, LeaseHeld, LeaseLost, LeaseUnusable
-from multitrain.monitor import requeue, restarts, slurm
-from multitrain.monitor.events import Events, read, starts_before
-from multitrain.monitor.exit_status import Exit
-from multitrain.monitor.requeue import Action, Decision, Ended
+from multitrain.records.events import Events, read, starts_before
 from multitrain.text import counted
 
 if TYPE_CHECKING:
@@ -150,8 +150,8 @@ def build(
     from multitrain.engine.trainer import Trainer
     from multitrain.engine.unreadable import UnreadableTracker
     from multitrain.model.multitrain import MultiTrain
-    from multitrain.monitor.recorder import Recorder
     from multitrain.order import solve
+    from multitrain.records.recorder import Recorder
 
     watchdog = watchdog or Watchdog(run, world.rank, None)
     index = Path(config.data.index or run.parent / ".index")
@@ -377,7 +377,10 @@ def _requeue(
         with contextlib.suppress(OSError):  # the log has it as well
             events.write(name, update=trainer.completed, **facts)
 
-    if trainer.world.is_main and not requeue.carry_out(decision, run, job, config.cluster, write):
+    dependents = restarts.dependents(read(events.path))
+    if trainer.world.is_main and not requeue.carry_out(
+        decision, run, job, config.cluster, write, dependents=dependents
+    ):
         print("the job could not put itself back into the queue; its batch script tries again", flush=True)
         _release()
         return Exit.FAILED

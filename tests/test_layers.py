@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,11 +14,13 @@ import pytest
 LAYERS = [
     {"text"},
     {"errors"},
-    {"files", "lease"},
+    {"files", "lease", "plot_style"},
     {"config", "order"},
-    {"loss", "model", "monitor"},
+    {"cluster", "loss", "model"},
+    {"records"},
     {"data", "interop"},
     {"engine", "evaluation"},
+    {"report"},
     {"train", "sweep", "cli", "commands", "launch", "__main__"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
@@ -58,8 +61,8 @@ def test_packages_import_only_from_layers_below(root: Path) -> None:
     assert wrong == []
 
 
-def test_launch_imports_config_order_and_monitor_only(root: Path) -> None:
-    allowed = {"config", "order", "monitor", "errors", "files", "lease", "text", ""}
+def test_launch_imports_nothing_that_computes(root: Path) -> None:
+    allowed = {"config", "order", "cluster", "records", "report", "errors", "files", "lease", "plot_style", "text", ""}
     for path in root.glob("launch/**/*.py"):
         for name in imports(path):
             if name.startswith("multitrain"):
@@ -80,8 +83,9 @@ def test_each_heavy_library_is_imported_in_one_place(root: Path) -> None:
         "multitrain",
         "multitrain.config",
         "multitrain.order",
-        "multitrain.monitor.slurm",
-        "multitrain.monitor.status",
+        "multitrain.cluster.slurm",
+        "multitrain.records.events",
+        "multitrain.report.status",
         "multitrain.data.catalog",
         "multitrain.engine.interruption",
         "multitrain.cli",
@@ -93,3 +97,9 @@ def test_what_must_be_light_imports_no_torch(root: Path, module: str) -> None:
     code = f"import sys, {module}; sys.exit(' '.join({heavy}) or 0)"
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, f"{module} imports {done.stderr}"
+
+
+def test_the_picture_of_the_packages_is_that_of_the_code(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(root / "docs"))
+    packages = importlib.import_module("packages")
+    assert packages.PICTURE.read_text() == packages.svg(packages.imports()), "run: python docs/packages.py"

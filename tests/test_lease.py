@@ -17,7 +17,7 @@ from support import settings, start_ranks, write_run
 
 from multitrain import lease
 from multitrain.lease import Guard, LeaseHeld, LeaseLost, acquire
-from multitrain.monitor import jsonl
+from multitrain.records import jsonl
 
 HOLD = """
 import sys, time

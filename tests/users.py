@@ -56,8 +56,8 @@ _LIGHT = [
     "encodings.cp437",
     "encodings.latin_1",
     "encodings.utf_16",
-    "multitrain.monitor.status",
-    "multitrain.monitor.compare",
+    "multitrain.report.status",
+    "multitrain.report.compare",
 ]
 _HEAVY = [
     "torch",
@@ -88,7 +88,7 @@ _HEAVY = [
     "multitrain.engine.checkpoint",
     "multitrain.evaluation.evaluator",
     "multitrain.evaluation.predictor",
-    "multitrain.evaluation.report",
+    "multitrain.report.run_report",
     "multitrain.interop.convert",
     "multitrain.interop.export",
 ]

@@ -255,7 +255,7 @@ def edit_the_checkout(stage: Stage, chance: random.Random) -> None:
     if way == "edited":
         yaml.write_text(yaml.read_text().replace("1.0e-3", "9.0e-3"))
     elif way == "half":
-        for name in ("launch/submit.py", "launch/__init__.py", "multitrain/monitor/slurm.py", "slurm/train.sh"):
+        for name in ("launch/submit.py", "launch/__init__.py", "multitrain/cluster/slurm.py", "slurm/train.sh"):
             (stage.checkout / name).write_text("<<<<<<< a merge that is not finished\n")
     else:
         shutil.rmtree(stage.checkout)

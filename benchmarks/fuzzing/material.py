@@ -13,7 +13,7 @@ from multitrain.config import RunConfig
 from multitrain.engine import checkpoint as checkpoints
 from multitrain.interop.convert import convert
 from multitrain.model import MultiTrain
-from multitrain.monitor import Recorder
+from multitrain.records.recorder import Recorder
 
 CODECS = {
     "h264.mp4": ("libx264", "yuv420p"),

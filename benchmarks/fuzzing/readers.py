@@ -28,8 +28,8 @@ from multitrain.engine import unreadable
 from multitrain.evaluation.scored import read_evaluation
 from multitrain.interop.pyslowfast import read_published
 from multitrain.interop.weights import read_weights
-from multitrain.monitor import events, metrics
 from multitrain.order.batch import BatchShapeError
+from multitrain.records import events, metrics
 
 REFUSALS: tuple[type[Exception], ...] = (ConfigError, decode.VideoError, BatchShapeError)
 """What a reader may raise about its input; everything else is a traceback to somebody."""

@@ -62,7 +62,7 @@ class StopSignals:
     """Whether this process was asked to stop; records SLURM's signals and Ctrl-C from now on."""
 
     def __init__(self) -> None:
-        from multitrain.monitor import slurm
+        from multitrain.cluster import slurm
 
         self.received: list[int] = []
         pid = os.getpid()

@@ -52,10 +52,10 @@ def main(arguments: Arguments) -> int:
     )
     given = parser.parse_with_overrides(arguments)
     given.model, given.overrides = parser.model_and_words(given, given.overrides)
+    from multitrain.cluster import slurm
     from multitrain.evaluation import evaluator
     from multitrain.evaluation.predictor import load
     from multitrain.evaluation.settings import with_overrides
-    from multitrain.monitor import slurm
 
     out = given.out or _default_out(given.model, given.split)
     refuse_run(out, whole=False)
@@ -89,8 +89,8 @@ def main(arguments: Arguments) -> int:
 
 def _leave(rank: int, stop: StopSignals) -> int:
     """After an interruption: back into the queue when SLURM took the nodes away; then wait for SLURM to end the step."""
-    from multitrain.monitor import requeue, slurm
-    from multitrain.monitor.requeue import Action, Ended
+    from multitrain.cluster import requeue, slurm
+    from multitrain.cluster.requeue import Action, Ended
 
     job = slurm.job_id() if slurm.in_step() else None
     if job is None or set(stop.received) == {signal.SIGINT}:

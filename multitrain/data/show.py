@@ -19,8 +19,8 @@ from multitrain.data.clips import Task, TrainClipFn
 from multitrain.data.mix import prepare
 from multitrain.data.spatial import MEAN, STD
 from multitrain.files import output_file
-from multitrain.monitor.plot_style import COLOURS, INK, figure, png
 from multitrain.order import Plan
+from multitrain.plot_style import COLOURS, INK, figure, png
 from multitrain.text import printable
 
 _FRAMES = 8

@@ -11,7 +11,7 @@ from multitrain.engine.interruption import Interruption, Request
 from multitrain.engine.leadtime import LeadTime
 from multitrain.engine.saver import Saver, SaveResult
 from multitrain.engine.watchdog import Watchdog
-from multitrain.monitor.recorder import Recorder
+from multitrain.records.recorder import Recorder
 
 ATTEMPTS = 3
 """Attempts to write the last checkpoint of a start, which no later one replaces."""

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from multitrain.cluster import slurm
 from multitrain.config import ConfigError
 from multitrain.engine.store import listens_here_only, rendezvous
-from multitrain.monitor import slurm
 
 
 @dataclass(frozen=True)

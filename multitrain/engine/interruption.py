@@ -15,9 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""Preemption and cancellation (SIGTERM), SLURM's warning before the time limit (SIGUSR2), and a
-site's own signal (SIGUSR1). In a SLURM job SIGINT (`scancel --signal=INT`) counts as one of these; elsewhere it is Ctrl-C."""
+from multitrain.cluster.slurm import STOP_SIGNALS, unblock_stop_signals
 
 
 class Request(enum.IntEnum):
@@ -69,10 +67,9 @@ class Interruption:
                 self.first_at = time.monotonic()
             self.signals.append(number)
 
-        for number in SIGNALS:
+        for number in (*STOP_SIGNALS, signal.SIGINT):
             signal.signal(number, note)
-        signal.signal(signal.SIGINT, note)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*SIGNALS, signal.SIGINT))
+        unblock_stop_signals()
 
     def ask(self, request: Request) -> None:
         """Add a request of this rank."""
@@ -82,6 +79,7 @@ class Interruption:
     def pending(self) -> Request:
         """The strongest request known to this rank; no collective."""
         request = self._request
+        # In a SLURM job SIGINT (`scancel --signal=INT`) counts as a stop signal; elsewhere it is Ctrl-C.
         if any(s != signal.SIGINT for s in self.signals) or (self.signals and "SLURM_JOB_ID" in os.environ):
             request = max(request, Request.LEAVE)
         elif self.signals:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from multitrain.monitor.supervised import STORE_FD, STORE_KEY, listen
+from multitrain.cluster.supervised import STORE_FD, STORE_KEY, listen
 
 CODE = hashlib.sha256().digest_size
 

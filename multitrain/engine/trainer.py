@@ -29,8 +29,8 @@ from multitrain.engine.unreadable import UnreadableTracker
 from multitrain.engine.update import Gradient
 from multitrain.engine.watchdog import Watchdog
 from multitrain.model.multitrain import MultiTrain
-from multitrain.monitor.recorder import Recorder
 from multitrain.order import BatchShape, Plan
+from multitrain.records.recorder import Recorder
 
 Validate = Callable[[MultiTrain], dict[str, dict[str, float]]]
 Pictures = Callable[[], Mapping[str, bytes]]

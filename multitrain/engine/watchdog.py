@@ -12,10 +12,10 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from multitrain.cluster.exit_status import Exit
+from multitrain.cluster.supervised import PULSE_FD, STACKS
 from multitrain.lease import LeaseLost
-from multitrain.monitor.events import Events
-from multitrain.monitor.exit_status import Exit
-from multitrain.monitor.supervised import PULSE_FD, STACKS
+from multitrain.records.events import Events
 
 WARMUP_FACTOR = 3
 """Until the first update is done, the limit is this many times longer: files are indexed, libraries warm up."""

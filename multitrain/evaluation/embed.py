@@ -14,7 +14,7 @@ from multitrain.config import ConfigError
 from multitrain.data.decode import VideoError
 from multitrain.data.views import load_views
 from multitrain.files import output_file
-from multitrain.monitor.plot_style import COLOURS, figure, label, png
+from multitrain.plot_style import COLOURS, figure, label, png
 from multitrain.text import printable
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import numpy as np
 
 from multitrain.config import ConfigError, nearest
 from multitrain.model import MultiTrain
-from multitrain.monitor.plot_style import figure, label, png
+from multitrain.plot_style import figure, label, png
 
 SHOWN = 40
 """Maximum number of classes per axis of a heat map."""

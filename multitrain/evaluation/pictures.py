@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from multitrain.monitor.plot_style import COLOURS, FAINT, INK
-from multitrain.monitor.plot_style import figure as _figure
-from multitrain.monitor.plot_style import label as _label
-from multitrain.monitor.plot_style import png as _png
+from multitrain.plot_style import COLOURS, FAINT, INK
+from multitrain.plot_style import figure as _figure
+from multitrain.plot_style import label as _label
+from multitrain.plot_style import png as _png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +38,7 @@ class History:
     validations: Mapping[int, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
     """By completed updates: results by dataset, in percent."""
     interruptions: Sequence[Mapping[str, Any]] = ()
-    """See :func:`multitrain.monitor.interruptions.interruptions`; numbered from 1 in the pictures."""
+    """See :func:`multitrain.report.interruptions.interruptions`; numbered from 1 in the pictures."""
     chance: Mapping[str, float] = field(default_factory=dict)
     """By dataset: chance level in percent."""
 

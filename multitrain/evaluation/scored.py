@@ -12,7 +12,7 @@ import numpy as np
 
 from multitrain.config import ConfigError
 from multitrain.config.boundary import understood
-from multitrain.monitor.results import read_results
+from multitrain.records.results import read_results
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from multitrain.evaluation import metrics
 from multitrain.evaluation.scoring import Task
 from multitrain.evaluation.shards import Scores, ShardReader
 from multitrain.files import replace_text, replacing
-from multitrain.monitor.results import FILE, checked
+from multitrain.records.results import FILE, checked
 
 _log = logging.getLogger(__name__)
 

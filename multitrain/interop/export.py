@@ -21,7 +21,7 @@ from multitrain.interop.model_path import MODEL_FILE, is_of_a_run, locate, sha25
 from multitrain.interop.outputs import output_folder
 from multitrain.interop.sharing import shareable, shareable_words
 from multitrain.interop.weights import Weights, read_model
-from multitrain.monitor.results import read_results
+from multitrain.records.results import read_results
 from multitrain.text import markdown, printable
 
 FILES = ("model.safetensors", "config.json", "class_names.json", "README.md")

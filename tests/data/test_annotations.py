@@ -25,7 +25,7 @@ from multitrain.data.catalog import Catalog, summary
 from multitrain.data.index import indexed
 from multitrain.data.prepare.check import listed
 from multitrain.data.prepare.listing import AnnotationFiles, Layout, segments
-from multitrain.monitor import jsonl as jsonl
+from multitrain.records import jsonl as jsonl
 from tests.data.numbered import run_config
 
 PLAIN = Syntax(b" ", False)

@@ -17,7 +17,7 @@ from stranger import as_another_user, attack
 
 from launch import channel
 from launch.channel import ChannelError, Server
-from multitrain.monitor.slurm import free_port
+from multitrain.cluster.slurm import free_port
 
 KEY, OTHER = b"k" * 32, b"o" * 32
 

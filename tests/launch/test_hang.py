@@ -20,7 +20,7 @@ RANK = """
     import os, re, signal, sys, time
     from pathlib import Path
     from multitrain.engine.watchdog import Watchdog
-    from multitrain.monitor.slurm import unblock_stop_signals
+    from multitrain.cluster.slurm import unblock_stop_signals
     run = Path(sys.argv[1])
     watchdog = Watchdog(run, 0, float(sys.argv[2]))
     watchdog.first_update_done()

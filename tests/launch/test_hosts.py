@@ -35,7 +35,7 @@ sys.exit(hosts.run(run, config.model_copy(update={"cluster": config.cluster.mode
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
-from multitrain.monitor.slurm import STOP_SIGNALS, unblock_stop_signals
+from multitrain.cluster.slurm import STOP_SIGNALS, unblock_stop_signals
 run, rank = Path(sys.argv[1]), os.environ["RANK"]
 for number in STOP_SIGNALS:
     signal.signal(number, lambda *_: (run / "stop").touch())  # as ranks do by an agreement

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from launch import slurm
+from multitrain.cluster.slurm import command_environment
 from multitrain.config import compose
-from multitrain.monitor.slurm import command_environment
 
 ENDED = "srun: error: node1: task 0: Exited with exit code 75\n"
 EARLIER = "srun: error: node7: task 3: Exited with exit code 1\n"

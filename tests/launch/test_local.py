@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from launch import local
+from multitrain.cluster import exit_status
 from multitrain.config import ConfigError, RunConfig, compose
-from multitrain.monitor import exit_status
 
 RANK = """
     import json, os, signal, sys, time
-    from multitrain.monitor.slurm import unblock_stop_signals
+    from multitrain.cluster.slurm import unblock_stop_signals
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
     print(json.dumps({n: os.environ[n] for n in names} | {"pid": os.getpid(), "cwd": os.getcwd()}), flush=True)
     rank = int(os.environ["RANK"])

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from launch import assess, channel, node
-from multitrain.monitor.exit_status import Exit
-from multitrain.monitor.slurm import block_stop_signals, free_port
+from multitrain.cluster.exit_status import Exit
+from multitrain.cluster.slurm import block_stop_signals, free_port
 
 
 def row(rank: int, where: str, **changes: Any) -> dict[str, Any]:

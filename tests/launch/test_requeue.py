@@ -10,11 +10,11 @@ import pytest
 
 from launch import requeue
 from multitrain import lease
+from multitrain.cluster import restarts, slurm
+from multitrain.cluster.exit_status import Exit
+from multitrain.cluster.requeue import Action, Decision, Ended, decide
 from multitrain.config import compose, dump
-from multitrain.monitor import restarts, slurm
-from multitrain.monitor.events import Events, read
-from multitrain.monitor.exit_status import Exit
-from multitrain.monitor.requeue import Action, Decision, Ended, decide
+from multitrain.records.events import Events, read
 
 
 class Job:
@@ -336,7 +336,7 @@ def test_restarts_that_cannot_be_counted_end_unless_slurm_took_the_job(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("multitrain.monitor.jsonl.append", full)
+    monkeypatch.setattr("multitrain.records.jsonl.append", full)
     assert not job.ended(1)
     assert "events.jsonl cannot be written (No space left on device); make room" in capsys.readouterr().out
     assert job.ended(143, PreemptTime="2026-11-22T10:18:45")

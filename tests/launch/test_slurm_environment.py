@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from multitrain.cluster import slurm
+from multitrain.cluster.requeue import Action, Ended, decide
 from multitrain.config import ClusterConfig
-from multitrain.monitor import slurm
-from multitrain.monitor.requeue import Action, Ended, decide
 
 STEP = {
     "SLURM_JOB_ID": "1234",

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from launch import requeue as batch
+from multitrain.cluster import requeue, restarts
+from multitrain.cluster.requeue import Action, Ended
+from multitrain.cluster.restarts import Start
+from multitrain.cluster.slurm import show_job
 from multitrain.config import ClusterConfig
 from multitrain.lease import acquire
-from multitrain.monitor import requeue, restarts
-from multitrain.monitor.events import Events
-from multitrain.monitor.requeue import Action, Ended
-from multitrain.monitor.restarts import Start
-from multitrain.monitor.slurm import show_job
+from multitrain.records.events import Events
 
 CLUSTER = ClusterConfig(requeue="resubmit")
 

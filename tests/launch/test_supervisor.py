@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from multitrain.monitor.slurm import free_port
+from multitrain.cluster.slurm import free_port
 
 RANK = """
     import os, signal, sys, time
     from pathlib import Path
-    from multitrain.monitor.slurm import STOP_SIGNALS, unblock_stop_signals
+    from multitrain.cluster.slurm import STOP_SIGNALS, unblock_stop_signals
     rank, attempt = int(os.environ["RANK"]), int(os.environ["MULTITRAIN_RESTARTS_IN_PLACE"])
     got = []
     for number in STOP_SIGNALS:

@@ -64,7 +64,7 @@ def test_a_local_sweep_ends_with_the_table_and_a_failure_counts(
 def test_compare_shows_what_differs(tiny_data: Path, tmp_path: Path) -> None:
     from support import settings, write_run
 
-    from multitrain.monitor.compare import compare, text
+    from multitrain.report.compare import compare, text
 
     first, _ = write_run(tmp_path, settings(tiny_data, name="one"))
     second, _ = write_run(tmp_path, settings(tiny_data, name="two", optim__lr=0.5))

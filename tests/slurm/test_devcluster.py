@@ -34,7 +34,7 @@ RANK = """
 """
 
 WAITS = """
-    from multitrain.monitor import slurm
+    from multitrain.cluster import slurm
     signals = []
     for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, lambda number, _: signals.append(number))
@@ -228,7 +228,7 @@ def test_preempted_while_importing_it_comes_back_too(cluster: Cluster, board: Pa
 
 
 def test_ranks_that_end_in_the_grace_period_without_requeueing_come_back(cluster: Cluster, board: Path) -> None:
-    ends = "from multitrain.monitor import slurm\nslurm.unblock_stop_signals()\nreport()\ntime.sleep(60)"  # dies of SIGTERM
+    ends = "from multitrain.cluster import slurm\nslurm.unblock_stop_signals()\nreport()\ntime.sleep(60)"  # dies of SIGTERM
     job = submit(board, ends, "nodes=1", "gpus=2")
     cluster.until(lambda: len(reports(board)) == 2, "the ranks")
     cluster.evict()
@@ -319,7 +319,7 @@ def test_train_sh_finds_its_run_again_after_a_requeue(
     python = board.parent / "python"
     python.write_text(  # in place of a training, a rank that waits
         f"#!/bin/sh\nexport PYTHONPATH=$PYTHONPATH:{root}\n"
-        f'case "$*" in *multitrain.train*) eval "$({sys.executable} -c "from multitrain.monitor.slurm import '
+        f'case "$*" in *multitrain.train*) eval "$({sys.executable} -c "from multitrain.cluster.slurm import '
         "rank_environment as e; print(chr(10).join(f'export {k}={v}' for k, v in e().items()))\")\"; "
         f'exec {sys.executable} {board.parent}/rank.py {board};; esac\nexec {sys.executable} "$@"\n'
     )

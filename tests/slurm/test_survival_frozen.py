@@ -12,7 +12,7 @@ from tests.slurm.drill import Runs, copied_checkout, ranks
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400)]
 
 TRAINING = ("launch/submit.py", "multitrain/train.py", "slurm/train.sh")
-IMPORTED = ("launch/__init__.py", "multitrain/__init__.py", "multitrain/monitor/slurm.py")
+IMPORTED = ("launch/__init__.py", "multitrain/__init__.py", "multitrain/cluster/slurm.py")
 """Modules of whatever Python a job starts: submitit's, the batch script's, the ranks'."""
 
 

@@ -26,7 +26,7 @@ from multitrain.config.reading import read_bytes
 from multitrain.data.annotations import CatalogError, Syntax, lines, read_annotations
 from multitrain.data.prepare.listing import found_below
 from multitrain.files import OutputFolder
-from multitrain.monitor.plot_style import table
+from multitrain.plot_style import table
 from multitrain.text import csv_text, printable
 
 KINDS = ("missing", "broken", "short", "duplicate", "labelled twice", "leak")

@@ -21,8 +21,8 @@ from typing import Any, Generic, TextIO, TypeVar
 
 from multitrain.config import ConfigError
 from multitrain.data.packs import DamagedError, locate
-from multitrain.monitor import jsonl
-from multitrain.monitor.progress import duration
+from multitrain.records import jsonl
+from multitrain.records.progress import duration
 
 Item = TypeVar("Item")
 Work = Callable[[Any], dict[str, Any]]

@@ -14,8 +14,8 @@ from multitrain.config import DatasetConfig, RunConfig
 from multitrain.data.catalog import Catalog, open_catalogs, plan_of
 from multitrain.data.decode import VideoError, open_video
 from multitrain.data.prepare.check import SPLITS
-from multitrain.monitor.plot_style import COLOURS, figure, png, table
 from multitrain.order import Plan
+from multitrain.plot_style import COLOURS, figure, png, table
 
 _COUNTED = 2_000_000
 """Samples up to which an epoch's draws are counted one by one; a longer one is counted over its first updates."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from multitrain.cli import main
-from multitrain.monitor.status import FIELDS, status
+from multitrain.report.status import FIELDS, status
 from tests import support, users
 
 START = {"event": "start", "time": "2026-01-01T00:00:00+00:00", "job": "7", "total_updates": 6, "world_size": 1}
@@ -55,7 +55,7 @@ def histories() -> Iterator[tuple[str, list[dict[str, Any]], list[dict[str, Any]
 
 
 def test_values_of_other_kinds_in_events_and_metrics_are_left_out(run: Path) -> None:
-    from multitrain.monitor.status_text import card, table
+    from multitrain.report.status_text import card, table
 
     for what, history, records in histories():
         write(run, history, records, {"dataset": ["x"], "path": 3})

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import os
 import shutil
 import signal
 import subprocess
@@ -17,12 +16,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from multitrain.cluster import restarts, slurm
+from multitrain.cluster.exit_status import Exit, explained
+from multitrain.cluster.restarts import Start
+from multitrain.cluster.slurm import BATCH_ENDED, CANCELLED, OPERATOR, PREEMPTED, STEP_ENDED, TIME_LIMIT, SlurmError
 from multitrain.config import ClusterConfig
-from multitrain.monitor import restarts, slurm
-from multitrain.monitor.events import read
-from multitrain.monitor.exit_status import Exit, explained
-from multitrain.monitor.restarts import Start
-from multitrain.monitor.slurm import BATCH_ENDED, CANCELLED, OPERATOR, PREEMPTED, STEP_ENDED, TIME_LIMIT, SlurmError
 
 BAD_NODE = "bad node"
 """Status of a `requeue` after preflight has found a node that cannot work."""
@@ -83,7 +81,7 @@ def decide(ended: Ended, history: Sequence[Start], cluster: ClusterConfig, *, we
 
     Args:
         history: the starts since the run was last submitted; the last one is the one that ended.
-        went_well: whether the run has ever made progress (:func:`multitrain.monitor.restarts.progressed`).
+        went_well: whether the run has ever made progress (:func:`multitrain.cluster.restarts.progressed`).
     """
     last = history[-1] if history else Start(ended.restart, began=False)
     taken = slurm.taken_away(ended.job, ended.signals, restart=ended.restart, close=close_to_limit(cluster))
@@ -182,13 +180,22 @@ def job_record(job: str, *, until_it_answers: bool = False) -> Mapping[str, str]
         time.sleep(PAUSE)
 
 
-def come_back(run: Path, job: str, cluster: ClusterConfig, exclude: Sequence[str] = (), *, retry: bool = False) -> str:
+def come_back(
+    run: Path,
+    job: str,
+    cluster: ClusterConfig,
+    exclude: Sequence[str] = (),
+    *,
+    dependents: Collection[str] = (),
+    retry: bool = False,
+) -> str:
     """Requeue the job, or submit its successor; returns a word for what was done.
 
     SLURM ends this process within seconds after it was requeued: call it last, when all is saved.
 
     Args:
         exclude: nodes that the next start leaves out.
+        dependents: jobs that may depend on the success of this one; they depend on its successor instead.
         retry: ask a controller that does not answer until it does.
 
     Raises:
@@ -197,7 +204,7 @@ def come_back(run: Path, job: str, cluster: ClusterConfig, exclude: Sequence[str
     while True:
         try:
             if cluster.requeue == "resubmit":
-                return f"successor job {_successor(run, job, exclude)}"
+                return f"successor job {_successor(run, job, exclude, dependents)}"
             slurm.requeue(job)
             if exclude:
                 _exclude(job, exclude)
@@ -253,18 +260,17 @@ def _as_submitted(job: str) -> list[str]:
     return [f"--{option}={value}" for option, value in given.items() if value not in ("", "(null)", "N/A")]
 
 
-def _successor(run: Path, job: str, exclude: Sequence[str]) -> str:
+def _successor(run: Path, job: str, exclude: Sequence[str], dependents: Collection[str]) -> str:
     """Submit the run's own batch script again, to start when this job has ended; the new job's id."""
     script = run / SCRIPT
     if not script.is_file():
         raise SlurmError(f"there is no {script}; submit the run again")
     more = [*_as_submitted(job), *([f"--exclude={','.join(exclude)}"] if exclude else [])]
     command = ["sbatch", "--parsable", f"--dependency=afterany:{job}", *more, str(script)]
-    kept = {
-        k: v for k, v in os.environ.items() if k == "SLURM_CONF" or not k.startswith(("SLURM_", "SBATCH_", "SRUN_"))
-    }
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=kept)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=False, env=slurm.submission_environment()
+        )
     except FileNotFoundError:
         raise SlurmError("there is no sbatch here") from None
     except subprocess.TimeoutExpired:
@@ -272,10 +278,10 @@ def _successor(run: Path, job: str, exclude: Sequence[str]) -> str:
     if done.returncode:
         raise SlurmError(f"sbatch: {' '.join(done.stderr.split())}")
     successor = done.stdout.strip().partition(";")[0]
-    for test in {str(e["test_job"]): e for e in read(run / "events.jsonl") if e["event"] == "then"}:
-        with contextlib.suppress(SlurmError):  # jobs that depend on the success of this job depend on its successor
-            if f"afterok:{job}" in slurm.show_job(test).get("Dependency", "").replace("_*", ""):
-                slurm.control("update", f"jobid={test}", f"dependency=afterok:{successor}")
+    for dependent in dependents:
+        with contextlib.suppress(SlurmError):
+            if f"afterok:{job}" in slurm.show_job(dependent).get("Dependency", "").replace("_*", ""):
+                slurm.control("update", f"jobid={dependent}", f"dependency=afterok:{successor}")
     return successor
 
 
@@ -283,13 +289,20 @@ Write = Callable[..., object]
 
 
 def carry_out(
-    decision: Decision, run: Path, job: str, cluster: ClusterConfig, write: Write, *, retry: bool = False
+    decision: Decision,
+    run: Path,
+    job: str,
+    cluster: ClusterConfig,
+    write: Write,
+    *,
+    dependents: Collection[str] = (),
+    retry: bool = False,
 ) -> bool:
     """Carry out a decision and record it: `requeue` once SLURM has accepted it, `requeue_failed` when it refused.
 
     Args:
         write: takes an event's name and fields.
-        retry: as for :func:`come_back`.
+        dependents, retry: as for :func:`come_back`.
 
     Returns:
         Whether there is nothing left to do; False when SLURM refused.
@@ -305,7 +318,7 @@ def carry_out(
         write(decision.event, **facts, **({"reason": decision.reason} if decision.reason else {}))
         return True
     try:
-        done = come_back(run, job, cluster, decision.exclude, retry=retry)
+        done = come_back(run, job, cluster, decision.exclude, dependents=dependents, retry=retry)
     except SlurmError as error:
         print(f"multitrain: the job was not put back into the queue: {error}", flush=True)
         write("requeue_failed", **facts, reason=str(error))

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from multitrain.config import ConfigError
-from multitrain.monitor import Recorder, events, status, table
-from multitrain.monitor.interruptions import PEER, UNTOLD, interruptions
-from multitrain.monitor.status import QUIET, main, statuses
-from multitrain.monitor.status_text import card
+from multitrain.records import events
+from multitrain.records.recorder import Recorder
+from multitrain.report.interruptions import PEER, UNTOLD, interruptions
+from multitrain.report.status import QUIET, main, status, statuses
+from multitrain.report.status_text import card, table
 
 
 @pytest.fixture(autouse=True)
@@ -221,7 +222,7 @@ def test_all_runs_of_a_folder_are_shown_and_a_name_is_enough(
 
 def test_watching_shows_it_again_until_interrupted(tmp_path: Path) -> None:
     run = a_run(tmp_path / "demo", "end:finished")
-    command = [sys.executable, "-c", "from multitrain.monitor.status import main; main()", str(run), "--watch", "0.05"]
+    command = [sys.executable, "-c", "from multitrain.report.status import main; main()", str(run), "--watch", "0.05"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         seen = 0
@@ -235,6 +236,6 @@ def test_watching_shows_it_again_until_interrupted(tmp_path: Path) -> None:
 
 def test_the_command_prints_json_that_scripts_can_read(tmp_path: Path) -> None:
     run = a_run(tmp_path / "demo", "end:finished")
-    command = [sys.executable, "-m", "multitrain.monitor.status", str(run), "--json"]
+    command = [sys.executable, "-m", "multitrain.report.status", str(run), "--json"]
     answer = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(answer.stdout)["state"] == "finished"

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from multitrain.cluster.exit_status import Exit
+from multitrain.cluster.slurm import BATCH_ENDED, OPERATOR, PREEMPTED, STEP_ENDED
 from multitrain.config import ConfigError
-from multitrain.monitor.exit_status import Exit
-from multitrain.monitor.slurm import BATCH_ENDED, OPERATOR, PREEMPTED, STEP_ENDED
 
 IN_PLACE = "MULTITRAIN_RESTARTS_IN_PLACE"
 """Environment variable of a rank: restarts of the ranks within this start of the job."""
@@ -113,6 +113,11 @@ def _note(own: Start, event: Mapping[str, Any]) -> None:
         own.wanted = str(event.get("status") or own.ended or "")
     elif name in ("requeue", "end") and own.ended is None:
         own.ended = str(event.get("status"))
+
+
+def dependents(events: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The jobs that were submitted to start after the success of the run's job (`then=eval`)."""
+    return list(dict.fromkeys(str(e["test_job"]) for e in events if e["event"] == "then" and "test_job" in e))
 
 
 def progressed(events: Sequence[Mapping[str, Any]]) -> bool:

@@ -20,10 +20,10 @@ from multitrain.engine import checkpoint as checkpoints
 from multitrain.evaluation import pictures, report
 from multitrain.evaluation.evaluator import evaluate
 from multitrain.evaluation.pictures import Example, History
-from multitrain.evaluation.report import accuracy_table, write_report
 from multitrain.evaluation.scored import Scored, confused, hardest, newest_evaluation, read_evaluation
 from multitrain.model import MultiTrain
-from multitrain.monitor import Recorder
+from multitrain.records.recorder import Recorder
+from multitrain.report.run_report import accuracy_table, write_report
 from tests import support
 
 pytest.importorskip("matplotlib")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from multitrain.monitor import exit_status
+from multitrain.cluster import exit_status
 
 
 @pytest.mark.parametrize("code", [-9, 137])

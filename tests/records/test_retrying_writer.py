@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from multitrain.monitor import Recorder, jsonl, metrics
-from multitrain.monitor.tensorboard import TensorBoard
+from multitrain.records import jsonl, metrics
+from multitrain.records.recorder import Recorder
+from multitrain.records.tensorboard import TensorBoard
 
 
 class Disk:

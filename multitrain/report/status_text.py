@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from multitrain.monitor.progress import duration
+from multitrain.records.progress import duration
 from multitrain.text import printable
 
 COLUMNS = {

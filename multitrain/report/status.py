@@ -14,11 +14,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from multitrain.cluster import scheduler
 from multitrain.config import ConfigError, nearest
 from multitrain.config.arguments import Parser
-from multitrain.monitor import events, jsonl, scheduler
-from multitrain.monitor.interruptions import interruptions
-from multitrain.monitor.status_text import card, table
+from multitrain.records import events, jsonl
+from multitrain.report.interruptions import interruptions
+from multitrain.report.status_text import card, table
 
 AFTER = {"submit": "submitted", "requeue": "requeued", "error": "failed"}
 """States of a run by its last event; `start`, `resume` and `end` are handled separately."""
@@ -53,7 +54,7 @@ def status(run_dir: str | Path) -> dict[str, Any]:
         {dataset: {measure: value}} and ``validation_update``, ``checkpoint`` (completed updates of the newest one),
         ``checkpoint_age_seconds``, ``checkpoints``, ``job``, ``job_state``, ``reason`` (the scheduler's),
         ``job_start``, ``nodes``, ``restarts`` and ``interruptions`` (see
-        :func:`multitrain.monitor.interruptions.interruptions`), ``skipped`` {dataset: bad videos}, ``last_event``,
+        :func:`multitrain.report.interruptions.interruptions`), ``skipped`` {dataset: bad videos}, ``last_event``,
         ``last_error``. Unknown values are None.
 
     Raises:

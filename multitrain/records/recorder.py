@@ -9,13 +9,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from multitrain.monitor import jsonl
-from multitrain.monitor.events import Events
-from multitrain.monitor.metrics import Metrics
-from multitrain.monitor.progress import Progress
-from multitrain.monitor.retrying_writer import RetryingWriter
-from multitrain.monitor.tensorboard import TensorBoard, scalars
-from multitrain.monitor.wandb import Wandb
+from multitrain.records import jsonl
+from multitrain.records.events import Events
+from multitrain.records.metrics import Metrics
+from multitrain.records.progress import Progress
+from multitrain.records.retrying_writer import RetryingWriter
+from multitrain.records.tensorboard import TensorBoard, scalars
+from multitrain.records.wandb import Wandb
 
 MEASURES = ("top1", "top5", "map")
 """Validation metrics to plot and print, in percent."""

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable
 
-from multitrain.monitor import slurm
+from multitrain.cluster import slurm
 
 QUEUE_STATES = {
     "RUNNING": "running",

@@ -20,18 +20,19 @@ from multitrain.config.arguments import Parser
 from multitrain.config.boundary import writing_to
 from multitrain.config.paths import find_run
 from multitrain.config.reading import read_yaml
-from multitrain.evaluation import page, pictures
+from multitrain.evaluation import pictures
 from multitrain.evaluation.beside import beside
-from multitrain.evaluation.page import Section
 from multitrain.evaluation.pictures import Example, History
 from multitrain.evaluation.scored import Scored, confused, hardest, newest_evaluation, read_evaluation
 from multitrain.files import OutputFolder
 from multitrain.interop.sharing import shareable, shareable_words, without_places
-from multitrain.monitor import events, jsonl, metrics
-from multitrain.monitor.interruptions import interruptions
-from multitrain.monitor.plot_style import table as aligned
-from multitrain.monitor.progress import duration
-from multitrain.monitor.status import status
+from multitrain.plot_style import table as aligned
+from multitrain.records import events, jsonl, metrics
+from multitrain.records.progress import duration
+from multitrain.report import page
+from multitrain.report.interruptions import interruptions
+from multitrain.report.page import Section
+from multitrain.report.status import status
 from multitrain.text import markdown, printable
 
 

@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from multitrain.config import ConfigError
+from multitrain.errors import ConfigError
 from multitrain.text import printable
 
 if TYPE_CHECKING:

@@ -299,6 +299,17 @@ def command_environment() -> dict[str, str]:
     return {**kept, "SLURM_TIME_FORMAT": "standard"}
 
 
+SUBMISSION = re.compile(r"(SBATCH|SLURM|SRUN|SALLOC)_(?!CONF$|CONF_SERVER$)")
+"""Variables that change what `sbatch` and `srun` do; site modules set some of them, and SLURM sets dozens in a job."""
+
+
+def submission_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment in which a job is submitted: what the script says counts, and nothing else. No variable of a site, or of
+    the job that submits, changes it (`SBATCH_TIMELIMIT`) or reaches the new job's steps (`SLURM_CPU_BIND` would pin its ranks).
+    """
+    return {k: v for k, v in environment.items() if not SUBMISSION.match(k)}
+
+
 def _scontrol(*arguments: str, attempts: int = 3, timeout: float = 10.0) -> str:
     return _answered("scontrol", *arguments, attempts=attempts, timeout=timeout)
 

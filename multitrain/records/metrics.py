@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from multitrain import lease
-from multitrain.monitor import jsonl
+from multitrain.records import jsonl
 
 
 class Metrics:

@@ -9,7 +9,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from multitrain.monitor import jsonl, slurm
+from multitrain.cluster import slurm
+from multitrain.records import jsonl
 
 
 class Events:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from multitrain import lease
-from multitrain.monitor.events import Events
-from multitrain.monitor.slurm import job_id, restart_count
+from multitrain.cluster.slurm import job_id, restart_count
+from multitrain.records.events import Events
 
 
 def record(run: Path, event: str, **fields: Any) -> None:

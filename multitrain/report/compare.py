@@ -10,9 +10,9 @@ from typing import Any
 from multitrain.config import ConfigError, flat, load
 from multitrain.config.arguments import Arguments, Parser
 from multitrain.config.paths import find_run
-from multitrain.monitor.plot_style import table
-from multitrain.monitor.results import FILE, read_results
-from multitrain.monitor.status import status
+from multitrain.plot_style import table
+from multitrain.records.results import FILE, read_results
+from multitrain.report.status import status
 
 SAME = ("name", "runs", "experiment_name", "dry_run", "then", "preflight")
 """Options that are left out of the comparison."""

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from multitrain.monitor import Recorder, events, jsonl, metrics
-from multitrain.monitor.progress import Progress, duration
+from multitrain.records import events, jsonl, metrics
+from multitrain.records.progress import Progress, duration
+from multitrain.records.recorder import Recorder
 
 
 def record(update: int, loss: float | None = None) -> dict[str, object]:
@@ -169,7 +170,7 @@ def test_lines_of_many_processes_never_mix(tmp_path: Path) -> None:
         """
         import sys
         from pathlib import Path
-        from multitrain.monitor import jsonl
+        from multitrain.records import jsonl
         for i in range(50):
             jsonl.append(Path(sys.argv[1]), {"who": sys.argv[2], "i": i, "pad": "x" * 3000})
         """
@@ -184,7 +185,7 @@ def test_a_killed_process_leaves_every_line_it_wrote(tmp_path: Path) -> None:
     code = textwrap.dedent(
         """
         import os, signal, sys
-        from multitrain.monitor import Recorder
+        from multitrain.records.recorder import Recorder
         recorder = Recorder(sys.argv[1], total_updates=9, tensorboard=False)
         for update in range(5):
             recorder.update({"update": update, "loss": 1.0})
@@ -198,8 +199,8 @@ def test_a_killed_process_leaves_every_line_it_wrote(tmp_path: Path) -> None:
     assert [r["update"] for r in metrics.read(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4]
 
 
-def test_monitor_needs_no_torch() -> None:
-    code = "import sys, multitrain.monitor; sys.exit('torch' in sys.modules)"
+def test_the_recorder_needs_no_torch() -> None:
+    code = "import sys, multitrain.records.recorder; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
