@@ -17,12 +17,13 @@ import pytest
 
 from multitrain.config import ConfigError
 from multitrain.engine import checkpoint as checkpoints
-from multitrain.evaluation import pictures, report
+from multitrain.evaluation import pictures
 from multitrain.evaluation.evaluator import evaluate
 from multitrain.evaluation.pictures import Example, History
 from multitrain.evaluation.scored import Scored, confused, hardest, newest_evaluation, read_evaluation
 from multitrain.model import MultiTrain
 from multitrain.records.recorder import Recorder
+from multitrain.report import run_report
 from multitrain.report.run_report import accuracy_table, write_report
 from tests import support
 
@@ -150,7 +151,7 @@ def test_a_run_that_only_began_has_a_report_too(run: Path, tmp_path: Path) -> No
 
 def test_a_clip_that_cannot_be_read_is_named_and_the_others_are_shown(run: Path, tmp_path: Path) -> None:
     evaluated = read_evaluation(run / "evaluation/update-00000040/test")
-    first = report._chosen(evaluated["stride"], 2)[0]
+    first = run_report._chosen(evaluated["stride"], 2)[0]
     broken = run.parents[1] / "data/stride" / str(evaluated["stride"].paths[first])
     content = broken.read_bytes()
     try:
@@ -204,7 +205,7 @@ def test_the_surest_mistake_is_always_among_the_clips_and_none_is_shown_twice() 
     labels = np.arange(12) % 4
     scores = np.eye(4)[labels] * 0.9
     scores[5], scores[6] = [0.8, 0, 0, 0], [0.99, 0, 0, 0]
-    chosen = report._chosen(scored(labels, scores), 4)
+    chosen = run_report._chosen(scored(labels, scores), 4)
     assert chosen[-1] == 6
     assert len(set(chosen)) == 4
     assert {int(labels[i]) for i in chosen[:-1]} >= {0, 1}
@@ -249,7 +250,7 @@ def test_without_matplotlib_the_error_names_the_extra() -> None:
 
 
 def test_the_command_prints_json_for_scripts(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert report.main([str(run), "--out", str(tmp_path), "--clips", "0", "--json"]) == 0
+    assert run_report.main([str(run), "--out", str(tmp_path), "--clips", "0", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert Path(said["page"]).is_file()
     assert "chance" in said["table"]
@@ -258,7 +259,7 @@ def test_the_command_prints_json_for_scripts(run: Path, tmp_path: Path, capsys: 
 def test_the_command_prints_the_table_and_the_page(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert report.main([str(run), "--out", str(tmp_path), "--clips", "1"]) == 0
+    assert run_report.main([str(run), "--out", str(tmp_path), "--clips", "1"]) == 0
     printed = capsys.readouterr().out
     assert "chance" in printed
     assert str(tmp_path / "report.html") in printed
