@@ -25,7 +25,7 @@ from multitrain import lease
 from multitrain.cluster import requeue, restarts, slurm
 from multitrain.cluster.exit_status import Exit
 from multitrain.cluster.requeue import Action, Decision, Ended
-from multitrain.config import ConfigError, RunConfig, dump, flat, load
+from multitrain.config import ConfigError, RunConfig, load
 from multitrain.engine.interruption import Interruption, Request
 from multitrain.engine.watchdog import Watchdog
 from multitrain.lease import Guard, Lease, LeaseHeld, LeaseLost, LeaseUnusable
@@ -34,8 +34,7 @@ from multitrain.text import counted
 
 if TYPE_CHECKING:
     from multitrain.engine.distributed import World
-    from multitrain.engine.trainer import Pictures, Trainer, Validate
-    from multitrain.model.multitrain import MultiTrain
+    from multitrain.engine.trainer import Trainer
 
 WAIT_FOR_END = 120.0
 """Seconds that a rank waits for SLURM to end it after the job was put back into the queue."""
@@ -70,6 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
             config.world_size, config.engine.collective_timeout, config.engine.threads, config.engine.collective_limit
         )
         guard.follow(*world.broadcast((guard.generation, guard.start)))
+        from multitrain.engine.build import build  # its imports take seconds, which ranks spend side by side
+
         trainer = build(config, run, world, interruption, watchdog)
         _start(config, run, trainer)
         request = trainer.train()
@@ -138,162 +139,6 @@ def _begin(config: RunConfig, run: Path) -> None:
     restart = slurm.restart_count() if slurm.job_id() else starts_before(told)
     Events(run / "events.jsonl", restart=restart).write("begin", in_place=in_place)
     restarts.refuse_lost_checkpoints(run, told)
-
-
-def build(
-    config: RunConfig, run: Path, world: World, interruption: Interruption, watchdog: Watchdog | None = None
-) -> Trainer:
-    """The trainer of a run: catalogs, plan, batch shape, model and engine. All ranks call it."""
-    from multitrain.data.catalog import open_catalogs, plan_of
-    from multitrain.data.loader import TrainLoader
-    from multitrain.engine.leadtime import LeadTime
-    from multitrain.engine.trainer import Trainer
-    from multitrain.engine.unreadable import UnreadableTracker
-    from multitrain.model.multitrain import MultiTrain
-    from multitrain.order import solve
-    from multitrain.records.recorder import Recorder
-
-    watchdog = watchdog or Watchdog(run, world.rank, None)
-    index = Path(config.data.index or run.parent / ".index")
-    if world.is_main:
-        open_catalogs(config.data, "train", index)
-    world.agree(0)  # the others map the index that rank 0 has made
-    catalogs = open_catalogs(config.data, "train", index)
-    plan = plan_of(config, catalogs)
-    shape = solve(
-        config.effective_batch,
-        nodes=config.nodes,
-        gpus=config.gpus,
-        micro_batch=config.micro_batch,
-        group=config.group,
-    )
-    updates = config.updates or plan.updates(config.epochs)
-    model = MultiTrain(
-        config.model,
-        {name: catalog.classes for name, catalog in catalogs.items()},
-        activation_checkpointing=config.activation_checkpointing,
-        multi_label=[n for n, d in config.data.datasets.items() if d.multi_label],
-    )
-    model.initialise(config.seed)
-    _initialise_from(config, run, model, world)
-    skips = UnreadableTracker({name: len(catalog) for name, catalog in catalogs.items()}, config.data.skip_cap)
-    skips.add_file(run / "skipped.jsonl")
-
-    def open_loader(start: int, stop: int) -> TrainLoader:
-        return TrainLoader(catalogs, plan, shape, world.rank, config, start, stop)
-
-    def open_recorder(start: int) -> Recorder:
-        return Recorder(
-            run,
-            total_updates=updates,
-            start_update=start,
-            rank=world.rank,
-            log_every=config.monitor.log_every,
-            tensorboard=config.monitor.tensorboard,
-            wandb=config.monitor.wandb,
-            settings=flat(config),
-            measures=[f"val/{name}/top1" for name in catalogs] if config.eval.every else (),
-        )
-
-    validate, pictures = _validation(config, world, index, interruption, watchdog)
-
-    return Trainer(
-        config,
-        run,
-        world,
-        model,
-        plan=plan,
-        shape=shape,
-        updates=updates,
-        open_loader=open_loader,
-        open_recorder=open_recorder,
-        interruption=interruption,
-        watchdog=watchdog,
-        lead_time=LeadTime(_warnings(config) if world.is_main else {}),
-        skips=skips,
-        validate=validate,
-        pictures=pictures,
-        config_text=dump(config),
-    )
-
-
-def _warnings(config: RunConfig) -> dict[str, float]:
-    """Seconds between the cluster's warnings and the end, by what sets them."""
-    if slurm.job_id() is None:
-        return {}
-    found = {"cluster.lead_time": float(config.cluster.lead_time)}
-    grace = slurm.grace()
-    if grace is not None:
-        found["the partition's GraceTime with KillWait"] = grace
-    return found
-
-
-def _validation(
-    config: RunConfig, world: World, index: Path, interruption: Interruption, watchdog: Watchdog
-) -> tuple[Validate | None, Pictures | None]:
-    """The function that scores the validation videos, and the one that draws what it saw; None where not asked for."""
-    if config.eval.every is None:
-        return None, None
-    from multitrain.data.catalog import open_catalogs
-    from multitrain.engine.deepspeed import autocast
-    from multitrain.evaluation.showing import Showing
-    from multitrain.evaluation.validation import validate
-
-    catalogs = open_catalogs(config.data, "val", index, config.eval.val_stride)
-    precision = config.eval.precision or config.precision
-    draws = config.monitor.tensorboard and config.monitor.pictures
-    showing = Showing(config, catalogs)
-
-    def stop() -> bool:
-        watchdog.heartbeat()  # asked after every video
-        return interruption.pending >= Request.STOP
-
-    def run_validation(model: MultiTrain) -> dict[str, dict[str, float]]:
-        showing.clear()
-        with autocast(precision, world.device):
-            results = validate(
-                model,
-                config,
-                catalogs,
-                rank=world.rank,
-                world_size=world.size,
-                reduce=world.sum,
-                stop=stop,
-                observe=showing.add if draws else None,
-            )
-        if results and draws:
-            showing.share(world.sum)
-        return results
-
-    return run_validation, showing.draw if draws else None
-
-
-def _initialise_from(config: RunConfig, run: Path, model: MultiTrain, world: World) -> None:
-    """Start from other weights, when asked to and the run has no checkpoint of its own."""
-    from multitrain.engine.checkpoint import listed
-
-    fresh = world.broadcast(not listed(run / "checkpoints"))
-    if config.init_from is None:
-        return
-    if not fresh:
-        if world.is_main:
-            print(f"resuming: init_from={config.init_from} was for the run's first start and is not read", flush=True)
-        return
-    from multitrain.interop.start import initialise_from
-
-    report = initialise_from(model, config.init_from, interpolate_positions=config.interpolate_positions)
-    if world.is_main:
-        print(f"initial weights from {config.init_from}: {report}", flush=True)
-        for line in report.lines():
-            print(line, flush=True)
-        Events(run / "events.jsonl").write(
-            "init_from",
-            path=config.init_from,
-            matched=len(report.matched),
-            fresh=list(report.fresh),
-            unexpected=list(report.unexpected),
-            notes=list(report.notes),
-        )
 
 
 def _start(config: RunConfig, run: Path, trainer: Trainer) -> None:

@@ -19,7 +19,8 @@ LAYERS = [
     {"cluster", "loss", "model"},
     {"records"},
     {"data", "interop"},
-    {"engine", "evaluation"},
+    {"evaluation"},
+    {"engine"},
     {"report"},
     {"train", "sweep", "cli", "commands", "launch", "__main__"},
 ]

@@ -132,12 +132,13 @@ def strike(stage: Stage, kind: Kind, chance: random.Random) -> Record:
     restarts = int(cluster.job(stage.job).get("Restarts", "0"))
     before, events, saving = stage.position(), len(runs.events(stage.folder)), stage.saving
     does.strike(stage, chance)
+    struck = len(runs.events(stage.folder))  # a strike of two parts may let the run start in between
     begin, moment = time.monotonic(), time.time()
     asked, furthest, how, left = 0.0, before, "", 0.0
 
     def over() -> str:
         nonlocal asked, furthest, how, left
-        started = [e for e in runs.events(stage.folder)[events:] if e["event"] in ("start", "resume")]
+        started = [e for e in runs.events(stage.folder)[struck:] if e["event"] in ("start", "resume")]
         furthest = furthest if started else max(furthest, stage.position())
         if time.monotonic() > asked + 0.3:
             asked, how = time.monotonic(), how or _how(cluster.job(stage.job), restarts)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from multitrain.config import RunConfig
+from multitrain.config import RunConfig, dump
 from multitrain.data.loader import Batch, TrainLoader
 from multitrain.engine import checkpoint as checkpoints
 from multitrain.engine.checkpoint import Checkpoint
@@ -28,12 +29,11 @@ from multitrain.engine.step_metrics import StepMetrics, UpdateTimer
 from multitrain.engine.unreadable import UnreadableTracker
 from multitrain.engine.update import Gradient
 from multitrain.engine.watchdog import Watchdog
+from multitrain.evaluation.validation import Validation
 from multitrain.model.multitrain import MultiTrain
 from multitrain.order import BatchShape, Plan
 from multitrain.records.recorder import Recorder
 
-Validate = Callable[[MultiTrain], dict[str, dict[str, float]]]
-Pictures = Callable[[], Mapping[str, bytes]]
 MOST_NONFINITE = 100
 """Consecutive updates with a non-finite gradient after which the run stops: it has diverged."""
 
@@ -50,26 +50,40 @@ class _Stopped(Exception):
     """All ranks have agreed to stop before the next micro-batch."""
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What a trainer works with; :func:`multitrain.engine.build.build` makes it from a configuration."""
+
+    model: MultiTrain
+    """The network; its initial weights count only when the run has no checkpoint."""
+    plan: Plan
+    """The order of the samples."""
+    shape: BatchShape
+    """Effective batch = micro-batch × accumulation × ranks."""
+    updates: int
+    """Length of the run."""
+    open_loader: Callable[[int, int], TrainLoader]
+    """``(start, stop)`` → this rank's batches of updates ``start`` to ``stop - 1``."""
+    open_recorder: Callable[[int], Recorder]
+    """``start`` → writer of metrics and events from update ``start`` on."""
+    lead_time: LeadTime
+    """Gets the durations of updates and saves."""
+    skips: UnreadableTracker
+    """Counts unreadable videos; ends the run above `data.skip_cap`."""
+    validation: Validation | None
+    """None for a run without validation."""
+
+
 class Trainer:
-    """Runs `updates` updates of `model`, starting at its newest checkpoint.
+    """Runs the updates of a run, starting at its newest checkpoint.
 
     Args:
         config: the run's configuration.
         run: the run's folder.
         world: this process among the ranks.
-        model: the network; its initial weights count only when the run has no checkpoint.
-        plan: the order of the samples.
-        shape: effective batch = micro-batch × accumulation × ranks.
-        updates: length of the run.
-        open_loader: ``(start, stop)`` → this rank's batches of updates ``start`` to ``stop - 1``.
-        open_recorder: ``start`` → writer of metrics and events from update ``start`` on.
+        parts: model, order, loader and writers.
         interruption: requests to stop or save.
         watchdog: gets a heartbeat per micro-batch.
-        lead_time: gets the durations of updates and saves.
-        skips: counts unreadable videos; ends the run above `data.skip_cap`.
-        validate: metrics by dataset, empty when it was interrupted; called by all ranks. None for no validation.
-        pictures: plots of the last validation, PNG by TensorBoard name; called on rank 0. None for no plots.
-        config_text: the configuration as it is stored in each checkpoint.
     """
 
     def __init__(
@@ -77,21 +91,12 @@ class Trainer:
         config: RunConfig,
         run: Path,
         world: World,
-        model: MultiTrain,
+        parts: Parts,
         *,
-        plan: Plan,
-        shape: BatchShape,
-        updates: int,
-        open_loader: Callable[[int, int], TrainLoader],
-        open_recorder: Callable[[int], Recorder],
         interruption: Interruption,
         watchdog: Watchdog,
-        lead_time: LeadTime,
-        skips: UnreadableTracker,
-        validate: Validate | None,
-        pictures: Pictures | None = None,
-        config_text: str,
     ) -> None:
+        model, plan, shape, updates = parts.model, parts.plan, parts.shape, parts.updates
         self.config = config
         self.world = world
         self.model = model
@@ -103,22 +108,21 @@ class Trainer:
         self.gradient = Gradient(config, model, self.engine, shape, world)
         self.schedule = Schedule.of(config.optim, updates, plan.epoch_size / config.effective_batch)
         self._checkpoints = run / "checkpoints"
-        self._open_loader = open_loader
-        self._open_recorder = open_recorder
+        self._open_loader = parts.open_loader
+        self._open_recorder = parts.open_recorder
         self._interruption = interruption
         self._watchdog = watchdog
-        self._lead_time = lead_time
-        self._skips = skips
-        self._validate = validate
-        self._pictures = pictures
+        self._lead_time = parts.lead_time
+        self._skips = parts.skips
+        self._validation = parts.validation
         self._saving = CheckpointPolicy(
             self._checkpoints,
             config.checkpoint.every,
-            Saver(self._checkpoints, world, self.engine, config.checkpoint, config_text),
+            Saver(self._checkpoints, world, self.engine, config.checkpoint, dump(config)),
             self._state,
             interruption=interruption,
             watchdog=watchdog,
-            lead_time=lead_time,
+            lead_time=parts.lead_time,
             reports=world.is_main,
         )
         self._step_metrics = StepMetrics(config, list(model.datasets), shape.accumulation, world)
@@ -213,17 +217,17 @@ class Trainer:
     def _validate_if_due(self) -> None:
         """Validate at `eval.every` and after the last update."""
         every = self.config.eval.every
-        if self._validate is None or every is None or self._validated == self.completed or not self.completed:
+        if self._validation is None or every is None or self._validated == self.completed or not self.completed:
             return
         if self.completed % every and self.completed != self.updates:
             return
-        results = self._validate(self.model)
+        results = self._validation(self.model)
         if not results:  # interrupted on all ranks; the next start validates first
             raise _Stopped
         self._validated = self.completed
         self.recorder.validation(self.completed, results)
-        if self._pictures is not None:
-            self.recorder.pictures(self.completed, self._pictures)
+        if self._validation.draws:
+            self.recorder.pictures(self.completed, self._validation.pictures)
 
     def _micro_batches(self) -> Iterator[Batch]:
         """This rank's micro-batches of the current update; raises _Stopped on all ranks before the same one."""

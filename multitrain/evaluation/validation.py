@@ -1,9 +1,10 @@
-"""Validation during training: the scoring of the tests with one centred view per video, on all ranks."""
+"""Validation during training: the tests' scoring with one centred view per video, on all ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,12 +13,66 @@ from multitrain.config import RunConfig
 from multitrain.evaluation import metrics
 from multitrain.evaluation.scoring import Stop, Task, device_of, group_size, score_videos, share_of
 from multitrain.evaluation.shards import Scores
+from multitrain.evaluation.showing import Showing
 
 if TYPE_CHECKING:
     import torch
 
     from multitrain.data.catalog import Catalog
     from multitrain.model import MultiTrain
+
+
+Reduce = Callable[["torch.Tensor"], "torch.Tensor"]
+
+
+class Validation:
+    """The validation of a run: metrics of the validation videos, and plots of them. All ranks make the same calls.
+
+    Args:
+        config: of the run.
+        index: folder of the annotation indexes.
+        rank, world_size: this process among the ranks.
+        reduce: float64 CPU tensor [n] → its sum over ranks, on every rank; a collective.
+        stop: called after every video; when it returns True on any rank, all ranks end the validation.
+    """
+
+    def __init__(
+        self, config: RunConfig, index: Path, *, rank: int, world_size: int, reduce: Reduce, stop: Stop
+    ) -> None:
+        from multitrain.data.catalog import open_catalogs
+
+        self._config = config
+        self._catalogs = open_catalogs(config.data, "val", index, config.eval.val_stride)
+        self._ranks = {"rank": rank, "world_size": world_size}
+        self._reduce = reduce
+        self._stop = stop
+        self._showing = Showing(config, self._catalogs)
+        self.draws = config.monitor.tensorboard and config.monitor.pictures
+        """Whether :meth:`pictures` has any."""
+
+    def __call__(self, model: MultiTrain) -> dict[str, dict[str, float]]:
+        """The result of :func:`validate`."""
+        import torch
+
+        precision = self._config.eval.precision or self._config.precision
+        self._showing.clear()
+        results = validate(
+            model,
+            self._config,
+            self._catalogs,
+            **self._ranks,
+            reduce=self._reduce,
+            stop=self._stop,
+            autocast={"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision),
+            observe=self._showing.add if self.draws else None,
+        )
+        if results and self.draws:
+            self._showing.share(self._reduce)
+        return results
+
+    def pictures(self) -> dict[str, bytes]:
+        """Plots of the last validation, PNG by TensorBoard name. On rank 0; not a collective."""
+        return self._showing.draw()
 
 
 def validate(
@@ -27,7 +82,7 @@ def validate(
     *,
     rank: int = 0,
     world_size: int = 1,
-    reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    reduce: Reduce | None = None,
     stop: Stop | None = None,
     autocast: torch.dtype | None = None,
     observe: Callable[[str, int, Scores | None], None] | None = None,
@@ -40,9 +95,9 @@ def validate(
         catalogs: of the validation split, by dataset.
         rank, world_size: this process among the ranks.
         reduce: float64 CPU tensor [n] → its sum over ranks, on every rank; a collective. None for one rank.
-        stop: asked between videos; when it says yes on any rank, all ranks return {}.
+        stop: called after every video; when it returns True on any rank, all ranks return {}.
         autocast: arithmetic of the forward pass; the surrounding one when not given.
-        observe: told of each video that this rank scores: dataset, index, scores (None when it could not be read).
+        observe: called for each video that this rank scores, with dataset, index and scores (None: could not be read).
 
     Returns:
         By dataset: ``top1``, ``top5`` in percent (multi-label: ``map`` too), ``videos`` listed and ``coverage``, the
@@ -106,4 +161,4 @@ class _Tally:
         return out | {"videos": len(catalog), "coverage": float(vector[2] / len(catalog))}
 
 
-__all__ = ["validate"]
+__all__ = ["Validation", "validate"]

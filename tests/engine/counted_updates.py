@@ -12,10 +12,10 @@ from pathlib import Path
 from torch.profiler import ProfilerActivity, profile
 
 from multitrain.config import load
+from multitrain.engine.build import build
 from multitrain.engine.distributed import join
 from multitrain.engine.interruption import Interruption
 from multitrain.engine.trainer import Trainer
-from multitrain.train import build
 
 
 def counted(action: Callable[[], None]) -> dict[str, int]:

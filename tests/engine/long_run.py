@@ -9,10 +9,10 @@ import threading
 from pathlib import Path
 
 from multitrain.config import load
+from multitrain.engine.build import build
 from multitrain.engine.distributed import join
 from multitrain.engine.interruption import Interruption
 from multitrain.engine.trainer import Trainer
-from multitrain.train import build
 
 
 def resident() -> float:

@@ -14,11 +14,11 @@ import torch
 from support import excite
 
 from multitrain.config import load
+from multitrain.engine.build import build
 from multitrain.engine.distributed import join
 from multitrain.engine.interruption import Interruption
 from multitrain.engine.saver import GatheredMoments
 from multitrain.model.multitrain import MultiTrain
-from multitrain.train import build
 
 
 def main(run: Path) -> None:

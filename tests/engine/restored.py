@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from multitrain.config import load
+from multitrain.engine.build import build
 from multitrain.engine.distributed import join
 from multitrain.engine.interruption import Interruption
 from multitrain.engine.saver import GatheredMoments
-from multitrain.train import build
 
 
 def main(run: Path) -> None:
