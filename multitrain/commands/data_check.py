@@ -46,14 +46,24 @@ def main(arguments: Arguments) -> int:
     parser.set_defaults(overrides=[])
     given = parser.parse_with_overrides(arguments)
     from multitrain.data.prepare import check as c
-    from multitrain.data.prepare.parallel_map import FINAL, INTERRUPTED, Bar, Journal, Shard, map_resumable, version
+    from multitrain.data.prepare.parallel_map import (
+        FINAL,
+        INTERRUPTED,
+        Journal,
+        ProgressBar,
+        Shard,
+        map_resumable,
+        version,
+    )
     from multitrain.data.prepare.scan import ScanFile
 
     shard = Shard.parse(given.shard)
     if given.folders and (given.overrides or given.run or given.write_clean):
         raise ConfigError("folders hold no annotations; give folders, or datasets as key=value, not both")
     datasets = {} if given.folders else configured(given.run, given.overrides, given.config_dir).data.datasets
-    entries = [e for f in given.folders for e in c.in_folder(Path(f))] if given.folders else c.listed(datasets)
+    entries = (
+        [e for f in given.folders for e in c.entries_in_folder(Path(f))] if given.folders else c.list_entries(datasets)
+    )
     files = sorted({str(Path(e.file).absolute()) for e in entries})
     entries = [e._replace(file=str(Path(e.file).absolute())) for e in entries]
     out = OutputFolder(given.out, "data check")
@@ -67,7 +77,7 @@ def main(arguments: Arguments) -> int:
     if len(todo) < len(mine):
         print(f"{len(mine) - len(todo)} of {len(mine)} are done already", file=sys.stderr)
     stop = StopSignals()
-    bar: Bar[str] = Bar("check", len(todo))
+    bar: ProgressBar[str] = ProgressBar("check", len(todo))
     for file, record in map_resumable(todo, ScanFile(), workers=given.workers, timeout=given.timeout, stop=stop):
         journal.add(file, version(Path(file)), {FINAL: True, **record} if "error" in record else record)
         bar.add(bad="error" in record)
@@ -83,7 +93,7 @@ def main(arguments: Arguments) -> int:
             file=sys.stderr,
         )
         return 0
-    report = c.judge(entries, scans, given.min_frames)
+    report = c.find_problems(entries, scans, given.min_frames)
     table = out.write_text(c.TABLE, report.csv(), recognise=c.is_table)
     if clean:
         for name, count in c.write_clean(report, datasets, clean).items():

@@ -14,7 +14,7 @@ from multitrain.order.windows import SHARD_VIDEOS
 from multitrain.text import printable
 
 if TYPE_CHECKING:
-    from multitrain.data.prepare.packing import Packing
+    from multitrain.data.prepare.packing import PackJob
 
 _SHOWN = 20
 
@@ -45,16 +45,16 @@ def main(arguments: Arguments) -> int:
     parser.add_argument("--leave-out", action="store_true", help="pack without the videos that cannot be read")
     add_work_options(parser)
     given = parser.parse_args(list(arguments))
-    from multitrain.data.prepare.packing import Item, Packing, PackShard, Wanted
-    from multitrain.data.prepare.parallel_map import INTERRUPTED, Bar, Shard, map_resumable
+    from multitrain.data.prepare.packing import Item, PackJob, PackOptions, PackShard
+    from multitrain.data.prepare.parallel_map import INTERRUPTED, ProgressBar, Shard, map_resumable
 
-    wanted = Wanted(
+    wanted = PackOptions(
         given.videos.absolute(), given.out.absolute(), given.annotations, given.separator, given.shard_videos, given.leave_out
     )  # fmt: skip
-    task = Packing(wanted, Shard.parse(given.shard))
+    task = PackJob(wanted, Shard.parse(given.shard))
     stop, items = StopSignals(), list(task.items())
     task.journal.claim()
-    bar: Bar[Item] = Bar("pack", len(items), unit="shard")
+    bar: ProgressBar[Item] = ProgressBar("pack", len(items), unit="shard")
     failed: list[tuple[str, str]] = []
     work = PackShard(wanted.videos, task.parts, wanted.leave_out)
     limit = given.timeout * wanted.shard_videos
@@ -69,7 +69,7 @@ def main(arguments: Arguments) -> int:
     return _report(task, failed, as_json=given.json)
 
 
-def _report(task: Packing, failed: list[tuple[str, str]], *, as_json: bool) -> int:
+def _report(task: PackJob, failed: list[tuple[str, str]], *, as_json: bool) -> int:
     missing, packed, left_out = task.write_index()
     failed += [(name, why) for name, why in left_out]
     counts = {"shards": len(task.shards), "waiting": missing, "videos": packed, "left_out": len(left_out)}

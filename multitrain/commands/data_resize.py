@@ -13,7 +13,7 @@ from multitrain.config.arguments import Arguments, Parser, whole_number
 from multitrain.text import printable
 
 if TYPE_CHECKING:
-    from multitrain.data.prepare.copying import Copying
+    from multitrain.data.prepare.copying import CopyJob
 
 
 def main(arguments: Arguments) -> int:
@@ -63,25 +63,25 @@ def main(arguments: Arguments) -> int:
     given = parser.parse_args(list(arguments))
     if given.write_annotations and not given.annotations:
         parser.error("--write-annotations needs --annotations")
-    from multitrain.data.prepare.copying import Copying, Wanted
-    from multitrain.data.prepare.parallel_map import INTERRUPTED, Bar, Shard, map_resumable
+    from multitrain.data.prepare.copying import CopyJob, CopyOptions
+    from multitrain.data.prepare.parallel_map import INTERRUPTED, ProgressBar, Shard, map_resumable
     from multitrain.data.prepare.resize import Encoding, Item, Resize
 
     encoding = Encoding(given.short_side, given.crf, given.preset, given.fast_decode, given.salvage)
     videos, out = given.videos.absolute(), given.out.absolute()
-    wanted = Wanted(
+    wanted = CopyOptions(
         videos, out, encoding, given.annotations, given.write_annotations, given.segments, given.separator, given.adopt
     )
     work = Resize(videos, out, encoding, given.timeout)
     shard = Shard.parse(given.shard)
-    task = Copying(wanted, shard)
+    task = CopyJob(wanted, shard)
     stop = StopSignals()
     items, mine = list(task.items()), len(shard.of(task.copies))
     if items:
         task.journal.claim()
     if task.before:
         print(", ".join(f"{n} of {mine} {what}" for what, n in task.before.items()), file=sys.stderr)
-    bar: Bar[Item] = Bar("resize", len(items))
+    bar: ProgressBar[Item] = ProgressBar("resize", len(items))
     for item, answer in map_resumable(items, work, workers=given.workers, timeout=3 * given.timeout + 30, stop=stop):
         bar.add(bad=not task.done(item, answer))
     bar.close()
@@ -91,7 +91,7 @@ def main(arguments: Arguments) -> int:
     return _report(task, as_json=given.json)
 
 
-def _report(task: Copying, *, as_json: bool) -> int:
+def _report(task: CopyJob, *, as_json: bool) -> int:
     """Write the tables and say what has become of every copy; the exit status."""
     results = task.results()
     table = task.write_table(results)

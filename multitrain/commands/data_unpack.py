@@ -28,7 +28,7 @@ def main(arguments: Arguments) -> int:
     given = parser.parse_args(list(arguments))
     from multitrain.data.packs import INDEX, Stored, open_pack
     from multitrain.data.prepare.packing import Unpack
-    from multitrain.data.prepare.parallel_map import INTERRUPTED, Bar, Shard, map_resumable
+    from multitrain.data.prepare.parallel_map import INTERRUPTED, ProgressBar, Shard, map_resumable
     from multitrain.files import OutputFolder
 
     found = open_pack(given.pack)
@@ -39,7 +39,7 @@ def main(arguments: Arguments) -> int:
     mine = Shard.parse(given.shard).of(shards)
     stop = StopSignals()
     failed: list[tuple[str, str]] = []
-    bar: Bar[list[Stored]] = Bar("unpack", len(mine), unit="shard")
+    bar: ProgressBar[list[Stored]] = ProgressBar("unpack", len(mine), unit="shard")
     counts = {"written": 0, "there": 0}
     limit = given.timeout * max((len(shard) for shard in mine), default=1)
     work = Unpack(given.pack.absolute(), out.root)

@@ -124,9 +124,9 @@ def _default_out(model: str, split: str) -> Path:
     if path.suffix in (".pyth", ".safetensors") and path.parent.name[:7] != "update-":
         return Path("evaluation") / path.stem / split
     from multitrain.evaluation.beside import beside
-    from multitrain.interop.model_path import locate
+    from multitrain.interop.model_path import resolve_model_file
 
-    checkpoint = locate(path).parent
+    checkpoint = resolve_model_file(path).parent
     return beside(checkpoint.parent.parent, "evaluation", checkpoint.name, split)
 
 

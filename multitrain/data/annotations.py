@@ -18,15 +18,15 @@ import numpy as np
 from multitrain.config import ConfigError, DatasetConfig
 from multitrain.config.reading import read_blocks, refuse_other_format
 
-_LARGEST_LABEL = 10**9
-LONGEST_PATH = 4096
+_MAX_LABEL = 10**9
+MAX_PATH_BYTES = 4096
 """Bytes of a path that an operating system takes."""
-LONGEST_LINE = 1 << 16
+MAX_LINE_BYTES = 1 << 16
 """Bytes of a line; thousands of labels fit."""
-MOST_LINES = 20_000_000
+MAX_LINES = 20_000_000
 """Lines of an annotation file; the largest lists of action recognition have one or two million."""
 _QUOTE = 34
-_NULS = 0.01
+_BINARY_NUL_SHARE = 0.01
 """Share of NUL bytes at the beginning of a file from which on it is no text with a stray one."""
 
 
@@ -100,8 +100,8 @@ def read_annotations(csv: Path) -> bytes:
             open_bytes = _refuse_long_line(block, open_bytes, csv, number)
             number += block.count(b"\n")
             blocks.append(block)
-            if number > MOST_LINES + 1:
-                raise CatalogError(f"{csv}: more than {MOST_LINES:,} lines; is it the right file?")
+            if number > MAX_LINES + 1:
+                raise CatalogError(f"{csv}: more than {MAX_LINES:,} lines; is it the right file?")
     except CatalogError:
         raise
     except ConfigError as error:
@@ -110,13 +110,13 @@ def read_annotations(csv: Path) -> bytes:
 
 
 def _refuse_long_line(block: bytes, open_bytes: int, csv: Path, number: int) -> int:
-    """Raises CatalogError for a line of more than `LONGEST_LINE` bytes; else the bytes of the block's last line.
+    """Raises CatalogError for a line of more than `MAX_LINE_BYTES` bytes; else the bytes of the block's last line.
 
     Args:
         open_bytes: of the block's first line that came before the block.
         number: of that line.
     """
-    begin, room = 0, LONGEST_LINE - open_bytes
+    begin, room = 0, MAX_LINE_BYTES - open_bytes
     while len(block) - begin > room:
         end = block.rfind(b"\n", begin, begin + room + 1)
         if end < 0:
@@ -124,7 +124,7 @@ def _refuse_long_line(block: bytes, open_bytes: int, csv: Path, number: int) -> 
             _refuse_nul(block[begin:], csv, number)
             _refuse_carriage_returns(block[begin : begin + room], csv, number)
             raise CatalogError(_long_line(csv, number))
-        begin, room = end + 1, LONGEST_LINE
+        begin, room = end + 1, MAX_LINE_BYTES
     begin = max(begin, block.rfind(b"\n") + 1)
     return len(block) - begin if begin else open_bytes + len(block)
 
@@ -142,7 +142,7 @@ def parse(content: bytes, csv: Path, syntax: Syntax) -> Annotations:
     if not len(parsed.starts):
         raise CatalogError(f"{csv}: no line in it; write 'path label' lines, or take the dataset out of data.datasets")
     lengths = parsed.stops - parsed.starts
-    if lengths.max() > LONGEST_PATH:
+    if lengths.max() > MAX_PATH_BYTES:
         start = int(parsed.starts[lengths.argmax()])
         raise CatalogError(_too_long(csv, _line_at(content, start), int(lengths.max())))
     return parsed
@@ -169,7 +169,7 @@ def _refuse_nul(content: bytes, csv: Path, number: int = 1) -> None:
     if nul < 0:
         return
     head = content[: 1 << 16]
-    if head.count(0) > max(16, _NULS * len(head)):
+    if head.count(0) > max(16, _BINARY_NUL_SHARE * len(head)):
         raise CatalogError(
             f"{csv}: bytes, not text (many are NUL); is it the right file, and was it written to its end?"
         )
@@ -191,13 +191,11 @@ def _refuse_carriage_returns(content: bytes, csv: Path, number: int = 1) -> None
 
 
 def _too_long(csv: Path, line: int, size: int) -> str:
-    return f"{csv}:{line}: a path of {size} bytes, and none can be longer than {LONGEST_PATH}; correct the line"
+    return f"{csv}:{line}: a path of {size} bytes, and none can be longer than {MAX_PATH_BYTES}; correct the line"
 
 
 def _long_line(csv: Path, line: int) -> str:
-    return (
-        f"{csv}:{line}: a line of more than {LONGEST_LINE:,} bytes, which no list of videos has; is it the right file?"
-    )
+    return f"{csv}:{line}: a line of more than {MAX_LINE_BYTES:,} bytes, which no list of videos has; is it the right file?"
 
 
 def _line_at(content: bytes, offset: int) -> int:
@@ -211,11 +209,11 @@ def count_repeated(paths: list[bytes], content: bytes, csv: Path, syntax: Syntax
         CatalogError: a video with two different labels.
     """
     odd = any(mark in content for mark in (b"//", b"./"))
-    different = {one_spelling(p) for p in paths} if odd else set(paths)
+    different = {normalise_path(p) for p in paths} if odd else set(paths)
     return 0 if len(different) == len(paths) else count_repeats(content, csv, syntax)
 
 
-def one_spelling(path: bytes) -> bytes:
+def normalise_path(path: bytes) -> bytes:
     """A path without doubled slashes, ``.`` and ``..``."""
     if b"//" not in path and b"./" not in path:
         return path
@@ -223,21 +221,21 @@ def one_spelling(path: bytes) -> bytes:
     return plain[1:] if plain.startswith(b"//") else plain
 
 
-def needs_folder(paths: list[bytes], content: bytes) -> bool:
+def depends_on_folder(paths: list[bytes], content: bytes) -> bool:
     """Whether only the folder that paths start from tells which are one: some are absolute, or lead out of it (``../``)."""
     if 0 < sum(path[:1] == b"/" for path in paths) < len(paths):
         return True
-    return b"../" in content and any(one_spelling(path).startswith(b"../") for path in paths)
+    return b"../" in content and any(normalise_path(path).startswith(b"../") for path in paths)
 
 
 def _speller(videos: Path | None) -> Callable[[bytes], bytes]:
     """What makes the one spelling of a path; of where it leads from the folder `videos` on, which may be reached over links."""
     if videos is None:
-        return one_spelling
+        return normalise_path
     folder, real = os.fsencode(os.path.abspath(videos)), os.fsencode(os.path.realpath(videos))
 
     def whole(path: bytes) -> bytes:
-        joined = one_spelling(os.path.join(folder, path))
+        joined = normalise_path(os.path.join(folder, path))
         return folder + joined[len(real) :] if joined.startswith(real + b"/") else joined
 
     return whole
@@ -247,7 +245,7 @@ def count_repeats(content: bytes, csv: Path, syntax: Syntax, videos: Path | None
     """Number of lines that repeat the video of an earlier line.
 
     Args:
-        videos: the folder that paths start from, where :func:`needs_folder` holds.
+        videos: the folder that paths start from, where :func:`depends_on_folder` holds.
 
     Raises:
         CatalogError: a video with two different labels.
@@ -273,7 +271,7 @@ def lines(content: bytes, csv: Path, syntax: Syntax) -> Iterator[Line]:
     end = 0
     for number, raw in enumerate(io.BytesIO(content), start=1):  # which shares the memory of `content`
         start, end = end, end + len(raw)
-        if len(raw) > LONGEST_LINE + 1:
+        if len(raw) > MAX_LINE_BYTES + 1:
             raise CatalogError(_long_line(csv, number))
         text = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw  # the byte order mark of some editors
         start += len(raw) - len(text.lstrip())
@@ -281,7 +279,7 @@ def lines(content: bytes, csv: Path, syntax: Syntax) -> Iterator[Line]:
         path = path.rstrip()
         if path[:1] == b'"' and path[-1:] == b'"' and len(path) > 2:
             path, tail, start = _unquoted(path, csv, number), tail.strip().strip(b'"'), start + 1
-        if len(path) > LONGEST_PATH:
+        if len(path) > MAX_PATH_BYTES:
             raise CatalogError(_too_long(csv, number, len(path)))
         if found and path:
             yield Line(number, path, _labels(tail, csv, number, syntax, text.strip()), start)
@@ -305,10 +303,10 @@ def _labels(text: bytes, csv: Path, number: int, syntax: Syntax, line: bytes) ->
     labels = set()
     for token in text.split(b",") if syntax.multi_label else [text]:
         token = token.strip()
-        if not token.isdigit() or len(token.lstrip(b"0")) > 10 or int(token) > _LARGEST_LABEL:
+        if not token.isdigit() or len(token.lstrip(b"0")) > 10 or int(token) > _MAX_LABEL:
             remedy = _line_remedy(line, number) or _label_remedy(token, text, number, syntax)
             raise CatalogError(
-                f"{csv}:{number}: label {_shown(token)} is no whole number up to {_LARGEST_LABEL:,}; {remedy}"
+                f"{csv}:{number}: label {_shown(token)} is no whole number up to {_MAX_LABEL:,}; {remedy}"
             )
         labels.add(int(token))
     return sorted(labels)
@@ -406,9 +404,9 @@ __all__ = [
     "Syntax",
     "count_repeated",
     "count_repeats",
+    "depends_on_folder",
     "lines",
-    "needs_folder",
-    "one_spelling",
+    "normalise_path",
     "parse",
     "read_annotations",
 ]

@@ -18,7 +18,7 @@ from multitrain.data import randaugment_opencv, randaugment_pil
 from multitrain.data.decode import Frame, Picture, pixels
 from multitrain.data.randaugment import Operation, draw_operations, parse_policy
 from multitrain.data.randaugment_tiles import TileCropper
-from multitrain.data.random import Draws
+from multitrain.data.random import KeyedRNG
 from multitrain.data.spatial import Box, erase_box, random_resized_crop, resize_crop
 
 
@@ -41,7 +41,7 @@ class Augmenter:
     """
 
     def __init__(
-        self, height: int, width: int, config: AugmentConfig, size: int, draws: Draws, flip_allowed: bool
+        self, height: int, width: int, config: AugmentConfig, size: int, draws: KeyedRNG, flip_allowed: bool
     ) -> None:
         self.drawn = draw_augmentation(height, width, config, size, draws, flip_allowed)
         self.change = changer(height, width, self.drawn, config.backend, size)
@@ -61,7 +61,7 @@ def augment_clip(
     frames: np.ndarray,
     config: AugmentConfig,
     size: int,
-    draws: Draws,
+    draws: KeyedRNG,
     flip_allowed: bool,
     out: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -78,7 +78,7 @@ def augment_clip(
 
 
 def draw_augmentation(
-    height: int, width: int, config: AugmentConfig, size: int, draws: Draws, flip_allowed: bool
+    height: int, width: int, config: AugmentConfig, size: int, draws: KeyedRNG, flip_allowed: bool
 ) -> Augmentation:
     """Draws what is done to a clip of height × width that becomes size × size."""
     operations = draw_operations(parse_policy(config.randaugment), draws) if config.randaugment else []
@@ -97,7 +97,7 @@ def changer(
     """
     if backend != "opencv":
         return lambda frame: drawn.crop.cut(randaugment_pil.apply_all(pixels(frame), drawn.operations))
-    whole = randaugment_opencv.Cropper(height, width, drawn.operations, drawn.crop)
+    whole = randaugment_opencv.FrameCropper(height, width, drawn.operations, drawn.crop)
     parts: list[TileCropper] = []
 
     def change(frame: Frame) -> np.ndarray:

@@ -101,15 +101,15 @@ def measure(job: TrainClipFn, tasks: Sequence[Task]) -> Cost:
 
 def _stages(job: TrainClipFn, task: Task, out: np.ndarray, clock: _Clock) -> None:
     """The stages of one task, each timed for itself, frame by frame as in the job."""
-    config, ticket = job.config, task.ticket
-    name = job.plan.sources[int(ticket["dataset"])].name
+    config, sample = job.config, task.sample
+    name = job.plan.sources[int(sample["dataset"])].name
     dataset = config.data.datasets[name]
-    identity = (config.seed, name, int(ticket["index"]), int(ticket["pass"]))
+    identity = (config.seed, name, int(sample["index"]), int(sample["pass"]))
     clip = Clip(dataset, identity, config.model.frames)
     made: list[augment.Augmenter] = []
     size, backend = config.model.crop, config.augment.backend
     clock.start()
-    for frame, places in job.decoded(job.catalogs[name].path(int(ticket["index"])), clip):
+    for frame, places in job.decoded(job.catalogs[name].path(int(sample["index"])), clip):
         clock.stop("decode")
         made = made or [job.augmenter(frame.shape[0], frame.shape[1], clip, copy) for copy in range(len(out))]
         clock.start()
@@ -166,8 +166,8 @@ def measure_run(config: RunConfig, videos: int) -> Cost:
         catalogs = open_catalogs(config.data, "train", Path(config.data.index or scratch))
         plan = plan_of(config, catalogs)
         job = TrainClipFn(catalogs, plan, config)
-        job.prepare()
-        return measure(job, [Task(0, ticket) for ticket in plan.tickets(0, videos)])
+        job.warm_up()
+        return measure(job, [Task(0, sample) for sample in plan.tickets(0, videos)])
 
 
 def table(cost: Cost, config: RunConfig, gpu: float, *, estimated: bool) -> str:

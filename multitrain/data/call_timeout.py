@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class Lease:
+class WriteLease:
     """The right of a call to write to memory that is not its own, until its caller wants the memory back.
 
     A context manager around each write, brief ones: `end` waits for the one in progress.
@@ -38,7 +38,7 @@ class CallTimeout(Exception):
     """The call has not returned in time; its thread has been left behind."""
 
 
-class Guard:
+class TimeoutRunner:
     """Runs calls in a thread of its own and stops waiting for one that takes too long.
 
     A thread stuck in a library cannot be ended, so it is left behind (a daemon: it does not keep the process alive), and the
@@ -87,4 +87,4 @@ def _serve(calls: queue.SimpleQueue[Callable[[], Any] | None]) -> None:
         del call  # and with it what it holds, while the next one is waited for
 
 
-__all__ = ["CallTimeout", "Guard", "Lease"]
+__all__ = ["CallTimeout", "TimeoutRunner", "WriteLease"]

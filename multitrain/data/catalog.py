@@ -24,18 +24,18 @@ from multitrain.config import ConfigError, DataConfig, DatasetConfig, RunConfig,
 from multitrain.config.class_names import find_class_names, read_class_names, repeated_name
 from multitrain.config.reading import shown
 from multitrain.data.annotations import CatalogError, Syntax, lines, read_annotations
-from multitrain.data.index import indexed, read_index
+from multitrain.data.index import ensure_index, read_index
 from multitrain.data.packs import open_pack
-from multitrain.data.presence import Looked, absent, frames_column
+from multitrain.data.presence import PresenceCheck, absent, frames_column
 from multitrain.order import Plan, Source
 
 Split = Literal["train", "val", "test"]
 
 _PROBED = 4
 """Videos at the top of a csv of which one must exist."""
-_LOOKED_AT = 300
+_VIDEOS_CHECKED = 300
 """Videos, spread over a csv, that are looked for at submission."""
-_PATIENCE = 2.0
+_LOOK_SECONDS = 2.0
 """Seconds that looking for them may take for each csv, on a slow disk; at least :data:`_PROBED` are looked for."""
 
 _log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class Catalog:
         classes = resolve_classes(dataset)
         csv = _annotation_file(dataset, name, split)
         syntax = Syntax.of(dataset, csv)
-        index = indexed(csv, syntax, Path(index_dir), Path(dataset.videos))
+        index = ensure_index(csv, syntax, Path(index_dir), Path(dataset.videos))
         catalog = Catalog(
             index,
             name=name,
@@ -185,12 +185,14 @@ class Catalog:
         if found.missing == found.looked:
             raise CatalogError(self._nothing_there(found, f"none of the first {found.looked} videos exists"))
 
-    def look(self, most: int = _LOOKED_AT, *, spread: bool = True, patience: float = _PATIENCE) -> Looked:
-        """Look for up to `most` videos on the disk, spread evenly over the csv, for about `patience` seconds."""
+    def look(
+        self, most: int = _VIDEOS_CHECKED, *, spread: bool = True, seconds: float = _LOOK_SECONDS
+    ) -> PresenceCheck:
+        """Look for up to `most` videos on the disk, spread evenly over the csv, for about `seconds` seconds."""
         count = min(most, len(self))
         rows = [i * len(self) // count for i in range(count)] if spread else list(range(count))
         rows = rows[::2] + rows[1::2]  # so that a half of them is spread as well
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + seconds
         missing, example, looked = 0, None, 0
         for i in rows:
             if looked >= _PROBED and time.monotonic() > deadline:
@@ -200,7 +202,7 @@ class Catalog:
                 missing += 1
                 if example is None or i < example[0]:
                     example = (i, reason)
-        return Looked(len(self), looked, missing, *(example or (0, "")))
+        return PresenceCheck(len(self), looked, missing, *(example or (0, "")))
 
     def refuse_missing(self, cap: float) -> None:
         """Say how many of the videos that were looked for are missing.
@@ -223,7 +225,7 @@ class Catalog:
             self.csv, many, shown(self.path(found.example)),
         )  # fmt: skip
 
-    def _nothing_there(self, found: Looked, what: str, why: str = "") -> str:
+    def _nothing_there(self, found: PresenceCheck, what: str, why: str = "") -> str:
         what = what if len(self) > 1 else "the video does not exist"
         line = self._line(found.example)
         path = self.path(found.example)

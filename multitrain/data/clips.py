@@ -16,22 +16,22 @@ import numpy as np
 
 from multitrain.config import DatasetConfig, RunConfig
 from multitrain.data.augment import Augmenter
-from multitrain.data.call_timeout import CallTimeout, Guard, Lease
+from multitrain.data.call_timeout import CallTimeout, TimeoutRunner, WriteLease
 from multitrain.data.catalog import Catalog
-from multitrain.data.decode import Frame, Picture, VideoError, open_video, prepare
+from multitrain.data.decode import Frame, Picture, VideoError, open_video, preload
 from multitrain.data.frames import training_indices
-from multitrain.data.random import Draws
+from multitrain.data.random import KeyedRNG
 from multitrain.data.views import load_views, views_shape
 from multitrain.order import Plan, key
 
 MAX_FALLBACKS = 8
 """Videos that are tried in place of an unreadable one before the run gives up."""
 
-_GRACE = 1.0  # seconds by which the guard waits longer than the decoder's own time limit
-_RETRY_AFTER = 0.5  # seconds before a file is tried again after an error of the operating system
+_GUARD_MARGIN_SECONDS = 1.0  # seconds by which the guard waits longer than the decoder's own time limit
+_RETRY_DELAY_SECONDS = 0.5  # seconds before a file is tried again after an error of the operating system
 
 
-HELD = 32 << 20
+AUGMENT_BATCH_BYTES = 32 << 20
 """Bytes of decoded frames that are augmented together. A clip of usual size is decoded first and augmented then, which keeps
 the processor's caches warm; frames of 4K and more are augmented one by one, part by part."""
 
@@ -45,7 +45,7 @@ class Task:
     """One video of one update."""
 
     update: int
-    ticket: np.void
+    sample: np.void
     """`multitrain.order.TICKET`."""
 
 
@@ -73,7 +73,7 @@ class Clip:
 
     def __init__(self, dataset: DatasetConfig, identity: tuple[int | str, ...], frames: int) -> None:
         self.dataset, self.identity = dataset, identity
-        draws = Draws("window", *identity)
+        draws = KeyedRNG("window", *identity)
         self.uniforms = [draws.uniform() for _ in range(frames)]
 
 
@@ -90,20 +90,20 @@ class TrainClipFn:
             3,
         )
         self.dtype: np.dtype[Any] = np.dtype(np.uint8)
-        self.patience = (MAX_FALLBACKS + 1) * 2 * (config.data.decode_timeout + _GRACE) + 60.0
-        self._guard = Guard()
+        self.answer_timeout = (MAX_FALLBACKS + 1) * 2 * (config.data.decode_timeout + _GUARD_MARGIN_SECONDS) + 60.0
+        self._guard = TimeoutRunner()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_guard": Guard()}
+        return {**self.__dict__, "_guard": TimeoutRunner()}
 
-    def prepare(self) -> None:
+    def warm_up(self) -> None:
         """Import the decoder."""
-        prepare(self.config.data.decoder)
+        preload(self.config.data.decoder)
 
     def describe(self, task: Task) -> str:
         """The video of a task, for error messages."""
-        source = self.plan.sources[int(task.ticket["dataset"])]
-        return str(self.catalogs[source.name].path(int(task.ticket["index"])))
+        source = self.plan.sources[int(task.sample["dataset"])]
+        return str(self.catalogs[source.name].path(int(task.sample["index"])))
 
     def run(self, task: Task, out: np.ndarray) -> Clips:
         """Fill `out`, uint8 [copies, T, S, S, 3].
@@ -112,11 +112,11 @@ class TrainClipFn:
             UnreadableError: neither the video nor any of its stand-ins can be read.
         """
         began = time.perf_counter()
-        ticket, config = task.ticket, self.config
-        number = int(ticket["dataset"])
+        sample, config = task.sample, self.config
+        number = int(sample["dataset"])
         name = self.plan.sources[number].name
         dataset = config.data.datasets[name]
-        identity = (config.seed, name, int(ticket["index"]), int(ticket["pass"]))
+        identity = (config.seed, name, int(sample["index"]), int(sample["pass"]))
         boxes, index, skipped = self._readable(task, name, Clip(dataset, identity, config.model.frames), out)
         keys = np.array([key("clip", *identity, copy) for copy in range(len(out))], np.uint64).view(np.int64)
         labels = self.catalogs[name].labels(index)
@@ -126,10 +126,10 @@ class TrainClipFn:
         self, task: Task, name: str, clip: Clip, out: np.ndarray
     ) -> tuple[np.ndarray, int, list[dict[str, Any]]]:
         """Fills `out` from the ticket's video, or the first stand-in that can be read; boxes, its index, what was skipped."""
-        catalog, index = self.catalogs[name], int(task.ticket["index"])
+        catalog, index = self.catalogs[name], int(task.sample["index"])
         failed: dict[int, VideoError] = {}
         for attempt in range(-1, MAX_FALLBACKS):
-            index = index if attempt < 0 else self.plan.stand_in(task.ticket, attempt)
+            index = index if attempt < 0 else self.plan.fallback_index(task.sample, attempt)
             if index in failed:
                 continue
             try:
@@ -152,17 +152,17 @@ class TrainClipFn:
         except VideoError as error:
             if not error.transient:
                 raise
-            time.sleep(_RETRY_AFTER)
+            time.sleep(_RETRY_DELAY_SECONDS)
             return self._decode_once(path, clip, out)
 
     def _decode_once(self, path: Path, clip: Clip, out: np.ndarray) -> np.ndarray:
-        limit, lease = self.config.data.decode_timeout, Lease()
+        limit, lease = self.config.data.decode_timeout, WriteLease()
         try:
             return _within(self._guard, path, limit, partial(self.read, path, clip, out, lease))
         finally:
             lease.end()  # a call left behind must not write to what by then is another video's place
 
-    def read(self, path: Path, clip: Clip, out: np.ndarray, lease: Lease | None = None) -> np.ndarray:
+    def read(self, path: Path, clip: Clip, out: np.ndarray, lease: WriteLease | None = None) -> np.ndarray:
         """Fill `out`, uint8 [copies, T, S, S, 3], with a training clip; frames are augmented while it is decoded, a few at a time.
 
         Args:
@@ -175,7 +175,7 @@ class TrainClipFn:
             VideoError: the video cannot be read; `out` may hold some of its frames.
             CallTimeout: the lease has ended.
         """
-        lease = lease or Lease()
+        lease = lease or WriteLease()
         augmenters: list[Augmenter] = []
         held: list[tuple[Frame, list[int]]] = []
         stack = np.empty(0, np.uint8)
@@ -183,13 +183,15 @@ class TrainClipFn:
             augmenters = augmenters or [
                 self.augmenter(frame.shape[0], frame.shape[1], clip, copy) for copy in range(len(out))
             ]
-            if isinstance(frame, Picture) or frame.nbytes > HELD:
+            if isinstance(frame, Picture) or frame.nbytes > AUGMENT_BATCH_BYTES:
                 _augment([(frame, places)], augmenters, out, lease)
             else:
                 if len(held) == len(stack):
                     _augment(held, augmenters, out, lease)
                 if not len(stack):
-                    stack = np.empty((min(len(clip.uniforms), HELD // frame.nbytes), *frame.shape), np.uint8)
+                    stack = np.empty(
+                        (min(len(clip.uniforms), AUGMENT_BATCH_BYTES // frame.nbytes), *frame.shape), np.uint8
+                    )
                 stack[len(held)] = frame
                 held.append((stack[len(held)], places))
             del frame  # before the next one is decoded: its memory is used again
@@ -209,11 +211,13 @@ class TrainClipFn:
 
     def augmenter(self, height: int, width: int, clip: Clip, copy: int) -> Augmenter:
         """What is done to the frames, of height × width, of one copy of a clip."""
-        config, draws = self.config, Draws("augment", *clip.identity, copy)
+        config, draws = self.config, KeyedRNG("augment", *clip.identity, copy)
         return Augmenter(height, width, config.augment, config.model.crop, draws, clip.dataset.flip)
 
 
-def _augment(held: list[tuple[Frame, list[int]]], augmenters: list[Augmenter], out: np.ndarray, lease: Lease) -> None:
+def _augment(
+    held: list[tuple[Frame, list[int]]], augmenters: list[Augmenter], out: np.ndarray, lease: WriteLease
+) -> None:
     """Augments the frames that are held, and lets them go."""
     for augmenter, target in zip(augmenters, out):
         for frame, places in held:
@@ -230,15 +234,15 @@ class EvalViewsFn:
         self.catalog, self.dataset, self.config = catalog, dataset, config
         self.shape: tuple[int, ...] = views_shape(dataset, config.model)
         self.dtype: np.dtype[Any] = np.dtype(np.float32)
-        self.patience = 2 * (config.data.decode_timeout + _GRACE) + 60.0
-        self._guard = Guard()
+        self.answer_timeout = 2 * (config.data.decode_timeout + _GUARD_MARGIN_SECONDS) + 60.0
+        self._guard = TimeoutRunner()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_guard": Guard()}
+        return {**self.__dict__, "_guard": TimeoutRunner()}
 
-    def prepare(self) -> None:
+    def warm_up(self) -> None:
         """Import the decoder."""
-        prepare(self.config.data.decoder)
+        preload(self.config.data.decoder)
 
     def describe(self, task: int) -> str:
         """The video of a task, for error messages."""
@@ -248,7 +252,7 @@ class EvalViewsFn:
         """Fill `out`; returns the reason when the video cannot be read, else ''."""
         path, data = self.catalog.path(task), self.config.data
         for last in (False, True):
-            lease = Lease()  # a call left behind must not write to what by then is another video's place
+            lease = WriteLease()  # a call left behind must not write to what by then is another video's place
             load = partial(load_views, path, self.dataset, data, self.config.model, out, lease)
             try:
                 _within(self._guard, path, data.decode_timeout, load)
@@ -256,16 +260,16 @@ class EvalViewsFn:
             except VideoError as error:
                 if last or not error.transient:
                     return error.reason
-                time.sleep(_RETRY_AFTER)
+                time.sleep(_RETRY_DELAY_SECONDS)
             finally:
                 lease.end()
         raise AssertionError  # the second turn returns
 
 
-def _within(guard: Guard, path: Path, seconds: float, work: Callable[[], np.ndarray]) -> np.ndarray:
+def _within(guard: TimeoutRunner, path: Path, seconds: float, work: Callable[[], np.ndarray]) -> np.ndarray:
     """What `work` returns; VideoError when it takes longer than `seconds`, and the decoder has not noticed by itself."""
     try:
-        return guard.run(work, seconds + _GRACE)
+        return guard.run(work, seconds + _GUARD_MARGIN_SECONDS)
     except CallTimeout:
         raise VideoError(path, "decoding took longer than data.decode_timeout") from None
 

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from multitrain.config.reading import read_json
-from multitrain.data.random import Draws, generator
+from multitrain.data.random import KeyedRNG, generator
 from multitrain.errors import ConfigError
 from multitrain.files import OutputFolder
 
@@ -150,7 +150,7 @@ def write_clip(clip: Clip) -> None:
 
 def draw(clip: Clip) -> np.ndarray:
     """The frames of a clip: uint8 [T, 64, 64, 3] RGB, T from 24 to 48."""
-    draws = Draws("demo", VERSION, clip.seed, clip.dataset, clip.split, clip.index)
+    draws = KeyedRNG("demo", VERSION, clip.seed, clip.dataset, clip.split, clip.index)
     shape, motion = _content(clip, draws)
     frames = draws.integer(24, 48)
     texture = _texture(clip, draws)
@@ -167,7 +167,7 @@ def draw(clip: Clip) -> np.ndarray:
     return out
 
 
-def _content(clip: Clip, draws: Draws) -> tuple[str, str]:
+def _content(clip: Clip, draws: KeyedRNG) -> tuple[str, str]:
     """Shape and motion: what the label says, and at random where it says nothing."""
     shape, motion = SHAPES[draws.integer(0, 5)], MOTIONS[draws.integer(0, 5)]
     if clip.dataset == "shapes":
@@ -177,7 +177,7 @@ def _content(clip: Clip, draws: Draws) -> tuple[str, str]:
     return PAIRS[clip.label]
 
 
-def _texture(clip: Clip, draws: Draws) -> np.ndarray:
+def _texture(clip: Clip, draws: KeyedRNG) -> np.ndarray:
     """A background with room to drift: coarse coloured blobs plus fine grain, uint8 [80, 80, 3]."""
     import cv2
 
@@ -193,7 +193,7 @@ def _texture(clip: Clip, draws: Draws) -> np.ndarray:
     return np.clip(np.rint(mixed), 0, 255).astype(np.uint8)
 
 
-def _path(motion: str, frames: int, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
+def _path(motion: str, frames: int, draws: KeyedRNG) -> tuple[np.ndarray, np.ndarray]:
     """Centres [T, 2] in pixels (x, y) and radii [T]; opposite motions are each other played backwards."""
     s = np.linspace(-0.5, 0.5, frames)
     drift = np.array([draws.uniform(-3, 3), draws.uniform(-3, 3)])
@@ -212,7 +212,7 @@ def _path(motion: str, frames: int, draws: Draws) -> tuple[np.ndarray, np.ndarra
     return middle + s[:, None] * steps, radii
 
 
-def _colour(draws: Draws) -> tuple[int, int, int]:
+def _colour(draws: KeyedRNG) -> tuple[int, int, int]:
     """A bright colour of any hue: one channel full, one anything, one in between."""
     channels = [255, draws.integer(60, 255), draws.integer(150, 255)]
     start = draws.integer(0, 2)

@@ -23,7 +23,7 @@ from multitrain.data.annotations import (
     Syntax,
     count_repeated,
     count_repeats,
-    needs_folder,
+    depends_on_folder,
     parse,
     read_annotations,
 )
@@ -36,10 +36,12 @@ _DIGEST = 1
 """Version of the digest of a file's content, which runs are compared by when they resume: it outlives index formats."""
 
 _MAGIC = b"MTINDEX\n"
-_SETTLED = 2.0  # seconds after which an unchanged time of change proves an unchanged file (two writes can share a tick)
+_MTIME_SETTLED_SECONDS = (
+    2.0  # seconds after which an unchanged time of change proves an unchanged file (two writes can share a tick)
+)
 
 
-def indexed(csv: Path, syntax: Syntax, folder: Path, videos: Path | None = None) -> Path:
+def ensure_index(csv: Path, syntax: Syntax, folder: Path, videos: Path | None = None) -> Path:
     """The index file of `csv` as it is now, in `folder`, built if need be; safe when many processes do it at once.
 
     Args:
@@ -50,7 +52,7 @@ def indexed(csv: Path, syntax: Syntax, folder: Path, videos: Path | None = None)
     """
     with _naming(csv, folder):
         index = _indexed(csv, syntax, folder)
-        if videos is None or not read_header(index)["needs_folder"]:
+        if videos is None or not read_header(index)["depends_on_folder"]:
             return index
         return _with_folder(index, csv, syntax, videos)
 
@@ -76,7 +78,7 @@ def _indexed(csv: Path, syntax: Syntax, folder: Path) -> Path:
     how = _how(syntax)
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / f"{_name(os.fsencode(csv), *how)}.json"
-    known = _noted(note, csv)
+    known = _cached_index_name(note, csv)
     if known is not None and _is_complete(folder / known):
         return folder / known
     before = csv.stat()
@@ -90,7 +92,7 @@ def _indexed(csv: Path, syntax: Syntax, folder: Path) -> Path:
         "mtime_ns": before.st_mtime_ns,
         "index": index.name,
     }
-    if len(content) == before.st_size and time.time() - before.st_mtime > _SETTLED:
+    if len(content) == before.st_size and time.time() - before.st_mtime > _MTIME_SETTLED_SECONDS:
         with contextlib.suppress(PermissionError):  # another user's folder: only saves time
             _write(note, [json.dumps(stamp).encode()])
     return index
@@ -106,7 +108,7 @@ def _with_folder(plain: Path, csv: Path, syntax: Syntax, videos: Path) -> Path:
             raise CatalogError(f"{csv}: changed while it was read; try again")
         header, arrays = read_index(plain)
         header["duplicates"] = count_repeats(content, csv, syntax, videos)
-        _write(index, laid_out({k: v for k, v in header.items() if k not in ("arrays", "bytes")}, arrays))
+        _write(index, aligned_parts({k: v for k, v in header.items() if k not in ("arrays", "bytes")}, arrays))
     return index
 
 
@@ -123,7 +125,7 @@ def _name(*parts: bytes) -> str:
     return digest.hexdigest()
 
 
-def _noted(note: Path, csv: Path) -> str | None:
+def _cached_index_name(note: Path, csv: Path) -> str | None:
     """Name of the index of `csv`, if the note about it is of the file as it is now."""
     try:
         stamp = json.loads(note.read_bytes())
@@ -216,13 +218,13 @@ def _build(content: bytes, csv: Path, syntax: Syntax) -> list[Any]:
         "digest": digest.hexdigest(),
         "multi_label": syntax.multi_label,
         "duplicates": duplicates,
-        "needs_folder": needs_folder(paths, content),
+        "depends_on_folder": depends_on_folder(paths, content),
         "largest_label": int(parsed.labels.max()),
     }
-    return laid_out(header, arrays)
+    return aligned_parts(header, arrays)
 
 
-def laid_out(header: dict[str, Any], arrays: list[np.ndarray]) -> list[Any]:
+def aligned_parts(header: dict[str, Any], arrays: list[np.ndarray]) -> list[Any]:
     """The parts of an index file with this header and these arrays, each at a multiple of 64 bytes."""
     room = -(-(len(json.dumps(header)) + 1024) // 2048) * 2048  # for magic, length and the header itself
     at = room
@@ -238,4 +240,4 @@ def laid_out(header: dict[str, Any], arrays: list[np.ndarray]) -> list[Any]:
     return [head.ljust(room, b"\0"), *parts]
 
 
-__all__ = ["FORMAT", "indexed", "laid_out", "read_index"]
+__all__ = ["FORMAT", "aligned_parts", "ensure_index", "read_index"]

@@ -138,8 +138,8 @@ class TrainLoader:
 
     def _tasks(self) -> Iterator[Task]:
         for update, start, stop in self._slices():
-            for ticket in self._plan.tickets(start, stop):
-                yield Task(update, ticket)
+            for sample in self._plan.tickets(start, stop):
+                yield Task(update, sample)
 
     def _new_part(self) -> _Part:
         _, start, stop = next(self._steps)
@@ -161,7 +161,7 @@ class _Part:
         at = len(self.made) * self.copies
         self.clips[at : at + self.copies] = torch.from_numpy(answer.array)
         self.made.append(answer.result)
-        self.tickets.append(answer.task.ticket)
+        self.tickets.append(answer.task.sample)
 
     def batch(self) -> Batch:
         return Batch(

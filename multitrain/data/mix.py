@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from multitrain.config import AugmentConfig, DataConfig
-from multitrain.data.random import Draws
+from multitrain.data.random import KeyedRNG
 from multitrain.data.spatial import MEAN, STD, Box
 
 
 class BatchLike(Protocol):
-    """What `prepare` reads of a batch of N clips; see `multitrain.data.loader.Batch`."""
+    """What `finalize_batch` reads of a batch of N clips; see `multitrain.data.loader.Batch`."""
 
     clips: Tensor
     dataset: Tensor
@@ -30,7 +30,7 @@ class BatchLike(Protocol):
 
 
 @dataclass
-class Prepared:
+class DeviceBatch:
     """A batch of N clips as the model and the loss want it, on the device."""
 
     clips: Tensor
@@ -52,7 +52,7 @@ class Mixing(NamedTuple):
     """The box that CutMix takes from the partner; None for mixup."""
 
 
-def prepare(
+def finalize_batch(
     batch: BatchLike,
     data: DataConfig,
     datasets: dict[str, int],
@@ -60,7 +60,7 @@ def prepare(
     device: torch.device | str,
     seed: int,
     train: bool = True,
-) -> Prepared:
+) -> DeviceBatch:
     """Brings a batch to the device and finishes it there; the batch itself is not changed.
 
     datasets: classes by name, in head order; they are datasets of `data`. Without `train`, clips are neither erased nor
@@ -73,7 +73,7 @@ def prepare(
         multi_label = [name for name in datasets if data.datasets[name].multi_label]
         smooth(targets, batch.dataset, augment, multi_label)
         mix(clips, targets, batch.dataset, batch.start, augment, seed)
-    return Prepared(
+    return DeviceBatch(
         clips=clips,
         targets={name: rows.to(device, non_blocking=True) for name, rows in targets.items()},
         dataset=batch.dataset.to(device, non_blocking=True),
@@ -139,7 +139,7 @@ def mix(
     for first in range(0, len(clips), members):
         group = slice(first, min(first + members, len(clips)))
         number = start + first // augment.copies
-        mixing = draw_mixing(augment, clips.shape[-2], clips.shape[-1], Draws("mix", seed, number))
+        mixing = draw_mixing(augment, clips.shape[-2], clips.shape[-1], KeyedRNG("mix", seed, number))
         if mixing.share < 1.0:
             partner = partners(dataset[group].tolist(), across=augment.mix_across_datasets)
             _mix_clips(clips[group], torch.tensor(partner, device=clips.device), mixing)
@@ -162,7 +162,7 @@ def partners(dataset: Sequence[int], across: bool) -> list[int]:
     return [partner[i] for i in range(len(dataset))]
 
 
-def draw_mixing(augment: AugmentConfig, height: int, width: int, draws: Draws) -> Mixing:
+def draw_mixing(augment: AugmentConfig, height: int, width: int, draws: KeyedRNG) -> Mixing:
     """Draws λ ~ Beta(α, α) and, for CutMix, the box: sides √(1−λ) of the clip's, centre uniform, clipped."""
     both = augment.mixup_alpha > 0 and augment.cutmix_alpha > 0
     if not draws.coin(augment.mix_probability) or not (augment.mixup_alpha > 0 or augment.cutmix_alpha > 0):

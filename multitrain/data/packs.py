@@ -1,7 +1,7 @@
 """Packed videos: plain tar shards and one index, read as if the videos were files.
 
 A folder with a file `INDEX` is a pack. Code that has the path of a video below such a folder (``PACK/class/v1.mp4``) asks
-`locate` where its bytes are: in which shard, from where, how many, and with which checksum. ``SHARD.tar::class/v1.mp4`` names a video
+`find_packed` where its bytes are: in which shard, from where, how many, and with which checksum. ``SHARD.tar::class/v1.mp4`` names a video
 of one shard, also of a tar that something else has written. Paths that lie in no pack are files.
 
 The index is memory-mapped: all processes of a node share its pages. Neither torch nor a decoder is imported.
@@ -21,7 +21,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from multitrain.data.index import laid_out, read_index
+from multitrain.data.index import aligned_parts, read_index
 from multitrain.errors import ConfigError
 from multitrain.text import printable
 
@@ -134,7 +134,7 @@ def index_parts(videos: Sequence[Stored], shards: Sequence[str], header: dict[st
         starts.astype(np.min_scalar_type(int(starts[-1]))),
         np.frombuffer(b"".join(sorted_names), np.uint8),
     ]
-    return laid_out({"format": FORMAT, "shards": list(shards), **header}, arrays)
+    return aligned_parts({"format": FORMAT, "shards": list(shards), **header}, arrays)
 
 
 def _hash(name: bytes) -> int:
@@ -149,7 +149,7 @@ def open_pack(folder: Path) -> Pack | None:
     return _pack_in(os.path.abspath(folder))
 
 
-def locate(path: Path | str) -> Stored | None:
+def find_packed(path: Path | str) -> Stored | None:
     """Where the bytes of a video are, or None when it is a file (or nothing at all).
 
     Raises:
@@ -172,7 +172,7 @@ def read(path: Path | str) -> bytes | None:
         DamagedError: the shard has been cut off, or other bytes are there.
         ConfigError, OSError: the index or the shard cannot be read.
     """
-    stored = locate(path)
+    stored = find_packed(path)
     return None if stored is None else read_stored(stored)
 
 
@@ -180,27 +180,27 @@ def read_stored(stored: Stored) -> bytes:
     """`read` of a video whose place is known; an OSError names the shard."""
     try:
         content = _range(stored)
-        if not _is_whole(stored, content):
+        if not _is_intact(stored, content):
             content = _range(stored)  # once more: a server, not the disk, may have been wrong
     except OSError as error:
         _opened.cache_clear()  # e.g. a stale handle: the next try opens the shard anew
         raise OSError(error.errno, error.strerror or str(error), str(stored.shard)) from error
     if len(content) < stored.size:
         raise DamagedError(f"{printable(stored.shard.name)} is cut off: it ends within this video; pack it again")
-    if not _is_whole(stored, content):
+    if not _is_intact(stored, content):
         raise DamagedError(
             f"its bytes in {printable(stored.shard.name)} are damaged (another checksum); pack it again from its file"
         )
     return content
 
 
-def refusal(error: OSError) -> str:
+def os_error_text(error: OSError) -> str:
     """What the operating system refused, and of which file: of a packed video that is not the one that is asked for."""
     said = error.strerror or str(error)
     return f"{printable(os.fsdecode(error.filename))}: {said}" if error.filename else said
 
 
-def wrong_frame(stored: Stored) -> str:
+def framing_error(stored: Stored) -> str:
     """What is wrong with what surrounds a video in its shard (the tar's header, the filling behind it), or an empty text."""
     head, filling = header(stored.name, stored.size), -stored.size % BLOCK
     before = _range(stored._replace(offset=stored.offset - len(head), size=len(head)))
@@ -226,7 +226,7 @@ def header(name: str, size: int) -> bytes:
         return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
 
 
-def _is_whole(stored: Stored, content: bytes) -> bool:
+def _is_intact(stored: Stored, content: bytes) -> bool:
     return len(content) == stored.size and (stored.crc is None or zlib.crc32(content) == stored.crc)
 
 
@@ -298,13 +298,13 @@ __all__ = [
     "DamagedError",
     "Pack",
     "Stored",
+    "find_packed",
     "forget",
+    "framing_error",
     "header",
     "index_parts",
-    "locate",
     "open_pack",
+    "os_error_text",
     "read",
     "read_stored",
-    "refusal",
-    "wrong_frame",
 ]

@@ -56,10 +56,10 @@ class WorkerFn(Protocol):
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    patience: float
+    answer_timeout: float
     """Seconds within which a worker has to answer a task."""
 
-    def prepare(self) -> None:
+    def warm_up(self) -> None:
         """Import what `run` needs; called once, before workers are forked."""
         ...
 
@@ -229,7 +229,7 @@ class ProcessPool:
                     raise StopIteration
                 left = deadline - time.monotonic()
                 if not self._collect(max(left, 0.0)) and left <= 0:
-                    self._check_patience()
+                    self._check_answer_timeout()
                     return None
         except (LoaderError, ConfigError) as error:
             self._error = error
@@ -291,12 +291,12 @@ class ProcessPool:
             self._ready[number] = Result(task, result, array), slot
         return bool(arrived)
 
-    def _check_patience(self) -> None:
+    def _check_answer_timeout(self) -> None:
         for number, worker in enumerate(self._workers):
-            if worker.tasks and time.monotonic() - worker.heard > self._job.patience:
-                path = self._job.describe(worker.tasks[0][2])
+            if worker.tasks and time.monotonic() - worker.heard > self._job.answer_timeout:
+                path, seconds = self._job.describe(worker.tasks[0][2]), self._job.answer_timeout
                 raise LoaderError(
-                    f"loader worker {number} has not answered for {self._job.patience:.0f} s, at {path}; look at the file and its server"
+                    f"loader worker {number} has not answered for {seconds:.0f} s, at {path}; look at the file and its server"
                 )
 
     def _died(self, worker: _Worker) -> LoaderError:
@@ -353,7 +353,7 @@ def run_fork_server(given: dict[str, Any]) -> None:
         job: WorkerFn = pickle.loads(control.recv_bytes())
     except (EOFError, OSError):
         os._exit(0)
-    job.prepare()
+    job.warm_up()
     pids: dict[int, int] = {}
     for number in range(len(given["workers"])):
         pid = os.fork()

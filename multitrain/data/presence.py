@@ -8,10 +8,10 @@ import stat
 from pathlib import Path
 from typing import NamedTuple
 
-from multitrain.data.packs import DamagedError, locate
+from multitrain.data.packs import DamagedError, find_packed
 
 
-class Looked(NamedTuple):
+class PresenceCheck(NamedTuple):
     """What looking for videos on the disk found."""
 
     videos: int
@@ -37,7 +37,7 @@ class Looked(NamedTuple):
 def absent(path: Path) -> str | None:
     """Why there is no video at `path`, neither a file nor packed, or None."""
     try:
-        if locate(path) is not None:
+        if find_packed(path) is not None:
             return None
         return "folder" if stat.S_ISDIR(os.stat(path).st_mode) else None
     except PermissionError:
@@ -53,4 +53,4 @@ def frames_column(path: str, videos: Path) -> Path | None:
     return place if place is not None and absent(place) != "missing" else None
 
 
-__all__ = ["Looked", "absent", "frames_column"]
+__all__ = ["PresenceCheck", "absent", "frames_column"]

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 
 from multitrain.config import ConfigError
-from multitrain.data.random import Draws
+from multitrain.data.random import KeyedRNG
 
 OPERATIONS = (
     "AutoContrast",
@@ -89,7 +89,7 @@ def parse_policy(notation: str) -> Policy:
     )
 
 
-def draw_operations(policy: Policy, draws: Draws) -> list[Operation]:
+def draw_operations(policy: Policy, draws: KeyedRNG) -> list[Operation]:
     """The operations of one clip, in order; the same for all its frames."""
     drawn = []
     for _ in range(policy.layers):

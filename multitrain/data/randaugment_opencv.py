@@ -26,9 +26,9 @@ _TRUNCATE = 0.499
 """Pillow truncates where OpenCV rounds. Just under 1/2, so that whole numbers stay what they are."""
 _SHARPER = (-0.02, 1.04, -0.02)
 """Brings a rotated scene nearest to Pillow's: 0.61 to 0.49 grey levels in the mean, 3 to 2 in the 99th percentile."""
-_ROWS = 64
+_WIDE_ROWS = 64
 """Rows worked on at once where numbers larger than a pixel's are needed for each pixel."""
-_BAND = 512
+_ROWS_PER_BAND = 512
 """Rows of a large frame that are worked on at once."""
 _REACH = 2
 """Pixels that a cubic kernel reaches beyond the frame from a point inside."""
@@ -48,7 +48,7 @@ Step = Operation | np.ndarray | Filter
 """A statistic, a table (uint8 [256, 1] for all channels or [256, 3] for each) or a filter."""
 
 
-class Cropper:
+class FrameCropper:
     """Makes the crop of augmented frames of one size."""
 
     def __init__(self, height: int, width: int, operations: Sequence[Operation], crop: Box) -> None:
@@ -58,7 +58,7 @@ class Cropper:
         self._whole, self._partly = steps[:whole], steps[whole:]
         # Moving, blending and sharpening give each row the same whatever is worked on at once; a warp's rounding does not.
         large = crop.height * crop.width > LARGE and not any(isinstance(step, Warp) for step in self._partly)
-        rows = _BAND if large else crop.height
+        rows = _ROWS_PER_BAND if large else crop.height
         self._bands = [
             crop._replace(top=at, height=min(rows, crop.top + crop.height - at))
             for at in range(crop.top, crop.top + crop.height, rows)
@@ -72,7 +72,7 @@ class Cropper:
 
     def __call__(self, frame: np.ndarray) -> np.ndarray:
         """frame: uint8 [H, W, 3]; returns uint8 [crop.height, crop.width, 3], not to be written to: it may be part of it."""
-        image = Pending(frame)
+        image = LazyImage(frame)
         for step in self._whole:
             image.take(step, self.frame, self.frame)
         if len(self._bands) == 1:
@@ -82,7 +82,7 @@ class Cropper:
             out[band.top - self.crop.top :][: band.height] = self._part(image.copy(), band)
         return out
 
-    def _part(self, image: Pending, target: Box) -> np.ndarray:
+    def _part(self, image: LazyImage, target: Box) -> np.ndarray:
         """The part `target` of the frame behind the last step, from all of it before the first that works on parts."""
         regions = regions_of(self._partly, target)
         image.cut(regions[0])
@@ -99,7 +99,7 @@ def regions_of(steps: Sequence[Step], crop: Box) -> list[Box]:
     return regions[::-1]
 
 
-class Pending:
+class LazyImage:
     """Pixels, and the table that they have yet to go through."""
 
     def __init__(self, frame: np.ndarray) -> None:
@@ -107,9 +107,9 @@ class Pending:
         self._table: np.ndarray | None = None
         self._histogram: np.ndarray | None = None
 
-    def copy(self) -> Pending:
+    def copy(self) -> LazyImage:
         """The same pixels, not copied, and table."""
-        other = Pending(self._image)
+        other = LazyImage(self._image)
         other._table = self._table
         return other
 
@@ -154,18 +154,18 @@ class Pending:
         if op.name == "Contrast":
             return _enhance(op.argument, int(float(measured) * (1.0 / pixels) + 0.5))[:, None]
         make = _autocontrast if op.name == "AutoContrast" else _equalize
-        return np.stack([make(h) for h in self._pushed(measured.astype(np.float32))], axis=1)
+        return np.stack([make(h) for h in self._map_histogram(measured.astype(np.float32))], axis=1)
 
     def _luma(self) -> float:
         """The sum of the pixels' luma."""
         total = 0.0
-        for first in range(0, len(self._image), _BAND):
-            rows = self._image[first : first + _BAND]
+        for first in range(0, len(self._image), _ROWS_PER_BAND):
+            rows = self._image[first : first + _ROWS_PER_BAND]
             rows = rows if self._table is None else cv2.LUT(rows, self._table[None])
             total += cv2.sumElems(cv2.cvtColor(rows, cv2.COLOR_RGB2GRAY))[0]
         return total
 
-    def _pushed(self, histogram: np.ndarray) -> np.ndarray:
+    def _map_histogram(self, histogram: np.ndarray) -> np.ndarray:
         """Pixels of each grey level behind the table: int64 [3, 256]."""
         if self._table is None:
             return histogram.astype(np.int64)
@@ -373,8 +373,10 @@ class Warp:
         x = np.arange(target.left, target.left + target.width)[None, :] + 0.5
         (a, b, c), (d, e, f) = self._matrix
         mask = np.empty((target.height, target.width), np.uint8)
-        for first in range(0, target.height, _ROWS):  # the float64 numbers of a whole large frame would be too many
-            rows = mask[first : first + _ROWS]
+        for first in range(
+            0, target.height, _WIDE_ROWS
+        ):  # the float64 numbers of a whole large frame would be too many
+            rows = mask[first : first + _WIDE_ROWS]
             y = np.arange(target.top + first, target.top + first + len(rows))[:, None] + 0.5
             u, v = a * x + b * y + c, d * x + e * y + f
             outside = (u < 0) | (u >= self._width) | (v < 0) | (v >= self._height)

@@ -15,7 +15,7 @@ import numpy as np
 
 from multitrain.data.decode import Picture
 from multitrain.data.randaugment import FILL, Operation
-from multitrain.data.randaugment_opencv import Cropper, Pending, Step, Warp, regions_of
+from multitrain.data.randaugment_opencv import FrameCropper, LazyImage, Step, Warp, regions_of
 from multitrain.data.spatial import Box
 
 _TILE = 384
@@ -25,7 +25,7 @@ _TILE = 384
 class TileCropper:
     """Makes the crop of augmented large frames, as `cropper` does; of its rows, those that a resize to `size` rows reads, if given."""
 
-    def __init__(self, cropper: Cropper, size: int | None = None) -> None:
+    def __init__(self, cropper: FrameCropper, size: int | None = None) -> None:
         self._cropper, self._frame, self._crop = cropper, cropper.frame, cropper.crop
         self._rows = rows_read(self._crop.height, size or self._crop.height)
         self._steps: list[Step] = [
@@ -43,7 +43,7 @@ class TileCropper:
             top, left = tile.top - self._crop.top, tile.left - self._crop.left
             rows = self._rows[(self._rows >= top) & (self._rows < top + tile.height)]
             if len(rows):
-                out[rows, left : left + tile.width] = _behind(steps, picture, tile).pixels()[rows - top]
+                out[rows, left : left + tile.width] = _after_steps(steps, picture, tile).pixels()[rows - top]
         return out
 
     def _resolved(self, picture: Picture) -> list[Step]:
@@ -65,7 +65,7 @@ class TileCropper:
         """The table of a statistic behind some steps, and what was measured for it, unless it is known."""
         total, image = np.float64(0), None
         for tile in _tiles(self._frame):
-            image = _behind(steps, picture, tile)
+            image = _after_steps(steps, picture, tile)
             if known is not None:
                 break
             total = total + image.measure(op)
@@ -74,10 +74,10 @@ class TileCropper:
         return image.table(op, measured, self._frame.height * self._frame.width), measured
 
 
-def _behind(steps: Sequence[Step], picture: Picture, tile: Box) -> Pending:
+def _after_steps(steps: Sequence[Step], picture: Picture, tile: Box) -> LazyImage:
     """A tile of the frame behind the steps."""
     regions = regions_of(steps, tile)
-    image = Pending(picture.cut(*regions[0]))
+    image = LazyImage(picture.cut(*regions[0]))
     for step, source, target in zip(steps, regions, regions[1:]):
         image.take(step, source, target)
     return image

@@ -22,8 +22,8 @@ def generator(*parts: int | str | bytes) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key(*parts)))
 
 
-class Draws:
-    """A stream of draws that is a pure function of `parts`, e.g. ``Draws("augment", seed, "ssv2", index, copy)``."""
+class KeyedRNG:
+    """A stream of draws that is a pure function of `parts`, e.g. ``KeyedRNG("augment", seed, "ssv2", index, copy)``."""
 
     def __init__(self, *parts: int | str | bytes) -> None:
         self._bits = generator(*parts).bit_generator

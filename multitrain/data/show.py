@@ -16,7 +16,7 @@ import torch
 from multitrain.config import RunConfig
 from multitrain.data.catalog import Catalog
 from multitrain.data.clips import Task, TrainClipFn
-from multitrain.data.mix import prepare
+from multitrain.data.mix import finalize_batch
 from multitrain.data.spatial import MEAN, STD
 from multitrain.files import output_file
 from multitrain.monitor.plot_style import COLOURS, INK, figure, png
@@ -28,7 +28,7 @@ _FRAMES = 8
 
 
 @dataclass(frozen=True)
-class Shown:
+class ClipPreview:
     """One clip as the model gets it."""
 
     dataset: str
@@ -45,7 +45,7 @@ class Shown:
 
 @dataclass
 class _Batch:
-    """What `multitrain.data.mix.prepare` reads."""
+    """What `multitrain.data.mix.finalize_batch` reads."""
 
     clips: torch.Tensor
     dataset: torch.Tensor
@@ -55,13 +55,15 @@ class _Batch:
     start: int
 
 
-def clips_of(config: RunConfig, catalogs: Mapping[str, Catalog], plan: Plan, update: int, videos: int) -> list[Shown]:
+def clips_of(
+    config: RunConfig, catalogs: Mapping[str, Catalog], plan: Plan, update: int, videos: int
+) -> list[ClipPreview]:
     """The clips of the first `videos` videos of an update (counted from 0), rounded up to whole mix groups, in their order."""
     count = min(-(-videos // config.group) * config.group, config.effective_batch)
     start = update * config.effective_batch
     tickets = plan.tickets(start, start + count)
     job = TrainClipFn(catalogs, plan, config)
-    job.prepare()
+    job.warm_up()
     copies = job.shape[0]
     pixels = np.empty((count * copies, *job.shape[1:]), job.dtype)
     made = [job.run(Task(update, t), pixels[i * copies : (i + 1) * copies]) for i, t in enumerate(tickets)]
@@ -74,7 +76,7 @@ def clips_of(config: RunConfig, catalogs: Mapping[str, Catalog], plan: Plan, upd
         start=start,
     )
     classes = {name: catalog.classes for name, catalog in catalogs.items()}
-    ready = prepare(batch, config.data, classes, config.augment, "cpu", config.seed)
+    ready = finalize_batch(batch, config.data, classes, config.augment, "cpu", config.seed)
     images = (ready.clips * STD + MEAN).clamp_(0, 1).mul_(255).round_().to(torch.uint8).permute(0, 2, 3, 4, 1).numpy()
     shown = []
     for number in range(len(images)):
@@ -88,7 +90,7 @@ def clips_of(config: RunConfig, catalogs: Mapping[str, Catalog], plan: Plan, upd
         )
         bad = ", ".join(f"{s['path']} ({s['reason']})" for s in own.skipped)
         shown.append(
-            Shown(
+            ClipPreview(
                 dataset=name,
                 path=path,
                 frames=images[number],
@@ -111,7 +113,7 @@ def _weights(targets: np.ndarray, catalog: Catalog) -> list[tuple[str, float]]:
     return [(_name(catalog, int(i)), float(targets[i])) for i in order if targets[i] > floor]
 
 
-def picture(shown: Sequence[Shown], title: str) -> bytes:
+def picture(shown: Sequence[ClipPreview], title: str) -> bytes:
     """One row a clip: frames, dataset and path, the video's labels, and the weights that the loss is told, as PNG."""
     rows = len(shown)
     drawn, axes = figure(2, rows, width=15, height=1.35 * rows + 0.5, ratio=2.4)
@@ -134,10 +136,10 @@ def picture(shown: Sequence[Shown], title: str) -> bytes:
     return png(drawn)
 
 
-def write(path: Path, shown: Sequence[Shown], title: str) -> None:
+def write(path: Path, shown: Sequence[ClipPreview], title: str) -> None:
     """Write the picture to `path`, folders made when missing. Raises ConfigError: something else is in the way."""
     with output_file(path, "data show") as temporary:
         temporary.write_bytes(picture(shown, title))
 
 
-__all__ = ["Shown", "clips_of", "picture", "write"]
+__all__ = ["ClipPreview", "clips_of", "picture", "write"]

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 from multitrain.data.decode import LARGE, Frame, part
-from multitrain.data.random import Draws
+from multitrain.data.random import KeyedRNG
 
 MEAN = 0.45
 """Mean of the pixel values, 0 to 1, that every channel is normalised by."""
@@ -44,7 +44,7 @@ class Box(NamedTuple):
 
 
 def random_resized_crop(
-    height: int, width: int, area: tuple[float, float], aspect: tuple[float, float], draws: Draws
+    height: int, width: int, area: tuple[float, float], aspect: tuple[float, float], draws: KeyedRNG
 ) -> Box:
     """The box of a random resized crop (Szegedy et al., 2015) of a frame of height × width.
 
@@ -65,7 +65,7 @@ def random_resized_crop(
     return Box((height - h) // 2, (width - w) // 2, h, w)
 
 
-def erase_box(height: int, width: int, probability: float, draws: Draws) -> Box:
+def erase_box(height: int, width: int, probability: float, draws: KeyedRNG) -> Box:
     """The box that random erasing (Zhong et al., 2020) fills with noise; all zeros for none.
 
     One box for all frames: 2 % to 33 % of the area, height ÷ width log-uniform from 0.3 to 3.33, inside the frame.

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 from multitrain.config import ConfigError, DataConfig, DatasetConfig, ModelConfig
-from multitrain.data.call_timeout import Lease
+from multitrain.data.call_timeout import WriteLease
 from multitrain.data.decode import Frame, open_video
 from multitrain.data.frames import view_indices
 from multitrain.data.spatial import MEAN, STD, Box, resize_crop, short_side_size, uniform_crop, union
@@ -63,7 +63,7 @@ def load_views(
     data: DataConfig,
     model: ModelConfig,
     out: np.ndarray | None = None,
-    lease: Lease | None = None,
+    lease: WriteLease | None = None,
 ) -> np.ndarray:
     """All views of a video, normalised: float32 [V, 3, T, S, S], view = temporal view × spatial_views + crop.
 
@@ -75,7 +75,7 @@ def load_views(
         VideoError: the video cannot be read; `out` may hold some of its frames.
         CallTimeout: the lease has ended.
     """
-    lease = lease or Lease()
+    lease = lease or WriteLease()
     with open_video(path, data.decoder, data.decode_timeout) as video:
         shown = view_indices(dataset, data, video.frame_count, video.fps, model.frames)
         if out is None:

@@ -5,7 +5,7 @@ an edit list hides), so that a frame's number is its place in presentation order
 need. `decord` is what the published code used: a file with an edit list and an MPEG-4 AVI give wrong frames, AV1 gives
 none; a recording that begins inside a group of pictures is read by `pyav` all the same.
 
-`read_whole` decodes all of a file and says what is in it or wrong with it. Whatever a library raises about a file comes out
+`scan_video` decodes all of a file and says what is in it or wrong with it. Whatever a library raises about a file comes out
 as one `VideoError`.
 """
 
@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Literal
 
 from multitrain.data.decode.decord import DecordVideo
+from multitrain.data.decode.full_scan import VideoScan, check_complete, scan_video
 from multitrain.data.decode.picture import LARGE, Frame, Picture, part, pixels
 from multitrain.data.decode.pyav import PyAVVideo
 from multitrain.data.decode.video import Video, VideoError, check_file
-from multitrain.data.decode.whole import Whole, check_complete, read_whole
 
 Backend = Literal["pyav", "decord"]
 
@@ -48,7 +48,7 @@ def open_video(path: Path | str, backend: Backend = "pyav", timeout: float | Non
     return PyAVVideo(path, deadline)
 
 
-def prepare(backend: Backend) -> None:
+def preload(backend: Backend) -> None:
     """Import a backend's library now rather than with the first video; not decord, which may be missing."""
     if backend == "pyav":
         import av  # noqa: F401
@@ -61,11 +61,11 @@ __all__ = [
     "Picture",
     "Video",
     "VideoError",
-    "Whole",
+    "VideoScan",
     "check_complete",
     "open_video",
     "part",
     "pixels",
-    "prepare",
-    "read_whole",
+    "preload",
+    "scan_video",
 ]

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from multitrain.data.decode.video import VideoError, from_pack, may_pass
+from multitrain.data.decode.video import VideoError, from_pack, is_transient
 from multitrain.data.packs import read
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def check_size(path: Path, width: int, height: int) -> None:
 
 def as_video_error(path: Path, error: BaseException) -> VideoError:
     """What a library raised about a file, as the one error that callers know."""
-    return error if isinstance(error, VideoError) else VideoError(path, _reason(error), transient=may_pass(error))
+    return error if isinstance(error, VideoError) else VideoError(path, _reason(error), transient=is_transient(error))
 
 
 def _reason(error: BaseException) -> str:

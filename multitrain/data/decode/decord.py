@@ -12,7 +12,7 @@ import numpy as np
 from multitrain.config import ConfigError
 from multitrain.data.decode.container import Bytes, open_container, opened
 from multitrain.data.decode.rate import average_rate
-from multitrain.data.decode.video import Video, VideoError, check_time, may_pass
+from multitrain.data.decode.video import Video, VideoError, check_deadline, is_transient
 
 _TOGETHER = 16
 """Frames asked for in one call: enough to cost nothing more."""
@@ -45,7 +45,7 @@ class DecordVideo(Video):
             except Exception as error:
                 self.close()
                 reason = f"decord cannot read it ({_reason(error, path)}); data.decoder=pyav may"
-                raise VideoError(path, reason, transient=may_pass(error)) from error
+                raise VideoError(path, reason, transient=is_transient(error)) from error
         if self.frame_count < 1:
             self.close()
             raise VideoError(path, f"{self.frame_count} frames")
@@ -77,11 +77,11 @@ class DecordVideo(Video):
     def _each(self, numbers: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         for start in range(0, len(numbers), self._together):
             some = numbers[start : start + self._together]
-            check_time(self.path, self._deadline)
+            check_deadline(self.path, self._deadline)
             try:
                 frames = self._reader.get_batch(some).asnumpy()
             except Exception as error:
-                raise VideoError(self.path, _reason(error, self.path), transient=may_pass(error)) from error
+                raise VideoError(self.path, _reason(error, self.path), transient=is_transient(error)) from error
             yield from zip(some, np.asarray(frames, dtype=np.uint8))
             del frames
 

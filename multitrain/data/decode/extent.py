@@ -13,9 +13,9 @@ from typing import BinaryIO
 _Reader = Callable[[bytes, "_Walk"], int]
 """Size in bytes of the chunk that begins with these bytes, its header included; 0 where nothing more is known."""
 
-_HEAD = 320
+_HEADER_BYTES = 320
 """Bytes that hold every header of a chunk; an Ogg page has the longest."""
-_MOST = 1 << 22
+_MAX_CHUNKS = 1 << 22
 """Chunks that are looked at; a file of more is taken as it is."""
 _ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 _ASF_DATA = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")
@@ -50,12 +50,12 @@ def needed_bytes(file: BinaryIO, size: int, kind: str) -> int:
         return size
     first, read = found
     file.seek(0)
-    at, walk = first(file.read(_HEAD)), _Walk()
-    for _ in range(_MOST):
+    at, walk = first(file.read(_HEADER_BYTES)), _Walk()
+    for _ in range(_MAX_CHUNKS):
         if at >= size:
             return at
         file.seek(at)
-        head, walk.left = file.read(_HEAD), size - at
+        head, walk.left = file.read(_HEADER_BYTES), size - at
         try:
             length = read(head, walk)
         except (_ShortError, IndexError):

@@ -64,7 +64,7 @@ class Packets:
         """Whether presentation times tell frames apart, and decoding times rise, as they do in one recording."""
         pts, dts = self.pts[self.shown], self.dts
         dts = dts[dts != NO_TIME]
-        return NO_TIME not in pts and _rise(np.sort(pts)) and _rise(dts)
+        return NO_TIME not in pts and _is_rising(np.sort(pts)) and _is_rising(dts)
 
     def begins_inside(self) -> bool:
         """Whether pictures come before the first key picture, in the file or on the screen: then the decoder has to be
@@ -74,12 +74,12 @@ class Packets:
         return first > 0 or not len(self.keys) or bool(np.any(early))
 
 
-def _rise(times: np.ndarray) -> bool:
+def _is_rising(times: np.ndarray) -> bool:
     return bool((times[1:] > times[:-1]).all())
 
 
 @dataclass(frozen=True)
-class Table:
+class FrameIndex:
     """Where the shown frames are among a file's packets; frames in presentation order, packets in file order."""
 
     packet: np.ndarray
@@ -103,14 +103,14 @@ class Table:
         return runs
 
 
-def by_count(packets: Packets, hidden: int = 0) -> Table:
+def index_by_count(packets: Packets, hidden: int = 0) -> FrameIndex:
     """The table of a file without presentation times, of which the decoder does not show the first `hidden` pictures."""
     shown = packets.shown
     shown = shown[shown >= packets.first][hidden:]
-    return Table(shown, np.full(len(shown), packets.first), None, packets.first)
+    return FrameIndex(shown, np.full(len(shown), packets.first), None, packets.first)
 
 
-def by_time(packets: Packets, begin: int = NO_TIME) -> Table:
+def index_by_pts(packets: Packets, begin: int = NO_TIME) -> FrameIndex:
     """The table of a file whose presentation times can be trusted, of which nothing is shown before `begin`.
 
     A frame can be decoded from the last key packet before it that is shown no later: pictures stored after a key picture
@@ -127,7 +127,7 @@ def by_time(packets: Packets, begin: int = NO_TIME) -> Table:
         at[later] -= 1
         later = _later(pts, keys, at, shown)
     start = np.where(at >= 0, keys[at] if len(keys) else 0, first)
-    return Table(shown, start, pts[shown], first)
+    return FrameIndex(shown, start, pts[shown], first)
 
 
 def _later(pts: np.ndarray, keys: np.ndarray, at: np.ndarray, shown: np.ndarray) -> np.ndarray:
@@ -137,4 +137,4 @@ def _later(pts: np.ndarray, keys: np.ndarray, at: np.ndarray, shown: np.ndarray)
     return (at >= 0) & (pts[keys[at]] > pts[shown])
 
 
-__all__ = ["NO_TIME", "Packets", "Table", "by_count", "by_time"]
+__all__ = ["NO_TIME", "FrameIndex", "Packets", "index_by_count", "index_by_pts"]

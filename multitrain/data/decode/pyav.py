@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from multitrain.data.decode.container import as_video_error, check_size, has_flag, open_container
-from multitrain.data.decode.frame_index import NO_TIME, Packets, Table, by_count, by_time
+from multitrain.data.decode.frame_index import NO_TIME, FrameIndex, Packets, index_by_count, index_by_pts
 from multitrain.data.decode.picture import LARGE, Cutter, Frame, Picture, can_be_cut
 from multitrain.data.decode.rate import average_rate, frame_seconds
-from multitrain.data.decode.video import Video, VideoError, check_time
+from multitrain.data.decode.video import Video, VideoError, check_deadline
 
 if TYPE_CHECKING:
     import av
 
-HELD_BYTES = 64 << 20
+MAX_CACHED_BYTES = 64 << 20
 """Compressed bytes kept in memory; a longer file is read again for each pass over its frames."""
 MAX_FRAMES = 1 << 22
 """Frames of the longest video, 38 hours at 30 a second."""
-_LESS = 8
+_LARGE_FRAME_DIVISOR = 8
 """How many times fewer of a video of large frames: decoding these takes far longer than reading the file again."""
-_OVERHEAD = 512
+_PACKET_OVERHEAD = 512
 """Bytes that a packet takes beside its content."""
 
 
@@ -42,8 +42,8 @@ class PyAVVideo(Video):
         self.container, self.stream = open_container(path)
         try:
             self._packets: list[av.Packet] | None = []
-            self._listed = self._list()
-            self._table = self._tabulate()
+            self._listed = self._read_packets()
+            self._table = self._build_index()
             self.frame_count = len(self._table.packet)
             self._seconds = self._times()
             self.fps = average_rate(self.container, self.stream, len(self._listed.shown), self._seconds)
@@ -69,7 +69,7 @@ class PyAVVideo(Video):
         """All frames as the decoder gives them, none converted. Raises what the decoder raises."""
         self.stream.codec_context.flush_buffers()
         for _, packet in self._range(self._table.first, self.packet_count - 1):
-            yield from _taken(self._decode(packet))
+            yield from _drain(self._decode(packet))
 
     def times(self) -> list[float]:
         return super().times() if self._seconds is None else self._seconds.tolist()
@@ -82,22 +82,22 @@ class PyAVVideo(Video):
         """All packets with content; the end of a truncated file is its end."""
         try:
             for packet in self.container.demux(self.stream):
-                check_time(self.path, self._deadline)
+                check_deadline(self.path, self._deadline)
                 if packet.size:
                     yield packet
         except Exception as error:
             raise as_video_error(self.path, error) from error
 
-    def _list(self) -> Packets:
+    def _read_packets(self) -> Packets:
         """All packets of the file; they are kept as well where they are not too large."""
         context = self.stream.codec_context
         packets, held, last = Packets(), 0, None
-        most = HELD_BYTES // _LESS if context.width * context.height > LARGE else HELD_BYTES
+        most = MAX_CACHED_BYTES // _LARGE_FRAME_DIVISOR if context.width * context.height > LARGE else MAX_CACHED_BYTES
         vp8 = context.name in ("vp8", "libvpx")
         for number, packet in enumerate(self._demuxed()):
             if self._packets is not None:
                 self._packets.append(packet)
-                held += packet.size + _OVERHEAD
+                held += packet.size + _PACKET_OVERHEAD
                 if held > most:
                     self._packets = None
             hidden = packet.is_discard or (vp8 and _is_invisible(packet))
@@ -111,16 +111,16 @@ class PyAVVideo(Video):
             raise VideoError(self.path, "no frame in it")
         return packets
 
-    def _tabulate(self) -> Table:
+    def _build_index(self) -> FrameIndex:
         """The frames that a player shows: from the first on that the decoder gives, as in ffmpeg."""
         packets = self._listed
         avi = self.container.format.name == "avi"
         made_up = avi and self.stream.codec_context.has_b_frames  # by the reader: an AVI has none
         inside = packets.begins_inside() or self._begins_with_refresh()
         if packets.timed() and not made_up:
-            return by_time(packets, self._begin()) if inside else by_time(packets)
+            return index_by_pts(packets, self._first_pts()) if inside else index_by_pts(packets)
         raw = has_flag(self.container, "no_timestamps")  # nothing says whether a picture is shown before the first key
-        return by_count(packets, self._hidden() if inside or raw else 0)
+        return index_by_count(packets, self._count_hidden() if inside or raw else 0)
 
     def _times(self) -> np.ndarray | None:
         """Seconds of each frame from the first; of a file that is counted, when its packets are decoded."""
@@ -136,7 +136,7 @@ class PyAVVideo(Video):
         first = next((packet for _, packet in self._range(0, 0)), None)
         return first is not None and not _holds_idr(bytes(first), self.stream.codec_context.extradata or b"")
 
-    def _begin(self) -> int:
+    def _first_pts(self) -> int:
         """The time stamp of the first frame that the decoder gives."""
         for _, packet in self._range(self._listed.first, len(self._listed) - 1):
             for frame in self._decode_if_possible(packet):
@@ -144,7 +144,7 @@ class PyAVVideo(Video):
                     return frame.pts
         raise VideoError(self.path, "no frame can be decoded")
 
-    def _hidden(self) -> int:
+    def _count_hidden(self) -> int:
         """How many pictures of the first group the decoder does not give."""
         first, keys, shown = self._listed.first, self._listed.keys, self._listed.shown
         stop = int(keys[1]) if len(keys) > 1 else len(self._listed)
@@ -166,13 +166,13 @@ class PyAVVideo(Video):
     def _each(self, numbers: list[int]) -> Iterator[tuple[int, Frame]]:
         convert = Converter(self.path, self.frame_count)
         try:
-            yield from (self._counted if self._table.pts is None else self._timed)(numbers, convert)
+            yield from (self._frames_by_count if self._table.pts is None else self._frames_by_pts)(numbers, convert)
         except VideoError:
             raise
         except Exception as error:
             raise as_video_error(self.path, error) from error
 
-    def _timed(self, numbers: list[int], convert: Converter) -> Iterator[tuple[int, Frame]]:
+    def _frames_by_pts(self, numbers: list[int], convert: Converter) -> Iterator[tuple[int, Frame]]:
         missing = set(numbers)
         for number, image in self._decoded(numbers, self._table.runs(numbers), convert, skip=True):
             missing.discard(number)
@@ -200,7 +200,7 @@ class PyAVVideo(Video):
                 for number, packet in self._range(first, last):
                     if skip:
                         self.stream.codec_context.skip_frame = "DEFAULT" if number in needed else "NONREF"
-                    for frame in _taken(self._decode(packet)):
+                    for frame in _drain(self._decode(packet)):
                         n = by_pts.get(frame.pts) if frame.pts is not None else None
                         image = None if n is None else convert(frame, n)
                         del frame
@@ -211,12 +211,12 @@ class PyAVVideo(Video):
         finally:
             self.stream.codec_context.skip_frame = "DEFAULT"
 
-    def _counted(self, numbers: list[int], convert: Converter) -> Iterator[tuple[int, Frame]]:
+    def _frames_by_count(self, numbers: list[int], convert: Converter) -> Iterator[tuple[int, Frame]]:
         """Frames by counting what the decoder gives from the top; the last one stands for those that never come."""
         missing, count, final = set(numbers), 0, None
         self.stream.codec_context.flush_buffers()
         for _, packet in self._range(self._table.first, int(self._table.packet[-1])):
-            for frame in _taken(self._decode(packet)):
+            for frame in _drain(self._decode(packet)):
                 final, count = frame, count + 1
                 del frame
                 if count - 1 in missing:
@@ -246,7 +246,7 @@ class PyAVVideo(Video):
         yield last + 1, None
 
     def _decode(self, packet: av.Packet | None) -> list[av.VideoFrame]:
-        check_time(self.path, self._deadline)
+        check_deadline(self.path, self._deadline)
         try:
             return self.stream.codec_context.decode(packet)
         except EOFError:
@@ -280,7 +280,7 @@ class Converter:
             gc.collect()
 
 
-def _taken(frames: list[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+def _drain(frames: list[av.VideoFrame]) -> Iterator[av.VideoFrame]:
     """Frames out of a list; none is kept alive but by who takes it, for one of 8K has 50 MB."""
     while frames:
         yield frames.pop(0)
@@ -337,4 +337,4 @@ def _upright(image: np.ndarray, matrix: tuple[int, int, int, int] | None) -> np.
     return image[:: -1 if down else 1, :: -1 if across else 1]
 
 
-__all__ = ["HELD_BYTES", "MAX_FRAMES", "Converter", "PyAVVideo", "upright_size"]
+__all__ = ["MAX_CACHED_BYTES", "MAX_FRAMES", "Converter", "PyAVVideo", "upright_size"]

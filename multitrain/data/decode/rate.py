@@ -12,12 +12,12 @@ from multitrain.data.decode.container import has_flag
 if TYPE_CHECKING:
     import av
 
-UNKNOWN = 30.0
+DEFAULT_FPS = 30.0
 """Frames a second of a single picture, or of a file that says nothing of time."""
 
-_AGREES = 0.01
+_RATE_TOLERANCE = 0.01
 """Share of the frames by which a container's word may differ from its time stamps; one frame is allowed in any case."""
-_GAP = 10.0
+_CLOCK_RESET_SECONDS = 10.0
 """Seconds between two frames of a stream from which on the clock has been set anew; ffmpeg's `dts_delta_threshold`."""
 
 
@@ -39,12 +39,12 @@ def average_rate(
     kind = container.format.name
     if kind == "avi" and not cut_off_avi(stream):
         length = (stream.duration or 0) * (stream.time_base or Fraction(0))
-        return float(pictures / length) if length else said or UNKNOWN
+        return float(pictures / length) if length else said or DEFAULT_FPS
     if said and kind.startswith("mov") and stream.frames:
         return said
     steps, span = (0, 0.0) if seconds is None else (len(seconds) - 1, float(seconds[-1]))
-    if span <= 0 or (said and abs(said * span - steps) <= max(1.0, _AGREES * steps)):
-        return said or UNKNOWN
+    if span <= 0 or (said and abs(said * span - steps) <= max(1.0, _RATE_TOLERANCE * steps)):
+        return said or DEFAULT_FPS
     return steps / span
 
 
@@ -58,7 +58,7 @@ def frame_seconds(container: av.container.InputContainer, stream: av.VideoStream
     steps = np.diff(seconds)
     anew = steps < 0
     if has_flag(container, "ts_discont"):
-        anew |= steps > max(_GAP, 10 * float(np.median(steps))) if len(steps) else False
+        anew |= steps > max(_CLOCK_RESET_SECONDS, 10 * float(np.median(steps))) if len(steps) else False
     if anew.any():
         seconds[1:] = np.cumsum(np.where(anew, np.median(steps), steps))
     return seconds
@@ -69,4 +69,4 @@ def cut_off_avi(stream: av.VideoStream) -> bool:
     return bool(stream.frames and stream.duration and stream.duration < stream.frames)
 
 
-__all__ = ["UNKNOWN", "average_rate", "cut_off_avi", "frame_seconds"]
+__all__ = ["DEFAULT_FPS", "average_rate", "cut_off_avi", "frame_seconds"]

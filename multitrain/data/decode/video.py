@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from multitrain.data.decode.picture import Frame, pixels
-from multitrain.data.packs import DamagedError, Stored, locate, refusal
+from multitrain.data.packs import DamagedError, Stored, find_packed, os_error_text
 
-_LASTING = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+_PERMANENT_ERRNOS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 
 class VideoError(Exception):
@@ -140,13 +140,13 @@ def from_pack(path: Path) -> Iterator[None]:
     except DamagedError as error:
         raise VideoError(path, str(error)) from error
     except OSError as error:
-        raise VideoError(path, refusal(error), transient=may_pass(error)) from error
+        raise VideoError(path, os_error_text(error), transient=is_transient(error)) from error
 
 
 def located(path: Path) -> Stored | None:
     """Where a packed video is, None for a file. Raises VideoError when the pack cannot be read."""
     with from_pack(path):
-        return locate(path)
+        return find_packed(path)
 
 
 def check_file(path: Path) -> None:
@@ -160,23 +160,23 @@ def check_file(path: Path) -> None:
     except ValueError as error:
         raise VideoError(path, "no name of a file (a NUL in it)") from error
     except OSError as error:
-        raise VideoError(path, error.strerror or str(error), transient=may_pass(error)) from error
+        raise VideoError(path, error.strerror or str(error), transient=is_transient(error)) from error
     if not stat.S_ISREG(found.st_mode):
         raise VideoError(path, "not a file of bytes but a folder, pipe or device")
     if found.st_size == 0:
         raise VideoError(path, "empty file")
 
 
-def may_pass(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether the operating system failed in a way that another try may not meet (EIO, ESTALE, ETIMEDOUT …)."""
     lasting = (FileNotFoundError, NotADirectoryError, PermissionError, IsADirectoryError)
-    return isinstance(error, OSError) and not isinstance(error, lasting) and error.errno not in _LASTING
+    return isinstance(error, OSError) and not isinstance(error, lasting) and error.errno not in _PERMANENT_ERRNOS
 
 
-def check_time(path: Path, deadline: float) -> None:
+def check_deadline(path: Path, deadline: float) -> None:
     """Raises VideoError when the monotonic clock is past `deadline`."""
     if time.monotonic() > deadline:
         raise VideoError(path, "decoding took longer than data.decode_timeout")
 
 
-__all__ = ["Video", "VideoError", "check_file", "check_time", "from_pack", "located", "may_pass"]
+__all__ = ["Video", "VideoError", "check_deadline", "check_file", "from_pack", "is_transient", "located"]

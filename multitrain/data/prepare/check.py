@@ -64,7 +64,7 @@ class Finding(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Report:
+class CheckReport:
     """All that was found."""
 
     entries: Sequence[Entry]
@@ -87,9 +87,13 @@ class Report:
         header = ["dataset", "split", "videos", "good", *KINDS]
         rows = [[d, s or "-", *(str(c[k]) for k in header[2:])] for (d, s), c in self.counts().items()]
         text = [table(header, rows, left=2)]
-        listed = [printable(f"{f.kind}: {f.entry.file} ({f.entry.place}): {f.detail}") for f in self.findings[:shown]]
-        more = len(self.findings) - len(listed)
-        return "\n".join([*text, *([""] if listed else []), *listed, *([f"… and {more} more"] if more > 0 else [])])
+        list_entries = [
+            printable(f"{f.kind}: {f.entry.file} ({f.entry.place}): {f.detail}") for f in self.findings[:shown]
+        ]
+        more = len(self.findings) - len(list_entries)
+        return "\n".join(
+            [*text, *([""] if list_entries else []), *list_entries, *([f"… and {more} more"] if more > 0 else [])]
+        )
 
     def csv(self) -> str:
         """All findings: dataset, split, annotations, line, path, labels, kind, detail."""
@@ -104,7 +108,7 @@ class Report:
 # ---------------------------------------------------------------------------------------------------------- entries
 
 
-def listed(datasets: Mapping[str, DatasetConfig]) -> list[Entry]:
+def list_entries(datasets: Mapping[str, DatasetConfig]) -> list[Entry]:
     """All lines of all annotation files of some datasets. Raises CatalogError: none is there, or one cannot be read."""
     out = []
     for name, dataset in datasets.items():
@@ -121,7 +125,7 @@ def listed(datasets: Mapping[str, DatasetConfig]) -> list[Entry]:
     return out
 
 
-def in_folder(folder: Path) -> list[Entry]:
+def entries_in_folder(folder: Path) -> list[Entry]:
     """All video files below a folder, without labels. Raises CatalogError."""
     return [Entry(folder.name, "", "", 0, path, str(folder / path), ()) for path in found_below(folder)]
 
@@ -134,15 +138,15 @@ def _read(file: Path, syntax: Syntax) -> Iterator[tuple[int, str, tuple[int, ...
 # ---------------------------------------------------------------------------------------------------------- findings
 
 
-def judge(entries: Sequence[Entry], scans: Mapping[str, Mapping[str, Any]], min_frames: int) -> Report:
+def find_problems(entries: Sequence[Entry], scans: Mapping[str, Mapping[str, Any]], min_frames: int) -> CheckReport:
     """What is wrong with `entries`.
 
     scans: by file, the record of `multitrain.data.prepare.scan.ScanFile`.
     """
-    found = [f for e in entries if (f := _by_itself(e, scans[e.file], min_frames)) is not None]
-    found += _compared(entries, _contents({e.file: scans[e.file] for e in entries}))
+    found = [f for e in entries if (f := _problem_of(e, scans[e.file], min_frames)) is not None]
+    found += _duplicates_and_leaks(entries, _contents({e.file: scans[e.file] for e in entries}))
     order = {entry: number for number, entry in enumerate(entries)}
-    return Report(entries, sorted(found, key=lambda f: (order[f.entry], KINDS.index(f.kind))))
+    return CheckReport(entries, sorted(found, key=lambda f: (order[f.entry], KINDS.index(f.kind))))
 
 
 def _contents(scans: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -159,7 +163,7 @@ def _contents(scans: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     }
 
 
-def _by_itself(entry: Entry, scan: Mapping[str, Any], min_frames: int) -> Finding | None:
+def _problem_of(entry: Entry, scan: Mapping[str, Any], min_frames: int) -> Finding | None:
     if "error" in scan:
         return Finding(entry, str(scan.get("kind", "broken")), str(scan["error"]))
     if scan["frames"] < min_frames:
@@ -168,7 +172,7 @@ def _by_itself(entry: Entry, scan: Mapping[str, Any], min_frames: int) -> Findin
     return None
 
 
-def _compared(entries: Iterable[Entry], content: Mapping[str, str]) -> Iterator[Finding]:
+def _duplicates_and_leaks(entries: Iterable[Entry], content: Mapping[str, str]) -> Iterator[Finding]:
     """Entries that are one video, by path or by content."""
     same: dict[str, list[Entry]] = defaultdict(list)
     for entry in entries:
@@ -209,7 +213,7 @@ def clean_folder(datasets: Mapping[str, DatasetConfig], out: Path) -> OutputFold
     return folder
 
 
-def write_clean(report: Report, datasets: Mapping[str, DatasetConfig], out: OutputFolder) -> dict[str, int]:
+def write_clean(report: CheckReport, datasets: Mapping[str, DatasetConfig], out: OutputFolder) -> dict[str, int]:
     """Write ``OUT/DATASET/{train,val,test}.csv`` without the lines that something is wrong with, and the class names.
 
     Of duplicates the first stays; of a video that is labelled twice nothing does, because the right label is unknown; a
@@ -242,13 +246,13 @@ def is_table(content: bytes) -> bool:
 __all__ = [
     "KINDS",
     "TABLE",
+    "CheckReport",
     "Entry",
     "Finding",
-    "Report",
     "clean_folder",
-    "in_folder",
+    "entries_in_folder",
+    "find_problems",
     "is_table",
-    "judge",
-    "listed",
+    "list_entries",
     "write_clean",
 ]

@@ -25,7 +25,7 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class CopyOptions:
     """What the user asks for."""
 
     videos: Path
@@ -39,7 +39,7 @@ class Wanted:
     """Whether files that something else has put in their places are taken, if they are these copies."""
 
 
-class Copying:
+class CopyJob:
     """The copies of one command or of one shard of it.
 
     Args:
@@ -49,7 +49,7 @@ class Copying:
         ConfigError: it cannot be begun; nothing is written then but journals.
     """
 
-    def __init__(self, wanted: Wanted, shard: Shard) -> None:
+    def __init__(self, wanted: CopyOptions, shard: Shard) -> None:
         self.wanted, self._shard = wanted, shard
         layout = Layout(wanted.videos, wanted.out)
         self.annotations = AnnotationFiles(wanted.annotations, wanted.separator) if wanted.annotations else None
@@ -219,4 +219,4 @@ def _size(file: Path) -> int:
         return -1
 
 
-__all__ = ["TABLE", "Copying", "Wanted"]
+__all__ = ["TABLE", "CopyJob", "CopyOptions"]

@@ -27,8 +27,8 @@ from multitrain.data.packs import (
     forget,
     header,
     index_parts,
+    os_error_text,
     read_stored,
-    refusal,
 )
 from multitrain.data.prepare.listing import PARTS, AnnotationFiles, Layout, Listed
 from multitrain.data.prepare.parallel_map import Journal, Shard
@@ -162,7 +162,7 @@ def _unreadable(source: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PackOptions:
     """What the user asks for; folders are absolute."""
 
     videos: Path
@@ -175,14 +175,14 @@ class Wanted:
     """Whether a pack is made without the videos that cannot be read."""
 
 
-class Packing:
+class PackJob:
     """The shards of one command, or of one part of it.
 
     Raises:
         ConfigError: it cannot be begun; nothing is written then but journals.
     """
 
-    def __init__(self, wanted: Wanted, part: Shard) -> None:
+    def __init__(self, wanted: PackOptions, part: Shard) -> None:
         self.wanted, self._part = wanted, part
         layout = Layout(wanted.videos, wanted.out)
         annotations = AnnotationFiles(wanted.annotations, wanted.separator) if wanted.annotations else None
@@ -316,7 +316,7 @@ class Unpack:
             except (DamagedError, ConfigError) as error:
                 counts["unreadable"].append([video.name, str(error)])
             except OSError as error:
-                counts["unreadable"].append([video.name, refusal(error)])
+                counts["unreadable"].append([video.name, os_error_text(error)])
         return counts
 
     @staticmethod
@@ -329,4 +329,4 @@ class Unpack:
         return "written"
 
 
-__all__ = ["Item", "PackShard", "Packing", "Unpack", "Wanted", "shards"]
+__all__ = ["Item", "PackJob", "PackOptions", "PackShard", "Unpack", "shards"]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Generic, TextIO, TypeVar
 
 from multitrain.config import ConfigError
-from multitrain.data.packs import DamagedError, locate
+from multitrain.data.packs import DamagedError, find_packed
 from multitrain.monitor import jsonl
 from multitrain.monitor.progress import duration
 
@@ -37,7 +37,7 @@ INTERRUPTED = 75
 FIELDS = {"check": ("frames", "fps", "width", "height"), "resize": ("frames", "width", "height", "bytes")}
 """Positive numbers in the record of every item that went well, by the kind of work."""
 
-_LOOK = 0.2  # seconds between two looks at signals and time limits
+_POLL_SECONDS = 0.2  # seconds between two looks at signals and time limits
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,12 @@ class Journal:
             files = [f for f in self._folder.glob(f"{self._kind}-*-of-*.jsonl") if not f.is_symlink()]
             for file in sorted(files, key=lambda f: f.stat().st_mtime):
                 for record in jsonl.read(file):
-                    if "version" in record and self._is_whole(record):
+                    if "version" in record and self._is_valid(record):
                         self._done.setdefault(record["item"], []).append(record)
         except OSError as error:
             raise ConfigError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from None
 
-    def _is_whole(self, record: dict[str, Any]) -> bool:
+    def _is_valid(self, record: dict[str, Any]) -> bool:
         """Whether a record, perhaps from a stranger, holds what is read from it."""
         if not isinstance(record.get("item"), str):
             return False
@@ -166,7 +166,7 @@ def version(path: Path) -> list[int]:
     Of a packed video its size, the time of change of the shard, and its checksum.
     """
     try:
-        if (stored := locate(path)) is not None:
+        if (stored := find_packed(path)) is not None:
             return [stored.size, stored.shard.stat().st_mtime_ns, stored.crc or 0]
         found = path.stat()
     except (OSError, ValueError, DamagedError):  # ValueError: no disk takes such a name
@@ -174,7 +174,7 @@ def version(path: Path) -> list[int]:
     return [found.st_size, found.st_mtime_ns]
 
 
-class Bar(Generic[Item]):
+class ProgressBar(Generic[Item]):
     """A bar with the time to go on a terminal, a plain line every half minute in logs."""
 
     EVERY = 30.0
@@ -242,15 +242,15 @@ def map_resumable(
     try:
         for item in waiting:
             crew.append(_start(work, timeout))
-            _give(crew[-1], item)
+            _assign(crew[-1], item)
             if len(crew) == workers:
                 break
         while crew:
             if stop():
                 return
-            ready = set(wait([w.pipe for w in crew], timeout=_LOOK))
+            ready = set(wait([w.pipe for w in crew], timeout=_POLL_SECONDS))
             for worker in list(crew):
-                answer = _answer(worker, worker.pipe in ready)
+                answer = _poll(worker, worker.pipe in ready)
                 if answer is None:
                     continue
                 done = worker.item
@@ -264,7 +264,7 @@ def map_resumable(
                     _end(worker)
                     crew.remove(worker)
                 else:
-                    _give(worker, following)
+                    _assign(worker, following)
                 yield done, {k: v for k, v in answer.items() if k != "overdue"}
     finally:
         for worker in crew:
@@ -280,7 +280,7 @@ def _start(work: Work, limit: float) -> _Worker:
     return _Worker(process, ours, limit)
 
 
-def _give(worker: _Worker, item: Any) -> None:
+def _assign(worker: _Worker, item: Any) -> None:
     worker.item = item
     if worker.due < math.inf:
         worker.due = time.monotonic() + worker.limit
@@ -288,7 +288,7 @@ def _give(worker: _Worker, item: Any) -> None:
         worker.pipe.send(item)
 
 
-def _answer(worker: _Worker, ready: bool) -> dict[str, Any] | None:
+def _poll(worker: _Worker, ready: bool) -> dict[str, Any] | None:
     """What the worker says, or what has become of it; None while it works."""
     if ready:
         try:
@@ -338,4 +338,4 @@ def _serve(pipe: Connection, work: Work) -> None:
             return
 
 
-__all__ = ["FINAL", "INTERRUPTED", "Bar", "Journal", "Shard", "map_resumable", "version"]
+__all__ = ["FINAL", "INTERRUPTED", "Journal", "ProgressBar", "Shard", "map_resumable", "version"]

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from multitrain.config import ConfigError
-from multitrain.data.decode import Video, VideoError, check_complete, open_video, read_whole
+from multitrain.data.decode import Video, VideoError, check_complete, open_video, scan_video
 from multitrain.data.decode.container import MAX_PIXELS, VIDEO_FORMATS, stream_index
 from multitrain.data.encode import retime
 from multitrain.data.prepare.listing import PARTS, Copy, located
@@ -137,7 +137,7 @@ class Resize:
     def _failure(source: Path, copy: Copy, error: VideoError) -> dict[str, Any]:
         """What `check` says of the file, which is plainer than what ffmpeg says; the latter when the file reads well."""
         try:
-            whole = read_whole(source)
+            whole = scan_video(source)
         except VideoError as plainer:
             return {"error": plainer.reason, FINAL: not is_of_system(plainer)}
         if copy.segment is not None and copy.segment[0] > (whole.frames - 1) / whole.fps:
@@ -163,7 +163,7 @@ class Resize:
             except VideoError:
                 said = "ffmpeg gave up"
             if said:  # of a whole file, too: of what comes before the first picture that can be decoded
-                read_whole(source)
+                scan_video(source)
                 said = self._encode(source, part, copy, stream, strict=False)
             if copy.segment is None:
                 self._keep_times(video, part)
@@ -241,7 +241,7 @@ class Resize:
         Packets of an AVI that only say that a picture stays give no frame of the copy.
         """
         if made.frame_count != video.frame_count:
-            if made.frame_count > video.frame_count or made.frame_count < read_whole(source).decoded:
+            if made.frame_count > video.frame_count or made.frame_count < scan_video(source).decoded:
                 raise VideoError(source, f"only {made.frame_count} of {video.frame_count} frames were copied")
             return
         moved = _moved(made.times(), video.times())

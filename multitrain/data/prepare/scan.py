@@ -7,25 +7,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from multitrain.data.decode import VideoError, read_whole
+from multitrain.data.decode import VideoError, scan_video
 from multitrain.data.decode.video import located
-from multitrain.data.packs import wrong_frame
+from multitrain.data.packs import framing_error
 from multitrain.data.prepare.parallel_map import FINAL
 
 
 class ScanFile:
-    """`read_whole` as work for several processes: the item is a path.
+    """`scan_video` as work for several processes: the item is a path.
 
     Returns:
-        The fields of `multitrain.data.decode.Whole`, or ``kind`` and ``error``: what is wrong.
+        The fields of `multitrain.data.decode.VideoScan`, or ``kind`` and ``error``: what is wrong.
     """
 
     def __call__(self, path: str) -> dict[str, Any]:
         try:
             if (stored := located(Path(path))) is None and not os.path.exists(path):
                 return {"kind": "missing", "error": "no such file", FINAL: True}
-            whole = asdict(read_whole(path))
-            if stored is not None and stored.crc is not None and (wrong := wrong_frame(stored)):
+            whole = asdict(scan_video(path))
+            if stored is not None and stored.crc is not None and (wrong := framing_error(stored)):
                 return {"kind": "broken", "error": wrong, FINAL: True}
             return whole
         except VideoError as error:

@@ -20,7 +20,7 @@ _PICTURE = 8
 
 
 @dataclass(frozen=True)
-class Whole:
+class VideoScan:
     """What a whole file holds."""
 
     frames: int
@@ -39,7 +39,7 @@ class Whole:
     """Digest of which of them the container hides (an edit list); empty where it hides none."""
 
 
-def read_whole(path: Path | str, timeout: float | None = None) -> Whole:
+def scan_video(path: Path | str, timeout: float | None = None) -> VideoScan:
     """Decode the whole file, single-threaded, once.
 
     Args:
@@ -58,7 +58,7 @@ def read_whole(path: Path | str, timeout: float | None = None) -> Whole:
         if decoded < video.frame_count - placeholders:
             raise VideoError(path, f"only {decoded} of {video.frame_count} frames can be decoded")
         codec = video.stream.codec_context.name
-        return Whole(video.frame_count, decoded, video.fps, width, height, codec, digest, hidden)
+        return VideoScan(video.frame_count, decoded, video.fps, width, height, codec, digest, hidden)
 
 
 def _decode_all(video: PyAVVideo) -> tuple[int, int, int]:
@@ -118,4 +118,4 @@ def _digest(video: PyAVVideo) -> tuple[str, str, int]:
     return digest.hexdigest(), which, placeholders
 
 
-__all__ = ["Whole", "check_complete", "read_whole"]
+__all__ = ["VideoScan", "check_complete", "scan_video"]
