@@ -1,4 +1,4 @@
-"""``multitrain data check``: every file decoded, everything that is wrong in a table."""
+"""``multitrain data check``: decode every file and write a table of all problems."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from multitrain.files import OutputFolder
 
 
 def main(arguments: Arguments) -> int:
-    """``multitrain data check``; returns the exit status: 0, 1 when something is wrong, 75 when interrupted."""
+    """``multitrain data check``; returns the exit status: 0, 1 if there are findings, 75 if interrupted."""
     parser = Parser(
         "data check",
-        "Decode every file and compare every line: what is missing, broken (and why), too short, there twice by content,\n"
-        "labelled twice, or in both training and test. The same command goes on where it was interrupted.",
+        "Decode every file and compare all lines: list videos that are missing, broken (with the reason), too short, duplicate by content,\n"
+        "labelled twice, or in both training and test. Run the same command again to resume after an interruption.",
         "multitrain data check data=k400_mit_ssv2 data.root=/datasets --out checked --write-clean clean",
         "multitrain data check /data/downloads",
         "sbatch --array=0-15 slurm/prepare.sh check data=ssv2 data.root=/datasets --out checked",
@@ -31,13 +31,13 @@ def main(arguments: Arguments) -> int:
         type=Path,
         default=Path("checked"),
         metavar="DIR",
-        help="for check.csv and what is done (default: checked)",
+        help="folder for check.csv and the journal (default: checked)",
     )
     parser.add_argument(
-        "--min-frames", type=whole_number, default=8, metavar="N", help="fewer are too short (default 8)"
+        "--min-frames", type=whole_number, default=8, metavar="N", help="videos with fewer frames are short (default 8)"
     )
     parser.add_argument(
-        "--write-clean", type=Path, metavar="DIR", help="write DIR/DATASET/*.csv without the lines that are wrong"
+        "--write-clean", type=Path, metavar="DIR", help="write DIR/DATASET/*.csv without the lines that have findings"
     )
     add_work_options(parser)
     parser.add_argument(
@@ -89,7 +89,7 @@ def main(arguments: Arguments) -> int:
     scans = {f: r for f in files if (r := journal.get(f, version(Path(f)))) is not None}
     if len(scans) < len(files):
         print(
-            f"{len(scans)} of {len(files)} files are checked; the table comes when all shards are through",
+            f"{len(scans)} of {len(files)} files are checked; the table is written when all shards are done",
             file=sys.stderr,
         )
         return 0

@@ -1,4 +1,4 @@
-"""``multitrain data unpack``: the videos of a pack as files again."""
+"""``multitrain data unpack``: write the videos of a pack as files."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from multitrain.text import printable
 
 
 def main(arguments: Arguments) -> int:
-    """``multitrain data unpack``; returns the exit status: 0, 1 when a video is damaged, 75 when interrupted."""
+    """``multitrain data unpack``; returns the exit status: 0, 1 if a video is damaged, 75 if interrupted."""
     parser = Parser(
         "data unpack",
-        "The videos of a pack as files, each compared with its checksum. The same command goes on where it was interrupted;\n"
-        "files that are there already, byte for byte, are left alone. (Any tar program opens the shards, too.)",
+        "Write the videos of a pack as files, and verify their checksums. Run the same command again to resume;\n"
+        "existing files with the same bytes are kept. (Any tar program can extract the shards, too.)",
         "multitrain data unpack /data/k400_packed /data/k400_320p",
     )
     parser.add_argument("pack", type=Path, help="folder of shards")

@@ -1,6 +1,6 @@
-"""What a loader worker does with one task: a ticket becomes training clips, a test video its views. No torch.
+"""Work functions of the loader's workers: from a sample to training clips, from a test video to its views. No torch.
 
-Both jobs are pure: the same task gives the same result in any process, at any time, as long as the same files can be read.
+Both are pure functions: the same task gives the same result in any process, at any time, if the same files can be read.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from multitrain.data.views import load_views, views_shape
 from multitrain.order import Plan, key
 
 MAX_FALLBACKS = 8
-"""Videos that are tried in place of an unreadable one before the run gives up."""
+"""Number of videos that replace an unreadable one, in turn, before the run fails."""
 
-_GUARD_MARGIN_SECONDS = 1.0  # seconds by which the guard waits longer than the decoder's own time limit
-_RETRY_DELAY_SECONDS = 0.5  # seconds before a file is tried again after an error of the operating system
+_GUARD_MARGIN_SECONDS = 1.0  # seconds added to the decoder's own time limit
+_RETRY_DELAY_SECONDS = 0.5  # seconds before another try after an OS error
 
 
 AUGMENT_BATCH_BYTES = 32 << 20
-"""Bytes of decoded frames that are augmented together. A clip of usual size is decoded first and augmented then, which keeps
-the processor's caches warm; frames of 4K and more are augmented one by one, part by part."""
+"""Bytes of decoded frames that are augmented together. A clip of usual size is decoded completely, then augmented, which uses
+the CPU's caches well; frames of 4K and more are augmented one by one, tile by tile."""
 
 
 class UnreadableError(RuntimeError):
-    """A video and all its stand-ins cannot be read."""
+    """A video and all its fallbacks cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -51,24 +51,24 @@ class Task:
 
 @dataclass
 class Clips:
-    """The copies of one video; their pixels are in the task's slot."""
+    """The augmented copies of one video, without their pixels, which are in the task's slot of the shared memory."""
 
     dataset: int
     labels: tuple[int, ...]
     boxes: np.ndarray
-    """int32 [copies, 4]: top, left, height, width of what is erased on the device; zeros for nothing."""
+    """Boxes to erase on the device, int32 [copies, 4]: top, left, height, width; zeros for none."""
     keys: np.ndarray
     """int64 [copies]."""
     skipped: list[dict[str, Any]] = field(default_factory=list)
-    """Unreadable videos met on the way: dataset, path, reason, update, stand_in (path of the video shown instead)."""
+    """Records of unreadable videos: dataset, path, reason, update, stand_in (path of the fallback video)."""
     seconds: float = 0.0
 
 
 class Clip:
-    """Everything random about a training clip before its copies part: a function of its identity.
+    """The random values that all copies of a training clip share: a function of its identity.
 
-    identity: seed, dataset, index and pass of the ticket, whatever video is shown in the end.
-    uniforms: draws in [0, 1), one a frame.
+    identity: seed, dataset, index and epoch of the sample, also when a fallback video replaces the sample's.
+    uniforms: draws in [0, 1), one per frame.
     """
 
     def __init__(self, dataset: DatasetConfig, identity: tuple[int | str, ...], frames: int) -> None:
@@ -78,7 +78,7 @@ class Clip:
 
 
 class TrainClipFn:
-    """Makes the augmented copies of a ticket's video: uint8 [copies, T, S, S, 3]."""
+    """Makes the augmented copies of a sample's video: uint8 [copies, T, S, S, 3]."""
 
     def __init__(self, catalogs: Mapping[str, Catalog], plan: Plan, config: RunConfig) -> None:
         self.catalogs, self.plan, self.config = dict(catalogs), plan, config
@@ -109,7 +109,7 @@ class TrainClipFn:
         """Fill `out`, uint8 [copies, T, S, S, 3].
 
         Raises:
-            UnreadableError: neither the video nor any of its stand-ins can be read.
+            UnreadableError: neither the video nor any of its fallbacks can be read.
         """
         began = time.perf_counter()
         sample, config = task.sample, self.config
@@ -125,7 +125,7 @@ class TrainClipFn:
     def _readable(
         self, task: Task, name: str, clip: Clip, out: np.ndarray
     ) -> tuple[np.ndarray, int, list[dict[str, Any]]]:
-        """Fills `out` from the ticket's video, or the first stand-in that can be read; boxes, its index, what was skipped."""
+        """Fill `out` from the sample's video, or the first readable fallback; return (boxes, video index, records of skipped ones)."""
         catalog, index = self.catalogs[name], int(task.sample["index"])
         failed: dict[int, VideoError] = {}
         for attempt in range(-1, MAX_FALLBACKS):
@@ -141,12 +141,12 @@ class TrainClipFn:
             return boxes, index, [_record(name, catalog, bad, e, task.update, shown) for bad, e in failed.items()]
         first = next(iter(failed.values()))
         raise UnreadableError(
-            f"{first.path}: {first.reason}; nor can any of {len(failed) - 1} stand-ins from dataset {name!r} be read; "
+            f"{first.path}: {first.reason}; nor can any of {len(failed) - 1} fallback videos of dataset {name!r} be read; "
             "check that its videos are there and whole"
         )
 
     def _decode(self, path: Path, clip: Clip, out: np.ndarray) -> np.ndarray:
-        """`read`; tried twice when the operating system, not the file, is at fault."""
+        """`read`, with one retry after an error of the operating system."""
         try:
             return self._decode_once(path, clip, out)
         except VideoError as error:
@@ -160,16 +160,16 @@ class TrainClipFn:
         try:
             return _within(self._guard, path, limit, partial(self.read, path, clip, out, lease))
         finally:
-            lease.end()  # a call left behind must not write to what by then is another video's place
+            lease.end()  # an abandoned call must not write to memory that another task uses by then
 
     def read(self, path: Path, clip: Clip, out: np.ndarray, lease: WriteLease | None = None) -> np.ndarray:
-        """Fill `out`, uint8 [copies, T, S, S, 3], with a training clip; frames are augmented while it is decoded, a few at a time.
+        """Fill `out`, uint8 [copies, T, S, S, 3], with a training clip, decoding and augmenting a few frames at a time.
 
         Args:
-            lease: right to write to `out`, asked for before each frame.
+            lease: permission to write to `out`, checked before each frame.
 
         Returns:
-            What is to be erased of each copy: int32 [copies, 4].
+            The box to erase in each copy: int32 [copies, 4].
 
         Raises:
             VideoError: the video cannot be read; `out` may hold some of its frames.
@@ -194,12 +194,12 @@ class TrainClipFn:
                     )
                 stack[len(held)] = frame
                 held.append((stack[len(held)], places))
-            del frame  # before the next one is decoded: its memory is used again
+            del frame  # so that decoding the next one can reuse its memory
         _augment(held, augmenters, out, lease)
         return np.stack([augmenter.box for augmenter in augmenters])
 
     def decoded(self, path: Path, clip: Clip) -> Iterator[tuple[Frame, list[int]]]:
-        """The frames of a training clip, each once: uint8 [H, W, 3], or a large one, and its places among the T. Raises VideoError."""
+        """The distinct frames of a training clip: (uint8 [H, W, 3] or a large frame, its positions among the T). Raises VideoError."""
         data = self.config.data
         with open_video(path, data.decoder, data.decode_timeout) as video:
             wanted = training_indices(
@@ -210,7 +210,7 @@ class TrainClipFn:
                 del frame
 
     def augmenter(self, height: int, width: int, clip: Clip, copy: int) -> Augmenter:
-        """What is done to the frames, of height × width, of one copy of a clip."""
+        """The augmenter of one copy of a clip with frames of height × width pixels."""
         config, draws = self.config, KeyedRNG("augment", *clip.identity, copy)
         return Augmenter(height, width, config.augment, config.model.crop, draws, clip.dataset.flip)
 
@@ -218,7 +218,7 @@ class TrainClipFn:
 def _augment(
     held: list[tuple[Frame, list[int]]], augmenters: list[Augmenter], out: np.ndarray, lease: WriteLease
 ) -> None:
-    """Augments the frames that are held, and lets them go."""
+    """Augment the frames in `held`, and empty it."""
     for augmenter, target in zip(augmenters, out):
         for frame, places in held:
             with lease:
@@ -228,7 +228,7 @@ def _augment(
 
 
 class EvalViewsFn:
-    """Makes all views of a video of one dataset: float32 [V, 3, T, S, S], normalised. A task is the video's index."""
+    """Makes all views of a video of one dataset: float32 [V, 3, T, S, S], normalised. The task is the video's index."""
 
     def __init__(self, catalog: Catalog, dataset: DatasetConfig, config: RunConfig) -> None:
         self.catalog, self.dataset, self.config = catalog, dataset, config
@@ -249,10 +249,10 @@ class EvalViewsFn:
         return str(self.catalog.path(task))
 
     def run(self, task: int, out: np.ndarray) -> str:
-        """Fill `out`; returns the reason when the video cannot be read, else ''."""
+        """Fill `out`; return the reason if the video cannot be read, else ''."""
         path, data = self.catalog.path(task), self.config.data
         for last in (False, True):
-            lease = WriteLease()  # a call left behind must not write to what by then is another video's place
+            lease = WriteLease()  # an abandoned call must not write to memory that another task uses by then
             load = partial(load_views, path, self.dataset, data, self.config.model, out, lease)
             try:
                 _within(self._guard, path, data.decode_timeout, load)
@@ -263,11 +263,11 @@ class EvalViewsFn:
                 time.sleep(_RETRY_DELAY_SECONDS)
             finally:
                 lease.end()
-        raise AssertionError  # the second turn returns
+        raise AssertionError  # the second iteration returns
 
 
 def _within(guard: TimeoutRunner, path: Path, seconds: float, work: Callable[[], np.ndarray]) -> np.ndarray:
-    """What `work` returns; VideoError when it takes longer than `seconds`, and the decoder has not noticed by itself."""
+    """Return the result of `work`. Raises VideoError after `seconds`, for a decoder that ignores its own time limit."""
     try:
         return guard.run(work, seconds + _GUARD_MARGIN_SECONDS)
     except CallTimeout:

@@ -1,7 +1,7 @@
-"""Index files of annotations: parsed once, named after their content, then memory-mapped by everyone.
+"""Index files of annotations: built once, named by a digest of their content, then memory-mapped by all processes.
 
-Beside the indexes lies a small note per csv with that file's size and time of change, so that a csv of a million lines that
-has not changed is opened in milliseconds, without being read.
+The index folder also holds one cache record per csv, with the csv's size and modification time. An unchanged csv of a million lines
+is therefore opened in milliseconds, without reading it.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from multitrain.data.annotations import (
 from multitrain.files import replacing
 
 FORMAT = 4
-"""Version of the index file; another one is built anew."""
+"""Version of the index file; an index of another version is rebuilt."""
 
 _DIGEST = 1
-"""Version of the digest of a file's content, which runs are compared by when they resume: it outlives index formats."""
+"""Version of the digest of a csv's content, which a resumed run compares; independent of `FORMAT`."""
 
 _MAGIC = b"MTINDEX\n"
 _MTIME_SETTLED_SECONDS = (
-    2.0  # seconds after which an unchanged time of change proves an unchanged file (two writes can share a tick)
+    2.0  # seconds after which an unchanged modification time proves an unchanged file (two writes may share a tick)
 )
 
 
 def ensure_index(csv: Path, syntax: Syntax, folder: Path, videos: Path | None = None) -> Path:
-    """The index file of `csv` as it is now, in `folder`, built if need be; safe when many processes do it at once.
+    """The index file of the current content of `csv`, in `folder`; builds it if it is missing. Safe for concurrent processes.
 
     Args:
-        videos: the folder that paths start from; a list of which some are absolute or lead out of it has an index for each.
+        videos: the folder from which paths start. A csv with absolute paths, or paths that leave the folder, has one index per folder.
 
     Raises:
-        CatalogError: the csv cannot be read or has a wrong line, or the index cannot be written.
+        CatalogError: the csv cannot be read or has an invalid line, or the index cannot be written.
     """
     with _naming(csv, folder):
         index = _indexed(csv, syntax, folder)
@@ -59,7 +59,7 @@ def ensure_index(csv: Path, syntax: Syntax, folder: Path, videos: Path | None = 
 
 @contextlib.contextmanager
 def _naming(csv: Path, folder: Path) -> Iterator[None]:
-    """Raises CatalogError for what the operating system refuses within the block."""
+    """A context that converts OSError to CatalogError."""
     try:
         yield
     except OSError as error:
@@ -74,7 +74,7 @@ def _naming(csv: Path, folder: Path) -> Iterator[None]:
 
 
 def _indexed(csv: Path, syntax: Syntax, folder: Path) -> Path:
-    """The index by the text of the csv alone."""
+    """The index for the text of the csv alone."""
     how = _how(syntax)
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / f"{_name(os.fsencode(csv), *how)}.json"
@@ -99,7 +99,7 @@ def _indexed(csv: Path, syntax: Syntax, folder: Path) -> Path:
 
 
 def _with_folder(plain: Path, csv: Path, syntax: Syntax, videos: Path) -> Path:
-    """The index of a csv whose videos are told apart by the folder that paths start from; `plain` is the one by its text."""
+    """The index of a csv whose paths need the folder `videos` for comparison; `plain` is the index for its text alone."""
     places = os.fsencode(os.path.abspath(videos)), os.fsencode(os.path.realpath(videos))
     index = plain.with_name(f"{plain.stem}-{_name(*places)}.index")
     if not _is_complete(index):
@@ -117,7 +117,7 @@ def _how(syntax: Syntax) -> tuple[bytes, bytes]:
 
 
 def _name(*parts: bytes) -> str:
-    """File name of what `parts` say: 32 hex digits."""
+    """File name for `parts`: 32 hex digits of their digest."""
     digest = hashlib.blake2b(b"%d" % FORMAT, digest_size=16)
     for part in parts:
         digest.update(b"%d:" % len(part))
@@ -126,7 +126,7 @@ def _name(*parts: bytes) -> str:
 
 
 def _cached_index_name(note: Path, csv: Path) -> str | None:
-    """Name of the index of `csv`, if the note about it is of the file as it is now."""
+    """Name of the index of `csv`, if the cache record `note` matches the current file; else None."""
     try:
         stamp = json.loads(note.read_bytes())
         now = csv.stat()
@@ -145,7 +145,7 @@ def _is_complete(index: Path) -> bool:
 
 
 def read_header(index: Path) -> dict[str, Any]:
-    """The header of an index file, unchecked. Raises OSError, ValueError: missing, or no index file."""
+    """Read the header of an index file, without checks. Raises OSError or ValueError: the file is missing, or not an index."""
     with open(index, "rb") as file:
         if file.read(len(_MAGIC)) != _MAGIC:
             raise ValueError("not an index file")
@@ -159,13 +159,13 @@ def read_header(index: Path) -> dict[str, Any]:
 
 
 def read_index(index: Path, version: int = FORMAT) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """Header and arrays of an index file of a version, mapped; of annotations: paths, starts, labels, label_starts.
+    """Header and memory-mapped arrays of an index file; for annotations: paths, starts, labels, label_starts.
 
-    paths: all paths, one behind the other, uint8; starts: where each begins, and the end [N + 1]; labels and
-    label_starts as in `Annotations`. Of all, the narrowest unsigned integers that hold them.
+    paths: all paths concatenated, uint8; starts: the start of each, and the end [N + 1]; labels and
+    label_starts: as in `Annotations`. All are the narrowest unsigned integers that hold the values.
 
     Raises:
-        OSError, ValueError: missing or incomplete.
+        OSError, ValueError: the file is missing, incomplete, or of another version.
     """
     header = read_header(index)
     if not {"bytes", "format", "arrays"} <= header.keys():
@@ -181,13 +181,13 @@ def read_index(index: Path, version: int = FORMAT) -> tuple[dict[str, Any], list
 
 
 def _write(file: Path, parts: list[Any]) -> None:
-    """Write under a temporary name, then rename: readers see nothing or all of it.
+    """Write under a temporary name, then rename, so that readers see the complete file or none.
 
-    The name is a digest of what is indexed, so whatever has it is an index or the torn beginning of one; but no link is
-    replaced.
+    The name is a digest of the indexed content, so that an existing file of this name is an index, or an incomplete one; a symbolic
+    link is not replaced.
 
     Raises:
-        OSError: it cannot be written, or a link stands in its place.
+        OSError: the file cannot be written, or its path is a symbolic link.
     """
     if file.is_symlink():
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(file))
@@ -199,7 +199,7 @@ def _write(file: Path, parts: list[Any]) -> None:
 
 
 def _build(content: bytes, csv: Path, syntax: Syntax) -> list[Any]:
-    """The parts of the index file of `content`. Raises CatalogError."""
+    """The parts of the index file for `content`. Raises CatalogError."""
     parsed = parse(content, csv, syntax)
     paths = parsed.paths(content)
     duplicates = count_repeated(paths, content, csv, syntax)
@@ -226,7 +226,7 @@ def _build(content: bytes, csv: Path, syntax: Syntax) -> list[Any]:
 
 def aligned_parts(header: dict[str, Any], arrays: list[np.ndarray]) -> list[Any]:
     """The parts of an index file with this header and these arrays, each at a multiple of 64 bytes."""
-    room = -(-(len(json.dumps(header)) + 1024) // 2048) * 2048  # for magic, length and the header itself
+    room = -(-(len(json.dumps(header)) + 1024) // 2048) * 2048  # bytes for magic, length and header
     at = room
     places: list[list[Any]] = []
     parts: list[Any] = []

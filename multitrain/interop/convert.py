@@ -124,7 +124,7 @@ def _check_target(source: Path, target: Path, force: bool) -> None:
         for name in _names(target)[1:]:
             if os.path.lexists(target.absolute().parent / name):
                 raise ConfigError(
-                    f"{target.absolute().parent / name}: is in the way: the conversion to {target.name} writes this file; choose another name"
+                    f"{target.absolute().parent / name}: is in the way of the conversion to {target.name}; choose another name"
                 )
 
 

@@ -373,8 +373,8 @@ def test_what_is_no_file_of_bytes_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "remedy"),
     [
-        (b"path label\n", "a header line has to go"),
-        ("chemin étiquette\n".encode(), "a header line has to go"),
+        (b"path label\n", "remove the header line"),
+        ("chemin étiquette\n".encode(), "remove the header line"),
         (b"1 a/1.mp4\n", "the columns are in the other order"),
         (b'"a/1.mp4 1"\n', "the line as a whole is in quotation marks"),
         (b"'a/1.mp4 1'\n", "the line as a whole is in quotation marks"),

@@ -286,7 +286,7 @@ def test_a_dataset_without_readable_videos_ends_the_run_with_a_reason(
         path.write_bytes(b"no video")
     with (
         Setting(damaged, tmp_path / "index").load(workers=workers) as batches,
-        pytest.raises(LoaderError, match=r"stand-ins from dataset 'stride'"),
+        pytest.raises(LoaderError, match=r"fallback videos of dataset 'stride'"),
     ):
         list(batches)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from multitrain.data.finalize_batch.stats import balance, collect, draws, text
+from multitrain.data.prepare.stats import balance, collect, draws, text
 from support import settings
 
 from multitrain.config import validate

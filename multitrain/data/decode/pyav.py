@@ -1,4 +1,4 @@
-"""Frames by PyAV, over a table of the file's packets: any file's frames right, and only what they need decoded."""
+"""The PyAV backend: frame-exact through an index of the file's packets; decodes only the packets that the requested frames need."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     import av
 
 MAX_CACHED_BYTES = 64 << 20
-"""Compressed bytes kept in memory; a longer file is read again for each pass over its frames."""
+"""Maximum compressed bytes kept in memory; a longer file is read again for each pass over its frames."""
 MAX_FRAMES = 1 << 22
-"""Frames of the longest video, 38 hours at 30 a second."""
+"""Maximum frames of a video: 38 hours at 30 frames per second."""
 _LARGE_FRAME_DIVISOR = 8
-"""How many times fewer of a video of large frames: decoding these takes far longer than reading the file again."""
+"""Divisor of `MAX_CACHED_BYTES` for large frames, whose decoding takes far longer than reading the file again."""
 _PACKET_OVERHEAD = 512
-"""Bytes that a packet takes beside its content."""
+"""Memory of a packet in bytes, in addition to its content."""
 
 
 class PyAVVideo(Video):
     """An open video; `deadline` is a time of the monotonic clock.
 
     Attributes:
-        container, stream: of libavformat.
+        container, stream: PyAV's objects.
     """
 
     def __init__(self, path: Path, deadline: float) -> None:
@@ -53,12 +53,12 @@ class PyAVVideo(Video):
 
     @property
     def packet_count(self) -> int:
-        """Packets with content, shown or not."""
+        """Number of packets with content, shown or not."""
         return len(self._listed)
 
     @property
     def last_tick(self) -> int:
-        """When the last packet is decoded, in units of the stream's time base; in an AVI, its place among the frames."""
+        """Decoding time of the last packet, in units of the stream's time base; in an AVI, its frame number."""
         return int(self._listed.dts[-1])
 
     def packets(self) -> Iterator[av.Packet]:
@@ -66,7 +66,7 @@ class PyAVVideo(Video):
         yield from (packet for _, packet in self._range(0, self.packet_count - 1) if packet is not None)
 
     def everything(self) -> Iterator[av.VideoFrame]:
-        """All frames as the decoder gives them, none converted. Raises what the decoder raises."""
+        """All frames in decoder output order, not converted. Raises the decoder's own errors."""
         self.stream.codec_context.flush_buffers()
         for _, packet in self._range(self._table.first, self.packet_count - 1):
             yield from _drain(self._decode(packet))
@@ -79,7 +79,7 @@ class PyAVVideo(Video):
         self.container.close()
 
     def _demuxed(self) -> Iterator[av.Packet]:
-        """All packets with content; the end of a truncated file is its end."""
+        """All packets with content, up to the end of the file, also of a truncated file."""
         try:
             for packet in self.container.demux(self.stream):
                 check_deadline(self.path, self._deadline)
@@ -89,7 +89,7 @@ class PyAVVideo(Video):
             raise as_video_error(self.path, error) from error
 
     def _read_packets(self) -> Packets:
-        """All packets of the file; they are kept as well where they are not too large."""
+        """Read all packets of the file, and cache them if they are not too large."""
         context = self.stream.codec_context
         packets, held, last = Packets(), 0, None
         most = MAX_CACHED_BYTES // _LARGE_FRAME_DIVISOR if context.width * context.height > LARGE else MAX_CACHED_BYTES
@@ -105,39 +105,41 @@ class PyAVVideo(Video):
             if number >= MAX_FRAMES:
                 raise VideoError(self.path, f"more than {MAX_FRAMES} frames; cut it into shorter videos")
             last = packet
-        if last is not None and last.is_corrupt:  # elsewhere, as in ffmpeg, the decoder says what is damaged
+        if last is not None and last.is_corrupt:  # for other packets, the decoder detects damage, as in ffmpeg
             packets.hide_last()
         if not len(packets.shown):
             raise VideoError(self.path, "no frame in it")
         return packets
 
     def _build_index(self) -> FrameIndex:
-        """The frames that a player shows: from the first on that the decoder gives, as in ffmpeg."""
+        """The index of the frames that a player shows: from the first frame that the decoder outputs, as in ffmpeg."""
         packets = self._listed
         avi = self.container.format.name == "avi"
-        made_up = avi and self.stream.codec_context.has_b_frames  # by the reader: an AVI has none
+        made_up = avi and self.stream.codec_context.has_b_frames  # the demuxer invents times: an AVI has none
         inside = packets.begins_inside() or self._begins_with_refresh()
         if packets.timed() and not made_up:
             return index_by_pts(packets, self._first_pts()) if inside else index_by_pts(packets)
-        raw = has_flag(self.container, "no_timestamps")  # nothing says whether a picture is shown before the first key
+        raw = has_flag(
+            self.container, "no_timestamps"
+        )  # whether a frame is shown before the first key frame is unknown
         return index_by_count(packets, self._count_hidden() if inside or raw else 0)
 
     def _times(self) -> np.ndarray | None:
-        """Seconds of each frame from the first; of a file that is counted, when its packets are decoded."""
+        """Time of each frame in seconds from the first; without presentation times, from the decoding times of the packets."""
         ticks = self._table.pts
         if ticks is None:
             ticks = self._listed.dts[self._table.packet]
         return None if NO_TIME in ticks else frame_seconds(self.container, self.stream, ticks)
 
     def _begins_with_refresh(self) -> bool:
-        """Whether an H.264 stream begins with a picture that is restored over several (intra refresh, a cut recording)."""
+        """Whether an H.264 stream starts with a gradual refresh over several frames (intra refresh, a cut recording)."""
         if self.stream.codec_context.name != "h264":
             return False
         first = next((packet for _, packet in self._range(0, 0)), None)
         return first is not None and not _holds_idr(bytes(first), self.stream.codec_context.extradata or b"")
 
     def _first_pts(self) -> int:
-        """The time stamp of the first frame that the decoder gives."""
+        """The time stamp of the first frame that the decoder outputs."""
         for _, packet in self._range(self._listed.first, len(self._listed) - 1):
             for frame in self._decode_if_possible(packet):
                 if frame.pts is not None:
@@ -145,7 +147,7 @@ class PyAVVideo(Video):
         raise VideoError(self.path, "no frame can be decoded")
 
     def _count_hidden(self) -> int:
-        """How many pictures of the first group the decoder does not give."""
+        """The number of frames of the first group of pictures that the decoder does not output."""
         first, keys, shown = self._listed.first, self._listed.keys, self._listed.shown
         stop = int(keys[1]) if len(keys) > 1 else len(self._listed)
         given = 0
@@ -178,7 +180,7 @@ class PyAVVideo(Video):
             missing.discard(number)
             yield number, image
             del image
-        if missing:  # e.g. a key picture that cannot be started from: decode everything from the top
+        if missing:  # e.g. a key frame from which decoding cannot start: decode everything from the start
             top = [(self._table.first, max(int(self._table.packet[n]) for n in missing))]
             for number, image in self._decoded(sorted(missing), top, convert, skip=False):
                 missing.discard(number)
@@ -190,7 +192,7 @@ class PyAVVideo(Video):
     def _decoded(
         self, numbers: list[int], runs: list[tuple[int, int]], convert: Converter, *, skip: bool
     ) -> Iterator[tuple[int, Frame]]:
-        """Frames `numbers` as they come out of the packets of `runs` (first and last packet of each)."""
+        """Decode the packets of `runs` (first and last packet of each), and yield frames `numbers` in decoder output order."""
         assert self._table.pts is not None
         by_pts = {int(self._table.pts[n]): n for n in numbers}
         needed = {int(self._table.packet[n]) for n in numbers}
@@ -212,7 +214,7 @@ class PyAVVideo(Video):
             self.stream.codec_context.skip_frame = "DEFAULT"
 
     def _frames_by_count(self, numbers: list[int], convert: Converter) -> Iterator[tuple[int, Frame]]:
-        """Frames by counting what the decoder gives from the top; the last one stands for those that never come."""
+        """Frames by counting the decoder's output from the start; the last frame replaces those that the decoder does not output."""
         missing, count, final = set(numbers), 0, None
         self.stream.codec_context.flush_buffers()
         for _, packet in self._range(self._table.first, int(self._table.packet[-1])):
@@ -231,7 +233,7 @@ class PyAVVideo(Video):
         yield from ((n, last) for n in sorted(missing))
 
     def _range(self, first: int, last: int) -> Iterator[tuple[int, av.Packet | None]]:
-        """Packets `first` to `last`, then None, which empties the decoder."""
+        """Packets `first` to `last`, then None, which flushes the decoder."""
         if self._packets is not None:
             yield from enumerate(self._packets[first : last + 1], start=first)
         else:
@@ -254,7 +256,7 @@ class PyAVVideo(Video):
 
 
 class Converter:
-    """Decoded frames of one video as upright RGB, all in the size and turned the way of the first."""
+    """Converts decoded frames of one video to upright RGB, all with the size and orientation of the first."""
 
     def __init__(self, path: Path, frame_count: int) -> None:
         self._path, self._count = path, frame_count
@@ -262,10 +264,12 @@ class Converter:
         self._hanging = False
 
     def __call__(self, frame: av.VideoFrame, number: int) -> Frame:
-        """uint8 [H, W, 3], whose memory is the frame's own; of a large frame, what its parts can be asked of."""
+        """Convert a frame to uint8 [H, W, 3], in memory of its own, or to a `Picture` if it is large."""
         if frame.is_corrupt:
             raise VideoError(self._path, f"frame {number} of {self._count} is damaged")
-        if self._cutter is None:  # side data and its frame hold each other: asked of every frame, frames would pile up
+        if (
+            self._cutter is None
+        ):  # read once: a frame and its side data reference each other, so that reading it from every frame would leak them
             check_size(self._path, frame.width, frame.height)
             self._cutter = Cutter(frame.width, frame.height, partial(_upright, matrix=_display_matrix(frame)))
             self._hanging = frame.width * frame.height > LARGE
@@ -274,14 +278,14 @@ class Converter:
         return Picture(frame, cutter) if large and can_be_cut(frame) else cutter.whole(frame)
 
     def let_go(self) -> None:
-        """Frees the first frame where it is large; called when there is no other reference to it."""
+        """Free the first frame if it is large; called when no other reference to it exists."""
         if self._hanging:
             self._hanging = False
             gc.collect()
 
 
 def _drain(frames: list[av.VideoFrame]) -> Iterator[av.VideoFrame]:
-    """Frames out of a list; none is kept alive but by who takes it, for one of 8K has 50 MB."""
+    """Pop the frames of a list one by one, so that only the consumer keeps a frame alive; a frame of 8K has 50 MB."""
     while frames:
         yield frames.pop(0)
 
@@ -294,12 +298,12 @@ def upright_size(frame: av.VideoFrame) -> tuple[int, int]:
 
 
 def _is_invisible(packet: av.Packet) -> bool:
-    """Whether a VP8 packet only updates the decoder: bit 4 of its first byte is `show_frame` (RFC 6386, 9.1)."""
+    """Whether a VP8 packet has no shown frame: bit 4 of its first byte is `show_frame` (RFC 6386, 9.1)."""
     return not bytes(packet)[0] >> 4 & 1
 
 
 def _holds_idr(packet: bytes, extradata: bytes) -> bool:
-    """Whether an H.264 packet holds a slice of an IDR picture, NAL unit type 5, which nothing before it is needed for."""
+    """Whether an H.264 packet holds a slice of an IDR frame (NAL unit type 5), which can be decoded without earlier frames."""
     if extradata[:1] != b"\1":  # start codes
         return any(found[1][0] & 31 == 5 for found in re.finditer(b"\0\0\1(.)", packet, re.DOTALL))
     at, size = 0, (extradata[4] & 3) + 1 if len(extradata) > 4 else 4
@@ -320,13 +324,13 @@ def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int] | None:
 
 
 def _is_turned(matrix: tuple[int, int, int, int]) -> bool:
-    """Whether a display matrix turns by a quarter, to the nearest."""
+    """Whether a display matrix, rounded to quarter turns, rotates by 90° or 270°."""
     a, b, c, d = matrix
     return abs(a) + abs(d) < abs(b) + abs(c)
 
 
 def _upright(image: np.ndarray, matrix: tuple[int, int, int, int] | None) -> np.ndarray:
-    """`image` [H, W, 3] turned and mirrored as its display matrix says, to the nearest quarter turn."""
+    """`image` [H, W, 3] rotated and mirrored by its display matrix, rounded to quarter turns."""
     if matrix is None:
         return image
     a, b, c, d = matrix

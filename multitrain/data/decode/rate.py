@@ -1,4 +1,4 @@
-"""How many frames a second a video has on average, and when each is shown."""
+"""Average frame rate of a video, and the presentation times of its frames."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ if TYPE_CHECKING:
     import av
 
 DEFAULT_FPS = 30.0
-"""Frames a second of a single picture, or of a file that says nothing of time."""
+"""Frame rate of a single frame, or of a file without time stamps."""
 
 _RATE_TOLERANCE = 0.01
-"""Share of the frames by which a container's word may differ from its time stamps; one frame is allowed in any case."""
+"""Fraction of the frames by which the container's rate may differ from the time stamps; one frame is always allowed."""
 _CLOCK_RESET_SECONDS = 10.0
-"""Seconds between two frames of a stream from which on the clock has been set anew; ffmpeg's `dts_delta_threshold`."""
+"""Seconds between two frames above which the stream's clock was reset; ffmpeg's `dts_delta_threshold`."""
 
 
 def average_rate(
     container: av.container.InputContainer, stream: av.VideoStream, pictures: int, seconds: np.ndarray | None
 ) -> float:
-    """Average frames a second.
+    """Average frames per second.
 
-    The container's average where it is right, which means: where it agrees with the time stamps, (frames - 1) ÷ (last -
-    first); else these. An MP4's is right by itself, for it is the number of samples over their length. An AVI counts places
-    for frames, of which some are empty: pictures over its length. A stream's greatest common rate (`r_frame_rate`) never
-    counts: it is 90000 where nothing is known.
+    The container's average rate if it agrees with the time stamps, (frames - 1) ÷ (last - first); else the rate of the time stamps.
+    An MP4's average is always used, because it is the number of samples divided by their duration. An AVI counts frame slots,
+    some of which are empty; its rate is the number of frames divided by its duration. The base rate of a stream (`r_frame_rate`) is never
+    used: it is 90000 if the rate is unknown.
 
     Args:
-        pictures: how many the file holds, shown or not.
-        seconds: rising times of the frames, from :func:`frame_seconds`; None where the file has none that can be trusted.
+        pictures: number of frames in the file, shown or not.
+        seconds: increasing times of the frames, from :func:`frame_seconds`; None if the file has no usable times.
     """
     said = float(stream.average_rate) if stream.average_rate else None
     kind = container.format.name
@@ -49,9 +49,9 @@ def average_rate(
 
 
 def frame_seconds(container: av.container.InputContainer, stream: av.VideoStream, ticks: np.ndarray) -> np.ndarray:
-    """Seconds from the first frame, float64, by time stamps in units of the stream's time base.
+    """Seconds from the first frame, float64, from time stamps in units of the stream's time base.
 
-    The clock of a transport or program stream may be set anew within the file; as in ffmpeg, the time goes on there.
+    The clock of a transport or program stream may be reset within the file; as in ffmpeg, the times then continue.
     """
     base = stream.time_base or Fraction(1)
     seconds: np.ndarray = (ticks - ticks[0]) * base.numerator / base.denominator
@@ -65,7 +65,7 @@ def frame_seconds(container: av.container.InputContainer, stream: av.VideoStream
 
 
 def cut_off_avi(stream: av.VideoStream) -> bool:
-    """Whether an AVI's file ends before its header says: libavformat shortens the stream then, but not its count."""
+    """Whether an AVI file ends before the length in its header. libavformat then shortens the stream's duration, not its frame count."""
     return bool(stream.frames and stream.duration and stream.duration < stream.frames)
 
 

@@ -1,13 +1,13 @@
-"""What is wrong with a dataset: every listed file decoded, every line compared with every other.
+"""Find problems of a dataset: decode every listed file, and compare every line with every other.
 
-Findings are of six kinds:
+There are six kinds of findings:
 
-missing       there is no such file
+missing       the file does not exist
 broken        it cannot be decoded to its end; the reason is given
-short         it has fewer frames than asked for
-duplicate     the line, or the same video under another name, stands in the same file already, with the same labels
+short         it has fewer frames than the minimum
+duplicate     an earlier line of the same file has the same path or the same video, with the same labels
 labelled twice   the same path or the same video has other labels in another line of the dataset
-leak          a training video is a test or validation video as well, of this or another dataset
+leak          a training video is also a test or validation video, of this or another dataset
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ class Entry(NamedTuple):
 
     dataset: str
     split: str
-    """train, val or test; empty for a folder without annotations."""
+    """``train``, ``val`` or ``test``; empty for a folder without annotations."""
     csv: str
     line: int
     path: str
-    """As it is written."""
+    """The path as written in the file."""
     file: str
-    """Where that is."""
+    """The file that the path names."""
     labels: tuple[int, ...]
 
     @property
     def place(self) -> str:
-        """Where it is written, for people."""
+        """The annotation file and line, for messages."""
         return f"{os.path.basename(self.csv)}:{self.line}" if self.line else self.path
 
 
 class Finding(NamedTuple):
-    """Something wrong with an entry."""
+    """A problem of an entry."""
 
     entry: Entry
     kind: str
@@ -65,13 +65,13 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True)
 class CheckReport:
-    """All that was found."""
+    """All entries, and the problems found."""
 
     entries: Sequence[Entry]
     findings: Sequence[Finding]
 
     def counts(self) -> dict[tuple[str, str], Counter[str]]:
-        """By dataset and split: ``videos``, ``good``, and entries of each kind."""
+        """Counts by dataset and split: ``videos``, ``good``, and the entries of each kind."""
         out: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
         for e in self.entries:
             out[e.dataset, e.split]["videos"] += 1
@@ -83,7 +83,7 @@ class CheckReport:
         return dict(out)
 
     def table(self, shown: int = 20) -> str:
-        """Numbers by dataset and split, and the first findings."""
+        """A text table of the counts, and the first findings."""
         header = ["dataset", "split", "videos", "good", *KINDS]
         rows = [[d, s or "-", *(str(c[k]) for k in header[2:])] for (d, s), c in self.counts().items()]
         text = [table(header, rows, left=2)]
@@ -96,7 +96,7 @@ class CheckReport:
         )
 
     def csv(self) -> str:
-        """All findings: dataset, split, annotations, line, path, labels, kind, detail."""
+        """All findings as csv: dataset, split, annotations, line, path, labels, kind, detail."""
         rows: list[list[object]] = [list(_COLUMNS)]
         for f in self.findings:
             e = f.entry
@@ -109,7 +109,7 @@ class CheckReport:
 
 
 def list_entries(datasets: Mapping[str, DatasetConfig]) -> list[Entry]:
-    """All lines of all annotation files of some datasets. Raises CatalogError: none is there, or one cannot be read."""
+    """The lines of all annotation files of `datasets`. Raises CatalogError: a dataset has none, or one cannot be read."""
     out = []
     for name, dataset in datasets.items():
         folder = Path(dataset.annotations)
@@ -139,9 +139,11 @@ def _read(file: Path, syntax: Syntax) -> Iterator[tuple[int, str, tuple[int, ...
 
 
 def find_problems(entries: Sequence[Entry], scans: Mapping[str, Mapping[str, Any]], min_frames: int) -> CheckReport:
-    """What is wrong with `entries`.
+    """Find the problems of `entries`.
 
-    scans: by file, the record of `multitrain.data.prepare.scan.ScanFile`.
+    Args:
+        scans: the record of `multitrain.data.prepare.scan.ScanFile` by file.
+        min_frames: videos with fewer frames are short.
     """
     found = [f for e in entries if (f := _problem_of(e, scans[e.file], min_frames)) is not None]
     found += _duplicates_and_leaks(entries, _contents({e.file: scans[e.file] for e in entries}))
@@ -150,10 +152,10 @@ def find_problems(entries: Sequence[Entry], scans: Mapping[str, Mapping[str, Any
 
 
 def _contents(scans: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """By file, what is the same for one video under two names; files that cannot be read are told apart by their paths.
+    """A key by file that is equal for the same video under two names; the key of an unreadable file is its path.
 
-    Records of earlier versions do not tell which pictures are hidden, only how many are shown: they are taken for that one of
-    the same pictures that does.
+    Records of earlier versions hold the number of shown frames, not which frames are hidden. Such a record gets the key of a
+    newer record with the same frames.
     """
     same = {file: f"{scan['digest']} {scan['frames']}" for file, scan in scans.items() if "digest" in scan}
     told = {same[file]: str(scans[file]["hidden"]) for file in same if "hidden" in scans[file]}
@@ -173,7 +175,7 @@ def _problem_of(entry: Entry, scan: Mapping[str, Any], min_frames: int) -> Findi
 
 
 def _duplicates_and_leaks(entries: Iterable[Entry], content: Mapping[str, str]) -> Iterator[Finding]:
-    """Entries that are one video, by path or by content."""
+    """Findings about entries that are the same video, by path or by content."""
     same: dict[str, list[Entry]] = defaultdict(list)
     for entry in entries:
         same[content[entry.file]].append(entry)
@@ -204,7 +206,7 @@ def _shown(entry: Entry) -> str:
 
 
 def clean_folder(datasets: Mapping[str, DatasetConfig], out: Path) -> OutputFolder:
-    """The folder for :func:`write_clean`. Raises ConfigError: something else than a file of an earlier call is in the way."""
+    """The folder for :func:`write_clean`. Raises ConfigError if a file is in the way that no earlier call made."""
     names = [f"{split}.csv" for split in SPLITS] + ["classes.txt"]
     read = [Path(d.annotations) / name for d in datasets.values() for name in names]
     folder = OutputFolder(out, "data check --write-clean", [*read, *(d.annotations for d in datasets.values())])
@@ -214,13 +216,13 @@ def clean_folder(datasets: Mapping[str, DatasetConfig], out: Path) -> OutputFold
 
 
 def write_clean(report: CheckReport, datasets: Mapping[str, DatasetConfig], out: OutputFolder) -> dict[str, int]:
-    """Write ``OUT/DATASET/{train,val,test}.csv`` without the lines that something is wrong with, and the class names.
+    """Write ``OUT/DATASET/{train,val,test}.csv`` without the lines that have a problem, and the class names.
 
-    Of duplicates the first stays; of a video that is labelled twice nothing does, because the right label is unknown; a
-    leak leaves the training set.
+    The first of several duplicates is kept. All lines of a video that is labelled twice are left out, because the right label is unknown. A
+    leak is removed from the training set.
 
     Returns:
-        Lines left out by file.
+        Number of lines left out, by file.
     """
     bad = {f.entry for f in report.findings}
     left_out = {}
@@ -239,7 +241,7 @@ def write_clean(report: CheckReport, datasets: Mapping[str, DatasetConfig], out:
 
 
 def is_table(content: bytes) -> bool:
-    """Whether a file is the table of findings, as versions before the record of files wrote it."""
+    """Whether a file is a table of findings by an earlier version, which kept no record of its files."""
     return content.startswith(",".join(_COLUMNS).encode() + b"\n")
 
 

@@ -1,4 +1,4 @@
-"""A file's record in the journal of `data check`: what is in it, or what is wrong with it."""
+"""Scan one file for the journal of `data check`: its properties, or its damage."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from multitrain.data.prepare.parallel_map import FINAL
 
 
 class ScanFile:
-    """`scan_video` as work for several processes: the item is a path.
+    """`scan_video` as a function for `map_resumable` whose item is a path.
 
     Returns:
-        The fields of `multitrain.data.decode.VideoScan`, or ``kind`` and ``error``: what is wrong.
+        The fields of `multitrain.data.decode.VideoScan`, or ``kind`` and ``error`` of the finding.
     """
 
     def __call__(self, path: str) -> dict[str, Any]:
@@ -33,7 +33,7 @@ class ScanFile:
 
 
 def is_of_system(error: VideoError) -> bool:
-    """Whether the operating system failed or refused, so that the file itself may be whole."""
+    """Whether the operating system caused the error, so that the file itself may be intact."""
     return error.transient or isinstance(error.__cause__, OSError)
 
 
