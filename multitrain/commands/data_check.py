@@ -17,7 +17,7 @@ def main(arguments: Arguments) -> int:
     """``multitrain data check``; returns the exit status: 0, 1 if there are findings, 75 if interrupted."""
     parser = Parser(
         "data check",
-        "Decode every file and compare all lines: list videos that are missing, broken (with the reason), too short, duplicate by content,\n"
+        "Decode every file and compare all lines: list videos that are missing, broken (with the reason), too short, duplicates,\n"
         "labelled twice, or in both training and test. Run the same command again to resume after an interruption.",
         "multitrain data check data=k400_mit_ssv2 data.root=/datasets --out checked --write-clean clean",
         "multitrain data check /data/downloads",

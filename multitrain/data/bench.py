@@ -143,7 +143,7 @@ def main(arguments: Arguments) -> int:
     parser.add_overrides("data.decoder=decord")
     given = parser.parse_with_overrides(arguments)
     if given.gpu is not None and not 0 < given.gpu < math.inf:
-        parser.error(f"--gpu {given.gpu:g}: a GPU trains on more than 0 clips a second, and not on infinitely many")
+        parser.error(f"--gpu {given.gpu:g}: give a finite number of clips per second above 0")
     if given.run is not None and given.overrides:
         parser.error("a run's configuration is what it is: give --run or KEY=VALUE")
     config = load(given.run) if given.run is not None else compose(given.overrides, config_dirs=given.config_dir)
@@ -174,7 +174,7 @@ def table(cost: Cost, config: RunConfig, gpu: float, *, estimated: bool) -> str:
     """The cost as text; `gpu` is the clips per second of a GPU, `estimated` whether that is an estimate."""
     shape = f"{config.model.frames}×{config.data.sampling_rate}, {config.model.crop} pixels"
     lines = [
-        f"{cost.clips_per_second:.1f} clips per CPU-second ({shape}, {cost.copies} copies a video, "
+        f"{cost.clips_per_second:.1f} clips per CPU-second ({shape}, {cost.copies} copies per video, "
         f"{config.data.decoder}, {config.augment.backend}; {cost.videos} videos)",
         "",
     ]
@@ -183,10 +183,10 @@ def table(cost: Cost, config: RunConfig, gpu: float, *, estimated: bool) -> str:
             f"videos that cannot be read: {cost.unreadable}; multitrain data check says what is wrong with them"
         ]
     parts = {"decode": cost.decode, "RandAugment": cost.randaugment, "crop": cost.crop, "copy": cost.copy}
-    for name, ms in (parts | {"other": cost.other, "a video": cost.total}).items():
+    for name, ms in (parts | {"other": cost.other, "per video": cost.total}).items():
         lines.append(f"  {name:<12} {ms:8.1f} ms  {ms / cost.total:5.0%}")
     wanted, asked = cost.cores(gpu), config.cluster.cpus_per_gpu
-    said = f"{gpu:g} clips a second" + (" (an estimate; --gpu or cluster.gpu_clips says better)" if estimated else "")
+    said = f"{gpu:g} clips per second" + (" (an estimate; set --gpu or cluster.gpu_clips)" if estimated else "")
     lines += ["", f"a GPU that trains on {said} needs {wanted:.1f} cores; cluster.cpus_per_gpu={asked}"]
     if wanted > asked:
         lines[-1] += f" is too few: use {math.ceil(wanted)}, or videos that decode faster (multitrain data resize)"

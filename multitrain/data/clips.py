@@ -142,7 +142,7 @@ class TrainClipFn:
         first = next(iter(failed.values()))
         raise UnreadableError(
             f"{first.path}: {first.reason}; nor can any of {len(failed) - 1} fallback videos of dataset {name!r} be read; "
-            "check that its videos are there and whole"
+            "check that its videos exist and are not damaged"
         )
 
     def _decode(self, path: Path, clip: Clip, out: np.ndarray) -> np.ndarray:

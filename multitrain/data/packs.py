@@ -77,7 +77,7 @@ class Pack:
                 raise ValueError("a shard lies elsewhere")
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"{folder / INDEX}: is damaged ({error}); the same `multitrain data pack` command writes it anew"
+                f"{folder / INDEX}: is damaged ({error}); the same `multitrain data pack` command writes it again"
             ) from None
 
     def __len__(self) -> int:

@@ -96,7 +96,7 @@ def clips_of(
                 frames=images[number],
                 labels=tuple(_name(catalog, label) for label in own.labels),
                 weights=_weights(ready.targets[name][number].numpy(), catalog),
-                note=f"stands in for {bad}" if bad else "",
+                note=f"replaces {bad}" if bad else "",
             )
         )
     return shown

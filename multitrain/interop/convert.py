@@ -58,7 +58,7 @@ def convert(
         target: a new `.pyth` or `.safetensors` file, or a new folder, which gets ``model.safetensors`` and ``config.json``.
         frames, crop: clip size of the result (frames, pixels). A change interpolates the position tables and leaves out the
             optimizer state, which belongs to the old tables.
-        force: replace an existing `target` if an earlier conversion wrote it and nobody changed it since.
+        force: replace an existing `target` if an earlier conversion wrote it and it was not changed since.
         weights_only: leave out the optimizer state.
         grouping: parameter groups of the optimizer state in a `.pyth` file made from a run: ``ddp`` for training with the
             published code on several GPUs, ``single`` for one GPU.

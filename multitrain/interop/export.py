@@ -54,7 +54,7 @@ def export(
         target: the folder; ``multitrain.load(target / "model.safetensors")`` reads it.
         evaluation: folder with the ``metrics.json`` of a test of these weights (default: the run's own test of
             the checkpoint, if it exists).
-        force: replace the files of an earlier export that nobody changed since.
+        force: replace the files of an earlier export, if they were not changed since.
 
     Raises:
         ConfigError: `source` has no model; `target` holds other files of these names, belongs to a run, or cannot be written.
@@ -258,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--evaluation", metavar="DIR", help="folder of a finished test (default: the checkpoint's own)")
     parser.add_argument("--force", action="store_true", help="replace the files of an earlier export")
     parser.add_argument("--upload", metavar="OWNER/NAME", help="put it on the Hugging Face Hub as well")
-    parser.add_argument("--public", action="store_true", help="with --upload: a repository that everybody sees")
+    parser.add_argument("--public", action="store_true", help="with --upload: a public repository")
     parser.add_argument("--private", action="store_true", help="with --upload: a private repository (the default)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""`data show` and `data stats` tell what training does: the same clips, and the same draws."""
+"""`data show` and `data stats` show what training does: the same clips, and the same draws."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from multitrain.data.prepare.stats import balance, collect, draws, text
 from support import settings
 
 from multitrain.config import validate
 from multitrain.data.catalog import open_catalogs, plan_of
 from multitrain.data.loader import TrainLoader
 from multitrain.data.mix import finalize_batch
+from multitrain.data.prepare.stats import balance, collect, draws, text
 from multitrain.data.show import clips_of, picture
 from multitrain.data.spatial import MEAN, STD
 from multitrain.order import solve

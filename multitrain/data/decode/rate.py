@@ -56,11 +56,11 @@ def frame_seconds(container: av.container.InputContainer, stream: av.VideoStream
     base = stream.time_base or Fraction(1)
     seconds: np.ndarray = (ticks - ticks[0]) * base.numerator / base.denominator
     steps = np.diff(seconds)
-    anew = steps < 0
+    resets = steps < 0
     if has_flag(container, "ts_discont"):
-        anew |= steps > max(_CLOCK_RESET_SECONDS, 10 * float(np.median(steps))) if len(steps) else False
-    if anew.any():
-        seconds[1:] = np.cumsum(np.where(anew, np.median(steps), steps))
+        resets |= steps > max(_CLOCK_RESET_SECONDS, 10 * float(np.median(steps))) if len(steps) else False
+    if resets.any():
+        seconds[1:] = np.cumsum(np.where(resets, np.median(steps), steps))
     return seconds
 
 

@@ -238,36 +238,36 @@ def map_resumable(
     the iteration ends.
     """
     waiting = iter(items)
-    crew: list[_Worker] = []
+    running: list[_Worker] = []
     try:
         for item in waiting:
-            crew.append(_start(work, timeout))
-            _assign(crew[-1], item)
-            if len(crew) == workers:
+            running.append(_start(work, timeout))
+            _assign(running[-1], item)
+            if len(running) == workers:
                 break
-        while crew:
+        while running:
             if stop():
                 return
-            ready = set(wait([w.pipe for w in crew], timeout=_POLL_SECONDS))
-            for worker in list(crew):
+            ready = set(wait([w.pipe for w in running], timeout=_POLL_SECONDS))
+            for worker in list(running):
                 answer = _poll(worker, worker.pipe in ready)
                 if answer is None:
                     continue
                 done = worker.item
                 if worker.process.exitcode is not None or "overdue" in answer:
                     _end(worker)
-                    crew.remove(worker)
+                    running.remove(worker)
                     worker = _start(work, timeout)
-                    crew.append(worker)
+                    running.append(worker)
                 following = next(waiting, None)
                 if following is None:
                     _end(worker)
-                    crew.remove(worker)
+                    running.remove(worker)
                 else:
                     _assign(worker, following)
                 yield done, {k: v for k, v in answer.items() if k != "overdue"}
     finally:
-        for worker in crew:
+        for worker in running:
             _end(worker)
 
 
