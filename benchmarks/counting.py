@@ -137,7 +137,7 @@ def _no(_: Any) -> None:
     return None
 
 
-ANSWERS = {"is_cuda": _yes, "has_flash": _yes, "rounding": _no}
+ANSWERS = {"is_cuda": _yes, "has_flash": _yes, "emulated_dtype": _no}
 """The questions about the device that routes depend on, and what they answer on CUDA."""
 
 
@@ -154,7 +154,7 @@ def as_on_cuda() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         FakeTensorMode.cache_clear()  # results that were computed with the processor's answers, and ours when we leave
         stack.callback(FakeTensorMode.cache_clear)
-        stack.enter_context(mock.patch.dict(constants.KEPT, clear=True))  # it may hold tensors with data
+        stack.enter_context(mock.patch.dict(constants.CACHE, clear=True))  # it may hold tensors with data
         for module in map(importlib.import_module, names):
             for name in ANSWERS.keys() & vars(module).keys():
                 stack.enter_context(mock.patch.object(module, name, ANSWERS[name]))

@@ -22,8 +22,8 @@ from benchmarks.baseline import model as baseline
 from benchmarks.network import DATASETS
 from benchmarks.results import row, save
 from multitrain.config import ModelConfig
-from multitrain.model import MultiTrain, block_values
-from multitrain.model.pooling import Chosen, Grid, skip_pool
+from multitrain.model import MultiTrain, block_activations
+from multitrain.model.pooling import Grid, PoolArgmax, skip_pool
 
 NO_GRADIENT = "norm_k.bias"
 """A bias of all keys changes no softmax: its true gradient is zero, and a relative error of it means nothing."""
@@ -99,14 +99,14 @@ def _max_pools(choices: list[Any], again: bool) -> Iterator[None]:
     """Keeps what the max pools choose, or has them choose the same again."""
     kept = list(choices)
 
-    def pool(x: Tensor, grid: Grid) -> tuple[Tensor, Chosen]:
+    def pool(x: Tensor, grid: Grid) -> tuple[Tensor, PoolArgmax]:
         out, chosen = skip_pool(x, grid)
         if again:
             return out, kept.pop(0)
         choices.append(chosen)
         return out, chosen
 
-    with patch.object(block_values, "skip_pool", pool):
+    with patch.object(block_activations, "skip_pool", pool):
         yield
 
 

@@ -30,7 +30,7 @@ from multitrain.data.catalog import Catalog
 from multitrain.data.decode import open_video
 from multitrain.data.frames import training_window
 from multitrain.data.pool import configure_worker
-from multitrain.data.random import Draws
+from multitrain.data.random import KeyedRNG
 from multitrain.model import MultiTrain
 from multitrain.order import Plan, Source, solve
 
@@ -48,13 +48,13 @@ def clip_cost(frames: int, crop: int, clips: int) -> float:
 
     def make(number: int) -> None:
         with open_video(video) as opened:
-            draws = Draws("growth", number)
+            draws = KeyedRNG("growth", number)
             wanted = training_window(
                 opened.frame_count, opened.fps, frames, sampling_rate=3, target_fps=30, uniform=draws.uniform()
             )
             decoded = opened.frames(wanted)
         for copy in range(2):
-            augment_clip(decoded, AugmentConfig(), size, Draws("growth", number, copy), True, out[copy])
+            augment_clip(decoded, AugmentConfig(), size, KeyedRNG("growth", number, copy), True, out[copy])
 
     make(0)
     return statistics.mean(cpu_seconds(lambda n=n: make(n)) for n in range(clips)) / 2 * 1e3  # type: ignore[misc]
@@ -191,7 +191,7 @@ def main(arguments: list[str] | None = None) -> None:
         return Plan(sources, seed=0, effective_batch=512, group=2)
 
     sizes = [10**n for n in range(4, 8)]
-    indexed = [(n, *index_cost(n)) for n in (sizes if given.full else sizes[:3])]
+    ensure_index = [(n, *index_cost(n)) for n in (sizes if given.full else sizes[:3])]
     model = ModelConfig()
     plots = [
         plot("Loader: cost of a clip by its frames (×3, 224 pixels)", "frames", "CPU ms a clip",
@@ -220,7 +220,7 @@ def main(arguments: list[str] | None = None) -> None:
         plot("Order: an update of 512 videos by the number of videos", "videos", "CPU ms per update",
              {"ours": line(sizes, lambda n: order_cost(Plan([Source("a", n)], seed=0, effective_batch=512, group=2), updates))}, log="x"),
         plot("Index: by the number of videos", "videos", "CPU s",
-             {"built once": [(float(n), b) for n, b, _ in indexed], "opened": [(float(n), o) for n, _, o in indexed]}, log="xy"),
+             {"built once": [(float(n), b) for n, b, _ in ensure_index], "opened": [(float(n), o) for n, _, o in ensure_index]}, log="xy"),
     ]  # fmt: skip
     save("growth", [], size="full" if given.full else "small", plots=plots)
 

@@ -33,7 +33,7 @@ from multitrain.data.catalog import open_catalogs, sources
 from multitrain.data.clips import Task, TrainClipFn
 from multitrain.data.decode import open_video
 from multitrain.data.pool import configure_worker
-from multitrain.data.random import Draws
+from multitrain.data.random import KeyedRNG
 from multitrain.order import Plan
 
 FRAMES, RATE, CROP, COPIES = 32, 3, 224, 2
@@ -94,10 +94,10 @@ class Bench:
         index, config = int(ticket["index"]), self.jobs["pyav", "opencv"].config
         identity = (config.seed, NAME, index, int(ticket["pass"]))
         drawn = [
-            draw_augmentation(*self._sizes[index], config.augment, CROP, Draws("augment", *identity, copy), True)
+            draw_augmentation(*self._sizes[index], config.augment, CROP, KeyedRNG("augment", *identity, copy), True)
             for copy in range(COPIES)
         ]
-        start = Draws("window", *identity).uniform()
+        start = KeyedRNG("window", *identity).uniform()
         return torch.stack(baseline.training_clips(self.videos[index], FRAMES, RATE, start, drawn, CROP))
 
 

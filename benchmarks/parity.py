@@ -32,7 +32,7 @@ from multitrain.data.views import load_views
 from multitrain.engine.deepspeed import Engine
 from multitrain.engine.schedule import Schedule
 from multitrain.interop.layout import name_map
-from multitrain.interop.pyslowfast import Published, read_published
+from multitrain.interop.pyslowfast import PublishedCheckpoint, read_published
 from multitrain.loss import MultiDatasetLoss, Terms, informative_loss
 from multitrain.model import MultiTrain
 
@@ -78,7 +78,7 @@ class Golden:
     """A published model, ours with its weights, and what the published code computed."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        self.file: Published = read_published(folder / f"{name}.pyth")
+        self.file: PublishedCheckpoint = read_published(folder / f"{name}.pyth")
         self.values: dict[str, Any] = published.values(folder, name)
         single = (
             len(self.file.datasets) == 1

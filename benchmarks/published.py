@@ -170,8 +170,8 @@ def _parts(state: dict[str, Tensor], datasets: Mapping[str, int]) -> dict[str, T
 
 
 def _write_models(golden: Path, out: Path) -> None:
-    from multitrain.interop.published_cfg import make_cfg
     from multitrain.interop.pyslowfast import read_published, write_pyth
+    from multitrain.interop.pyslowfast_config import make_cfg
 
     file = read_published(golden / f"{SINGLE}.pyth")
     cfg = yaml.safe_load(make_cfg(file.config, file.datasets, tested=None))

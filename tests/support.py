@@ -135,8 +135,8 @@ def write_joint_pyth(path: Path) -> Path:
     import yaml
 
     from multitrain.config import ModelConfig
-    from multitrain.interop.published_cfg import make_cfg
     from multitrain.interop.pyslowfast import write_pyth
+    from multitrain.interop.pyslowfast_config import make_cfg
     from multitrain.model import MultiTrain
 
     config = ModelConfig(

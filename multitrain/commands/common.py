@@ -1,4 +1,4 @@
-"""What several verbs ask for: a device, a configuration, a model."""
+"""Helpers that several verbs share: device, configuration, stop signals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ MODEL = "a .pyth or .safetensors file, a run's folder or its name in runs, or a 
 
 
 def device(name: str | None, local_rank: int = 0) -> str:
-    """The torch device to use: `name`, or the GPU of this rank, or the CPU."""
+    """The torch device to use: `name`, else the GPU of this rank, else the CPU.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
     import torch
 
     if name is None:
@@ -30,11 +34,11 @@ def device(name: str | None, local_rank: int = 0) -> str:
 
 
 def configured(run: str | None, overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> RunConfig:
-    """The shipped configuration, or that of a run, with overrides.
+    """The default configuration, or that of a run, with overrides.
 
     Args:
-        run: folder or name of a run; the first of `overrides` when that is a plain word.
-        config_dirs: folders with config groups of the user's own.
+        run: folder or name of a run; if None, the first of `overrides` if it is not ``key=value``.
+        config_dirs: folders with the user's config groups.
     """
     from multitrain.config import compose, load
     from multitrain.config.typed import refuse_typed
@@ -59,7 +63,7 @@ def stored(model: str, overrides: Sequence[str], config_dirs: Sequence[str] = ()
 
 
 class StopSignals:
-    """Whether this process was asked to stop; records SLURM's signals and Ctrl-C from now on."""
+    """Records SLURM's stop signals and Ctrl-C from its creation on; calling it returns whether one was received."""
 
     def __init__(self) -> None:
         from multitrain.cluster import slurm

@@ -1,4 +1,4 @@
-"""``multitrain completion SHELL``: a script that completes verbs, flags, ``key=value`` options and their known values."""
+"""``multitrain completion SHELL``: a script that completes verbs, flags, ``key=value`` options and their values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _multitrain_options="{options}"
 _multitrain_values="{values}"
 declare -gA _multitrain_said
 _multitrain_help() {{
-    # What `PROGRAM VERB --help` says that looks like $1; asked once.
+    # The words in `PROGRAM VERB --help` that match $1; cached.
     local key="$1 ${{*:2}}"
     [[ -n ${{_multitrain_said[$key]}} ]] ||
         _multitrain_said[$key]=$("${{@:2}}" --help 2>/dev/null | grep -oE -- "$1" | tr -d ' ' | awk '!seen[$0]++' | tr '\\n' ' ')
@@ -52,7 +52,7 @@ _multitrain() {{
     elif [[ $word == *=* ]]; then
         words=" $_multitrain_values "
         COMPREPLY=($(compgen -W "$words" -- "$word"))
-        # `=` ends a word for bash, so that only what follows it is replaced.
+        # `=` ends a word in bash, so that completion replaces only what follows it.
         [[ $COMP_WORDBREAKS == *=* ]] && COMPREPLY=("${{COMPREPLY[@]#*=}}")
     else
         words=
@@ -64,7 +64,7 @@ _multitrain() {{
     fi
 }}
 _multitrain_python() {{
-    # `python launch/submit.py …` is ours; everything else is completed as if this were not here.
+    # Complete `python launch/submit.py …`; use the default completion for everything else.
     COMPREPLY=()
     [[ $COMP_CWORD -gt 1 && ${{COMP_WORDS[1]}} == *launch/@(submit|sweep).py ]] && _multitrain
 }}
@@ -94,10 +94,10 @@ complete -c python -n "string match -q -- '*launch/submit.py' (commandline -opc)
 
 
 def script(shell: str, config_dirs: Sequence[str] = ()) -> str:
-    """The script of a shell; `config_dirs`: folders with config groups of the user's own.
+    """The completion script of a shell; `config_dirs` are folders with the user's config groups.
 
     Raises:
-        ConfigError: no such shell.
+        ConfigError: the shell is not supported.
     """
     words = {
         "options": " ".join(f"{name}=" for name in options()),
@@ -113,7 +113,7 @@ def script(shell: str, config_dirs: Sequence[str] = ()) -> str:
 
 
 def options() -> list[str]:
-    """Every option of a run without its own part of the name: ``nodes``, ``cluster.partition``, and the config groups."""
+    """All options of a run with fixed names (``nodes``, ``cluster.partition``), and the config groups."""
     from multitrain.config.compose import _fields
 
     fields = [name for name in _fields(RunConfig) if "<" not in name]
@@ -123,7 +123,7 @@ def options() -> list[str]:
 
 
 def values(config_dirs: Sequence[str] = ()) -> list[str]:
-    """``key=value`` for the options that take one of a few values."""
+    """All ``key=value`` pairs of options with a fixed set of values."""
     found = [f"{group}={choice}" for group, choice in _groups(config_dirs)]
     for name, annotation in _annotated():
         choices = [c for part in (annotation, *typing.get_args(annotation)) for c in _choices(part)]
@@ -138,7 +138,7 @@ def _choices(annotation: object) -> list[str]:
 
 
 def _groups(config_dirs: Sequence[str] = ()) -> Iterator[tuple[str, str]]:
-    """Groups and choices whose names a shell's list of words can hold."""
+    """Config groups and choices whose names need no quoting in a shell."""
     for folder in config_folders(config_dirs):
         for file in sorted(folder.glob("*/*.yaml")):
             if re.fullmatch(r"[\w.+-]+=[\w.+-]+", f"{file.parent.name}={file.stem}", re.ASCII):

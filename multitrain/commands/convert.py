@@ -1,4 +1,4 @@
-"""``multitrain convert``: one kind of weights file into another."""
+"""``multitrain convert``: convert weights between file formats."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ def main(arguments: Arguments) -> int:
     """``multitrain convert``; returns the exit status."""
     parser = Parser(
         "convert",
-        "One kind of weights into another: .pyth, .safetensors + config.json, or a folder of ours.",
+        "Convert weights to .pyth, .safetensors + config.json, or a folder in MultiTrain's format.",
         "multitrain convert runs/k400_mit_ssv2 model.pyth",
     )
     parser.add_model(MODEL)
-    parser.add_argument("target", help="a new file, whose ending says how: .pyth or .safetensors; or a new folder")
     parser.add_argument(
-        "--frames", type=whole_number, help="frames of a clip, when another number: position tables are interpolated"
+        "target", help="a new file, whose suffix sets the format: .pyth or .safetensors; or a new folder"
     )
     parser.add_argument(
-        "--crop", type=whole_number, help="side of a clip in pixels, when another: position tables are interpolated"
+        "--frames", type=whole_number, help="new number of frames per clip: interpolates the position tables"
     )
     parser.add_argument(
-        "--force", action="store_true", help="replace the target when it exists and this command made it"
+        "--crop", type=whole_number, help="new side of a clip in pixels: interpolates the position tables"
     )
+    parser.add_argument("--force", action="store_true", help="replace an existing target if this command made it")
     parser.add_argument("--weights-only", action="store_true", help="leave out the optimizer's state")
     parser.add_argument(
         "--optimizer",
         choices=("ddp", "single"),
         default="ddp",
-        help="parameter groups in a .pyth file made of a run: as the published code has them on several GPUs, or on one",
+        help="parameter groups in a .pyth file made from a run: those of the published code on several GPUs (ddp) or on one (single)",
     )
     parser.add_argument(
         "--copy",
         metavar="NAME",
-        help="of several sets of weights in a file, the one to take instead of the trained ones, e.g. model_ema",
+        help="name of the set of weights to take instead of the trained ones, e.g. model_ema",
     )
     given = parser.parse_args(arguments)
     given.source, _ = parser.model_and_words(given, [])

@@ -1,4 +1,4 @@
-"""``multitrain data VERB``: a dataset made ready, looked at, and indexed. Every verb has a file of its own."""
+"""``multitrain data VERB``: prepare, inspect and index datasets. Every verb has its own module."""
 
 from __future__ import annotations
 
@@ -14,24 +14,27 @@ VERBS: dict[str, tuple[str, str]] = {
     "import": ("multitrain.commands.data_import", "Official annotation files as `path label` files and class names."),
     "resize": (
         "multitrain.commands.data_resize",
-        "Copies with a short side of 320 pixels; goes on where it was interrupted.",
+        "Copies with a short side of 320 pixels; resumes after an interruption.",
     ),
     "pack": ("multitrain.commands.data_pack", "Videos as tar shards with one index, for a million of them."),
     "unpack": ("multitrain.commands.data_unpack", "The videos of a pack as files again."),
     "check": (
         "multitrain.commands.data_check",
-        "Decode every file: what is missing, broken, short, there twice, mislabelled.",
+        "Decode every file; list missing, broken, short, duplicate and mislabelled videos.",
     ),
     "index": ("multitrain.commands.data_index", "Read the annotation files of a run and build their index."),
-    "stats": ("multitrain.commands.data_stats", "Sizes, class balance, durations, rates, and what the mixture draws."),
-    "bench": ("multitrain.data.bench", "What training clips cost on this machine, and how many cores a GPU needs."),
+    "stats": (
+        "multitrain.commands.data_stats",
+        "Sizes, class balance, durations, frame rates, and the mixture's samples.",
+    ),
+    "bench": ("multitrain.data.bench", "CPU cost of training clips on this machine, and cores per GPU."),
     "show": ("multitrain.commands.data_show", "A picture of augmented training clips with labels and mixing weights."),
 }
-"""Verb: the module whose `main(arguments)` is called, and what it does."""
+"""By verb: the module whose `main(arguments)` is called, and a description."""
 
 
 def main(arguments: Arguments) -> int:
-    """``multitrain data``; returns the exit status. Without a verb it is ``data index``, as it always was."""
+    """``multitrain data``; returns the exit status. Without a verb, options run ``data index``."""
     if arguments and arguments[0] in ("-h", "--help"):
         print(_overview())
         return 0
@@ -55,7 +58,7 @@ def main(arguments: Arguments) -> int:
 
 
 def default_journal(out: Path | None, name: str) -> Path:
-    """Default place of a verb's journal."""
+    """Default folder of a verb's journal."""
     return out or Path("prepared") / name
 
 
@@ -67,7 +70,7 @@ def _overview() -> str:
             "",
             *verbs,
             "",
-            "multitrain data VERB --help says more; `multitrain data KEY=VALUE …` is data index",
+            "details: multitrain data VERB --help; `multitrain data KEY=VALUE …` is data index",
             "example: multitrain data check experiment=ssv2 data.root=/datasets",
         ]
     )

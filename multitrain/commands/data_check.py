@@ -1,4 +1,4 @@
-"""``multitrain data check``: every file decoded, everything that is wrong in a table."""
+"""``multitrain data check``: decode every file and write a table of all problems."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from multitrain.files import OutputFolder
 
 
 def main(arguments: Arguments) -> int:
-    """``multitrain data check``; returns the exit status: 0, 1 when something is wrong, 75 when interrupted."""
+    """``multitrain data check``; returns the exit status: 0, 1 if there are findings, 75 if interrupted."""
     parser = Parser(
         "data check",
-        "Decode every file and compare every line: what is missing, broken (and why), too short, there twice by content,\n"
-        "labelled twice, or in both training and test. The same command goes on where it was interrupted.",
+        "Decode every file and compare all lines: list videos that are missing, broken (with the reason), too short, duplicates,\n"
+        "labelled twice, or in both training and test. Run the same command again to resume after an interruption.",
         "multitrain data check data=k400_mit_ssv2 data.root=/datasets --out checked --write-clean clean",
         "multitrain data check /data/downloads",
         "sbatch --array=0-15 slurm/prepare.sh check data=ssv2 data.root=/datasets --out checked",
@@ -31,13 +31,13 @@ def main(arguments: Arguments) -> int:
         type=Path,
         default=Path("checked"),
         metavar="DIR",
-        help="for check.csv and what is done (default: checked)",
+        help="folder for check.csv and the journal (default: checked)",
     )
     parser.add_argument(
-        "--min-frames", type=whole_number, default=8, metavar="N", help="fewer are too short (default 8)"
+        "--min-frames", type=whole_number, default=8, metavar="N", help="videos with fewer frames are short (default 8)"
     )
     parser.add_argument(
-        "--write-clean", type=Path, metavar="DIR", help="write DIR/DATASET/*.csv without the lines that are wrong"
+        "--write-clean", type=Path, metavar="DIR", help="write DIR/DATASET/*.csv without the lines that have findings"
     )
     add_work_options(parser)
     parser.add_argument(
@@ -46,14 +46,24 @@ def main(arguments: Arguments) -> int:
     parser.set_defaults(overrides=[])
     given = parser.parse_with_overrides(arguments)
     from multitrain.data.prepare import check as c
-    from multitrain.data.prepare.parallel_map import FINAL, INTERRUPTED, Bar, Journal, Shard, map_resumable, version
+    from multitrain.data.prepare.parallel_map import (
+        FINAL,
+        INTERRUPTED,
+        Journal,
+        ProgressBar,
+        Shard,
+        map_resumable,
+        version,
+    )
     from multitrain.data.prepare.scan import ScanFile
 
     shard = Shard.parse(given.shard)
     if given.folders and (given.overrides or given.run or given.write_clean):
         raise ConfigError("folders hold no annotations; give folders, or datasets as key=value, not both")
     datasets = {} if given.folders else configured(given.run, given.overrides, given.config_dir).data.datasets
-    entries = [e for f in given.folders for e in c.in_folder(Path(f))] if given.folders else c.listed(datasets)
+    entries = (
+        [e for f in given.folders for e in c.entries_in_folder(Path(f))] if given.folders else c.list_entries(datasets)
+    )
     files = sorted({str(Path(e.file).absolute()) for e in entries})
     entries = [e._replace(file=str(Path(e.file).absolute())) for e in entries]
     out = OutputFolder(given.out, "data check")
@@ -67,7 +77,7 @@ def main(arguments: Arguments) -> int:
     if len(todo) < len(mine):
         print(f"{len(mine) - len(todo)} of {len(mine)} are done already", file=sys.stderr)
     stop = StopSignals()
-    bar: Bar[str] = Bar("check", len(todo))
+    bar: ProgressBar[str] = ProgressBar("check", len(todo))
     for file, record in map_resumable(todo, ScanFile(), workers=given.workers, timeout=given.timeout, stop=stop):
         journal.add(file, version(Path(file)), {FINAL: True, **record} if "error" in record else record)
         bar.add(bad="error" in record)
@@ -79,11 +89,11 @@ def main(arguments: Arguments) -> int:
     scans = {f: r for f in files if (r := journal.get(f, version(Path(f)))) is not None}
     if len(scans) < len(files):
         print(
-            f"{len(scans)} of {len(files)} files are checked; the table comes when all shards are through",
+            f"{len(scans)} of {len(files)} files are checked; the table is written when all shards are done",
             file=sys.stderr,
         )
         return 0
-    report = c.judge(entries, scans, given.min_frames)
+    report = c.find_problems(entries, scans, given.min_frames)
     table = out.write_text(c.TABLE, report.csv(), recognise=c.is_table)
     if clean:
         for name, count in c.write_clean(report, datasets, clean).items():

@@ -60,7 +60,7 @@ def main(arguments: Arguments) -> int:
 
 
 def _entry(out: Path, multi_label: bool) -> str:
-    """The lines of a configuration that make this a dataset of a run."""
+    """The lines of configuration that add this dataset to a run."""
     name = out.resolve().name
     lines = [f"as a dataset of a run (configs/data/{name}.yaml):", "  datasets:", f"    {name}:"]
     lines += [f"      annotations: {out.resolve()}", "      videos: FOLDER OF VIDEOS"]

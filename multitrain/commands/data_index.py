@@ -1,4 +1,4 @@
-"""``multitrain data index``: the annotation files of a run, read and indexed."""
+"""``multitrain data index``: read and index the annotation files of a run."""
 
 from __future__ import annotations
 

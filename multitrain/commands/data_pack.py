@@ -1,4 +1,4 @@
-"""``multitrain data pack``: videos into tar shards with one index, by many processes or jobs, resumed where interrupted."""
+"""``multitrain data pack``: write videos to tar shards with one index, with many processes or jobs; resumable."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from multitrain.order.windows import SHARD_VIDEOS
 from multitrain.text import printable
 
 if TYPE_CHECKING:
-    from multitrain.data.prepare.packing import Packing
+    from multitrain.data.prepare.packing import PackJob
 
 _SHOWN = 20
 
 
 def main(arguments: Arguments) -> int:
-    """``multitrain data pack``; returns the exit status: 0, 1 when videos could not be read, 75 when interrupted."""
+    """``multitrain data pack``; returns the exit status: 0, 1 if videos could not be read, 75 if interrupted."""
     parser = Parser(
         "data pack",
-        "Videos as plain tar shards of a fixed number of videos, with one index. OUT then stands for VIDEOS in a dataset's\n"
-        "`videos:`; nothing else changes, also for a run in progress. A shard is there whole or not at all; the same command\n"
-        "goes on where it was interrupted. VIDEOS is only read.",
+        "Write videos to plain tar shards with a fixed number of videos each, and one index. OUT then replaces VIDEOS in a dataset's\n"
+        "`videos:`; nothing else changes, also for a run in progress. A shard is complete or absent; run the same command again\n"
+        "to resume after an interruption. VIDEOS is only read.",
         "multitrain data pack /data/k400_320p /data/k400_packed --annotations k400",
         "sbatch --array=0-15 slurm/prepare.sh pack /data/k400_320p /data/k400_packed --annotations k400",
     )
@@ -34,27 +34,27 @@ def main(arguments: Arguments) -> int:
     parser.add_argument(
         "--annotations", type=Path, metavar="DIR", help="the videos that DIR/{train,val,test}.csv list (default: all)"
     )
-    parser.add_argument("--separator", default=" ", help="what separates path and label (default: a blank)")
+    parser.add_argument("--separator", default=" ", help="separator of path and label (default: a blank)")
     parser.add_argument(
         "--shard-videos",
         type=whole_number,
         default=SHARD_VIDEOS,
         metavar="N",
-        help=f"videos a shard (default {SHARD_VIDEOS}); data.shard_videos has to say the same for data.shuffle_window",
+        help=f"videos per shard (default {SHARD_VIDEOS}); must equal data.shard_videos for data.shuffle_window",
     )
     parser.add_argument("--leave-out", action="store_true", help="pack without the videos that cannot be read")
     add_work_options(parser)
     given = parser.parse_args(list(arguments))
-    from multitrain.data.prepare.packing import Item, Packing, PackShard, Wanted
-    from multitrain.data.prepare.parallel_map import INTERRUPTED, Bar, Shard, map_resumable
+    from multitrain.data.prepare.packing import Item, PackJob, PackOptions, PackShard
+    from multitrain.data.prepare.parallel_map import INTERRUPTED, ProgressBar, Shard, map_resumable
 
-    wanted = Wanted(
+    wanted = PackOptions(
         given.videos.absolute(), given.out.absolute(), given.annotations, given.separator, given.shard_videos, given.leave_out
     )  # fmt: skip
-    task = Packing(wanted, Shard.parse(given.shard))
+    task = PackJob(wanted, Shard.parse(given.shard))
     stop, items = StopSignals(), list(task.items())
     task.journal.claim()
-    bar: Bar[Item] = Bar("pack", len(items), unit="shard")
+    bar: ProgressBar[Item] = ProgressBar("pack", len(items), unit="shard")
     failed: list[tuple[str, str]] = []
     work = PackShard(wanted.videos, task.parts, wanted.leave_out)
     limit = given.timeout * wanted.shard_videos
@@ -69,7 +69,7 @@ def main(arguments: Arguments) -> int:
     return _report(task, failed, as_json=given.json)
 
 
-def _report(task: Packing, failed: list[tuple[str, str]], *, as_json: bool) -> int:
+def _report(task: PackJob, failed: list[tuple[str, str]], *, as_json: bool) -> int:
     missing, packed, left_out = task.write_index()
     failed += [(name, why) for name, why in left_out]
     counts = {"shards": len(task.shards), "waiting": missing, "videos": packed, "left_out": len(left_out)}
@@ -82,8 +82,8 @@ def _report(task: Packing, failed: list[tuple[str, str]], *, as_json: bool) -> i
             print(f"… and {len(failed) - _SHOWN} more")
         print(", ".join(f"{n} {k.replace('_', ' ')}" for k, n in counts.items()))
     if missing:
-        why = "mend these videos, or pack without them: --leave-out" if failed else "another task writes it"
-        print(f"{missing} shards are not there yet, so there is no index yet; {why}", file=sys.stderr)
+        why = "repair these videos, or pack without them: --leave-out" if failed else "another task writes them"
+        print(f"{missing} shards are missing, so there is no index yet; {why}", file=sys.stderr)
     elif not as_json:
         print(f"for a dataset's configuration: videos: {printable(str(task.out.root))}")
     return 1 if failed else 0

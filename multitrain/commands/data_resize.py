@@ -1,4 +1,4 @@
-"""``multitrain data resize``: small copies of videos, by many processes or jobs, resumed where they were interrupted."""
+"""``multitrain data resize``: make small copies of videos, with many processes or jobs; resumable."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from multitrain.config.arguments import Arguments, Parser, whole_number
 from multitrain.text import printable
 
 if TYPE_CHECKING:
-    from multitrain.data.prepare.copying import Copying
+    from multitrain.data.prepare.copying import CopyJob
 
 
 def main(arguments: Arguments) -> int:
-    """``multitrain data resize``; returns the exit status: 0, 1 when a copy could not be made, 75 when interrupted."""
+    """``multitrain data resize``; returns the exit status: 0, 1 if a copy could not be made, 75 if interrupted."""
     parser = Parser(
         "data resize",
-        "Copies of videos with a short side of 320 pixels: H.264 in MP4, without sound. A copy is there whole or not at all;\n"
-        "the same command goes on where it was interrupted, and makes copies of changed videos anew. Nothing that it did not\n"
-        "make is replaced or deleted, and no copy is written outside OUT. Paths in annotation files may be absolute: the\n"
-        "copy of VIDEOS/a/b.avi is OUT/a/b.mp4, however the file is spelled; videos outside VIDEOS are refused.",
+        "Copy videos with a short side of 320 pixels: H.264 in MP4, without audio. A copy is complete or absent.\n"
+        "Run the same command again to resume, and to copy changed videos again. It replaces and deletes only files that it\n"
+        "made, and writes no copy outside OUT. Paths in annotation files may be absolute: the\n"
+        "copy of VIDEOS/a/b.avi is OUT/a/b.mp4, whatever the spelling of its path; videos outside VIDEOS are an error.",
         "multitrain data resize /data/k400 /data/k400_320p --annotations k400",
         "multitrain data resize /data/anet /data/anet_320p --segments anet/segments.csv",
         "sbatch --array=0-15 slurm/prepare.sh resize /data/k400 /data/k400_320p --fast-decode",
     )
     parser.add_argument("videos", type=Path, help="folder of videos")
-    parser.add_argument("out", type=Path, help="folder for the copies, and for resize.csv, which tells of every video")
+    parser.add_argument("out", type=Path, help="folder for the copies, and for resize.csv, which lists every video")
     parser.add_argument(
         "--annotations", type=Path, metavar="DIR", help="only videos that DIR/{train,val,test}.csv list"
     )
@@ -37,7 +37,7 @@ def main(arguments: Arguments) -> int:
         "--write-annotations",
         type=Path,
         metavar="DIR",
-        help="the same files with the names of the copies, failures left out",
+        help="write the same files with the names of the copies, without failures",
     )
     parser.add_argument(
         "--segments", type=Path, metavar="FILE", help="cut these: source,start,end,path (data import writes it)"
@@ -53,35 +53,38 @@ def main(arguments: Arguments) -> int:
     parser.add_argument(
         "--adopt",
         action="store_true",
-        help="take files that are in OUT already, from elsewhere, if they are these copies",
+        help="keep existing files in OUT that another program made, if they are these copies",
     )
     parser.add_argument(
-        "--separator", default=" ", metavar="TEXT", help="between path and label in annotation files (default: a blank)"
+        "--separator",
+        default=" ",
+        metavar="TEXT",
+        help="separator of path and label in annotation files (default: a blank)",
     )
-    parser.add_argument("--salvage", action="store_true", help="keep what can be decoded of damaged videos")
+    parser.add_argument("--salvage", action="store_true", help="keep the decodable part of damaged videos")
     add_work_options(parser)
     given = parser.parse_args(list(arguments))
     if given.write_annotations and not given.annotations:
         parser.error("--write-annotations needs --annotations")
-    from multitrain.data.prepare.copying import Copying, Wanted
-    from multitrain.data.prepare.parallel_map import INTERRUPTED, Bar, Shard, map_resumable
+    from multitrain.data.prepare.copying import CopyJob, CopyOptions
+    from multitrain.data.prepare.parallel_map import INTERRUPTED, ProgressBar, Shard, map_resumable
     from multitrain.data.prepare.resize import Encoding, Item, Resize
 
     encoding = Encoding(given.short_side, given.crf, given.preset, given.fast_decode, given.salvage)
     videos, out = given.videos.absolute(), given.out.absolute()
-    wanted = Wanted(
+    wanted = CopyOptions(
         videos, out, encoding, given.annotations, given.write_annotations, given.segments, given.separator, given.adopt
     )
     work = Resize(videos, out, encoding, given.timeout)
     shard = Shard.parse(given.shard)
-    task = Copying(wanted, shard)
+    task = CopyJob(wanted, shard)
     stop = StopSignals()
     items, mine = list(task.items()), len(shard.of(task.copies))
     if items:
         task.journal.claim()
     if task.before:
         print(", ".join(f"{n} of {mine} {what}" for what, n in task.before.items()), file=sys.stderr)
-    bar: Bar[Item] = Bar("resize", len(items))
+    bar: ProgressBar[Item] = ProgressBar("resize", len(items))
     for item, answer in map_resumable(items, work, workers=given.workers, timeout=3 * given.timeout + 30, stop=stop):
         bar.add(bad=not task.done(item, answer))
     bar.close()
@@ -91,8 +94,8 @@ def main(arguments: Arguments) -> int:
     return _report(task, as_json=given.json)
 
 
-def _report(task: Copying, *, as_json: bool) -> int:
-    """Write the tables and say what has become of every copy; the exit status."""
+def _report(task: CopyJob, *, as_json: bool) -> int:
+    """Write the tables, print a summary of the copies, and return the exit status."""
     results = task.results()
     table = task.write_table(results)
     failed = {c.source: str(d["error"]) for c in task.copies if (d := results[c.target]) is not None and "error" in d}
@@ -112,19 +115,19 @@ def _report(task: Copying, *, as_json: bool) -> int:
 
 
 def add_work_options(parser: Parser) -> None:
-    """Options of commands that work through many files."""
+    """Add the options of commands that process many files."""
     cores = len(os.sched_getaffinity(0))
     parser.add_argument(
         "--workers",
         type=whole_number,
         default=cores,
         metavar="N",
-        help=f"processes (default: one a core, here {cores})",
+        help=f"number of processes (default: one per core, here {cores})",
     )
     parser.add_argument(
-        "--shard", default="0/1", metavar="I/N", help="do every N-th file only, beginning with number I (0 to N-1)"
+        "--shard", default="0/1", metavar="I/N", help="process every N-th file only, starting with number I (0 to N-1)"
     )
     parser.add_argument(
-        "--timeout", type=float, default=600.0, metavar="S", help="seconds after which a file is given up (default 600)"
+        "--timeout", type=float, default=600.0, metavar="S", help="time limit per file in seconds (default 600)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")

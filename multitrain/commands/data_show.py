@@ -1,4 +1,4 @@
-"""``multitrain data show``: a picture of training clips as the model gets them."""
+"""``multitrain data show``: a picture of training clips as the model receives them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def main(arguments: Arguments) -> int:
     """``multitrain data show``; returns the exit status."""
     parser = Parser(
         "data show",
-        "A picture of an update's augmented training clips with their labels and mixing weights: a wrong label map, or a\n"
-        "mirrored clip of a class that knows left from right, is caught by eye.",
+        "A picture of an update's augmented training clips with their labels and mixing weights. It shows a wrong label map, or\n"
+        "mirrored clips of a class whose direction matters.",
         "multitrain data show experiment=k400_mit_ssv2 data.root=/datasets --out clips.png",
         "multitrain data show --run runs/first --update 1200 --videos 16",
     )
@@ -61,7 +61,7 @@ def main(arguments: Arguments) -> int:
     write(
         given.out,
         shown,
-        f"update {given.update}, seed {config.seed}, {config.data.mixture}: clips as the model gets them",
+        f"update {given.update}, seed {config.seed}, {config.data.mixture}: clips as the model receives them",
     )
     if given.json:
         clips = [

@@ -1,4 +1,4 @@
-"""``multitrain data stats``: what is in the datasets of a run, and what its mixture draws."""
+"""``multitrain data stats``: statistics of a run's datasets, and the samples that its mixture draws."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def main(arguments: Arguments) -> int:
     """``multitrain data stats``; returns the exit status."""
     parser = Parser(
         "data stats",
-        "Sizes, class balance, durations and rates of each dataset, and what the mixture will draw from it.",
+        "Sizes, class balance, durations and frame rates of each dataset, and the samples that the mixture draws from it.",
         "multitrain data stats experiment=k400_mit_ssv2 data.root=/datasets --plot stats.png",
         "multitrain data stats data=demo data.proportions=temperature data.temperature=2",
     )
@@ -32,13 +32,13 @@ def main(arguments: Arguments) -> int:
         type=whole_number,
         default=100,
         metavar="N",
-        help="videos of each dataset to look into (default 100)",
+        help="videos of each dataset to examine (default 100)",
     )
     parser.add_argument(
         "--checked",
         type=Path,
         metavar="DIR",
-        help="take lengths from what `data check --out DIR` found, without opening files",
+        help="take lengths from the results of `data check --out DIR`, without opening files",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write the distributions as a PNG")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

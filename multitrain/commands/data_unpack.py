@@ -1,4 +1,4 @@
-"""``multitrain data unpack``: the videos of a pack as files again."""
+"""``multitrain data unpack``: write the videos of a pack as files."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from multitrain.text import printable
 
 
 def main(arguments: Arguments) -> int:
-    """``multitrain data unpack``; returns the exit status: 0, 1 when a video is damaged, 75 when interrupted."""
+    """``multitrain data unpack``; returns the exit status: 0, 1 if a video is damaged, 75 if interrupted."""
     parser = Parser(
         "data unpack",
-        "The videos of a pack as files, each compared with its checksum. The same command goes on where it was interrupted;\n"
-        "files that are there already, byte for byte, are left alone. (Any tar program opens the shards, too.)",
+        "Write the videos of a pack as files, and verify their checksums. Run the same command again to resume;\n"
+        "existing files with the same bytes are kept. (Any tar program can extract the shards, too.)",
         "multitrain data unpack /data/k400_packed /data/k400_320p",
     )
     parser.add_argument("pack", type=Path, help="folder of shards")
@@ -28,7 +28,7 @@ def main(arguments: Arguments) -> int:
     given = parser.parse_args(list(arguments))
     from multitrain.data.packs import INDEX, Stored, open_pack
     from multitrain.data.prepare.packing import Unpack
-    from multitrain.data.prepare.parallel_map import INTERRUPTED, Bar, Shard, map_resumable
+    from multitrain.data.prepare.parallel_map import INTERRUPTED, ProgressBar, Shard, map_resumable
     from multitrain.files import OutputFolder
 
     found = open_pack(given.pack)
@@ -39,7 +39,7 @@ def main(arguments: Arguments) -> int:
     mine = Shard.parse(given.shard).of(shards)
     stop = StopSignals()
     failed: list[tuple[str, str]] = []
-    bar: Bar[list[Stored]] = Bar("unpack", len(mine), unit="shard")
+    bar: ProgressBar[list[Stored]] = ProgressBar("unpack", len(mine), unit="shard")
     counts = {"written": 0, "there": 0}
     limit = given.timeout * max((len(shard) for shard in mine), default=1)
     work = Unpack(given.pack.absolute(), out.root)

@@ -15,7 +15,7 @@ from multitrain.text import printable
 
 
 def main(arguments: Arguments) -> int:
-    """``multitrain embed``; returns the exit status: 0, or 1 when a video could not be read."""
+    """``multitrain embed``; returns the exit status: 0, or 1 if a video could not be read."""
     parser = Parser(
         "embed",
         "Features of videos, [N, channels], as .npz or .parquet, and a map of them coloured by dataset and class.",
@@ -26,7 +26,12 @@ def main(arguments: Arguments) -> int:
     parser.add_model(MODEL)
     parser.add_argument("videos", nargs="*", metavar="VIDEO", help="video files")
     parser.add_argument(
-        "--list", type=Path, action="append", default=[], metavar="FILE", help="more video files, one a line"
+        "--list",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a file with more video files, one per line",
     )
     parser.add_argument(
         "--dataset",
@@ -37,10 +42,10 @@ def main(arguments: Arguments) -> int:
         help="videos that a dataset of the model lists",
     )
     parser.add_argument(
-        "--split", default="test", choices=("train", "val", "test"), help="which of them (default test)"
+        "--split", default="test", choices=("train", "val", "test"), help="split of these datasets (default test)"
     )
     parser.add_argument(
-        "--per-dataset", type=whole_number, metavar="N", help="at most so many of a dataset, spread evenly"
+        "--per-dataset", type=whole_number, metavar="N", help="at most N videos of each dataset, spread evenly"
     )
     parser.add_argument(
         "--views", default="centre", choices=("centre", "test"), help="one clip, or the mean over the multi-view test"
@@ -96,7 +101,7 @@ def main(arguments: Arguments) -> int:
 
 
 def _lines(file: Path) -> list[str]:
-    """The paths in a file, one a line; a name is bytes, in whatever encoding the disk has it."""
+    """The paths in a file, one per line; names may have any encoding."""
     content = read_bytes(file)
     refuse_utf16(content, file)
     if (nul := content.find(b"\0")) >= 0:

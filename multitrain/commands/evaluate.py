@@ -1,4 +1,4 @@
-"""``multitrain evaluate``: the multi-view test, interrupted and resumed like training."""
+"""``multitrain evaluate``: the multi-view test, which can be interrupted and resumed like training."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 FINISHED, INTERRUPTED = 0, 75
 WAIT_FOR_END = 120.0
-"""Seconds that a rank waits for SLURM to end it after its job was put back into the queue."""
+"""Seconds that a rank waits for SLURM to end it after its job was requeued."""
 
 
 def main(arguments: Arguments) -> int:
     """``multitrain evaluate``; returns the exit status."""
     parser = Parser(
         "evaluate",
-        "Multi-view test of a model; goes on where an interrupted one was. Under srun, ranks share the videos.",
+        "Multi-view test of a model; resumes an interrupted test. Under srun, ranks share the videos.",
         "multitrain evaluate runs/k400_mit_ssv2 --dataset kinetics data.root=/datasets",
     )
     parser.add_model(MODEL)
@@ -38,7 +38,7 @@ def main(arguments: Arguments) -> int:
     )
     parser.add_argument("--head", metavar="NAME", help="score with this dataset's head: scores only, no accuracy")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="where scores and metrics.json go (default: beside the weights)"
+        "--out", type=Path, metavar="DIR", help="folder for scores and metrics.json (default: beside the weights)"
     )
     parser.add_argument(
         "--precision", choices=("fp32", "bf16", "fp16"), help="arithmetic (default: eval.precision, else fp32)"
@@ -88,7 +88,7 @@ def main(arguments: Arguments) -> int:
 
 
 def _leave(rank: int, stop: StopSignals) -> int:
-    """After an interruption: back into the queue when SLURM took the nodes away; then wait for SLURM to end the step."""
+    """After an interruption: requeue the job if SLURM took its nodes away, and wait for SLURM to end the step."""
     from multitrain.cluster import requeue, slurm
     from multitrain.cluster.requeue import Action, Ended
 
@@ -119,14 +119,14 @@ def _require_same_network(stored: RunConfig, config: RunConfig) -> None:
 
 
 def _default_out(model: str, split: str) -> Path:
-    """``RUN/evaluation/CHECKPOINT/SPLIT`` for weights of a run of this user, else below ``evaluation/`` in the working folder."""
+    """``RUN/evaluation/CHECKPOINT/SPLIT`` for weights of the user's own run, else a folder below ``./evaluation``."""
     path = Path(model)
     if path.suffix in (".pyth", ".safetensors") and path.parent.name[:7] != "update-":
         return Path("evaluation") / path.stem / split
     from multitrain.evaluation.beside import beside
-    from multitrain.interop.model_path import locate
+    from multitrain.interop.model_path import resolve_model_file
 
-    checkpoint = locate(path).parent
+    checkpoint = resolve_model_file(path).parent
     return beside(checkpoint.parent.parent, "evaluation", checkpoint.name, split)
 
 
@@ -134,7 +134,7 @@ _last_line = 0.0
 
 
 def _progress(dataset: str, done: int, of: int) -> None:
-    """A line of rank 0's share every ten seconds, and at the end."""
+    """Print rank 0's progress every ten seconds, and at the end."""
     global _last_line
     now = time.monotonic()
     if now - _last_line >= 10 or done == of:

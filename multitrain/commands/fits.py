@@ -1,7 +1,7 @@
-"""Whether the initial weights of a run fit its network: ``python -m multitrain.commands.fits CONFIG.yaml``.
+"""Check whether the initial weights of a run fit its network: ``python -m multitrain.commands.fits CONFIG.yaml``.
 
-A submission asks this in a process of its own, since it does without torch itself. The answer is that of the run's start:
-the same code copies the same weights, into a network that has no memory.
+A submission runs this in a separate process, because it does not import torch itself. The result is that of the run's start:
+the same code copies the same weights, into a network on the meta device.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from multitrain.config.arguments import MISTAKE
 
 
 def fits(config: RunConfig) -> str:
-    """One line about what of `init_from` a run's network would take.
+    """One line about the tensors of `init_from` that a run's network would load.
 
     Raises:
-        ConfigError: there are no weights, they are damaged, or they are another network's.
+        ConfigError: the weights are missing, damaged, or those of another network.
     """
     import warnings
 
@@ -33,12 +33,12 @@ def fits(config: RunConfig) -> str:
     with torch.device("meta"):
         model = MultiTrain(config.model, datasets)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # copying into a network without memory does nothing
+        warnings.simplefilter("ignore")  # torch warns that copying to the meta device does nothing
         return str(initialise_from(model, config.init_from, interpolate_positions=config.interpolate_positions))
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command. Returns the exit status: 0, or 2 with one line about weights that cannot be used."""
+    """Run the command; return the exit status: 0, or 2 with a one-line error about weights that cannot be used."""
     try:
         print(fits(load(arguments[0])))
     except ConfigError as error:

@@ -8,8 +8,8 @@ from multitrain.config.arguments import Arguments, Parser
 
 def main(arguments: Arguments) -> int:
     """``multitrain flops``; returns the exit status."""
-    parser = Parser("flops", "Parameters and multiply-accumulates of a clip.", "multitrain flops model=mvit_b16_16x4")
-    parser.add_model(f"{MODEL}, instead of the shipped configuration")
+    parser = Parser("flops", "Parameters, and multiply-accumulates per clip.", "multitrain flops model=mvit_b16_16x4")
+    parser.add_model(f"{MODEL}, instead of the default configuration")
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="options, e.g. experiment=k400 model.frames=16"
     )

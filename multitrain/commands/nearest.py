@@ -1,4 +1,4 @@
-"""``multitrain nearest``: classes of other datasets that a class is near to."""
+"""``multitrain nearest``: the most similar classes of other datasets for each class."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def main(arguments: Arguments) -> int:
     """``multitrain nearest``; returns the exit status."""
     parser = Parser(
         "nearest",
-        "Which classes go together across datasets, as the learned projections have it: the strongest pairs first.",
+        "Related classes of different datasets, by the weights of the learned projections; strongest pairs first.",
         "multitrain nearest runs/k400_mit_ssv2 --pair ssv2=kinetics --top 3 --plot heat.png",
     )
     parser.add_model(MODEL)
@@ -23,10 +23,10 @@ def main(arguments: Arguments) -> int:
         "--pair", action="append", default=[], metavar="SOURCE=TARGET", help="datasets to compare (default: all pairs)"
     )
     parser.add_argument(
-        "--top", type=whole_number, default=1, metavar="N", help="target classes for a source class (default 1)"
+        "--top", type=whole_number, default=1, metavar="N", help="target classes per source class (default 1)"
     )
     parser.add_argument(
-        "--rows", type=whole_number, default=20, metavar="N", help="lines of the table for a pair (default 20)"
+        "--rows", type=whole_number, default=20, metavar="N", help="lines of the table per pair (default 20)"
     )
     parser.add_argument(
         "--classes", action="append", default=[], metavar="DATASET=FILE", help="class names, one a line"

@@ -1,4 +1,4 @@
-"""``multitrain predict``: which action is in a video file?"""
+"""``multitrain predict``: classify the action in a video file."""
 
 from __future__ import annotations
 
@@ -18,25 +18,28 @@ def main(arguments: Arguments) -> int:
     """``multitrain predict``; returns the exit status."""
     parser = Parser(
         "predict",
-        "Which action is in a video file?",
+        "Classify the action in video files.",
         "multitrain predict multitrain_release.v1.pyth clip.mp4",
     )
     parser.add_model(MODEL)
     parser.add_argument("videos", nargs="*", metavar="VIDEO", help="video files")
     parser.add_argument("--top", type=whole_number, default=5, metavar="N", help="classes for each dataset (default 5)")
     parser.add_argument(
-        "--views", default="centre", choices=("centre", "test"), help="one clip, or all of the multi-view test"
+        "--views",
+        default="centre",
+        choices=("centre", "test"),
+        help="one centre clip, or all views of the multi-view test",
     )
     parser.add_argument(
         "--classes", action="append", default=[], metavar="DATASET=FILE", help="class names, one a line"
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, else the CPU)")
-    parser.add_argument("--json", action="store_true", help="one JSON object a video")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per video")
     parser.add_argument(
         "--overlay",
         type=Path,
         metavar="OUT.mp4",
-        help="write the video with its classes drawn in; a folder for several",
+        help="write the video with its classes drawn in; a folder for several videos",
     )
     parser.add_overrides("data.root=/datasets, where class names are looked for")
     given = parser.parse_with_overrides(arguments)
@@ -68,10 +71,10 @@ def main(arguments: Arguments) -> int:
 
 
 def _overlays(target: Path | None, videos: Sequence[str]) -> dict[str, Path]:
-    """The file that each video is written to with its classes drawn in; empty when not requested.
+    """The output file of each video's overlay; empty if none is requested.
 
     Raises:
-        ConfigError: one file for several videos, or the video itself.
+        ConfigError: one file for several videos, an output that is the video itself, or a missing folder.
     """
     if target is None:
         return {}

@@ -1,4 +1,4 @@
-"""``multitrain preflight``: the check of the launcher, which this package does not import."""
+"""``multitrain preflight``: run launch.preflight in a subprocess, because this package does not import the launcher."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from multitrain.config.arguments import Arguments
 
 
 def main(arguments: Arguments) -> int:
-    """``multitrain preflight``; returns the exit status. It looks at nodes, so ``--config-dir``, as of other verbs, is passed over."""
+    """``multitrain preflight``; returns the exit status. Ignores ``--config-dir``, which has no effect on a check of nodes."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", action="append")
     rest = parser.parse_known_args(list(arguments))[1]

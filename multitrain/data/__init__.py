@@ -1,1 +1,1 @@
-"""A ticket becomes a clip. Nothing heavy is imported here: the catalog runs without torch and OpenCV."""
+"""From a sample (dataset, index, epoch) to a clip. Imports nothing heavy: the catalog runs without torch and OpenCV."""

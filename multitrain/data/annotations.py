@@ -1,7 +1,7 @@
-"""The text of an annotation file as arrays: one `path label` line a video.
+"""Parse annotation files, one `path label` line per video, to arrays.
 
-A plain file of a million lines is parsed by numpy in a fraction of a second; anything else, and the line of every error, line
-by line.
+numpy parses a plain file of a million lines in a fraction of a second. Other files are parsed line by line, and so is the location of
+every error.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ import numpy as np
 from multitrain.config import ConfigError, DatasetConfig
 from multitrain.config.reading import read_blocks, refuse_other_format
 
-_LARGEST_LABEL = 10**9
-LONGEST_PATH = 4096
-"""Bytes of a path that an operating system takes."""
-LONGEST_LINE = 1 << 16
-"""Bytes of a line; thousands of labels fit."""
-MOST_LINES = 20_000_000
-"""Lines of an annotation file; the largest lists of action recognition have one or two million."""
+_MAX_LABEL = 10**9
+MAX_PATH_BYTES = 4096
+"""Maximum bytes of a path; the limit of Linux."""
+MAX_LINE_BYTES = 1 << 16
+"""Maximum bytes of a line; thousands of labels fit."""
+MAX_LINES = 20_000_000
+"""Maximum lines of an annotation file; the largest lists of action recognition have one or two million."""
 _QUOTE = 34
-_NULS = 0.01
-"""Share of NUL bytes at the beginning of a file from which on it is no text with a stray one."""
+_BINARY_NUL_SHARE = 0.01
+"""Fraction of NUL bytes at the start of a file above which it is binary, not text with a stray NUL."""
 
 
 class CatalogError(ConfigError):
-    """An annotation file, class list or video folder that cannot be used. One line: file, line, and the remedy."""
+    """An annotation file, class list or video folder cannot be used. The message is one line: file, line, and the remedy."""
 
 
 class Syntax(NamedTuple):
-    """How a line is read."""
+    """Syntax of the lines of an annotation file."""
 
     separator: bytes
-    """Between path and label; its last occurrence counts, so paths may contain it."""
+    """Separates path and label; the last occurrence counts, so paths may contain it."""
     multi_label: bool
-    """Whether the label is a list with commas."""
+    """Whether the label is a comma-separated list."""
 
     @staticmethod
     def of(dataset: DatasetConfig, csv: Path) -> Syntax:
-        """As the dataset's entry says. Raises CatalogError for a separator that cannot work; `csv` is for its message."""
+        """The syntax that the dataset's configuration sets. Raises CatalogError for an impossible separator; `csv` is for the message."""
         syntax = Syntax(dataset.separator.encode(), dataset.multi_label)
         if not syntax.separator or b"\n" in syntax.separator or (syntax.multi_label and b"," in syntax.separator):
             what = "path and labels, which commas separate" if syntax.multi_label else "path and label"
@@ -55,16 +55,16 @@ class Syntax(NamedTuple):
 
 
 class Annotations(NamedTuple):
-    """The N lines of a file. Path n is ``content[starts[n]:stops[n]]``."""
+    """The N lines of a file as arrays. Path n is ``content[starts[n]:stops[n]]``."""
 
     starts: np.ndarray
     """int64 [N]."""
     stops: np.ndarray
     """int64 [N]."""
     labels: np.ndarray
-    """int32: the label of each line [N], or all label lists one after the other."""
+    """int32: the label of each line [N]; for multi-label data, all label lists concatenated."""
     label_starts: np.ndarray
-    """uint32 [N + 1] with multi-label data: where each line's list starts; else empty."""
+    """uint32 [N + 1] for multi-label data: where each line's list starts; else empty."""
 
     def paths(self, content: bytes) -> list[bytes]:
         """All paths, in order."""
@@ -72,10 +72,10 @@ class Annotations(NamedTuple):
 
 
 class Line(NamedTuple):
-    """One line that is not blank."""
+    """One non-blank line."""
 
     number: int
-    """Counted from 1, blank lines included."""
+    """Line number, from 1; blank lines count."""
     path: bytes
     labels: list[int]
     """Ascending."""
@@ -84,12 +84,12 @@ class Line(NamedTuple):
 
 
 def read_annotations(csv: Path) -> bytes:
-    """The content of an annotation file (or of another list, a video a line), which is looked at block by block.
+    """Read an annotation file (or another list with one video per line) block by block, checking each block.
 
-    So of a file that no list can be (a disk image, a video, one line without an end) no more is read than proves it.
+    Reading a file that cannot be a list (a disk image, a video, an endless line) stops at the first block that shows it.
 
     Raises:
-        CatalogError: not readable, no file of bytes, too large, with too many lines or one that is too long, or no text.
+        CatalogError: the file cannot be read, is not a regular text file, is too large, or has too many or too long lines.
     """
     blocks: list[bytes] = []
     number, open_bytes = 1, 0  # of the line that the next block begins in, and the bytes of it that are read
@@ -100,8 +100,8 @@ def read_annotations(csv: Path) -> bytes:
             open_bytes = _refuse_long_line(block, open_bytes, csv, number)
             number += block.count(b"\n")
             blocks.append(block)
-            if number > MOST_LINES + 1:
-                raise CatalogError(f"{csv}: more than {MOST_LINES:,} lines; is it the right file?")
+            if number > MAX_LINES + 1:
+                raise CatalogError(f"{csv}: more than {MAX_LINES:,} lines; is it the right file?")
     except CatalogError:
         raise
     except ConfigError as error:
@@ -110,13 +110,13 @@ def read_annotations(csv: Path) -> bytes:
 
 
 def _refuse_long_line(block: bytes, open_bytes: int, csv: Path, number: int) -> int:
-    """Raises CatalogError for a line of more than `LONGEST_LINE` bytes; else the bytes of the block's last line.
+    """Raise CatalogError for a line longer than `MAX_LINE_BYTES`; return the bytes of the block's last, unfinished line.
 
     Args:
-        open_bytes: of the block's first line that came before the block.
-        number: of that line.
+        open_bytes: bytes of the block's first line that precede the block.
+        number: number of that line.
     """
-    begin, room = 0, LONGEST_LINE - open_bytes
+    begin, room = 0, MAX_LINE_BYTES - open_bytes
     while len(block) - begin > room:
         end = block.rfind(b"\n", begin, begin + room + 1)
         if end < 0:
@@ -124,16 +124,16 @@ def _refuse_long_line(block: bytes, open_bytes: int, csv: Path, number: int) -> 
             _refuse_nul(block[begin:], csv, number)
             _refuse_carriage_returns(block[begin : begin + room], csv, number)
             raise CatalogError(_long_line(csv, number))
-        begin, room = end + 1, LONGEST_LINE
+        begin, room = end + 1, MAX_LINE_BYTES
     begin = max(begin, block.rfind(b"\n") + 1)
     return len(block) - begin if begin else open_bytes + len(block)
 
 
 def parse(content: bytes, csv: Path, syntax: Syntax) -> Annotations:
-    """All lines of a file's `content`.
+    """Parse all lines of a file's `content`.
 
     Raises:
-        CatalogError: no text, no line at all, or one that is not a path and a label.
+        CatalogError: it is not text, has no line, or has a line that is not a path and a label.
     """
     _refuse_no_text(content, csv)
     parsed = None if syntax.multi_label else _parse_fast(content, syntax.separator)
@@ -142,20 +142,20 @@ def parse(content: bytes, csv: Path, syntax: Syntax) -> Annotations:
     if not len(parsed.starts):
         raise CatalogError(f"{csv}: no line in it; write 'path label' lines, or take the dataset out of data.datasets")
     lengths = parsed.stops - parsed.starts
-    if lengths.max() > LONGEST_PATH:
+    if lengths.max() > MAX_PATH_BYTES:
         start = int(parsed.starts[lengths.argmax()])
         raise CatalogError(_too_long(csv, _line_at(content, start), int(lengths.max())))
     return parsed
 
 
 def _refuse_no_text(content: bytes, csv: Path) -> None:
-    """Raises CatalogError for what looks like lines and is none: another format, NUL bytes, carriage returns alone."""
+    """Raise CatalogError for content that is not text: another format, NUL bytes, carriage returns as line ends."""
     _refuse_binary(content, csv)
     _refuse_carriage_returns(content, csv)
 
 
 def _refuse_binary(content: bytes, csv: Path) -> None:
-    """Raises CatalogError for content of another format than text, and for NUL bytes."""
+    """Raise CatalogError for content of a binary format, and for NUL bytes."""
     try:
         refuse_other_format(content, csv)
     except ConfigError as error:
@@ -164,12 +164,12 @@ def _refuse_binary(content: bytes, csv: Path) -> None:
 
 
 def _refuse_nul(content: bytes, csv: Path, number: int = 1) -> None:
-    """Raises CatalogError for NUL bytes; `number` is that of the first line of `content`."""
+    """Raise CatalogError for NUL bytes; `number` is that of the first line of `content`."""
     nul = content.find(b"\0")
     if nul < 0:
         return
     head = content[: 1 << 16]
-    if head.count(0) > max(16, _NULS * len(head)):
+    if head.count(0) > max(16, _BINARY_NUL_SHARE * len(head)):
         raise CatalogError(
             f"{csv}: bytes, not text (many are NUL); is it the right file, and was it written to its end?"
         )
@@ -180,7 +180,7 @@ def _refuse_nul(content: bytes, csv: Path, number: int = 1) -> None:
 
 
 def _refuse_carriage_returns(content: bytes, csv: Path, number: int = 1) -> None:
-    """Raises CatalogError for lines that end as on old Macintosh systems."""
+    """Raise CatalogError for lines that end with a carriage return alone, as on old Macintosh systems."""
     if content.count(b"\r") == content.count(b"\r\n"):
         return
     alone = re.search(rb"\r(?!\n)", content)
@@ -191,13 +191,11 @@ def _refuse_carriage_returns(content: bytes, csv: Path, number: int = 1) -> None
 
 
 def _too_long(csv: Path, line: int, size: int) -> str:
-    return f"{csv}:{line}: a path of {size} bytes, and none can be longer than {LONGEST_PATH}; correct the line"
+    return f"{csv}:{line}: a path of {size} bytes, and none can be longer than {MAX_PATH_BYTES}; correct the line"
 
 
 def _long_line(csv: Path, line: int) -> str:
-    return (
-        f"{csv}:{line}: a line of more than {LONGEST_LINE:,} bytes, which no list of videos has; is it the right file?"
-    )
+    return f"{csv}:{line}: a line of more than {MAX_LINE_BYTES:,} bytes, which no list of videos has; is it the right file?"
 
 
 def _line_at(content: bytes, offset: int) -> int:
@@ -205,52 +203,52 @@ def _line_at(content: bytes, offset: int) -> int:
 
 
 def count_repeated(paths: list[bytes], content: bytes, csv: Path, syntax: Syntax) -> int:
-    """Number of lines that repeat the video of an earlier line, be its path spelled another way (``a//b``, ``./a``).
+    """Count the lines that repeat the video of an earlier line, also with another spelling of its path (``a//b``, ``./a``).
 
     Raises:
-        CatalogError: a video with two different labels.
+        CatalogError: a video has two different labels.
     """
     odd = any(mark in content for mark in (b"//", b"./"))
-    different = {one_spelling(p) for p in paths} if odd else set(paths)
+    different = {normalise_path(p) for p in paths} if odd else set(paths)
     return 0 if len(different) == len(paths) else count_repeats(content, csv, syntax)
 
 
-def one_spelling(path: bytes) -> bytes:
-    """A path without doubled slashes, ``.`` and ``..``."""
+def normalise_path(path: bytes) -> bytes:
+    """A path without double slashes, ``.`` and ``..``."""
     if b"//" not in path and b"./" not in path:
         return path
     plain = os.path.normpath(path)
     return plain[1:] if plain.startswith(b"//") else plain
 
 
-def needs_folder(paths: list[bytes], content: bytes) -> bool:
-    """Whether only the folder that paths start from tells which are one: some are absolute, or lead out of it (``../``)."""
+def depends_on_folder(paths: list[bytes], content: bytes) -> bool:
+    """Whether paths can be compared only with the folder they start from: some are absolute, or leave it (``../``)."""
     if 0 < sum(path[:1] == b"/" for path in paths) < len(paths):
         return True
-    return b"../" in content and any(one_spelling(path).startswith(b"../") for path in paths)
+    return b"../" in content and any(normalise_path(path).startswith(b"../") for path in paths)
 
 
 def _speller(videos: Path | None) -> Callable[[bytes], bytes]:
-    """What makes the one spelling of a path; of where it leads from the folder `videos` on, which may be reached over links."""
+    """A function that normalises paths; with `videos`, it resolves them from that folder, which may be a symbolic link."""
     if videos is None:
-        return one_spelling
+        return normalise_path
     folder, real = os.fsencode(os.path.abspath(videos)), os.fsencode(os.path.realpath(videos))
 
     def whole(path: bytes) -> bytes:
-        joined = one_spelling(os.path.join(folder, path))
+        joined = normalise_path(os.path.join(folder, path))
         return folder + joined[len(real) :] if joined.startswith(real + b"/") else joined
 
     return whole
 
 
 def count_repeats(content: bytes, csv: Path, syntax: Syntax, videos: Path | None = None) -> int:
-    """Number of lines that repeat the video of an earlier line.
+    """Count the lines that repeat the video of an earlier line.
 
     Args:
-        videos: the folder that paths start from, where :func:`needs_folder` holds.
+        videos: the folder from which paths start, needed where :func:`depends_on_folder` is true.
 
     Raises:
-        CatalogError: a video with two different labels.
+        CatalogError: a video has two different labels.
     """
     spelled, seen = _speller(videos), dict[bytes, Line]()
     repeats = 0
@@ -268,12 +266,12 @@ def count_repeats(content: bytes, csv: Path, syntax: Syntax, videos: Path | None
 
 
 def lines(content: bytes, csv: Path, syntax: Syntax) -> Iterator[Line]:
-    """Every line that is not blank. Raises CatalogError at one that is not a path and a label."""
+    """Iterate over the non-blank lines. Raises CatalogError at a line that is not a path and a label."""
     _refuse_no_text(content, csv)
     end = 0
     for number, raw in enumerate(io.BytesIO(content), start=1):  # which shares the memory of `content`
         start, end = end, end + len(raw)
-        if len(raw) > LONGEST_LINE + 1:
+        if len(raw) > MAX_LINE_BYTES + 1:
             raise CatalogError(_long_line(csv, number))
         text = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw  # the byte order mark of some editors
         start += len(raw) - len(text.lstrip())
@@ -281,7 +279,7 @@ def lines(content: bytes, csv: Path, syntax: Syntax) -> Iterator[Line]:
         path = path.rstrip()
         if path[:1] == b'"' and path[-1:] == b'"' and len(path) > 2:
             path, tail, start = _unquoted(path, csv, number), tail.strip().strip(b'"'), start + 1
-        if len(path) > LONGEST_PATH:
+        if len(path) > MAX_PATH_BYTES:
             raise CatalogError(_too_long(csv, number, len(path)))
         if found and path:
             yield Line(number, path, _labels(tail, csv, number, syntax, text.strip()), start)
@@ -292,7 +290,7 @@ def lines(content: bytes, csv: Path, syntax: Syntax) -> Iterator[Line]:
 
 
 def _unquoted(path: bytes, csv: Path, number: int) -> bytes:
-    """A path as pandas and spreadsheets quote it, without its quotation marks."""
+    """Remove the quotation marks that pandas and spreadsheets put around a path."""
     inner = path[1:-1]
     if b'"' in inner:
         raise CatalogError(
@@ -305,17 +303,17 @@ def _labels(text: bytes, csv: Path, number: int, syntax: Syntax, line: bytes) ->
     labels = set()
     for token in text.split(b",") if syntax.multi_label else [text]:
         token = token.strip()
-        if not token.isdigit() or len(token.lstrip(b"0")) > 10 or int(token) > _LARGEST_LABEL:
+        if not token.isdigit() or len(token.lstrip(b"0")) > 10 or int(token) > _MAX_LABEL:
             remedy = _line_remedy(line, number) or _label_remedy(token, text, number, syntax)
             raise CatalogError(
-                f"{csv}:{number}: label {_shown(token)} is no whole number up to {_LARGEST_LABEL:,}; {remedy}"
+                f"{csv}:{number}: label {_shown(token)} is no whole number up to {_MAX_LABEL:,}; {remedy}"
             )
         labels.add(int(token))
     return sorted(labels)
 
 
 def _line_remedy(line: bytes, number: int) -> str:
-    """What is to be done about a line as a whole that is no 'path label'; empty when that lies in its parts."""
+    """The remedy for a line that is not 'path label'; empty if its parts show the problem."""
     if number == 1 and line[:1] in (b"{", b"["):
         return "this is JSON: write 'path label' lines (`multitrain data import` does, from official annotation files)"
     if len(line) > 1 and line[:1] == line[-1:] and line[:1] in (b'"', b"'"):
@@ -326,13 +324,13 @@ def _line_remedy(line: bytes, number: int) -> str:
 
 
 def _label_remedy(token: bytes, text: bytes, number: int, syntax: Syntax) -> str:
-    """What is to be done about a label that is none: `token`, of all that stands after the path, `text`."""
+    """The remedy for an invalid label `token`; `text` is everything after the path."""
     if not syntax.multi_label and re.fullmatch(rb"\s*[0-9]+(\s*,\s*[0-9]+)+\s*", text):
         return "for several labels a video set the dataset's multi_label=true"
     if re.fullmatch(rb"\+[0-9]+|[0-9]+\.0*", token):
         return "write it without sign and point"
     if number == 1 and re.fullmatch(rb"[\"']?([^\W\d]|[\x80-\xff])[\w\x80-\xff -]*[\"']?", token):
-        return "labels are whole numbers from 0 up; a header line has to go"
+        return "labels are whole numbers from 0 up; remove the header line"
     return "labels are whole numbers from 0 up; correct the line"
 
 
@@ -352,7 +350,7 @@ def _short(text: str) -> str:
 
 
 def _parse_fast(content: bytes, separator: bytes) -> Annotations | None:
-    """All lines at once, or None when a line is not plainly 'path separator digits'."""
+    """Parse all lines at once; None if a line is not plainly 'path separator digits'."""
     if len(separator) != 1 or not content or content.startswith(b"\xef\xbb\xbf"):
         return None
     text = np.frombuffer(content, np.uint8)
@@ -406,9 +404,9 @@ __all__ = [
     "Syntax",
     "count_repeated",
     "count_repeats",
+    "depends_on_folder",
     "lines",
-    "needs_folder",
-    "one_spelling",
+    "normalise_path",
     "parse",
     "read_annotations",
 ]

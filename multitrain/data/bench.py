@@ -1,6 +1,6 @@
-"""``multitrain data bench``: what training clips cost on this machine, where the time goes, how many cores a GPU needs.
+"""``multitrain data bench``: CPU cost of training clips on this machine, by stage, and the number of cores per GPU.
 
-The job is the one that loader workers do, on videos of the run's own plan. Times are CPU seconds of one worker.
+Measures the work of a loader worker on the first videos of the run. Times are CPU seconds of one worker.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from multitrain.data.clips import Clip, Task, TrainClipFn, UnreadableError
 from multitrain.data.pool import configure_worker
 
 GPU_CLIPS_PER_SECOND = 30.0
-"""Default for the clips that a GPU trains on per second: about the estimate for an A100 at 32×3."""
+"""Default clips per second and GPU: about the estimate for an A100 at 32×3."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """CPU milliseconds a video, all its copies together.
+    """CPU milliseconds per video, for all its copies.
 
-    `total` is the worker's whole job; the four stages are timed in a second pass over the same videos, and `other` is the
-    rest: drawing, and the thread that guards the decoder.
+    `total` is the complete work of a worker. A second pass over the same videos times the four stages; `other` is the
+    rest: random draws, and the thread with the decoder's time limit.
     """
 
     videos: int
     unreadable: int
-    """Videos that were asked for beside them, and are left out: another one takes their place in a run."""
+    """Unreadable videos, which are not measured; a run replaces them by fallback videos."""
     copies: int
     total: float
     decode: float
@@ -46,16 +46,16 @@ class Cost:
 
     @property
     def other(self) -> float:
-        """What the stages do not account for; negative when the second pass was the slower one."""
+        """Time outside the four stages; negative if the second pass was slower."""
         return self.total - self.decode - self.randaugment - self.crop - self.copy
 
     @property
     def clips_per_second(self) -> float:
-        """Clips that one core makes in a second."""
+        """Clips per second of one core."""
         return self.copies / self.total * 1e3
 
     def cores(self, clips_per_second: float) -> float:
-        """Cores that a GPU needs which trains on so many clips a second."""
+        """Number of cores that a GPU needs for `clips_per_second`."""
         return clips_per_second / self.clips_per_second
 
 
@@ -76,10 +76,10 @@ class _Clock:
 
 
 def measure(job: TrainClipFn, tasks: Sequence[Task]) -> Cost:
-    """What the clips of `tasks` cost; the first is made once more beforehand, to warm up.
+    """Measure the cost of the clips of `tasks`, after one warm-up run of the first task.
 
     Raises:
-        UnreadableError: no video of the tasks, nor any stand-in for it, can be read.
+        UnreadableError: no video of the tasks, and none of their fallbacks, can be read.
     """
     configure_worker()
     out = np.empty(job.shape, job.dtype)
@@ -100,16 +100,16 @@ def measure(job: TrainClipFn, tasks: Sequence[Task]) -> Cost:
 
 
 def _stages(job: TrainClipFn, task: Task, out: np.ndarray, clock: _Clock) -> None:
-    """The stages of one task, each timed for itself, frame by frame as in the job."""
-    config, ticket = job.config, task.ticket
-    name = job.plan.sources[int(ticket["dataset"])].name
+    """Time the stages of one task separately, frame by frame as in the worker."""
+    config, sample = job.config, task.sample
+    name = job.plan.sources[int(sample["dataset"])].name
     dataset = config.data.datasets[name]
-    identity = (config.seed, name, int(ticket["index"]), int(ticket["pass"]))
+    identity = (config.seed, name, int(sample["index"]), int(sample["pass"]))
     clip = Clip(dataset, identity, config.model.frames)
     made: list[augment.Augmenter] = []
     size, backend = config.model.crop, config.augment.backend
     clock.start()
-    for frame, places in job.decoded(job.catalogs[name].path(int(ticket["index"])), clip):
+    for frame, places in job.decoded(job.catalogs[name].path(int(sample["index"])), clip):
         clock.stop("decode")
         made = made or [job.augmenter(frame.shape[0], frame.shape[1], clip, copy) for copy in range(len(out))]
         clock.start()
@@ -128,7 +128,7 @@ def main(arguments: Arguments) -> int:
     """The command; returns the exit status."""
     parser = Parser(
         "data bench",
-        "What training clips cost on this machine: clips per CPU-second, where the time goes, cores a GPU needs.",
+        "CPU cost of training clips on this machine: clips per CPU-second, time by stage, cores per GPU.",
         "multitrain data bench experiment=ssv2 data.root=/shared/datasets --videos 100",
         "multitrain data bench --run runs/my_run --gpu 45",
     )
@@ -143,7 +143,7 @@ def main(arguments: Arguments) -> int:
     parser.add_overrides("data.decoder=decord")
     given = parser.parse_with_overrides(arguments)
     if given.gpu is not None and not 0 < given.gpu < math.inf:
-        parser.error(f"--gpu {given.gpu:g}: a GPU trains on more than 0 clips a second, and not on infinitely many")
+        parser.error(f"--gpu {given.gpu:g}: give a finite number of clips per second above 0")
     if given.run is not None and given.overrides:
         parser.error("a run's configuration is what it is: give --run or KEY=VALUE")
     config = load(given.run) if given.run is not None else compose(given.overrides, config_dirs=given.config_dir)
@@ -161,20 +161,20 @@ def main(arguments: Arguments) -> int:
 
 
 def measure_run(config: RunConfig, videos: int) -> Cost:
-    """The cost of the clips of the first `videos` samples of a run. Raises CatalogError, UnreadableError."""
+    """Measure the clips of the first `videos` samples of a run. Raises CatalogError, UnreadableError."""
     with tempfile.TemporaryDirectory() as scratch:
         catalogs = open_catalogs(config.data, "train", Path(config.data.index or scratch))
         plan = plan_of(config, catalogs)
         job = TrainClipFn(catalogs, plan, config)
-        job.prepare()
-        return measure(job, [Task(0, ticket) for ticket in plan.tickets(0, videos)])
+        job.warm_up()
+        return measure(job, [Task(0, sample) for sample in plan.tickets(0, videos)])
 
 
 def table(cost: Cost, config: RunConfig, gpu: float, *, estimated: bool) -> str:
-    """The cost as text for a person; `gpu`, clips a second, is perhaps only `estimated`."""
+    """The cost as text; `gpu` is the clips per second of a GPU, `estimated` whether that is an estimate."""
     shape = f"{config.model.frames}×{config.data.sampling_rate}, {config.model.crop} pixels"
     lines = [
-        f"{cost.clips_per_second:.1f} clips per CPU-second ({shape}, {cost.copies} copies a video, "
+        f"{cost.clips_per_second:.1f} clips per CPU-second ({shape}, {cost.copies} copies per video, "
         f"{config.data.decoder}, {config.augment.backend}; {cost.videos} videos)",
         "",
     ]
@@ -183,10 +183,10 @@ def table(cost: Cost, config: RunConfig, gpu: float, *, estimated: bool) -> str:
             f"videos that cannot be read: {cost.unreadable}; multitrain data check says what is wrong with them"
         ]
     parts = {"decode": cost.decode, "RandAugment": cost.randaugment, "crop": cost.crop, "copy": cost.copy}
-    for name, ms in (parts | {"other": cost.other, "a video": cost.total}).items():
+    for name, ms in (parts | {"other": cost.other, "per video": cost.total}).items():
         lines.append(f"  {name:<12} {ms:8.1f} ms  {ms / cost.total:5.0%}")
     wanted, asked = cost.cores(gpu), config.cluster.cpus_per_gpu
-    said = f"{gpu:g} clips a second" + (" (an estimate; --gpu or cluster.gpu_clips says better)" if estimated else "")
+    said = f"{gpu:g} clips per second" + (" (an estimate; set --gpu or cluster.gpu_clips)" if estimated else "")
     lines += ["", f"a GPU that trains on {said} needs {wanted:.1f} cores; cluster.cpus_per_gpu={asked}"]
     if wanted > asked:
         lines[-1] += f" is too few: use {math.ceil(wanted)}, or videos that decode faster (multitrain data resize)"

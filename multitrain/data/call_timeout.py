@@ -1,4 +1,4 @@
-"""A time limit for calls that cannot be interrupted: a decoder that never returns, a read from a server that is gone."""
+"""A time limit for calls that cannot be interrupted, e.g. a decoder that hangs or a read from a dead file server."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class Lease:
-    """The right of a call to write to memory that is not its own, until its caller wants the memory back.
+class WriteLease:
+    """Permission to write to the caller's memory, until the caller revokes it with `end`.
 
-    A context manager around each write, brief ones: `end` waits for the one in progress.
+    A context manager around each short write; `end` waits for the write in progress.
     """
 
     def __init__(self) -> None:
         self._lock, self._ended = threading.Lock(), False
 
     def end(self) -> None:
-        """Nothing is written from now on."""
+        """Revoke the permission; no write happens after this returns."""
         with self._lock:
             self._ended = True
 
@@ -35,14 +35,14 @@ class Lease:
 
 
 class CallTimeout(Exception):
-    """The call has not returned in time; its thread has been left behind."""
+    """The call did not return in time; its thread was abandoned."""
 
 
-class Guard:
-    """Runs calls in a thread of its own and stops waiting for one that takes too long.
+class TimeoutRunner:
+    """Runs calls in a separate thread and stops waiting for a call that takes too long.
 
-    A thread stuck in a library cannot be ended, so it is left behind (a daemon: it does not keep the process alive), and the
-    next call gets a new one. A thread that is not stuck ends with its guard.
+    A thread that hangs in a library cannot be stopped. It is abandoned (as a daemon, it does not keep the process alive), and the
+    next call gets a new thread. An idle thread ends with its runner.
     """
 
     def __init__(self) -> None:
@@ -52,13 +52,13 @@ class Guard:
         self._dismiss()
 
     def _dismiss(self) -> None:
-        """Let the thread end after what it is doing."""
+        """End the thread after its current call."""
         if self._calls is not None:
             self._calls.put(None)
         self._calls = None
 
     def run(self, function: Callable[[], T], seconds: float | None) -> T:
-        """What `function` returns or raises. Raises CallTimeout after `seconds`."""
+        """Call `function` and return its result or raise its exception. Raises CallTimeout after `seconds`."""
         if self._calls is None:
             self._calls = queue.SimpleQueue()
             threading.Thread(target=_serve, args=(self._calls,), name="decode", daemon=True).start()
@@ -67,7 +67,7 @@ class Guard:
         def call() -> None:
             try:
                 answers.put((function(), None))
-            except BaseException as error:  # handed over to the caller
+            except BaseException as error:  # passed to the caller
                 answers.put((None, error))
 
         self._calls.put(call)
@@ -84,7 +84,7 @@ class Guard:
 def _serve(calls: queue.SimpleQueue[Callable[[], Any] | None]) -> None:
     while (call := calls.get()) is not None:
         call()
-        del call  # and with it what it holds, while the next one is waited for
+        del call  # free the objects it references while waiting for the next call
 
 
-__all__ = ["CallTimeout", "Guard", "Lease"]
+__all__ = ["CallTimeout", "TimeoutRunner", "WriteLease"]

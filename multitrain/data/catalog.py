@@ -1,8 +1,8 @@
-"""Annotation files as a memory-mapped index: parsed once, shared by all processes of a node.
+"""Annotation files as memory-mapped indexes, parsed once and shared by all processes of a node.
 
     python -m multitrain.data.catalog CONFIG.yaml --index DIR [--json]
 
-checks all annotation files of a run and prints what is in them. Neither torch nor OpenCV is imported.
+checks all annotation files of a run and prints a summary. Imports neither torch nor OpenCV.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from multitrain.config import ConfigError, DataConfig, DatasetConfig, RunConfig,
 from multitrain.config.class_names import find_class_names, read_class_names, repeated_name
 from multitrain.config.reading import shown
 from multitrain.data.annotations import CatalogError, Syntax, lines, read_annotations
-from multitrain.data.index import indexed, read_index
+from multitrain.data.index import ensure_index, read_index
 from multitrain.data.packs import open_pack
-from multitrain.data.presence import Looked, absent, frames_column
+from multitrain.data.presence import PresenceCheck, absent, frames_column
 from multitrain.order import Plan, Source
 
 Split = Literal["train", "val", "test"]
 
 _PROBED = 4
-"""Videos at the top of a csv of which one must exist."""
-_LOOKED_AT = 300
-"""Videos, spread over a csv, that are looked for at submission."""
-_PATIENCE = 2.0
-"""Seconds that looking for them may take for each csv, on a slow disk; at least :data:`_PROBED` are looked for."""
+"""Number of videos at the top of a csv, at least one of which must exist."""
+_VIDEOS_CHECKED = 300
+"""Number of videos, spread over a csv, whose files a submission looks for."""
+_LOOK_SECONDS = 2.0
+"""Maximum seconds per csv for this, on a slow disk; at least :data:`_PROBED` files are looked for."""
 
 _log = logging.getLogger(__name__)
 
@@ -47,12 +47,12 @@ class Catalog:
     Attributes:
         name: the dataset's name.
         csv: the annotation file.
-        videos: the folder that paths start from.
-        classes: number of classes; every label is below it.
-        class_names: one name a class, or None.
+        videos: the folder from which paths start.
+        classes: number of classes; labels are below it.
+        class_names: one name per class, or None.
         multi_label: whether a video may have several labels.
-        digest: hex digest of paths and labels in their order (not of line ends and the like), index format and stride.
-        duplicates: lines that repeat an earlier line.
+        digest: hex digest of the paths and labels in order, the digest version and the stride; independent of line ends.
+        duplicates: number of lines that repeat an earlier line.
     """
 
     def __init__(
@@ -73,20 +73,20 @@ class Catalog:
 
     @staticmethod
     def open(dataset: DatasetConfig, name: str, split: Split, index_dir: Path | str, stride: int = 1) -> Catalog:
-        """The split of a dataset, after all checks that cost no more than a few file look-ups.
+        """Open a split of a dataset, with all checks that need only a few file look-ups.
 
         Args:
-            index_dir: folder for index files; made when missing, may be shared by many processes and machines.
+            index_dir: folder for index files; created if missing; many processes and machines may share it.
             stride: keep every n-th line, starting with the first.
 
         Raises:
-            CatalogError: csv missing, malformed, empty, with a label that is no class, with a path under two labels; class
-                names missing; video folder missing, or not the one that the paths start from.
+            CatalogError: the csv is missing, malformed or empty, has an invalid label, or one path with two labels; class
+                names are missing; the video folder is missing, or paths do not start from it.
         """
         classes = resolve_classes(dataset)
         csv = _annotation_file(dataset, name, split)
         syntax = Syntax.of(dataset, csv)
-        index = indexed(csv, syntax, Path(index_dir), Path(dataset.videos))
+        index = ensure_index(csv, syntax, Path(index_dir), Path(dataset.videos))
         catalog = Catalog(
             index,
             name=name,
@@ -137,19 +137,19 @@ class Catalog:
         return self.videos / self.relative_path(i)
 
     def relative_path(self, i: int) -> str:
-        """The path of video `i` as the csv has it."""
+        """The path of video `i` as written in the csv."""
         row = self._row(i)
         return os.fsdecode(self._paths[self._starts[row] : self._starts[row + 1]].tobytes())
 
     def labels(self, i: int) -> tuple[int, ...]:
-        """The labels of video `i`: one, or with multi-label data any number from one up, each in range(classes)."""
+        """The labels of video `i`, each in range(classes): one, or for multi-label data one or more."""
         row = self._row(i)
         if not self.multi_label:
             return (int(self._labels[row]),)
         return tuple(self._labels[self._label_starts[row] : self._label_starts[row + 1]].tolist())
 
     def label_array(self) -> np.ndarray:
-        """All labels: int64 [len]; with multi-label data bool [len, classes]."""
+        """All labels: int64 [len]; for multi-label data bool [len, classes]."""
         if not self.multi_label:
             return self._labels[:: self._stride].astype(np.int64)
         hot = np.zeros((len(self), self.classes), dtype=bool)
@@ -185,12 +185,14 @@ class Catalog:
         if found.missing == found.looked:
             raise CatalogError(self._nothing_there(found, f"none of the first {found.looked} videos exists"))
 
-    def look(self, most: int = _LOOKED_AT, *, spread: bool = True, patience: float = _PATIENCE) -> Looked:
-        """Look for up to `most` videos on the disk, spread evenly over the csv, for about `patience` seconds."""
+    def look(
+        self, most: int = _VIDEOS_CHECKED, *, spread: bool = True, seconds: float = _LOOK_SECONDS
+    ) -> PresenceCheck:
+        """Look for the files of up to `most` videos, spread evenly over the csv, for at most about `seconds` seconds."""
         count = min(most, len(self))
         rows = [i * len(self) // count for i in range(count)] if spread else list(range(count))
-        rows = rows[::2] + rows[1::2]  # so that a half of them is spread as well
-        deadline = time.monotonic() + patience
+        rows = rows[::2] + rows[1::2]  # so that the first half is spread evenly, too
+        deadline = time.monotonic() + seconds
         missing, example, looked = 0, None, 0
         for i in rows:
             if looked >= _PROBED and time.monotonic() > deadline:
@@ -200,13 +202,13 @@ class Catalog:
                 missing += 1
                 if example is None or i < example[0]:
                     example = (i, reason)
-        return Looked(len(self), looked, missing, *(example or (0, "")))
+        return PresenceCheck(len(self), looked, missing, *(example or (0, "")))
 
     def refuse_missing(self, cap: float) -> None:
-        """Say how many of the videos that were looked for are missing.
+        """Warn about missing videos among those that were looked for.
 
         Raises:
-            CatalogError: so many that training would stop, since more than `cap` (`data.skip_cap`) cannot be read.
+            CatalogError: so many are missing that training would stop at `cap` (`data.skip_cap`).
         """
         found = self.look()
         if not found.missing:
@@ -223,7 +225,7 @@ class Catalog:
             self.csv, many, shown(self.path(found.example)),
         )  # fmt: skip
 
-    def _nothing_there(self, found: Looked, what: str, why: str = "") -> str:
+    def _nothing_there(self, found: PresenceCheck, what: str, why: str = "") -> str:
         what = what if len(self) > 1 else "the video does not exist"
         line = self._line(found.example)
         path = self.path(found.example)
@@ -243,7 +245,7 @@ class Catalog:
         )
 
     def _line(self, i: int) -> int:
-        """Number of the line of video `i` in the csv, blank lines counted."""
+        """Line number of video `i` in the csv; blank lines count."""
         row = self._row(i)
         with self.csv.open("rb") as file:
             numbers = (n for n, text in enumerate(file, start=1) if text.strip().removeprefix(b"\xef\xbb\xbf"))
@@ -251,12 +253,12 @@ class Catalog:
 
 
 def open_catalogs(data: DataConfig, split: Split, index_dir: Path | str, stride: int = 1) -> dict[str, Catalog]:
-    """The split of all datasets, in the order of the heads. Raises CatalogError as `Catalog.open`."""
+    """Open the split of all datasets, in head order. Raises CatalogError as `Catalog.open` does."""
     return {name: Catalog.open(dataset, name, split, index_dir, stride) for name, dataset in data.datasets.items()}
 
 
 def sources(data: DataConfig, catalogs: Mapping[str, Catalog]) -> list[Source]:
-    """What the order of videos is planned from: one source a dataset, in the order of the heads."""
+    """The input of the sampling plan: one source per dataset, in head order."""
     return [
         Source(name=name, size=len(catalogs[name]), replicas=d.replicas, weight=d.weight, digest=catalogs[name].digest)
         for name, d in data.datasets.items()
@@ -264,7 +266,7 @@ def sources(data: DataConfig, catalogs: Mapping[str, Catalog]) -> list[Source]:
 
 
 def plan_of(config: RunConfig, catalogs: Mapping[str, Catalog]) -> Plan:
-    """The order of videos of a run with these training videos."""
+    """The sampling plan of a run with these training videos."""
     return Plan(
         sources(config.data, catalogs),
         seed=config.seed,
@@ -279,7 +281,7 @@ def plan_of(config: RunConfig, catalogs: Mapping[str, Catalog]) -> Plan:
 
 
 def warn_of_other_shards(data: DataConfig, catalogs: Mapping[str, Catalog]) -> None:
-    """Warn of packs whose shards are not those that `data.shuffle_window` counts on: as right, but read from more shards."""
+    """Warn about packs whose shards differ from those that `data.shuffle_window` assumes: same samples, but from more shards."""
     if data.shuffle_window is None:
         return
     for catalog in catalogs.values():
@@ -299,10 +301,10 @@ def resolve_classes(dataset: DatasetConfig) -> int:
     """Number of classes: `classes`, or the number of lines of `class_names`.
 
     Raises:
-        CatalogError: the file is missing or empty, or says another number than `classes`.
+        CatalogError: the file is missing or empty, or its number of names is not `classes`.
     """
     if dataset.class_names is None:
-        if dataset.classes is None:  # the schema asks for one of the two
+        if dataset.classes is None:  # the schema requires one of the two
             raise CatalogError(f"{dataset.annotations}: neither classes nor class_names is set; set one of them")
         return dataset.classes
     file = _class_file(dataset)
@@ -353,7 +355,7 @@ def _class_names(dataset: DatasetConfig, classes: int) -> list[str] | None:
 def _annotation_file(dataset: DatasetConfig, name: str, split: Split) -> Path:
     folder = Path(os.path.abspath(dataset.annotations))
     csv = folder / f"{split}.csv"
-    if os.path.lexists(csv):  # what is no file of bytes, or cannot be read, is told apart where it is read
+    if os.path.lexists(csv):  # read_annotations reports what is not a readable file
         return csv
     option = f"data.datasets.{name}.annotations"
     if not folder.is_dir():
@@ -369,9 +371,9 @@ def _annotation_file(dataset: DatasetConfig, name: str, split: Split) -> Path:
 
 
 def summary(config: RunConfig, index_dir: Path | str) -> dict[str, Any]:
-    """What a run would read: its sources, the size of an epoch in videos, and the validation videos a dataset.
+    """Summarise the data of a run: its datasets, the size of an epoch in videos, and the validation videos per dataset.
 
-    A few hundred videos, spread over each annotation file, are looked for on the disk.
+    Looks for the files of a few hundred videos, spread over each annotation file.
 
     Raises:
         CatalogError: an annotation file of the run cannot be used, or too many of its videos are missing.
@@ -398,7 +400,7 @@ def summary(config: RunConfig, index_dir: Path | str) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, or 2 for annotations that cannot be used."""
+    """Run the command; return the exit status: 0, or 2 for annotations that cannot be used."""
     parser = argparse.ArgumentParser(
         prog="python -m multitrain.data.catalog", description="Check the annotation files of a run."
     )

@@ -1,6 +1,6 @@
-"""What a loader worker does with one task: a ticket becomes training clips, a test video its views. No torch.
+"""Work functions of the loader's workers: from a sample to training clips, from a test video to its views. No torch.
 
-Both jobs are pure: the same task gives the same result in any process, at any time, as long as the same files can be read.
+Both are pure functions: the same task gives the same result in any process, at any time, if the same files can be read.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ import numpy as np
 
 from multitrain.config import DatasetConfig, RunConfig
 from multitrain.data.augment import Augmenter
-from multitrain.data.call_timeout import CallTimeout, Guard, Lease
+from multitrain.data.call_timeout import CallTimeout, TimeoutRunner, WriteLease
 from multitrain.data.catalog import Catalog
-from multitrain.data.decode import Frame, Picture, VideoError, open_video, prepare
+from multitrain.data.decode import Frame, Picture, VideoError, open_video, preload
 from multitrain.data.frames import training_indices
-from multitrain.data.random import Draws
+from multitrain.data.random import KeyedRNG
 from multitrain.data.views import load_views, views_shape
 from multitrain.order import Plan, key
 
 MAX_FALLBACKS = 8
-"""Videos that are tried in place of an unreadable one before the run gives up."""
+"""Number of videos that replace an unreadable one, in turn, before the run fails."""
 
-_GRACE = 1.0  # seconds by which the guard waits longer than the decoder's own time limit
-_RETRY_AFTER = 0.5  # seconds before a file is tried again after an error of the operating system
+_GUARD_MARGIN_SECONDS = 1.0  # seconds added to the decoder's own time limit
+_RETRY_DELAY_SECONDS = 0.5  # seconds before another try after an OS error
 
 
-HELD = 32 << 20
-"""Bytes of decoded frames that are augmented together. A clip of usual size is decoded first and augmented then, which keeps
-the processor's caches warm; frames of 4K and more are augmented one by one, part by part."""
+AUGMENT_BATCH_BYTES = 32 << 20
+"""Bytes of decoded frames that are augmented together. A clip of usual size is decoded completely, then augmented, which uses
+the CPU's caches well; frames of 4K and more are augmented one by one, tile by tile."""
 
 
 class UnreadableError(RuntimeError):
-    """A video and all its stand-ins cannot be read."""
+    """A video and all its fallbacks cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -45,40 +45,40 @@ class Task:
     """One video of one update."""
 
     update: int
-    ticket: np.void
+    sample: np.void
     """`multitrain.order.TICKET`."""
 
 
 @dataclass
 class Clips:
-    """The copies of one video; their pixels are in the task's slot."""
+    """The augmented copies of one video, without their pixels, which are in the task's slot of the shared memory."""
 
     dataset: int
     labels: tuple[int, ...]
     boxes: np.ndarray
-    """int32 [copies, 4]: top, left, height, width of what is erased on the device; zeros for nothing."""
+    """Boxes to erase on the device, int32 [copies, 4]: top, left, height, width; zeros for none."""
     keys: np.ndarray
     """int64 [copies]."""
     skipped: list[dict[str, Any]] = field(default_factory=list)
-    """Unreadable videos met on the way: dataset, path, reason, update, stand_in (path of the video shown instead)."""
+    """Records of unreadable videos: dataset, path, reason, update, stand_in (path of the fallback video)."""
     seconds: float = 0.0
 
 
 class Clip:
-    """Everything random about a training clip before its copies part: a function of its identity.
+    """The random values that all copies of a training clip share: a function of its identity.
 
-    identity: seed, dataset, index and pass of the ticket, whatever video is shown in the end.
-    uniforms: draws in [0, 1), one a frame.
+    identity: seed, dataset, index and epoch of the sample, also when a fallback video replaces the sample's.
+    uniforms: draws in [0, 1), one per frame.
     """
 
     def __init__(self, dataset: DatasetConfig, identity: tuple[int | str, ...], frames: int) -> None:
         self.dataset, self.identity = dataset, identity
-        draws = Draws("window", *identity)
+        draws = KeyedRNG("window", *identity)
         self.uniforms = [draws.uniform() for _ in range(frames)]
 
 
 class TrainClipFn:
-    """Makes the augmented copies of a ticket's video: uint8 [copies, T, S, S, 3]."""
+    """Makes the augmented copies of a sample's video: uint8 [copies, T, S, S, 3]."""
 
     def __init__(self, catalogs: Mapping[str, Catalog], plan: Plan, config: RunConfig) -> None:
         self.catalogs, self.plan, self.config = dict(catalogs), plan, config
@@ -90,33 +90,33 @@ class TrainClipFn:
             3,
         )
         self.dtype: np.dtype[Any] = np.dtype(np.uint8)
-        self.patience = (MAX_FALLBACKS + 1) * 2 * (config.data.decode_timeout + _GRACE) + 60.0
-        self._guard = Guard()
+        self.answer_timeout = (MAX_FALLBACKS + 1) * 2 * (config.data.decode_timeout + _GUARD_MARGIN_SECONDS) + 60.0
+        self._guard = TimeoutRunner()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_guard": Guard()}
+        return {**self.__dict__, "_guard": TimeoutRunner()}
 
-    def prepare(self) -> None:
+    def warm_up(self) -> None:
         """Import the decoder."""
-        prepare(self.config.data.decoder)
+        preload(self.config.data.decoder)
 
     def describe(self, task: Task) -> str:
         """The video of a task, for error messages."""
-        source = self.plan.sources[int(task.ticket["dataset"])]
-        return str(self.catalogs[source.name].path(int(task.ticket["index"])))
+        source = self.plan.sources[int(task.sample["dataset"])]
+        return str(self.catalogs[source.name].path(int(task.sample["index"])))
 
     def run(self, task: Task, out: np.ndarray) -> Clips:
         """Fill `out`, uint8 [copies, T, S, S, 3].
 
         Raises:
-            UnreadableError: neither the video nor any of its stand-ins can be read.
+            UnreadableError: neither the video nor any of its fallbacks can be read.
         """
         began = time.perf_counter()
-        ticket, config = task.ticket, self.config
-        number = int(ticket["dataset"])
+        sample, config = task.sample, self.config
+        number = int(sample["dataset"])
         name = self.plan.sources[number].name
         dataset = config.data.datasets[name]
-        identity = (config.seed, name, int(ticket["index"]), int(ticket["pass"]))
+        identity = (config.seed, name, int(sample["index"]), int(sample["pass"]))
         boxes, index, skipped = self._readable(task, name, Clip(dataset, identity, config.model.frames), out)
         keys = np.array([key("clip", *identity, copy) for copy in range(len(out))], np.uint64).view(np.int64)
         labels = self.catalogs[name].labels(index)
@@ -125,11 +125,11 @@ class TrainClipFn:
     def _readable(
         self, task: Task, name: str, clip: Clip, out: np.ndarray
     ) -> tuple[np.ndarray, int, list[dict[str, Any]]]:
-        """Fills `out` from the ticket's video, or the first stand-in that can be read; boxes, its index, what was skipped."""
-        catalog, index = self.catalogs[name], int(task.ticket["index"])
+        """Fill `out` from the sample's video, or the first readable fallback; return (boxes, video index, records of skipped ones)."""
+        catalog, index = self.catalogs[name], int(task.sample["index"])
         failed: dict[int, VideoError] = {}
         for attempt in range(-1, MAX_FALLBACKS):
-            index = index if attempt < 0 else self.plan.stand_in(task.ticket, attempt)
+            index = index if attempt < 0 else self.plan.fallback_index(task.sample, attempt)
             if index in failed:
                 continue
             try:
@@ -141,41 +141,41 @@ class TrainClipFn:
             return boxes, index, [_record(name, catalog, bad, e, task.update, shown) for bad, e in failed.items()]
         first = next(iter(failed.values()))
         raise UnreadableError(
-            f"{first.path}: {first.reason}; nor can any of {len(failed) - 1} stand-ins from dataset {name!r} be read; "
-            "check that its videos are there and whole"
+            f"{first.path}: {first.reason}; nor can any of {len(failed) - 1} fallback videos of dataset {name!r} be read; "
+            "check that its videos exist and are not damaged"
         )
 
     def _decode(self, path: Path, clip: Clip, out: np.ndarray) -> np.ndarray:
-        """`read`; tried twice when the operating system, not the file, is at fault."""
+        """`read`, with one retry after an error of the operating system."""
         try:
             return self._decode_once(path, clip, out)
         except VideoError as error:
             if not error.transient:
                 raise
-            time.sleep(_RETRY_AFTER)
+            time.sleep(_RETRY_DELAY_SECONDS)
             return self._decode_once(path, clip, out)
 
     def _decode_once(self, path: Path, clip: Clip, out: np.ndarray) -> np.ndarray:
-        limit, lease = self.config.data.decode_timeout, Lease()
+        limit, lease = self.config.data.decode_timeout, WriteLease()
         try:
             return _within(self._guard, path, limit, partial(self.read, path, clip, out, lease))
         finally:
-            lease.end()  # a call left behind must not write to what by then is another video's place
+            lease.end()  # an abandoned call must not write to memory that another task uses by then
 
-    def read(self, path: Path, clip: Clip, out: np.ndarray, lease: Lease | None = None) -> np.ndarray:
-        """Fill `out`, uint8 [copies, T, S, S, 3], with a training clip; frames are augmented while it is decoded, a few at a time.
+    def read(self, path: Path, clip: Clip, out: np.ndarray, lease: WriteLease | None = None) -> np.ndarray:
+        """Fill `out`, uint8 [copies, T, S, S, 3], with a training clip, decoding and augmenting a few frames at a time.
 
         Args:
-            lease: right to write to `out`, asked for before each frame.
+            lease: permission to write to `out`, checked before each frame.
 
         Returns:
-            What is to be erased of each copy: int32 [copies, 4].
+            The box to erase in each copy: int32 [copies, 4].
 
         Raises:
             VideoError: the video cannot be read; `out` may hold some of its frames.
             CallTimeout: the lease has ended.
         """
-        lease = lease or Lease()
+        lease = lease or WriteLease()
         augmenters: list[Augmenter] = []
         held: list[tuple[Frame, list[int]]] = []
         stack = np.empty(0, np.uint8)
@@ -183,21 +183,23 @@ class TrainClipFn:
             augmenters = augmenters or [
                 self.augmenter(frame.shape[0], frame.shape[1], clip, copy) for copy in range(len(out))
             ]
-            if isinstance(frame, Picture) or frame.nbytes > HELD:
+            if isinstance(frame, Picture) or frame.nbytes > AUGMENT_BATCH_BYTES:
                 _augment([(frame, places)], augmenters, out, lease)
             else:
                 if len(held) == len(stack):
                     _augment(held, augmenters, out, lease)
                 if not len(stack):
-                    stack = np.empty((min(len(clip.uniforms), HELD // frame.nbytes), *frame.shape), np.uint8)
+                    stack = np.empty(
+                        (min(len(clip.uniforms), AUGMENT_BATCH_BYTES // frame.nbytes), *frame.shape), np.uint8
+                    )
                 stack[len(held)] = frame
                 held.append((stack[len(held)], places))
-            del frame  # before the next one is decoded: its memory is used again
+            del frame  # so that decoding the next one can reuse its memory
         _augment(held, augmenters, out, lease)
         return np.stack([augmenter.box for augmenter in augmenters])
 
     def decoded(self, path: Path, clip: Clip) -> Iterator[tuple[Frame, list[int]]]:
-        """The frames of a training clip, each once: uint8 [H, W, 3], or a large one, and its places among the T. Raises VideoError."""
+        """The distinct frames of a training clip: (uint8 [H, W, 3] or a large frame, its positions among the T). Raises VideoError."""
         data = self.config.data
         with open_video(path, data.decoder, data.decode_timeout) as video:
             wanted = training_indices(
@@ -208,13 +210,15 @@ class TrainClipFn:
                 del frame
 
     def augmenter(self, height: int, width: int, clip: Clip, copy: int) -> Augmenter:
-        """What is done to the frames, of height × width, of one copy of a clip."""
-        config, draws = self.config, Draws("augment", *clip.identity, copy)
+        """The augmenter of one copy of a clip with frames of height × width pixels."""
+        config, draws = self.config, KeyedRNG("augment", *clip.identity, copy)
         return Augmenter(height, width, config.augment, config.model.crop, draws, clip.dataset.flip)
 
 
-def _augment(held: list[tuple[Frame, list[int]]], augmenters: list[Augmenter], out: np.ndarray, lease: Lease) -> None:
-    """Augments the frames that are held, and lets them go."""
+def _augment(
+    held: list[tuple[Frame, list[int]]], augmenters: list[Augmenter], out: np.ndarray, lease: WriteLease
+) -> None:
+    """Augment the frames in `held`, and empty it."""
     for augmenter, target in zip(augmenters, out):
         for frame, places in held:
             with lease:
@@ -224,31 +228,31 @@ def _augment(held: list[tuple[Frame, list[int]]], augmenters: list[Augmenter], o
 
 
 class EvalViewsFn:
-    """Makes all views of a video of one dataset: float32 [V, 3, T, S, S], normalised. A task is the video's index."""
+    """Makes all views of a video of one dataset: float32 [V, 3, T, S, S], normalised. The task is the video's index."""
 
     def __init__(self, catalog: Catalog, dataset: DatasetConfig, config: RunConfig) -> None:
         self.catalog, self.dataset, self.config = catalog, dataset, config
         self.shape: tuple[int, ...] = views_shape(dataset, config.model)
         self.dtype: np.dtype[Any] = np.dtype(np.float32)
-        self.patience = 2 * (config.data.decode_timeout + _GRACE) + 60.0
-        self._guard = Guard()
+        self.answer_timeout = 2 * (config.data.decode_timeout + _GUARD_MARGIN_SECONDS) + 60.0
+        self._guard = TimeoutRunner()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_guard": Guard()}
+        return {**self.__dict__, "_guard": TimeoutRunner()}
 
-    def prepare(self) -> None:
+    def warm_up(self) -> None:
         """Import the decoder."""
-        prepare(self.config.data.decoder)
+        preload(self.config.data.decoder)
 
     def describe(self, task: int) -> str:
         """The video of a task, for error messages."""
         return str(self.catalog.path(task))
 
     def run(self, task: int, out: np.ndarray) -> str:
-        """Fill `out`; returns the reason when the video cannot be read, else ''."""
+        """Fill `out`; return the reason if the video cannot be read, else ''."""
         path, data = self.catalog.path(task), self.config.data
         for last in (False, True):
-            lease = Lease()  # a call left behind must not write to what by then is another video's place
+            lease = WriteLease()  # an abandoned call must not write to memory that another task uses by then
             load = partial(load_views, path, self.dataset, data, self.config.model, out, lease)
             try:
                 _within(self._guard, path, data.decode_timeout, load)
@@ -256,16 +260,16 @@ class EvalViewsFn:
             except VideoError as error:
                 if last or not error.transient:
                     return error.reason
-                time.sleep(_RETRY_AFTER)
+                time.sleep(_RETRY_DELAY_SECONDS)
             finally:
                 lease.end()
-        raise AssertionError  # the second turn returns
+        raise AssertionError  # the second iteration returns
 
 
-def _within(guard: Guard, path: Path, seconds: float, work: Callable[[], np.ndarray]) -> np.ndarray:
-    """What `work` returns; VideoError when it takes longer than `seconds`, and the decoder has not noticed by itself."""
+def _within(guard: TimeoutRunner, path: Path, seconds: float, work: Callable[[], np.ndarray]) -> np.ndarray:
+    """Return the result of `work`. Raises VideoError after `seconds`, for a decoder that ignores its own time limit."""
     try:
-        return guard.run(work, seconds + _GRACE)
+        return guard.run(work, seconds + _GUARD_MARGIN_SECONDS)
     except CallTimeout:
         raise VideoError(path, "decoding took longer than data.decode_timeout") from None
 

@@ -1,14 +1,14 @@
-"""Three little datasets of real H.264 files whose label spaces overlap in part, for `make demo`, tests and drills.
+"""Three small datasets of H.264 files with partly overlapping label spaces, for `make demo`, tests and drills.
 
-`shapes` asks what moves (6 classes), `motions` how it moves (6), `scenes` both (12 pairs of 4 of those shapes and 4 of
-those motions). A shape in a random colour, size and turn moves or changes size over a random, drifting, noisy texture.
-What a dataset does not ask for varies freely in it. Every split has its own random draws, so no background, path or
-speed of a test video was ever seen in training; and since paths are centred without regard to their direction, no
-single frame tells a motion from its opposite.
+The labels of `shapes` are what moves (6 classes), those of `motions` how it moves (6), those of `scenes` both (12 pairs of 4 of those
+shapes and 4 of those motions). A shape of random colour, size and rotation moves or changes size over a random, drifting, noisy texture.
+Properties that a dataset does not label vary freely. Every split has its own random draws, so no background, path or
+speed of a test video occurs in training. Paths are centred independently of their direction, so a
+single frame does not show the direction of a motion.
 
     python -m multitrain.data.demo --out DIR
 
-writes ``DIR/NAME/annotations/{train,val,test}.csv``, ``classes.txt`` beside them, and ``DIR/NAME/videos/``.
+writes ``DIR/NAME/annotations/{train,val,test}.csv`` with ``classes.txt``, and ``DIR/NAME/videos/``.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from typing import Any
 import numpy as np
 
 from multitrain.config.reading import read_json
-from multitrain.data.random import Draws, generator
+from multitrain.data.random import KeyedRNG, generator
 from multitrain.errors import ConfigError
 from multitrain.files import OutputFolder
 
 SIZE = 64
 """Height and width of a video in pixels."""
 RATE = 24
-"""Frames a second."""
+"""Frames per second."""
 VERSION = 1
-"""Changes whenever the same seed makes other files."""
+"""Increased whenever the same seed makes different files."""
 
 SHAPES = ("circle", "bar", "triangle", "cross", "star", "ring")
 MOTIONS = ("left", "right", "up", "down", "growing", "shrinking")
@@ -59,21 +59,21 @@ CLASSES = {
     "motions": tuple(f"moving {m}" if m in ("left", "right", "up", "down") else m for m in MOTIONS),
     "scenes": tuple(f"{shape} moving {motion}" for shape, motion in PAIRS),
 }
-"""Datasets and the names of their classes; the position is the label."""
+"""Class names by dataset, in label order."""
 
 CLIPS = {
     "shapes": {"train": 720, "val": 90, "test": 150},
     "motions": {"train": 600, "val": 90, "test": 150},
     "scenes": {"train": 720, "val": 96, "test": 180},
 }
-"""Videos of each dataset's splits."""
+"""Number of videos by dataset and split."""
 
 _DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One video to be made: where it goes and what its random draws are keyed by."""
+    """One video to generate: its path, and the key of its random draws."""
 
     folder: str
     dataset: str
@@ -83,12 +83,12 @@ class Clip:
 
     @property
     def label(self) -> int:
-        """Labels take turns, so classes are balanced."""
+        """Labels cycle through the classes, so that they are balanced."""
         return self.index % len(CLASSES[self.dataset])
 
     @property
     def path(self) -> str:
-        """Below the video root; says nothing of the label."""
+        """Path below the video root; does not contain the label."""
         return f"{self.split}/{self.index:05d}.mp4"
 
 
@@ -99,19 +99,19 @@ def generate(
     clips: Mapping[str, Mapping[str, int]] | None = None,
     processes: int | None = None,
 ) -> bool:
-    """Make the datasets in `out`, unless the same ones are there already. The same seed gives the same bytes.
+    """Generate the datasets in `out`, unless they exist already. The same seed gives the same bytes.
 
     Args:
         out: the folder.
-        seed: seed of every draw.
-        clips: videos per dataset and split; :data:`CLIPS` when not given.
-        processes: of this many at once; one a core when not given.
+        seed: seed of all random draws.
+        clips: number of videos per dataset and split (default: :data:`CLIPS`).
+        processes: number of processes (default: one per core).
 
     Returns:
-        Whether anything was made.
+        Whether anything was generated.
 
     Raises:
-        ConfigError: something that is not of the demo is in the way.
+        ConfigError: a file that the demo did not make is in the way.
     """
     out, clips = Path(out), clips or CLIPS
     marker, content = (
@@ -143,14 +143,14 @@ def _output(folder: str) -> OutputFolder:
 
 
 def write_clip(clip: Clip) -> None:
-    """Draw one clip and encode it as H.264 in MP4."""
+    """Render one clip and encode it as H.264 in MP4."""
     with _output(clip.folder).writing(f"{clip.dataset}/videos/{clip.path}") as temporary:
         _encode(temporary, draw(clip))
 
 
 def draw(clip: Clip) -> np.ndarray:
     """The frames of a clip: uint8 [T, 64, 64, 3] RGB, T from 24 to 48."""
-    draws = Draws("demo", VERSION, clip.seed, clip.dataset, clip.split, clip.index)
+    draws = KeyedRNG("demo", VERSION, clip.seed, clip.dataset, clip.split, clip.index)
     shape, motion = _content(clip, draws)
     frames = draws.integer(24, 48)
     texture = _texture(clip, draws)
@@ -167,8 +167,8 @@ def draw(clip: Clip) -> np.ndarray:
     return out
 
 
-def _content(clip: Clip, draws: Draws) -> tuple[str, str]:
-    """Shape and motion: what the label says, and at random where it says nothing."""
+def _content(clip: Clip, draws: KeyedRNG) -> tuple[str, str]:
+    """(shape, motion): those of the label; random where the label does not set them."""
     shape, motion = SHAPES[draws.integer(0, 5)], MOTIONS[draws.integer(0, 5)]
     if clip.dataset == "shapes":
         return SHAPES[clip.label], motion
@@ -177,8 +177,8 @@ def _content(clip: Clip, draws: Draws) -> tuple[str, str]:
     return PAIRS[clip.label]
 
 
-def _texture(clip: Clip, draws: Draws) -> np.ndarray:
-    """A background with room to drift: coarse coloured blobs plus fine grain, uint8 [80, 80, 3]."""
+def _texture(clip: Clip, draws: KeyedRNG) -> np.ndarray:
+    """A background larger than the frame, so that it can drift: coarse coloured blobs plus fine grain, uint8 [80, 80, 3]."""
     import cv2
 
     side = SIZE + 16
@@ -193,8 +193,8 @@ def _texture(clip: Clip, draws: Draws) -> np.ndarray:
     return np.clip(np.rint(mixed), 0, 255).astype(np.uint8)
 
 
-def _path(motion: str, frames: int, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
-    """Centres [T, 2] in pixels (x, y) and radii [T]; opposite motions are each other played backwards."""
+def _path(motion: str, frames: int, draws: KeyedRNG) -> tuple[np.ndarray, np.ndarray]:
+    """Centres [T, 2] in pixels (x, y) and radii [T]; a motion played backwards is the opposite motion."""
     s = np.linspace(-0.5, 0.5, frames)
     drift = np.array([draws.uniform(-3, 3), draws.uniform(-3, 3)])
     if motion in _DIRECTIONS:
@@ -212,8 +212,8 @@ def _path(motion: str, frames: int, draws: Draws) -> tuple[np.ndarray, np.ndarra
     return middle + s[:, None] * steps, radii
 
 
-def _colour(draws: Draws) -> tuple[int, int, int]:
-    """A bright colour of any hue: one channel full, one anything, one in between."""
+def _colour(draws: KeyedRNG) -> tuple[int, int, int]:
+    """A bright colour of any hue: one channel at the maximum, the others random."""
     channels = [255, draws.integer(60, 255), draws.integer(150, 255)]
     start = draws.integer(0, 2)
     return channels[start], channels[start - 1], channels[start - 2]
@@ -250,7 +250,7 @@ def _outline(shape: str) -> np.ndarray:
 def _paint(
     image: np.ndarray, shape: str, centre: np.ndarray, radius: float, turn: float, colour: tuple[int, int, int]
 ) -> None:
-    """Draw a filled shape, with soft edges and at fractions of a pixel."""
+    """Draw a filled shape, anti-aliased and with subpixel positions."""
     import cv2
 
     bits = 4
@@ -266,7 +266,7 @@ def _paint(
 
 
 def _encode(path: Path, frames: np.ndarray) -> None:
-    """H.264 (x264, with B-frames, one thread so that the bytes never change) in MP4."""
+    """Encode as H.264 in MP4 (x264, with B-frames; one thread, so that the bytes are reproducible)."""
     import av
 
     options = {"preset": "superfast", "crf": "20", "threads": "1"}
@@ -287,7 +287,7 @@ def _write_annotations(out: OutputFolder, dataset: str, clips: Sequence[Clip], s
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``python -m multitrain.data.demo --out DIR``; see the module's text."""
+    """``python -m multitrain.data.demo --out DIR``; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m multitrain.data.demo", description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, type=Path, help="folder to make the datasets in")
     parser.add_argument("--seed", type=int, default=0, help="other seeds make other videos (default 0)")

@@ -1,4 +1,4 @@
-"""Frames become a video file: H.264 in MP4, each frame shown at its own time."""
+"""Write frames to a video file: H.264 in MP4, each frame with its own presentation time."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     import av
 
 _TICKS = 90_000
-"""Ticks a second that times are rounded to."""
+"""Ticks per second, to which times are rounded."""
 _FAST_START = {"movflags": "+faststart"}
 
 
 class VideoWriter:
-    """Writes upright frames; made by :func:`write_video`."""
+    """Writes upright frames; see :func:`write_video`."""
 
     def __init__(self, container: av.container.OutputContainer, fps: float) -> None:
         self._container, self._fps = container, fps
@@ -30,7 +30,7 @@ class VideoWriter:
         self._last = -1
 
     def add(self, frame: np.ndarray, seconds: float) -> None:
-        """One frame, uint8 [H, W, 3], RGB, shown from `seconds` on; an odd side is made even by repeating its last line."""
+        """Append a frame, uint8 [H, W, 3], RGB, shown from `seconds` on; an odd side is padded by repeating its last line."""
         import av
 
         height, width = frame.shape[:2]
@@ -48,22 +48,22 @@ class VideoWriter:
         self._container.mux(self._stream.encode(picture))
 
     def finish(self) -> None:
-        """Empty the encoder."""
+        """Flush the encoder."""
         if self._stream is not None:
             self._container.mux(self._stream.encode())
 
 
 @contextmanager
 def write_video(path: Path, fps: float, sources: Iterable[Path] = ()) -> Iterator[VideoWriter]:
-    """A writer whose file appears at `path` when all went well, and not at all otherwise.
+    """A context that writes a video, which appears at `path` only if the block succeeds.
 
     Args:
-        path: the file; its format is MP4 whatever its ending says.
+        path: the file; its format is MP4, whatever its suffix.
         fps: nominal rate, for the header.
-        sources: files that are read meanwhile.
+        sources: files that are read meanwhile, and must not be overwritten.
 
     Raises:
-        ConfigError: something else is in the way.
+        ConfigError: a file that `multitrain` did not make is in the way.
         VideoError: the file cannot be written.
     """
     import av
@@ -81,10 +81,10 @@ def write_video(path: Path, fps: float, sources: Iterable[Path] = ()) -> Iterato
 
 
 def retime(path: Path, target: Path, times: Sequence[float]) -> None:
-    """Copy an MP4's pictures as they are, the n-th shown at ``times[n]``.
+    """Copy an MP4's frames without re-encoding; frame n is shown at ``times[n]``.
 
     Args:
-        times: seconds, rising; one a picture.
+        times: increasing times in seconds, one per frame.
 
     Raises:
         VideoError: the copy cannot be made.
@@ -103,7 +103,9 @@ def retime(path: Path, target: Path, times: Sequence[float]) -> None:
             delay = max(number - places[packet.pts or 0] for number, packet in enumerate(packets))
             step = (ticks[-1] - ticks[0]) // max(len(ticks) - 1, 1)
             stream = out.add_stream_from_template(source.streams.video[0])
-            stream.time_base = Fraction(1, _TICKS)  # the source's is coarser: times one tick apart would become one
+            stream.time_base = Fraction(
+                1, _TICKS
+            )  # the source's time base is coarser: times one tick apart would become equal
             for number, packet in enumerate(packets):
                 packet.pts = ticks[places[packet.pts or 0]]
                 packet.dts = ticks[number - delay] if number >= delay else ticks[0] - (delay - number)

@@ -1,8 +1,8 @@
-"""Which frames of a video make a clip. Pure functions of the video's length and a uniform draw.
+"""Frame indices of clips, as pure functions of the video's length and uniform draws.
 
-The rules are those of the published code (Liang et al., NeurIPS 2022; PySlowFast's decoder and SSv2 dataset), down to the
-truncations and the float32 `linspace`, so that test clips are the published ones. One fault is not kept: a video of one
-frame gives that frame, not frame -1.
+The rules are those of the published code (Liang et al., NeurIPS 2022; PySlowFast's decoder and SSv2 dataset), including its
+truncations and its float32 `linspace`, so that test clips are equal. One bug is fixed: for a video of one
+frame, the index is 0, not -1.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def training_indices(
     """Frame indices of one training clip by the dataset's `sampling`: int64 [frames], non-decreasing, in range(frame_count).
 
     Args:
-        uniforms: draws in [0, 1), one a frame; `stride` sampling takes the first.
+        uniforms: draws in [0, 1), one per frame; `stride` sampling uses the first only.
     """
     if dataset.sampling == "segment":
         return training_segments(frame_count, frames, uniforms)
@@ -31,7 +31,7 @@ def training_indices(
 def view_indices(dataset: DatasetConfig, data: DataConfig, frame_count: int, fps: float, frames: int) -> np.ndarray:
     """Frame indices of all temporal test views: int64 [dataset.temporal_views, frames].
 
-    With `segment` sampling every view is the same clip, as published.
+    With `segment` sampling, all views are the same clip, as in the published code.
     """
     views = dataset.temporal_views
     if dataset.sampling == "segment":
@@ -42,16 +42,16 @@ def view_indices(dataset: DatasetConfig, data: DataConfig, frame_count: int, fps
 
 
 def window_length(fps: float, frames: int, *, sampling_rate: int, target_fps: float) -> float:
-    """Length of a clip's window in frames of the video, not rounded: 32×3 at 30 frames a second is 96.0."""
+    """Length of a clip's window in frames of the video, not rounded: 32×3 at 30 frames per second is 96.0."""
     return sampling_rate * frames / target_fps * fps
 
 
 def training_window(
     frame_count: int, fps: float, frames: int, *, sampling_rate: int, target_fps: float, uniform: float
 ) -> np.ndarray:
-    """Indices of a window that starts at `uniform` (in [0, 1)) of the free play: int64 [frames].
+    """Indices of a window whose start is `uniform` (in [0, 1)) of the possible range: int64 [frames].
 
-    A video shorter than the window is taken whole and its last frame repeated.
+    For a video shorter than the window: all its frames, with the last one repeated.
     """
     length = window_length(fps, frames, sampling_rate=sampling_rate, target_fps=target_fps)
     return _window(frame_count, frames, length, uniform * max(frame_count - length, 0.0))
@@ -60,7 +60,7 @@ def training_window(
 def view_windows(
     frame_count: int, fps: float, frames: int, *, sampling_rate: int, target_fps: float, views: int
 ) -> np.ndarray:
-    """Indices of `views` windows spread evenly over the video (one: the centre): int64 [views, frames]."""
+    """Indices of `views` windows spread evenly over the video (a single one is centred): int64 [views, frames]."""
     length = window_length(fps, frames, sampling_rate=sampling_rate, target_fps=target_fps)
     play = max(frame_count - length, 0.0)
     starts = [play // 2] if views == 1 else [view * (play // (views - 1)) for view in range(views)]
@@ -68,7 +68,7 @@ def view_windows(
 
 
 def training_segments(frame_count: int, frames: int, uniforms: Sequence[float]) -> np.ndarray:
-    """One index from each of `frames` equal segments, both ends included, by one draw in [0, 1) each: int64 [frames]."""
+    """One index from each of `frames` equal segments, both ends included, with one draw in [0, 1) per segment: int64 [frames]."""
     low, high = _segments(frame_count, frames)
     drawn = np.floor(np.asarray(uniforms, dtype=np.float64) * (high - low + 1)).astype(np.int64)
     return low + np.minimum(drawn, high - low)
@@ -88,7 +88,7 @@ def _segments(frame_count: int, frames: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _window(frame_count: int, frames: int, length: float, start: float) -> np.ndarray:
-    """Indices inside the window [start, start + length - 1]: truncated ends, then `linspace` over what lies between."""
+    """Indices inside the window [start, start + length - 1]: `linspace` between its truncated ends."""
     first = max(min(int(start), frame_count - 2), 0)
     last = max(min(int(start + length - 1), frame_count - 1), first)
     taken = last - first + 1
@@ -98,7 +98,7 @@ def _window(frame_count: int, frames: int, length: float, start: float) -> np.nd
 
 
 def _linspace(start: float, end: float, count: int) -> np.ndarray:
-    """torch.linspace in float32 as its CPU kernel rounds: from both ends, one fused multiply-add a value."""
+    """torch.linspace in float32, with the rounding of its CPU kernel: from both ends, one fused multiply-add per value."""
     first, last = np.float32(start), np.float32(end)
     step = np.float64((last - first) / np.float32(count - 1)) if count > 1 else np.float64(0)
     at = np.arange(count)

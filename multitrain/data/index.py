@@ -1,7 +1,7 @@
-"""Index files of annotations: parsed once, named after their content, then memory-mapped by everyone.
+"""Index files of annotations: built once, named by a digest of their content, then memory-mapped by all processes.
 
-Beside the indexes lies a small note per csv with that file's size and time of change, so that a csv of a million lines that
-has not changed is opened in milliseconds, without being read.
+The index folder also holds one cache record per csv, with the csv's size and modification time. An unchanged csv of a million lines
+is therefore opened in milliseconds, without reading it.
 """
 
 from __future__ import annotations
@@ -23,41 +23,43 @@ from multitrain.data.annotations import (
     Syntax,
     count_repeated,
     count_repeats,
-    needs_folder,
+    depends_on_folder,
     parse,
     read_annotations,
 )
 from multitrain.files import replacing
 
 FORMAT = 4
-"""Version of the index file; another one is built anew."""
+"""Version of the index file; an index of another version is rebuilt."""
 
 _DIGEST = 1
-"""Version of the digest of a file's content, which runs are compared by when they resume: it outlives index formats."""
+"""Version of the digest of a csv's content, which a resumed run compares; independent of `FORMAT`."""
 
 _MAGIC = b"MTINDEX\n"
-_SETTLED = 2.0  # seconds after which an unchanged time of change proves an unchanged file (two writes can share a tick)
+_MTIME_SETTLED_SECONDS = (
+    2.0  # seconds after which an unchanged modification time proves an unchanged file (two writes may share a tick)
+)
 
 
-def indexed(csv: Path, syntax: Syntax, folder: Path, videos: Path | None = None) -> Path:
-    """The index file of `csv` as it is now, in `folder`, built if need be; safe when many processes do it at once.
+def ensure_index(csv: Path, syntax: Syntax, folder: Path, videos: Path | None = None) -> Path:
+    """The index file of the current content of `csv`, in `folder`; builds it if it is missing. Safe for concurrent processes.
 
     Args:
-        videos: the folder that paths start from; a list of which some are absolute or lead out of it has an index for each.
+        videos: the folder from which paths start. A csv with absolute paths, or paths that leave the folder, has one index per folder.
 
     Raises:
-        CatalogError: the csv cannot be read or has a wrong line, or the index cannot be written.
+        CatalogError: the csv cannot be read or has an invalid line, or the index cannot be written.
     """
     with _naming(csv, folder):
         index = _indexed(csv, syntax, folder)
-        if videos is None or not read_header(index)["needs_folder"]:
+        if videos is None or not read_header(index)["depends_on_folder"]:
             return index
         return _with_folder(index, csv, syntax, videos)
 
 
 @contextlib.contextmanager
 def _naming(csv: Path, folder: Path) -> Iterator[None]:
-    """Raises CatalogError for what the operating system refuses within the block."""
+    """A context that converts OSError to CatalogError."""
     try:
         yield
     except OSError as error:
@@ -72,11 +74,11 @@ def _naming(csv: Path, folder: Path) -> Iterator[None]:
 
 
 def _indexed(csv: Path, syntax: Syntax, folder: Path) -> Path:
-    """The index by the text of the csv alone."""
+    """The index for the text of the csv alone."""
     how = _how(syntax)
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / f"{_name(os.fsencode(csv), *how)}.json"
-    known = _noted(note, csv)
+    known = _cached_index_name(note, csv)
     if known is not None and _is_complete(folder / known):
         return folder / known
     before = csv.stat()
@@ -90,14 +92,14 @@ def _indexed(csv: Path, syntax: Syntax, folder: Path) -> Path:
         "mtime_ns": before.st_mtime_ns,
         "index": index.name,
     }
-    if len(content) == before.st_size and time.time() - before.st_mtime > _SETTLED:
+    if len(content) == before.st_size and time.time() - before.st_mtime > _MTIME_SETTLED_SECONDS:
         with contextlib.suppress(PermissionError):  # another user's folder: only saves time
             _write(note, [json.dumps(stamp).encode()])
     return index
 
 
 def _with_folder(plain: Path, csv: Path, syntax: Syntax, videos: Path) -> Path:
-    """The index of a csv whose videos are told apart by the folder that paths start from; `plain` is the one by its text."""
+    """The index of a csv whose paths need the folder `videos` for comparison; `plain` is the index for its text alone."""
     places = os.fsencode(os.path.abspath(videos)), os.fsencode(os.path.realpath(videos))
     index = plain.with_name(f"{plain.stem}-{_name(*places)}.index")
     if not _is_complete(index):
@@ -106,7 +108,7 @@ def _with_folder(plain: Path, csv: Path, syntax: Syntax, videos: Path) -> Path:
             raise CatalogError(f"{csv}: changed while it was read; try again")
         header, arrays = read_index(plain)
         header["duplicates"] = count_repeats(content, csv, syntax, videos)
-        _write(index, laid_out({k: v for k, v in header.items() if k not in ("arrays", "bytes")}, arrays))
+        _write(index, aligned_parts({k: v for k, v in header.items() if k not in ("arrays", "bytes")}, arrays))
     return index
 
 
@@ -115,7 +117,7 @@ def _how(syntax: Syntax) -> tuple[bytes, bytes]:
 
 
 def _name(*parts: bytes) -> str:
-    """File name of what `parts` say: 32 hex digits."""
+    """File name for `parts`: 32 hex digits of their digest."""
     digest = hashlib.blake2b(b"%d" % FORMAT, digest_size=16)
     for part in parts:
         digest.update(b"%d:" % len(part))
@@ -123,8 +125,8 @@ def _name(*parts: bytes) -> str:
     return digest.hexdigest()
 
 
-def _noted(note: Path, csv: Path) -> str | None:
-    """Name of the index of `csv`, if the note about it is of the file as it is now."""
+def _cached_index_name(note: Path, csv: Path) -> str | None:
+    """Name of the index of `csv`, if the cache record `note` matches the current file; else None."""
     try:
         stamp = json.loads(note.read_bytes())
         now = csv.stat()
@@ -143,7 +145,7 @@ def _is_complete(index: Path) -> bool:
 
 
 def read_header(index: Path) -> dict[str, Any]:
-    """The header of an index file, unchecked. Raises OSError, ValueError: missing, or no index file."""
+    """Read the header of an index file, without checks. Raises OSError or ValueError: the file is missing, or not an index."""
     with open(index, "rb") as file:
         if file.read(len(_MAGIC)) != _MAGIC:
             raise ValueError("not an index file")
@@ -157,13 +159,13 @@ def read_header(index: Path) -> dict[str, Any]:
 
 
 def read_index(index: Path, version: int = FORMAT) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """Header and arrays of an index file of a version, mapped; of annotations: paths, starts, labels, label_starts.
+    """Header and memory-mapped arrays of an index file; for annotations: paths, starts, labels, label_starts.
 
-    paths: all paths, one behind the other, uint8; starts: where each begins, and the end [N + 1]; labels and
-    label_starts as in `Annotations`. Of all, the narrowest unsigned integers that hold them.
+    paths: all paths concatenated, uint8; starts: the start of each, and the end [N + 1]; labels and
+    label_starts: as in `Annotations`. All are the narrowest unsigned integers that hold the values.
 
     Raises:
-        OSError, ValueError: missing or incomplete.
+        OSError, ValueError: the file is missing, incomplete, or of another version.
     """
     header = read_header(index)
     if not {"bytes", "format", "arrays"} <= header.keys():
@@ -179,13 +181,13 @@ def read_index(index: Path, version: int = FORMAT) -> tuple[dict[str, Any], list
 
 
 def _write(file: Path, parts: list[Any]) -> None:
-    """Write under a temporary name, then rename: readers see nothing or all of it.
+    """Write under a temporary name, then rename, so that readers see the complete file or none.
 
-    The name is a digest of what is indexed, so whatever has it is an index or the torn beginning of one; but no link is
-    replaced.
+    The name is a digest of the indexed content, so that an existing file of this name is an index, or an incomplete one; a symbolic
+    link is not replaced.
 
     Raises:
-        OSError: it cannot be written, or a link stands in its place.
+        OSError: the file cannot be written, or its path is a symbolic link.
     """
     if file.is_symlink():
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(file))
@@ -197,7 +199,7 @@ def _write(file: Path, parts: list[Any]) -> None:
 
 
 def _build(content: bytes, csv: Path, syntax: Syntax) -> list[Any]:
-    """The parts of the index file of `content`. Raises CatalogError."""
+    """The parts of the index file for `content`. Raises CatalogError."""
     parsed = parse(content, csv, syntax)
     paths = parsed.paths(content)
     duplicates = count_repeated(paths, content, csv, syntax)
@@ -216,15 +218,15 @@ def _build(content: bytes, csv: Path, syntax: Syntax) -> list[Any]:
         "digest": digest.hexdigest(),
         "multi_label": syntax.multi_label,
         "duplicates": duplicates,
-        "needs_folder": needs_folder(paths, content),
+        "depends_on_folder": depends_on_folder(paths, content),
         "largest_label": int(parsed.labels.max()),
     }
-    return laid_out(header, arrays)
+    return aligned_parts(header, arrays)
 
 
-def laid_out(header: dict[str, Any], arrays: list[np.ndarray]) -> list[Any]:
+def aligned_parts(header: dict[str, Any], arrays: list[np.ndarray]) -> list[Any]:
     """The parts of an index file with this header and these arrays, each at a multiple of 64 bytes."""
-    room = -(-(len(json.dumps(header)) + 1024) // 2048) * 2048  # for magic, length and the header itself
+    room = -(-(len(json.dumps(header)) + 1024) // 2048) * 2048  # bytes for magic, length and header
     at = room
     places: list[list[Any]] = []
     parts: list[Any] = []
@@ -238,4 +240,4 @@ def laid_out(header: dict[str, Any], arrays: list[np.ndarray]) -> list[Any]:
     return [head.ljust(room, b"\0"), *parts]
 
 
-__all__ = ["FORMAT", "indexed", "laid_out", "read_index"]
+__all__ = ["FORMAT", "aligned_parts", "ensure_index", "read_index"]

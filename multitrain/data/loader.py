@@ -1,8 +1,8 @@
-"""Batches of clips for this rank, in the order of the plan.
+"""Micro-batches of clips for this rank, in the order of the sampling plan.
 
-Which videos are in a micro-batch is arithmetic (`Plan.tickets`, `BatchShape.slice`), and a clip is a pure function of its
-ticket (`multitrain.data.clips`). So batches do not depend on the number of workers, on how far they work ahead, or on
-where a run was interrupted; what workers had prepared before that is simply made again.
+The videos of a micro-batch are computed from the update (`Plan.tickets`, `BatchShape.slice`), and a clip is a pure function of its
+sample (`multitrain.data.clips`). Batches therefore do not depend on the number of workers, on prefetching, or on
+where a run was interrupted; clips that workers prefetched before an interruption are made again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from multitrain.data.clips import Clips, EvalViewsFn, Task, TrainClipFn
 from multitrain.data.pool import LoaderError, Result, open_pool
 from multitrain.order import BatchShape, Plan
 
-_LONG = 60.0  # seconds between two looks while iterating
+_LONG = 60.0  # timeout in seconds of one wait while iterating
 
 
 @dataclass
@@ -36,20 +36,20 @@ class Batch:
     labels: list[tuple[int, ...]]
     """Labels of each clip, N entries."""
     boxes: Tensor
-    """What is to be erased, (top, left, height, width), zeros for nothing: int32 [N, 4]."""
+    """Boxes to erase (top, left, height, width), zeros for none: int32 [N, 4]."""
     keys: Tensor
-    """Key of each clip, from (seed, dataset, index, pass, copy): int64 [N]."""
+    """Key of each clip, a hash of (seed, dataset, index, epoch, copy): int64 [N]."""
     tickets: np.ndarray
-    """`multitrain.order.TICKET` of each video [videos]."""
+    """The sample of each video, of dtype `multitrain.order.TICKET`: [videos]."""
     start: int
-    """Global number of the first video."""
+    """Global sample number of the first video."""
     skipped: list[dict[str, Any]]
-    """Unreadable videos: dataset, path, reason, update, stand_in."""
+    """Records of unreadable videos: dataset, path, reason, update, stand_in (path of the fallback video)."""
     decode_seconds: float
-    """Worker time spent on these clips."""
+    """Worker time spent on these clips, in seconds."""
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory, for copies to the GPU that run beside computation."""
+        """The same batch in pinned memory, for asynchronous copies to the GPU."""
         return replace(
             self,
             clips=self.clips.pin_memory(),
@@ -64,10 +64,10 @@ class TrainLoader:
 
     Args:
         catalogs: training split of each dataset of the plan, by name.
-        plan: which videos come when.
-        shape: how an update is cut into micro-batches.
+        plan: the sampling plan.
+        shape: division of an update into micro-batches.
         rank: this rank, in range(shape.world_size).
-        config: `data` (decoder, workers, prefetch, decode_timeout), `augment`, `model` (frames, crop) and `seed` are used.
+        config: uses `data` (decoder, workers, prefetch, decode_timeout), `augment`, `model` (frames, crop) and `seed`.
     """
 
     def __init__(
@@ -93,11 +93,11 @@ class TrainLoader:
         )
 
     def next_batch(self, timeout: float) -> Batch | None:
-        """The next micro-batch, or None when it is not complete within `timeout` seconds; ask again then.
+        """The next micro-batch, or None if it is not complete within `timeout` seconds; call again then.
 
         Raises:
-            StopIteration: after the last.
-            LoaderError: a worker has died, or a video and all its stand-ins cannot be read.
+            StopIteration: after the last one.
+            LoaderError: a worker died, or a video and all its fallbacks cannot be read.
             ConfigError: the decoder is not installed.
         """
         deadline = time.monotonic() + timeout
@@ -121,7 +121,7 @@ class TrainLoader:
                 yield batch
 
     def close(self) -> None:
-        """Stop all workers at once; within two seconds even if one is stuck in a file."""
+        """Stop all workers immediately; within two seconds even if one hangs in a read."""
         self._pool.close()
 
     def __enter__(self) -> TrainLoader:
@@ -131,15 +131,15 @@ class TrainLoader:
         self.close()
 
     def _slices(self) -> Iterator[tuple[int, int, int]]:
-        """Update, first and last-but-one sample number of this rank's micro-batches."""
+        """(update, start, stop) of this rank's micro-batches, as sample numbers [start, stop)."""
         for update in self._range:
             for micro_step in range(self._shape.accumulation):
                 yield update, *self._shape.slice(update, micro_step, self._rank)
 
     def _tasks(self) -> Iterator[Task]:
         for update, start, stop in self._slices():
-            for ticket in self._plan.tickets(start, stop):
-                yield Task(update, ticket)
+            for sample in self._plan.tickets(start, stop):
+                yield Task(update, sample)
 
     def _new_part(self) -> _Part:
         _, start, stop = next(self._steps)
@@ -149,7 +149,7 @@ class TrainLoader:
 
 @dataclass
 class _Part:
-    """A micro-batch in the making."""
+    """An incomplete micro-batch."""
 
     start: int
     clips: Tensor
@@ -161,7 +161,7 @@ class _Part:
         at = len(self.made) * self.copies
         self.clips[at : at + self.copies] = torch.from_numpy(answer.array)
         self.made.append(answer.result)
-        self.tickets.append(answer.task.ticket)
+        self.tickets.append(answer.task.sample)
 
     def batch(self) -> Batch:
         return Batch(
@@ -178,10 +178,10 @@ class _Part:
 
 
 class Views(NamedTuple):
-    """All views of one video, or the reason why there are none."""
+    """All views of one video, or the reason why it cannot be read."""
 
     video: int
-    """Its number in the catalog."""
+    """The video's number in the catalog."""
     clips: Tensor | None
     """float32 [V, 3, T, S, S], normalised, view = temporal view × spatial_views + crop; None if it cannot be read."""
     error: str
@@ -189,12 +189,12 @@ class Views(NamedTuple):
 
 
 class EvalLoader:
-    """The videos `indices` of one dataset, one at a time, in that order, each with all its views. None is ever substituted.
+    """The videos `indices` of one dataset, one at a time, in that order, each with all its views; unreadable videos are not replaced.
 
     Args:
         catalog: the split to test on.
-        dataset: its entry in the configuration: sampling and views.
-        config: `data`, `model` and `eval.workers` are used.
+        dataset: the dataset's configuration, for sampling and views.
+        config: uses `data`, `model` and `eval.workers`.
     """
 
     def __init__(self, catalog: Catalog, indices: Sequence[int], dataset: DatasetConfig, config: RunConfig) -> None:
@@ -205,11 +205,11 @@ class EvalLoader:
         self._pool = open_pool(job, (int(i) for i in indices), workers=workers, ahead=workers + 2)
 
     def next_video(self, timeout: float) -> Views | None:
-        """The next video, or None when it is not there within `timeout` seconds; ask again then.
+        """The next video, or None if it is not ready within `timeout` seconds; call again then.
 
         Raises:
-            StopIteration: after the last.
-            LoaderError: a worker has died.
+            StopIteration: after the last one.
+            LoaderError: a worker died.
             ConfigError: the decoder is not installed.
         """
         answer = self._pool.next(timeout)
@@ -231,7 +231,7 @@ class EvalLoader:
                 yield video
 
     def close(self) -> None:
-        """Stop all workers at once."""
+        """Stop all workers immediately."""
         self._pool.close()
 
     def __enter__(self) -> EvalLoader:

@@ -1,6 +1,6 @@
-"""What is done to clips on the device: normalise, erase, mix; and the soft labels that come of it.
+"""Augmentation on the device: normalise, erase and mix clips, and compute their soft labels.
 
-Nothing here depends on the micro-batch: noise is keyed by the clip, λ and box by the mix group's first sample number.
+No result depends on the micro-batch: noise is keyed by the clip, λ and box by the first sample number of the mix group.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from multitrain.config import AugmentConfig, DataConfig
-from multitrain.data.random import Draws
+from multitrain.data.random import KeyedRNG
 from multitrain.data.spatial import MEAN, STD, Box
 
 
 class BatchLike(Protocol):
-    """What `prepare` reads of a batch of N clips; see `multitrain.data.loader.Batch`."""
+    """The attributes of a batch of N clips that `finalize_batch` reads; see `multitrain.data.loader.Batch`."""
 
     clips: Tensor
     dataset: Tensor
@@ -30,29 +30,29 @@ class BatchLike(Protocol):
 
 
 @dataclass
-class Prepared:
-    """A batch of N clips as the model and the loss want it, on the device."""
+class DeviceBatch:
+    """A batch of N clips on the device: the input of model and loss."""
 
     clips: Tensor
     """float32 [N, 3, T, S, S], normalised, erased and mixed."""
     targets: dict[str, Tensor]
-    """Soft labels by dataset, in head order: float32 [N, K]. Rows of other datasets' clips do not count."""
+    """Soft labels by dataset, in head order: float32 [N, K]. Rows of other datasets' clips are ignored."""
     dataset: Tensor
-    """Which dataset each clip belongs to, as the position in `targets`: int64 [N]."""
+    """Position in `targets` of each clip's dataset: int64 [N]."""
     keys: Tensor
-    """What the clip's random masks are drawn from: int64 [N]."""
+    """Key of each clip's dropout masks: int64 [N]."""
 
 
 class Mixing(NamedTuple):
-    """How the clips of one mix group are mixed."""
+    """Parameters of the mixing in one mix group."""
 
     share: float
-    """λ: the share of a clip's own picture, after correction by the box that was really cut."""
+    """λ: the weight of a clip's own pixels; for CutMix, corrected for the clipped box."""
     box: Box | None
-    """The box that CutMix takes from the partner; None for mixup."""
+    """The box that CutMix copies from the partner; None for mixup."""
 
 
-def prepare(
+def finalize_batch(
     batch: BatchLike,
     data: DataConfig,
     datasets: dict[str, int],
@@ -60,11 +60,12 @@ def prepare(
     device: torch.device | str,
     seed: int,
     train: bool = True,
-) -> Prepared:
-    """Brings a batch to the device and finishes it there; the batch itself is not changed.
+) -> DeviceBatch:
+    """Copy a batch to the device, and normalise, erase and mix it there; the batch itself is not changed.
 
-    datasets: classes by name, in head order; they are datasets of `data`. Without `train`, clips are neither erased nor
-    mixed, and labels not smoothed.
+    Args:
+        datasets: class count by name, in head order; all are datasets of `data`.
+        train: if false, clips are neither erased nor mixed, and labels are not smoothed.
     """
     clips = normalise(batch.clips.to(device, non_blocking=True))
     targets = one_hot(batch.labels, batch.dataset, datasets)
@@ -73,7 +74,7 @@ def prepare(
         multi_label = [name for name in datasets if data.datasets[name].multi_label]
         smooth(targets, batch.dataset, augment, multi_label)
         mix(clips, targets, batch.dataset, batch.start, augment, seed)
-    return Prepared(
+    return DeviceBatch(
         clips=clips,
         targets={name: rows.to(device, non_blocking=True) for name, rows in targets.items()},
         dataset=batch.dataset.to(device, non_blocking=True),
@@ -88,10 +89,12 @@ def normalise(clips: Tensor) -> Tensor:
 
 
 def erase(clips: Tensor, boxes: Tensor, keys: Tensor) -> None:
-    """Fills each clip's box with N(0, 1) noise, in place: for every frame, pixel and channel, from the clip's own key.
+    """Fill each clip's box in place with N(0, 1) noise, drawn per frame, pixel and channel from the clip's key.
 
-    clips: float32 [N, 3, T, S, S], normalised; boxes: int32 [N, 4] (top, left, height, width; zeros for none);
-    keys: int64 [N].
+    Args:
+        clips: float32 [N, 3, T, S, S], normalised.
+        boxes: int32 [N, 4] (top, left, height, width; zeros for none).
+        keys: int64 [N].
     """
     generator = torch.Generator(clips.device)
     for clip, box, key in zip(clips, boxes.tolist(), keys.tolist()):
@@ -104,7 +107,7 @@ def erase(clips: Tensor, boxes: Tensor, keys: Tensor) -> None:
 
 
 def one_hot(labels: Sequence[Sequence[int]], dataset: Tensor, datasets: dict[str, int]) -> dict[str, Tensor]:
-    """Labels as float32 [N, K] of zeros and ones for each dataset; rows of clips of other datasets are zeros."""
+    """One-hot (or multi-hot) labels, float32 [N, K], for each dataset; rows of other datasets' clips are zeros."""
     names = list(datasets)
     out = {name: torch.zeros(len(labels), classes) for name, classes in datasets.items()}
     for row, (classes, own) in enumerate(zip(labels, dataset.tolist())):
@@ -115,9 +118,9 @@ def one_hot(labels: Sequence[Sequence[int]], dataset: Tensor, datasets: dict[str
 def smooth(
     targets: dict[str, Tensor], dataset: Tensor, augment: AugmentConfig, multi_label: Collection[str] = ()
 ) -> None:
-    """Label smoothing (Szegedy et al., 2016), in place; datasets with several labels a clip are left as they are.
+    """Label smoothing (Szegedy et al., 2016), in place; multi-label datasets are not changed.
 
-    As published, with `mix_across_datasets`, the zeros of other datasets' clips are smoothed too; the loss masks them.
+    With `mix_across_datasets`, the zero rows of other datasets' clips are smoothed too, as in the published code; the loss masks them.
     """
     for position, (name, rows) in enumerate(targets.items()):
         if name not in multi_label:
@@ -132,14 +135,16 @@ def mix(
 ) -> None:
     """Mixup (Zhang et al., 2018) or CutMix (Yun et al., 2019) inside each mix group, in place.
 
-    clips: float32 [N, 3, T, S, S], in the order of their sample numbers, which begin at `start`, copies together;
-    targets: float32 [N, K] by dataset, on the CPU; dataset: int64 [N].
+    Args:
+        clips: float32 [N, 3, T, S, S], in order of their sample numbers, which start at `start`; copies of a video are adjacent.
+        targets: float32 [N, K] by dataset, on the CPU.
+        dataset: int64 [N].
     """
     members = augment.mix_group * augment.copies
     for first in range(0, len(clips), members):
         group = slice(first, min(first + members, len(clips)))
         number = start + first // augment.copies
-        mixing = draw_mixing(augment, clips.shape[-2], clips.shape[-1], Draws("mix", seed, number))
+        mixing = draw_mixing(augment, clips.shape[-2], clips.shape[-1], KeyedRNG("mix", seed, number))
         if mixing.share < 1.0:
             partner = partners(dataset[group].tolist(), across=augment.mix_across_datasets)
             _mix_clips(clips[group], torch.tensor(partner, device=clips.device), mixing)
@@ -149,9 +154,9 @@ def mix(
 
 
 def partners(dataset: Sequence[int], across: bool) -> list[int]:
-    """Each clip's partner in a mix group of n clips: clip n−1−i, or the same among those of its own dataset.
+    """Each clip's partner in a mix group of n clips: clip n−1−i, counted over all clips or over those of its own dataset.
 
-    A clip alone, and the middle one of an odd number, is its own partner.
+    A single clip, and the middle one of an odd number, is its own partner.
     """
     if across:
         return list(range(len(dataset)))[::-1]
@@ -162,8 +167,8 @@ def partners(dataset: Sequence[int], across: bool) -> list[int]:
     return [partner[i] for i in range(len(dataset))]
 
 
-def draw_mixing(augment: AugmentConfig, height: int, width: int, draws: Draws) -> Mixing:
-    """Draws λ ~ Beta(α, α) and, for CutMix, the box: sides √(1−λ) of the clip's, centre uniform, clipped."""
+def draw_mixing(augment: AugmentConfig, height: int, width: int, draws: KeyedRNG) -> Mixing:
+    """Draw λ ~ Beta(α, α) and, for CutMix, the box: sides √(1−λ) of the clip's, uniform centre, clipped to the clip."""
     both = augment.mixup_alpha > 0 and augment.cutmix_alpha > 0
     if not draws.coin(augment.mix_probability) or not (augment.mixup_alpha > 0 or augment.cutmix_alpha > 0):
         return Mixing(1.0, None)
@@ -177,7 +182,7 @@ def draw_mixing(augment: AugmentConfig, height: int, width: int, draws: Draws) -
 
 
 def cutmix_box(height: int, width: int, share: float, centre_y: int, centre_x: int) -> Box:
-    """The box of sides √(1−λ) around a centre, in whole pixels, clipped to height × width."""
+    """The box with sides √(1−λ) of the clip's around a centre, in whole pixels, clipped to height × width."""
     ratio = math.sqrt(1.0 - share)
     half_y, half_x = int(height * ratio) // 2, int(width * ratio) // 2
     top, left = max(centre_y - half_y, 0), max(centre_x - half_x, 0)

@@ -1,10 +1,10 @@
 """Packed videos: plain tar shards and one index, read as if the videos were files.
 
-A folder with a file `INDEX` is a pack. Code that has the path of a video below such a folder (``PACK/class/v1.mp4``) asks
-`locate` where its bytes are: in which shard, from where, how many, and with which checksum. ``SHARD.tar::class/v1.mp4`` names a video
-of one shard, also of a tar that something else has written. Paths that lie in no pack are files.
+A folder with a file `INDEX` is a pack. For the path of a video below such a folder (``PACK/class/v1.mp4``), `find_packed`
+returns the shard, offset, size and checksum of its bytes. ``SHARD.tar::class/v1.mp4`` names a video
+in a single shard, also in a tar of another program. Paths outside packs are files.
 
-The index is memory-mapped: all processes of a node share its pages. Neither torch nor a decoder is imported.
+The index is memory-mapped, so that all processes of a node share its pages. Imports neither torch nor a decoder.
 """
 
 from __future__ import annotations
@@ -21,46 +21,46 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from multitrain.data.index import laid_out, read_index
+from multitrain.data.index import aligned_parts, read_index
 from multitrain.errors import ConfigError
 from multitrain.text import printable
 
 INDEX = "pack.index"
 """The file that makes a folder a pack."""
 MEMBER = ".tar::"
-"""Between a shard and the path of one of its videos."""
+"""Separates a shard from the path of a video in it."""
 FORMAT = 1
-"""Version of the index; stays readable, for packs outlive releases."""
+"""Version of the index; later releases must keep reading it."""
 BLOCK = 512
-_OPEN = 16  # shards that a process keeps open
+_OPEN = 16  # number of shards that a process keeps open
 _NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 
 class DamagedError(Exception):
-    """The bytes of a packed video are not those that were packed. The message is one line without the video's path."""
+    """The bytes of a packed video are damaged. The message is one line, without the video's path."""
 
 
 class Stored(NamedTuple):
-    """Where the bytes of a video are."""
+    """The location of a packed video's bytes."""
 
     shard: Path
     offset: int
     size: int
     crc: int | None
-    """CRC-32 of the video's bytes; None for a tar that has no index."""
+    """CRC-32 of the video's bytes; None for a tar without index."""
     name: str
-    """Of the member."""
+    """Name of the tar member."""
 
 
 class Pack:
-    """The index of a pack, mapped into memory.
+    """The memory-mapped index of a pack.
 
     Attributes:
-        folder: of shards and index.
-        header: ``shard_videos`` (videos a shard, at most), ``rows`` (lines of each csv by split), ``shards`` (their names).
+        folder: the folder of shards and index.
+        header: ``shard_videos`` (maximum videos per shard), ``rows`` (lines of each csv by split), ``shards`` (their names).
 
     Raises:
-        ConfigError: the index is no index, or not all of it is there.
+        ConfigError: the file is not an index, or is incomplete.
         OSError: it cannot be read.
     """
 
@@ -77,14 +77,14 @@ class Pack:
                 raise ValueError("a shard lies elsewhere")
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"{folder / INDEX}: is damaged ({error}); the same `multitrain data pack` command writes it anew"
+                f"{folder / INDEX}: is damaged ({error}); the same `multitrain data pack` command writes it again"
             ) from None
 
     def __len__(self) -> int:
         return len(self._hashes)
 
     def find(self, name: str) -> Stored | None:
-        """Where a video is, by its path below the folder (normalised), or None."""
+        """The location of a video, by its normalised path below the folder, or None."""
         wanted = os.fsencode(name)
         hashed = np.uint64(_hash(wanted))
         at = int(np.searchsorted(self._hashes, hashed))
@@ -95,7 +95,7 @@ class Pack:
         return None
 
     def __iter__(self) -> Iterator[Stored]:
-        """All videos, shard by shard, as they lie there."""
+        """All videos, in the order of the shards and their content."""
         for at in np.lexsort((self._offset, self._shard)):
             yield self._stored(int(at))
 
@@ -113,7 +113,7 @@ class Pack:
 
 
 def index_parts(videos: Sequence[Stored], shards: Sequence[str], header: dict[str, Any]) -> list[Any]:
-    """The parts of the index file of some videos in `shards`, whose names are relative to the pack."""
+    """The parts of the index file for `videos` in `shards`, whose names are relative to the pack."""
     names = [os.fsencode(v.name) for v in videos]
     hashes = np.array([_hash(n) for n in names], np.uint64)
     order = np.argsort(hashes, kind="stable")
@@ -134,7 +134,7 @@ def index_parts(videos: Sequence[Stored], shards: Sequence[str], header: dict[st
         starts.astype(np.min_scalar_type(int(starts[-1]))),
         np.frombuffer(b"".join(sorted_names), np.uint8),
     ]
-    return laid_out({"format": FORMAT, "shards": list(shards), **header}, arrays)
+    return aligned_parts({"format": FORMAT, "shards": list(shards), **header}, arrays)
 
 
 def _hash(name: bytes) -> int:
@@ -145,15 +145,15 @@ def _hash(name: bytes) -> int:
 
 
 def open_pack(folder: Path) -> Pack | None:
-    """The pack in a folder, or None where that is no pack. Raises as `Pack`."""
+    """The pack in a folder, or None if it is not a pack. Raises as `Pack` does."""
     return _pack_in(os.path.abspath(folder))
 
 
-def locate(path: Path | str) -> Stored | None:
-    """Where the bytes of a video are, or None when it is a file (or nothing at all).
+def find_packed(path: Path | str) -> Stored | None:
+    """The location of a packed video, or None if the path is not in a pack.
 
     Raises:
-        ConfigError, OSError: as `Pack`.
+        ConfigError, OSError: see `Pack`.
     """
     text = os.path.abspath(path)
     if MEMBER in text:
@@ -166,58 +166,58 @@ def locate(path: Path | str) -> Stored | None:
 
 
 def read(path: Path | str) -> bytes | None:
-    """The bytes of a packed video, by one read of its range; None when the path is a file.
+    """Read the bytes of a packed video with one range read; None if the path is a file.
 
     Raises:
-        DamagedError: the shard has been cut off, or other bytes are there.
+        DamagedError: the shard is truncated, or the checksum does not match.
         ConfigError, OSError: the index or the shard cannot be read.
     """
-    stored = locate(path)
+    stored = find_packed(path)
     return None if stored is None else read_stored(stored)
 
 
 def read_stored(stored: Stored) -> bytes:
-    """`read` of a video whose place is known; an OSError names the shard."""
+    """`read` for a known location; an OSError names the shard."""
     try:
         content = _range(stored)
-        if not _is_whole(stored, content):
-            content = _range(stored)  # once more: a server, not the disk, may have been wrong
+        if not _is_intact(stored, content):
+            content = _range(stored)  # read again: the error may be the file server's, not the disk's
     except OSError as error:
-        _opened.cache_clear()  # e.g. a stale handle: the next try opens the shard anew
+        _opened.cache_clear()  # e.g. a stale handle: the next attempt reopens the shard
         raise OSError(error.errno, error.strerror or str(error), str(stored.shard)) from error
     if len(content) < stored.size:
         raise DamagedError(f"{printable(stored.shard.name)} is cut off: it ends within this video; pack it again")
-    if not _is_whole(stored, content):
+    if not _is_intact(stored, content):
         raise DamagedError(
             f"its bytes in {printable(stored.shard.name)} are damaged (another checksum); pack it again from its file"
         )
     return content
 
 
-def refusal(error: OSError) -> str:
-    """What the operating system refused, and of which file: of a packed video that is not the one that is asked for."""
+def os_error_text(error: OSError) -> str:
+    """The message of an OSError with the file it concerns, which for a packed video is the shard."""
     said = error.strerror or str(error)
     return f"{printable(os.fsdecode(error.filename))}: {said}" if error.filename else said
 
 
-def wrong_frame(stored: Stored) -> str:
-    """What is wrong with what surrounds a video in its shard (the tar's header, the filling behind it), or an empty text."""
+def framing_error(stored: Stored) -> str:
+    """The damage around a video in its shard (its tar header, the padding after it), or an empty string."""
     head, filling = header(stored.name, stored.size), -stored.size % BLOCK
     before = _range(stored._replace(offset=stored.offset - len(head), size=len(head)))
     behind = _range(stored._replace(offset=stored.offset + stored.size, size=filling))
     if before != head:
         return f"its header in {printable(stored.shard.name)} is damaged; pack it again from its file"
-    return "" if behind == bytes(filling) else f"the filling behind it in {printable(stored.shard.name)} is damaged"
+    return "" if behind == bytes(filling) else f"the padding after it in {printable(stored.shard.name)} is damaged"
 
 
 def forget() -> None:
-    """Look at every folder anew: this process has just written a pack."""
+    """Clear the cache of packs, after this process wrote one."""
     for cache in (_pack_in, _pack_above, _opened, _members):
         cache.cache_clear()
 
 
 def header(name: str, size: int) -> bytes:
-    """What stands before a video in its shard: a USTAR header; one in pax format for a name or a size beyond that."""
+    """The tar header of a video in its shard: USTAR, or pax for a name or size that USTAR cannot hold."""
     info = tarfile.TarInfo(name)
     info.size, info.mode = size, 0o644
     try:
@@ -226,15 +226,15 @@ def header(name: str, size: int) -> bytes:
         return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
 
 
-def _is_whole(stored: Stored, content: bytes) -> bool:
+def _is_intact(stored: Stored, content: bytes) -> bool:
     return len(content) == stored.size and (stored.crc is None or zlib.crc32(content) == stored.crc)
 
 
 def _range(stored: Stored) -> bytes:
     file = _opened(str(stored.shard)).fileno()
-    size = max(0, min(stored.size, os.fstat(file).st_size - stored.offset))  # memory for what is there only
+    size = max(0, min(stored.size, os.fstat(file).st_size - stored.offset))  # allocate no more than the file holds
     content = os.pread(file, size, stored.offset)
-    while len(content) < size:  # a read of more than 2 GiB
+    while len(content) < size:  # one read returns at most 2 GiB
         more = os.pread(file, size - len(content), stored.offset + len(content))
         if not more:
             break
@@ -244,13 +244,13 @@ def _range(stored: Stored) -> bytes:
 
 @lru_cache(maxsize=_OPEN)
 def _opened(shard: str) -> IO[bytes]:
-    """Closed when the last reader has let go of it."""
+    """An open shard, closed when no reader references it any more."""
     return open(shard, "rb", buffering=0)
 
 
 @lru_cache(maxsize=1 << 14)
 def _pack_above(folder: str) -> Pack | None:
-    """The pack that a folder is or lies in; a folder is looked at once in the life of a process."""
+    """The pack that a folder is, or is in; cached for the lifetime of the process."""
     found = _pack_in(folder)
     parent = os.path.dirname(folder)
     return found if found is not None or parent == folder else _pack_above(parent)
@@ -272,7 +272,7 @@ def _pack_in(folder: str) -> Pack | None:
 
 @lru_cache(maxsize=8)
 def _members(tar: str) -> dict[str, Stored]:
-    """The members of a tar without index."""
+    """The members of a tar without index, by name."""
     with tarfile.open(tar, "r:", encoding="utf-8", errors="surrogateescape") as file:
         return {
             os.path.normpath(m.name): Stored(Path(tar), m.offset_data, m.size, None, m.name) for m in file if m.isfile()
@@ -298,13 +298,13 @@ __all__ = [
     "DamagedError",
     "Pack",
     "Stored",
+    "find_packed",
     "forget",
+    "framing_error",
     "header",
     "index_parts",
-    "locate",
     "open_pack",
+    "os_error_text",
     "read",
     "read_stored",
-    "refusal",
-    "wrong_frame",
 ]

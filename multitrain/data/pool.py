@@ -1,11 +1,11 @@
-"""Worker processes that turn tasks into arrays, answered in the order of the tasks. No torch.
+"""Worker processes that compute one array per task; results come in task order. No torch.
 
-Workers are not forked from the training process, whose CUDA, NCCL and InfiniBand state does not survive a fork, nor do they
-import torch. One fresh interpreter, the fork server, imports what a worker needs and forks the workers before it has any threads:
-one start-up cost for any number of workers. Results lie in anonymous shared memory, so the size of /dev/shm does not matter.
+Workers are not forked from the training process, whose CUDA, NCCL and InfiniBand state does not survive a fork, and they do not
+import torch. A new interpreter, the fork server, imports the modules of a worker and forks the workers before it starts any thread, so
+that the imports run once for all workers. Results are in anonymous shared memory, so the size of /dev/shm does not matter.
 
-Workers and fork server ignore SIGTERM, SIGINT, SIGUSR1 and SIGUSR2, which SLURM sends to every process of a job, and die with the
-training process, however it dies.
+Workers and fork server ignore SIGTERM, SIGINT, SIGUSR1 and SIGUSR2, which SLURM sends to every process of a job, and end with the
+training process, however it ends.
 """
 
 from __future__ import annotations
@@ -34,37 +34,37 @@ import numpy as np
 from multitrain.config import ConfigError
 
 IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that mean something to the training process only."""
+"""Signals that only the training process handles."""
 
 _BOOT = (
     "import json, sys; given = json.loads(sys.argv[1]); sys.path[:] = given['path']; "
     "from multitrain.data.pool import run_fork_server; run_fork_server(given)"
 )
-_SHUTDOWN_SECONDS = 1.0  # seconds that the fork server gets to end the workers and itself
-_QUEUE = 64  # tasks that a worker holds at most; they fit into a socket's buffer, so sending never waits
+_SHUTDOWN_SECONDS = 1.0  # seconds for the fork server to end the workers and itself
+_QUEUE = 64  # maximum tasks queued per worker; they fit into a socket's buffer, so sending does not block
 _PR_SET_PDEATHSIG = 1
 _MALLOPT = {-1: 256 << 20, -3: 32 << 20, -8: 1}
-"""mallopt(3): bytes free at the top that are kept; size from which memory is mapped by itself, the largest allowed; arenas."""
+"""mallopt(3): M_TRIM_THRESHOLD, M_MMAP_THRESHOLD (at its maximum) and M_ARENA_MAX."""
 
 
 class LoaderError(RuntimeError):
-    """A worker has died, or met an error that is not a video's. One line, but for a traceback below it."""
+    """A worker died, or raised an error that is not about a video. The message is one line, followed by a traceback if there is one."""
 
 
 class WorkerFn(Protocol):
-    """What workers do. Must pickle, and must not need torch."""
+    """The function that workers run. Must be picklable and must not import torch."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    patience: float
-    """Seconds within which a worker has to answer a task."""
+    answer_timeout: float
+    """Maximum seconds per task."""
 
-    def prepare(self) -> None:
-        """Import what `run` needs; called once, before workers are forked."""
+    def warm_up(self) -> None:
+        """Import the modules that `run` needs; called once, before workers are forked."""
         ...
 
     def run(self, task: Any, out: np.ndarray) -> Any:
-        """Fill `out` (dtype, shape) and return the rest of the answer, small."""
+        """Fill `out` (of `shape` and `dtype`) and return the rest of the result, which must be small."""
         ...
 
     def describe(self, task: Any) -> str:
@@ -73,7 +73,7 @@ class WorkerFn(Protocol):
 
 
 class Result(NamedTuple):
-    """The answer to one task. `array` may be overwritten after the next call of `Pool.next`."""
+    """The result of one task. `array` may be overwritten after the next call of `Pool.next`."""
 
     task: Any
     result: Any
@@ -81,29 +81,30 @@ class Result(NamedTuple):
 
 
 class Pool(Protocol):
-    """Answers in the order of the tasks."""
+    """Results in task order."""
 
     def next(self, timeout: float) -> Result | None:
-        """The next answer, or None when there is none within `timeout` seconds.
+        """The next result, or None if there is none within `timeout` seconds.
 
         Raises:
-            StopIteration: after the last.
-            LoaderError, ConfigError: see there.
+            StopIteration: after the last one.
+            LoaderError: a worker died or failed.
+            ConfigError: raised by the worker's function.
         """
         ...
 
     def close(self) -> None:
-        """End all workers, at once whatever they are doing, and let go of the memory."""
+        """Kill all workers immediately and release the memory."""
         ...
 
 
 def open_pool(job: WorkerFn, tasks: Iterable[Any], *, workers: int, ahead: int) -> Pool:
-    """A pool that works on `tasks`, at most `ahead` (≥ 1) tasks before the one asked for; without workers in a thread."""
+    """A pool that processes `tasks`, at most `ahead` (≥ 1) tasks in advance; with `workers=0`, in a thread of this process."""
     return ProcessPool(job, tasks, workers, ahead) if workers else ThreadPool(job, tasks, ahead)
 
 
 class ThreadPool:
-    """One thread of this process does the work."""
+    """A pool with one thread of this process."""
 
     def __init__(self, job: WorkerFn, tasks: Iterable[Any], ahead: int) -> None:
         self._job = job
@@ -125,7 +126,7 @@ class ThreadPool:
             return None
         if isinstance(answer, Result):
             return answer
-        if answer is None:  # an exception that is kept would keep, by its traceback, all that its callers hold
+        if answer is None:  # a stored exception would, through its traceback, keep all objects of its callers alive
             self._exhausted = True
             raise StopIteration
         self._ended = answer
@@ -136,7 +137,7 @@ class ThreadPool:
         with contextlib.suppress(queue.Empty):
             while True:
                 self._answers.get_nowait()
-        self._thread.join(timeout=_SHUTDOWN_SECONDS)  # longer only when stuck in a library; then it is left behind
+        self._thread.join(timeout=_SHUTDOWN_SECONDS)  # a thread that hangs in a library is abandoned
         self._ended = self._ended or LoaderError("the loader is closed")
 
     def _work(self, tasks: Iterator[Any]) -> None:
@@ -159,23 +160,23 @@ class ThreadPool:
 
 
 class _Worker:
-    """The training process's end of one worker."""
+    """The training process's state of one worker."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
-        self.tasks: deque[tuple[int, int, Any]] = deque()  # number, slot, task; the first is in work
+        self.tasks: deque[tuple[int, int, Any]] = deque()  # (number, slot, task); the first is being processed
         self.heard = time.monotonic()
 
 
 class ProcessPool:
-    """Worker processes of a fork server."""
+    """A pool of worker processes, forked by a fork server."""
 
     def __init__(self, job: WorkerFn, tasks: Iterable[Any], workers: int, ahead: int) -> None:
         self._job, self._tasks = job, enumerate(tasks)
         self._exhausted = False
         self._next = 0
         self._ready: dict[int, tuple[Result, int]] = {}
-        self._used: int | None = None  # slot of the answer given last
+        self._used: int | None = None  # slot of the last result returned
         self._error: BaseException | None = None
         slots = max(workers, ahead) + 1
         self._free = list(range(slots))[::-1]
@@ -194,7 +195,7 @@ class ProcessPool:
             "slots": slots,
         }
         environment = os.environ | {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)  # inherited, until the fork server ignores them
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)  # inherited until the fork server ignores them
         try:
             self._fork_server = subprocess.Popen(
                 [sys.executable, "-c", _BOOT, json.dumps(given | {"parent": os.getpid()})],
@@ -210,7 +211,7 @@ class ProcessPool:
         os.close(memory)
         control, *connections = (Connection(s.detach()) for s in ours)
         self._control, self._workers = control, [_Worker(c) for c in connections]
-        with contextlib.suppress(OSError):  # a fork server that died at once is found in next()
+        with contextlib.suppress(OSError):  # next() reports a fork server that died at once
             control.send_bytes(pickle.dumps(self._job))
 
     def next(self, timeout: float) -> Result | None:
@@ -229,7 +230,7 @@ class ProcessPool:
                     raise StopIteration
                 left = deadline - time.monotonic()
                 if not self._collect(max(left, 0.0)) and left <= 0:
-                    self._check_patience()
+                    self._check_answer_timeout()
                     return None
         except (LoaderError, ConfigError) as error:
             self._error = error
@@ -254,7 +255,7 @@ class ProcessPool:
             self._used = None
 
     def _dispatch(self) -> None:
-        """Assign tasks while there are free answer slots, each to the worker with the fewest."""
+        """Assign tasks while there are free result slots, each to the worker with the fewest tasks."""
         while self._free and not self._exhausted:
             worker = min(self._workers, key=lambda w: len(w.tasks))
             if len(worker.tasks) >= _QUEUE:
@@ -274,7 +275,7 @@ class ProcessPool:
                 raise self._died(worker) from None
 
     def _collect(self, timeout: float) -> bool:
-        """Take the answers that arrive within `timeout`; False when none does."""
+        """Receive results for up to `timeout` seconds; False if none arrives."""
         by_connection = {w.connection: w for w in self._workers}
         arrived = wait(list(by_connection), timeout)
         for connection in arrived:
@@ -291,16 +292,16 @@ class ProcessPool:
             self._ready[number] = Result(task, result, array), slot
         return bool(arrived)
 
-    def _check_patience(self) -> None:
+    def _check_answer_timeout(self) -> None:
         for number, worker in enumerate(self._workers):
-            if worker.tasks and time.monotonic() - worker.heard > self._job.patience:
-                path = self._job.describe(worker.tasks[0][2])
+            if worker.tasks and time.monotonic() - worker.heard > self._job.answer_timeout:
+                path, seconds = self._job.describe(worker.tasks[0][2]), self._job.answer_timeout
                 raise LoaderError(
-                    f"loader worker {number} has not answered for {self._job.patience:.0f} s, at {path}; look at the file and its server"
+                    f"loader worker {number} has not answered for {seconds:.0f} s, at {path}; look at the file and its server"
                 )
 
     def _died(self, worker: _Worker) -> LoaderError:
-        """Why a worker is gone, from what its fork server reports."""
+        """The error for a dead worker, with its exit status as the fork server reports it."""
         number = self._workers.index(worker)
         doing = f" while it worked on {self._job.describe(worker.tasks[0][2])}" if worker.tasks else ""
         end = "is gone"
@@ -330,7 +331,7 @@ def _failed(error: BaseException) -> LoaderError:
 
 
 def _shared_memory(size: int) -> int:
-    """A descriptor of `size` bytes that processes can share and nothing has to clean up."""
+    """The descriptor of `size` bytes of anonymous shared memory, which the kernel frees after the last process closes it."""
     if hasattr(os, "memfd_create"):
         memory = os.memfd_create("multitrain-loader")
     else:
@@ -344,7 +345,7 @@ def _shared_memory(size: int) -> int:
 
 
 def run_fork_server(given: dict[str, Any]) -> None:
-    """The fork server: starts the workers, reports their deaths, ends them when the training process closes or dies."""
+    """Run the fork server: fork the workers, report dead ones, and kill them when the training process closes the pool or dies."""
     for ignored in IGNORED:
         signal.signal(ignored, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)
@@ -353,7 +354,7 @@ def run_fork_server(given: dict[str, Any]) -> None:
         job: WorkerFn = pickle.loads(control.recv_bytes())
     except (EOFError, OSError):
         os._exit(0)
-    job.prepare()
+    job.warm_up()
     pids: dict[int, int] = {}
     for number in range(len(given["workers"])):
         pid = os.fork()
@@ -373,7 +374,7 @@ def run_fork_server(given: dict[str, Any]) -> None:
 
 
 def _watch(control: Connection, pids: dict[int, int], parent: int) -> None:
-    """Report dead workers as (number, pid, wait status) until the training process is gone."""
+    """Report dead workers as (number, pid, wait status) until the training process ends."""
     with contextlib.suppress(EOFError, OSError):
         while os.getppid() == parent:
             while pids and (ended := os.waitpid(-1, os.WNOHANG))[0]:
@@ -383,7 +384,7 @@ def _watch(control: Connection, pids: dict[int, int], parent: int) -> None:
 
 
 def _work(job: WorkerFn, given: dict[str, Any], number: int) -> None:
-    """A worker: answers tasks one after the other. Never returns."""
+    """Run a worker, which processes one task after another. Never returns."""
     try:
         _die_with_parent(os.getppid())
         for other, end in enumerate(given["workers"]):
@@ -398,7 +399,7 @@ def _work(job: WorkerFn, given: dict[str, Any], number: int) -> None:
             slot, task = connection.recv()
             connection.send(_answer(job, task, memory[slot].view(job.dtype).reshape(job.shape)))
     except (EOFError, OSError):
-        os._exit(0)  # the training process has closed its end
+        os._exit(0)  # the training process closed the connection
     except BaseException:
         traceback.print_exc()
         os._exit(1)
@@ -418,15 +419,15 @@ def _die_with_parent(parent: int) -> None:
         import ctypes
 
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before
+    if os.getppid() != parent:  # the parent died before the call
         os._exit(0)
 
 
 def configure_worker() -> None:
-    """Worker settings: single-threaded OpenCV, and freed buffers stay mapped for the next video (mallopt).
+    """Set single-threaded OpenCV, and keep freed buffers mapped for the next video (mallopt).
 
-    By default glibc gives a large buffer back to the kernel when it is freed, and every page of the next one is faulted in
-    anew: a fifth of the time of decoding.
+    By default, glibc returns a large freed buffer to the kernel, and the next buffer causes a page fault for every
+    page: a fifth of the decoding time.
     """
     import cv2
 

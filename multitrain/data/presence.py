@@ -1,4 +1,4 @@
-"""Whether the videos of an annotation file are on the disk."""
+"""Check whether the video files of an annotation file exist."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ import stat
 from pathlib import Path
 from typing import NamedTuple
 
-from multitrain.data.packs import DamagedError, locate
+from multitrain.data.packs import DamagedError, find_packed
 
 
-class Looked(NamedTuple):
-    """What looking for videos on the disk found."""
+class PresenceCheck(NamedTuple):
+    """Result of looking for a sample of a catalog's video files."""
 
     videos: int
-    """Videos of the catalog."""
+    """Number of videos in the catalog."""
     looked: int
-    """Those that were looked for."""
+    """Number of videos looked for."""
     missing: int
-    """Those that are not there."""
+    """Number of missing videos."""
     example: int
     """The first missing video."""
     reason: str
-    """What is wrong with it: ``missing``, ``folder`` or ``unreadable``."""
+    """Its problem: ``missing``, ``folder`` or ``unreadable``."""
 
     def more_than(self, cap: float) -> bool:
-        """Whether more are missing, beyond doubt, than the share `cap` of all, of which training lets at least one pass."""
+        """Whether certainly more than the fraction `cap` of all videos is missing; training tolerates at least one unless `cap` is 0."""
         allowed = max(1, int(cap * self.videos)) if cap else 0
         if self.looked == self.videos:
             return self.missing > allowed
@@ -35,9 +35,9 @@ class Looked(NamedTuple):
 
 
 def absent(path: Path) -> str | None:
-    """Why there is no video at `path`, neither a file nor packed, or None."""
+    """Why there is no video at `path`, neither a file nor packed: ``missing``, ``folder`` or ``unreadable``; None if there is one."""
     try:
-        if locate(path) is not None:
+        if find_packed(path) is not None:
             return None
         return "folder" if stat.S_ISDIR(os.stat(path).st_mode) else None
     except PermissionError:
@@ -47,10 +47,10 @@ def absent(path: Path) -> str | None:
 
 
 def frames_column(path: str, videos: Path) -> Path | None:
-    """What is there without the number at the end of a path: lines are ``path frames label`` then."""
+    """The existing file or folder that `path` without a trailing number names, if lines are ``path frames label``; else None."""
     found = re.fullmatch(r"(.+?)[ \t,;]+[0-9]+", path)
     place = videos / found[1] if found else None
     return place if place is not None and absent(place) != "missing" else None
 
 
-__all__ = ["Looked", "absent", "frames_column"]
+__all__ = ["PresenceCheck", "absent", "frames_column"]

@@ -1,7 +1,7 @@
-"""RandAugment's policy: which operations a clip gets, with which arguments (Cubuk et al., 2020, in the notation of timm).
+"""RandAugment's policy: draws the operations of a clip and their arguments (Cubuk et al., 2020, in the notation of timm).
 
-Two backends carry the operations out: `randaugment_pil`, bit-exact with the published images, and `randaugment_opencv`,
-several times faster. Both take what is drawn here.
+Two backends apply the operations: `randaugment_pil`, bit-exact with the published images, and `randaugment_opencv`,
+several times faster.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 
 from multitrain.config import ConfigError
-from multitrain.data.random import Draws
+from multitrain.data.random import KeyedRNG
 
 OPERATIONS = (
     "AutoContrast",
@@ -30,10 +30,10 @@ OPERATIONS = (
     "TranslateX",
     "TranslateY",
 )
-"""Every layer picks one of these, uniformly and with replacement."""
+"""Each layer draws one of these, uniformly and with replacement."""
 
 FILL = 128
-"""Grey level of what a geometric operation brings in from outside the frame."""
+"""Grey level that geometric operations use outside the frame."""
 
 _LAYER_PROBABILITY = 0.5
 _TOP = 10.0
@@ -43,9 +43,9 @@ _TOP = 10.0
 class Operation:
     """One operation with its argument.
 
-    argument: Rotate, degrees counter-clockwise; Posterize, bits kept; Solarize, threshold; SolarizeAdd, grey levels;
-    Color, Contrast, Brightness, Sharpness, enhancement factor (1 changes nothing); ShearX, ShearY, pixels a pixel;
-    TranslateX, TranslateY, share of the width or height; AutoContrast, Equalize, Invert, none (0).
+    argument: Rotate: degrees counter-clockwise. Posterize: bits kept. Solarize: threshold. SolarizeAdd: grey levels.
+    Color, Contrast, Brightness, Sharpness: enhancement factor (1 changes nothing). ShearX, ShearY: pixels per pixel.
+    TranslateX, TranslateY: fraction of the width or height. AutoContrast, Equalize, Invert: none (0).
     """
 
     name: str
@@ -59,17 +59,18 @@ class Policy:
     magnitude: float = _TOP
     """Mean magnitude, 0 to 10 (m)."""
     layers: int = 2
-    """Operations drawn a clip (n); each is carried out with probability 1/2."""
+    """Operations drawn per clip (n); each is applied with probability 1/2."""
     magnitude_std: float = 0.0
-    """Standard deviation of the magnitude, which is drawn anew for each operation and clipped to 0 … 10 (mstd)."""
+    """Standard deviation of the magnitude, which is drawn for each operation and clipped to 0 … 10 (mstd)."""
     increasing: bool = False
-    """Whether a larger magnitude always means a stronger change (inc1)."""
+    """Whether a larger magnitude is always a stronger change (inc1)."""
 
 
 def parse_policy(notation: str) -> Policy:
-    """The policy written as e.g. ``rand-m7-n4-mstd0.5-inc1``; what is left out takes the defaults of `Policy`.
+    """Parse a policy such as ``rand-m7-n4-mstd0.5-inc1``; omitted parts have the defaults of `Policy`.
 
-    Raises ConfigError for anything else.
+    Raises:
+        ConfigError: the notation is invalid.
     """
     head, *settings = notation.split("-")
     found: dict[str, float] = {}
@@ -89,8 +90,8 @@ def parse_policy(notation: str) -> Policy:
     )
 
 
-def draw_operations(policy: Policy, draws: Draws) -> list[Operation]:
-    """The operations of one clip, in order; the same for all its frames."""
+def draw_operations(policy: Policy, draws: KeyedRNG) -> list[Operation]:
+    """Draw the operations of one clip, in order; all its frames get the same ones."""
     drawn = []
     for _ in range(policy.layers):
         name = OPERATIONS[draws.integer(0, len(OPERATIONS) - 1)]
@@ -103,7 +104,7 @@ def draw_operations(policy: Policy, draws: Draws) -> list[Operation]:
 
 
 def operation(name: str, magnitude: float, sign: float, *, increasing: bool) -> Operation:
-    """The operation at a magnitude from 0 to 10; the sign is used where it has two directions."""
+    """The operation at a magnitude from 0 to 10; `sign` is used by operations with two directions."""
     level = magnitude / _TOP
     if name in ("AutoContrast", "Equalize", "Invert"):
         return Operation(name)
@@ -127,9 +128,9 @@ def operation(name: str, magnitude: float, sign: float, *, increasing: bool) -> 
 
 
 def affine(op: Operation, width: int, height: int) -> tuple[float, float, float, float, float, float] | None:
-    """The map of a geometric operation, or None for others.
+    """The affine map of a geometric operation, or None for other operations.
 
-    (a, b, c, d, e, f) takes the output point (x, y) to the input point (ax + by + c, dx + ey + f). Coordinates are of
+    (a, b, c, d, e, f) maps the output point (x, y) to the input point (ax + by + c, dx + ey + f). Coordinates refer to
     pixel corners: the centre of the first pixel is (0.5, 0.5).
     """
     if op.name == "ShearX":

@@ -1,10 +1,10 @@
-"""RandAugment with OpenCV, lazily: only the pixels that the crop will show, one table look-up for a run of tables.
+"""RandAugment with OpenCV, evaluated lazily: computes only the pixels of the crop, and one look-up for a sequence of tables.
 
-An operation is one of three kinds. A *table* maps each grey level (Invert, Posterize …). A *statistic* makes such a
-table from the whole frame at that point of the chain (AutoContrast, Equalize, Contrast). A *filter* mixes pixels or
-channels (Color, Sharpness and the geometric ones). Tables are composed and wait until pixels are needed; a histogram is
-taken of the pixels that exist and pushed through the waiting table. Up to the last statistic, filters work on whole
-frames; behind it, each filter works on the part that the next one needs, the last one on the crop.
+There are three kinds of operations. A *table* maps each grey level (Invert, Posterize …). A *statistic* computes such a
+table from the full frame at that step (AutoContrast, Equalize, Contrast). A *filter* combines pixels or
+channels (Color, Sharpness and the geometric ones). Consecutive tables are composed into one pending table, which is applied when a
+filter needs the pixels; a statistic takes the histogram of the stored pixels and maps it through the pending table. Up to the last
+statistic, filters compute full frames; after it, each filter computes only the part that the next one reads, and the last one the crop.
 """
 
 from __future__ import annotations
@@ -23,56 +23,56 @@ from multitrain.data.spatial import Box
 _LUMA = (0.299, 0.587, 0.114)
 _STATISTICS = ("AutoContrast", "Equalize", "Contrast")
 _TRUNCATE = 0.499
-"""Pillow truncates where OpenCV rounds. Just under 1/2, so that whole numbers stay what they are."""
+"""Subtracted because Pillow truncates where OpenCV rounds; just under 1/2, so that whole numbers do not change."""
 _SHARPER = (-0.02, 1.04, -0.02)
-"""Brings a rotated scene nearest to Pillow's: 0.61 to 0.49 grey levels in the mean, 3 to 2 in the 99th percentile."""
-_ROWS = 64
-"""Rows worked on at once where numbers larger than a pixel's are needed for each pixel."""
-_BAND = 512
-"""Rows of a large frame that are worked on at once."""
+"""Brings a rotated image closest to Pillow's: the mean difference falls from 0.61 to 0.49 grey levels, the 99th percentile from 3 to 2."""
+_WIDE_ROWS = 64
+"""Rows processed at a time where each pixel needs values wider than uint8."""
+_ROWS_PER_BAND = 512
+"""Rows of a large frame processed at a time."""
 _REACH = 2
-"""Pixels that a cubic kernel reaches beyond the frame from a point inside."""
+"""Pixels that a cubic kernel reads beyond the frame for a point inside."""
 
 
 class Filter(Protocol):
-    """An operation that needs more than the grey level of one pixel and channel."""
+    """An operation that reads more than one pixel and channel for each output value."""
 
     def source(self, target: Box) -> Box:
-        """The part of the input that the part `target` of the output depends on."""
+        """The part of the input from which the part `target` of the output is computed."""
 
     def __call__(self, patch: np.ndarray, source: Box, target: Box) -> np.ndarray:
-        """The part `target` of the output from `patch`, the part `source` of the input: uint8 [h, w, 3]."""
+        """Compute the part `target` of the output from `patch`, the part `source` of the input: uint8 [h, w, 3]."""
 
 
 Step = Operation | np.ndarray | Filter
 """A statistic, a table (uint8 [256, 1] for all channels or [256, 3] for each) or a filter."""
 
 
-class Cropper:
-    """Makes the crop of augmented frames of one size."""
+class FrameCropper:
+    """Computes the crop of augmented frames of one size."""
 
     def __init__(self, height: int, width: int, operations: Sequence[Operation], crop: Box) -> None:
         self.frame, self.crop = Box(0, 0, height, width), crop
         steps = [_step(op, width, height) for op in operations]
         whole = 1 + max((i for i, step in enumerate(steps) if isinstance(step, Operation)), default=-1)
         self._whole, self._partly = steps[:whole], steps[whole:]
-        # Moving, blending and sharpening give each row the same whatever is worked on at once; a warp's rounding does not.
+        # Shifts, blends and sharpening give the same rows for any part processed; the rounding of a warp depends on the part.
         large = crop.height * crop.width > LARGE and not any(isinstance(step, Warp) for step in self._partly)
-        rows = _BAND if large else crop.height
+        rows = _ROWS_PER_BAND if large else crop.height
         self._bands = [
             crop._replace(top=at, height=min(rows, crop.top + crop.height - at))
             for at in range(crop.top, crop.top + crop.height, rows)
         ]
 
     def steps(self) -> list[tuple[Step, Box, Box]]:
-        """All steps, with the part of the frame that each goes from and the one that it goes to."""
+        """All steps, each with the part of the frame it reads and the part it computes."""
         regions = regions_of(self._partly, self.crop)
         whole = [(step, self.frame, self.frame) for step in self._whole]
         return whole + list(zip(self._partly, regions, regions[1:]))
 
     def __call__(self, frame: np.ndarray) -> np.ndarray:
-        """frame: uint8 [H, W, 3]; returns uint8 [crop.height, crop.width, 3], not to be written to: it may be part of it."""
-        image = Pending(frame)
+        """The crop of `frame`, uint8 [H, W, 3]: uint8 [crop.height, crop.width, 3], read-only, because it may be a view of `frame`."""
+        image = LazyImage(frame)
         for step in self._whole:
             image.take(step, self.frame, self.frame)
         if len(self._bands) == 1:
@@ -82,8 +82,8 @@ class Cropper:
             out[band.top - self.crop.top :][: band.height] = self._part(image.copy(), band)
         return out
 
-    def _part(self, image: Pending, target: Box) -> np.ndarray:
-        """The part `target` of the frame behind the last step, from all of it before the first that works on parts."""
+    def _part(self, image: LazyImage, target: Box) -> np.ndarray:
+        """The part `target` of the frame after the last step, given the full frame before the first step that computes parts."""
         regions = regions_of(self._partly, target)
         image.cut(regions[0])
         for step, source, wanted in zip(self._partly, regions, regions[1:]):
@@ -92,29 +92,29 @@ class Cropper:
 
 
 def regions_of(steps: Sequence[Step], crop: Box) -> list[Box]:
-    """The part of the frame that exists before each step, and the crop behind the last."""
+    """The part of the frame that exists before each step, and the crop after the last one."""
     regions = [crop]
     for step in reversed(steps):
         regions.append(regions[-1] if isinstance(step, np.ndarray | Operation) else step.source(regions[-1]))
     return regions[::-1]
 
 
-class Pending:
-    """Pixels, and the table that they have yet to go through."""
+class LazyImage:
+    """Pixels, and a pending table that is not yet applied to them."""
 
     def __init__(self, frame: np.ndarray) -> None:
         self._image = frame
         self._table: np.ndarray | None = None
         self._histogram: np.ndarray | None = None
 
-    def copy(self) -> Pending:
-        """The same pixels, not copied, and table."""
-        other = Pending(self._image)
+    def copy(self) -> LazyImage:
+        """A copy that shares pixels and table."""
+        other = LazyImage(self._image)
         other._table = self._table
         return other
 
     def take(self, step: Step, source: Box, target: Box) -> None:
-        """Goes through one step, from one part of the frame to another."""
+        """Apply one step, from one part of the frame to another."""
         if isinstance(step, Operation):
             step = self._statistic(step)
         if isinstance(step, np.ndarray):
@@ -123,11 +123,11 @@ class Pending:
             self._replace(step(self.pixels(), source, target))
 
     def cut(self, box: Box) -> None:
-        """Keeps only a part of the pixels."""
+        """Keep only a part of the pixels."""
         self._image, self._histogram = box.cut(self._image), None
 
     def pixels(self) -> np.ndarray:
-        """The pixels, through the table."""
+        """The pixels, with the pending table applied."""
         if self._table is not None:
             self._replace(cv2.LUT(self._image, self._table[None]) if self._image.size else self._image)
         return self._image
@@ -140,8 +140,8 @@ class Pending:
         return self.table(op, self.measure(op), pixels)
 
     def measure(self, op: Operation) -> np.ndarray:
-        """What a statistic needs to know; that of a frame is the sum of its parts'. For Contrast, the luma of all pixels; else
-        how many pixels have each level before they go through the table: [3, 256]. float32 or float64, whole numbers."""
+        """The input of a statistic, which is additive over the parts of a frame. For Contrast: the sum of the luma of all pixels. Else: the
+        histogram of the pixels before the pending table, [3, 256], float32 or float64, whole numbers."""
         if op.name == "Contrast":
             return np.array(self._luma())
         if self._histogram is None:
@@ -150,23 +150,23 @@ class Pending:
         return self._histogram
 
     def table(self, op: Operation, measured: np.ndarray, pixels: int) -> np.ndarray:
-        """The table of a statistic of so many pixels, from what `measure` gives."""
+        """The table of a statistic of `pixels` pixels, given the sum of `measure`."""
         if op.name == "Contrast":
             return _enhance(op.argument, int(float(measured) * (1.0 / pixels) + 0.5))[:, None]
         make = _autocontrast if op.name == "AutoContrast" else _equalize
-        return np.stack([make(h) for h in self._pushed(measured.astype(np.float32))], axis=1)
+        return np.stack([make(h) for h in self._map_histogram(measured.astype(np.float32))], axis=1)
 
     def _luma(self) -> float:
         """The sum of the pixels' luma."""
         total = 0.0
-        for first in range(0, len(self._image), _BAND):
-            rows = self._image[first : first + _BAND]
+        for first in range(0, len(self._image), _ROWS_PER_BAND):
+            rows = self._image[first : first + _ROWS_PER_BAND]
             rows = rows if self._table is None else cv2.LUT(rows, self._table[None])
             total += cv2.sumElems(cv2.cvtColor(rows, cv2.COLOR_RGB2GRAY))[0]
         return total
 
-    def _pushed(self, histogram: np.ndarray) -> np.ndarray:
-        """Pixels of each grey level behind the table: int64 [3, 256]."""
+    def _map_histogram(self, histogram: np.ndarray) -> np.ndarray:
+        """The histogram after the pending table: int64 [3, 256]."""
         if self._table is None:
             return histogram.astype(np.int64)
         tables = np.broadcast_to(self._table, (256, 3))
@@ -190,12 +190,12 @@ def _step(op: Operation, width: int, height: int) -> Step:
 
 
 def _compose(second: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """The table of one table after another."""
+    """The composition of two tables."""
     return second[first[:, 0]] if first.shape[1] == 1 else second[first, np.arange(second.shape[1])]
 
 
 def _table(op: Operation) -> np.ndarray:
-    """The table of an operation that needs none of the frame's pixels: integers [256]."""
+    """The table of an operation that does not depend on the frame: integers [256]."""
     levels, argument = np.arange(256), op.argument
     if op.name == "Invert":
         return 255 - levels
@@ -211,13 +211,13 @@ def _table(op: Operation) -> np.ndarray:
 
 
 def _enhance(factor: float, grey: int) -> np.ndarray:
-    """Pillow's blend of a grey level with each level, in float32 and truncated."""
+    """Pillow's blend of a grey level with each level, in float32, truncated."""
     levels = np.float32(grey) + np.float32(factor) * (np.arange(256, dtype=np.float32) - np.float32(grey))
     return np.clip(levels, 0, 255).astype(np.uint8)
 
 
 def _autocontrast(counts: np.ndarray) -> np.ndarray:
-    """Stretches the levels that occur to 0 … 255."""
+    """The table that stretches the occurring levels to 0 … 255."""
     present = np.flatnonzero(counts)
     low, high = int(present[0]), int(present[-1])
     if high <= low:
@@ -227,7 +227,7 @@ def _autocontrast(counts: np.ndarray) -> np.ndarray:
 
 
 def _equalize(counts: np.ndarray) -> np.ndarray:
-    """Evens the levels out, in Pillow's integers."""
+    """The table of histogram equalisation, in Pillow's integer arithmetic."""
     present = np.flatnonzero(counts)
     step = int(counts.sum() - counts[present[-1]]) // 255
     if len(present) <= 1 or step == 0:
@@ -251,7 +251,7 @@ class _Colour:
 
 
 class _Sharpness:
-    """Blends each pixel with its smoothed neighbourhood; the frame's outermost pixels stay."""
+    """Blends each pixel with its smoothed neighbourhood; the outermost pixels of the frame do not change."""
 
     def __init__(self, factor: float, width: int, height: int) -> None:
         kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) * ((1.0 - factor) / 13.0)
@@ -278,7 +278,7 @@ class _Sharpness:
 
 
 class _Shift:
-    """Moves the picture along one axis by a fraction of pixels: a cubic kernel of five taps, Pillow's (a = -1)."""
+    """Shifts the image along one axis by a fractional number of pixels, with Pillow's cubic kernel (a = -1) of five taps."""
 
     def __init__(self, offset: float, length: int, axis: int) -> None:
         self._offset, self._length, self._axis = offset, length, axis
@@ -288,7 +288,7 @@ class _Shift:
         self._kernel = kernel.astype(np.float32).reshape((-1, 1) if axis == 0 else (1, -1))
 
     def _covered(self, target: Box) -> tuple[int, int]:
-        """The output positions along the axis that lie inside the frame, within the target."""
+        """The output positions in `target` along the axis whose input is inside the frame."""
         start = max(target[self._axis], math.ceil(-0.5 - self._offset))
         stop = min(target[self._axis] + target[2 + self._axis], math.ceil(self._length - 0.5 - self._offset))
         return start, max(start, stop)
@@ -319,9 +319,9 @@ def _far(d: np.ndarray) -> np.ndarray:
 
 
 class Warp:
-    """Rotation and shear, cubic. OpenCV's kernel has a = -0.75 where Pillow's has -1, and steps of 1/32 pixel.
+    """Rotation and shear with cubic interpolation. OpenCV's kernel has a = -0.75 and steps of 1/32 pixel; Pillow's has a = -1.
 
-    The softer kernel is met halfway by sharpening beforehand, along the axes that are interpolated.
+    Sharpening the interpolated axes before the warp partly compensates the softer kernel.
     """
 
     def __init__(self, matrix: tuple[float, ...], width: int, height: int) -> None:
@@ -352,19 +352,19 @@ class Warp:
         return self.finished(warped, self._outside[target])
 
     def sharpened(self, patch: np.ndarray) -> np.ndarray:
-        """What is interpolated: float32 [h + 2 _REACH, w + 2 _REACH, 3]."""
+        """The padded and sharpened input of the interpolation: float32 [h + 2 _REACH, w + 2 _REACH, 3]."""
         # Float32 with a constant border is the fastest path of OpenCV's cubic warp (0.6 of uint8's time) and leaves
-        # the rounding to us. The frame is replicated by hand, as far as the kernel reaches from inside.
+        # the rounding to this code. The frame's border is replicated here, as far as the kernel reads from inside.
         padded = cv2.copyMakeBorder(patch, _REACH, _REACH, _REACH, _REACH, cv2.BORDER_REPLICATE)
         return cv2.sepFilter2D(padded, cv2.CV_32F, self._along_x, self._along_y, borderType=cv2.BORDER_REPLICATE)
 
     def finished(self, warped: np.ndarray, outside: np.ndarray | None) -> np.ndarray:
-        """uint8 from what was interpolated, with grey where `outside` is not 0."""
+        """Round the interpolated pixels to uint8, with grey where `outside` is not 0."""
         out = cv2.subtract(warped, np.full(4, _TRUNCATE), dtype=cv2.CV_8U)
         return out if outside is None else cv2.copyTo(np.full_like(out, FILL), outside, out)
 
     def index_map(self, source: Box, target: Box) -> np.ndarray:
-        """The map between pixel indices of the padded patches, from that between corner coordinates of the frame."""
+        """The affine map between pixel indices of the padded patches, given the map between corner coordinates of the frame."""
         start = self._matrix @ np.array([target.left + 0.5, target.top + 0.5, 1.0])
         return np.column_stack([self._matrix[:, :2], start - 0.5 + _REACH - np.array([source.left, source.top])])
 
@@ -373,8 +373,10 @@ class Warp:
         x = np.arange(target.left, target.left + target.width)[None, :] + 0.5
         (a, b, c), (d, e, f) = self._matrix
         mask = np.empty((target.height, target.width), np.uint8)
-        for first in range(0, target.height, _ROWS):  # the float64 numbers of a whole large frame would be too many
-            rows = mask[first : first + _ROWS]
+        for first in range(
+            0, target.height, _WIDE_ROWS
+        ):  # float64 coordinates of a full large frame need too much memory
+            rows = mask[first : first + _WIDE_ROWS]
             y = np.arange(target.top + first, target.top + first + len(rows))[:, None] + 0.5
             u, v = a * x + b * y + c, d * x + e * y + f
             outside = (u < 0) | (u >= self._width) | (v < 0) | (v >= self._height)
@@ -389,10 +391,10 @@ def _clip(top: int, left: int, height: int, width: int, frame_height: int, frame
 
 
 def _along(box: Box, axis: int, start: int, length: int) -> Box:
-    """The box with another extent along one axis."""
+    """The box with another start and length along one axis."""
     return Box(start, box.left, length, box.width) if axis == 0 else Box(box.top, start, box.height, length)
 
 
 def _inside(box: Box, outer: Box) -> Box:
-    """The box in coordinates of the one it lies in."""
+    """The box in coordinates of the enclosing box `outer`."""
     return Box(box.top - outer.top, box.left - outer.left, box.height, box.width)

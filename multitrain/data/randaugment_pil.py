@@ -18,12 +18,12 @@ _ENHANCERS = {
 
 
 def apply(frames: np.ndarray, operations: Sequence[Operation]) -> np.ndarray:
-    """The operations, one after another, on every frame of uint8 [T, H, W, 3]; the input is not changed."""
+    """Apply the operations in order to every frame of uint8 [T, H, W, 3]; the input is not changed."""
     return np.stack([apply_all(frame, operations) for frame in frames]) if operations else frames
 
 
 def apply_all(frame: np.ndarray, operations: Sequence[Operation]) -> np.ndarray:
-    """The operations, one after another, on one frame, uint8 [H, W, 3]; the input is not changed."""
+    """Apply the operations in order to one frame, uint8 [H, W, 3]; the input is not changed."""
     if not operations:
         return frame
     image = Image.fromarray(frame)
@@ -33,7 +33,7 @@ def apply_all(frame: np.ndarray, operations: Sequence[Operation]) -> np.ndarray:
 
 
 def apply_one(image: Image.Image, op: Operation) -> Image.Image:
-    """One operation on one RGB image."""
+    """Apply one operation to one RGB image."""
     fill = (FILL, FILL, FILL)
     if op.name == "AutoContrast":
         return ImageOps.autocontrast(image)
@@ -41,7 +41,7 @@ def apply_one(image: Image.Image, op: Operation) -> Image.Image:
         return ImageOps.equalize(image)
     if op.name == "Invert":
         return ImageOps.invert(image)
-    if op.name == "Posterize":  # by hand: newer Pillows refuse 0 bits, which the largest magnitude asks for
+    if op.name == "Posterize":  # by hand: newer Pillow versions reject 0 bits, which the largest magnitude gives
         mask = ~((1 << (8 - int(op.argument))) - 1)
         return image.point([v & mask for v in range(256)] * 3)
     if op.name == "Solarize":

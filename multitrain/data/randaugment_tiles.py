@@ -1,7 +1,7 @@
-"""RandAugment of large frames, tile by tile: the bits of `randaugment_opencv`, and no whole frame in RGB.
+"""RandAugment of large frames, tile by tile: bit-equal to `randaugment_opencv`, without a full RGB frame in memory.
 
-A frame is gone through once for each statistic, and once more for the crop. Filters give a pixel the same bits whatever is
-worked on at once; a warp does so where the coordinates that OpenCV uses are known, which is tried out.
+The tiles of a frame are processed once per statistic, and once for the crop. Most filters give the same bits for any part of the frame.
+A warp does so only if the coordinates that OpenCV uses are known, which `warps_agree` tests.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from multitrain.data.decode import Picture
 from multitrain.data.randaugment import FILL, Operation
-from multitrain.data.randaugment_opencv import Cropper, Pending, Step, Warp, regions_of
+from multitrain.data.randaugment_opencv import FrameCropper, LazyImage, Step, Warp, regions_of
 from multitrain.data.spatial import Box
 
 _TILE = 384
@@ -23,9 +23,9 @@ _TILE = 384
 
 
 class TileCropper:
-    """Makes the crop of augmented large frames, as `cropper` does; of its rows, those that a resize to `size` rows reads, if given."""
+    """Computes the crop of augmented large frames, as `cropper` does; with `size`, only the rows that a resize to `size` rows reads."""
 
-    def __init__(self, cropper: Cropper, size: int | None = None) -> None:
+    def __init__(self, cropper: FrameCropper, size: int | None = None) -> None:
         self._cropper, self._frame, self._crop = cropper, cropper.frame, cropper.crop
         self._rows = rows_read(self._crop.height, size or self._crop.height)
         self._steps: list[Step] = [
@@ -34,7 +34,7 @@ class TileCropper:
         ]
 
     def __call__(self, picture: Picture) -> np.ndarray:
-        """uint8 [crop.height, crop.width, 3], not to be written to."""
+        """The crop of a large frame: uint8 [crop.height, crop.width, 3], read-only."""
         if any(isinstance(step, _WarpPart) for step in self._steps) and not warps_agree():
             return self._cropper(picture.whole())
         steps = self._resolved(picture)
@@ -43,11 +43,11 @@ class TileCropper:
             top, left = tile.top - self._crop.top, tile.left - self._crop.left
             rows = self._rows[(self._rows >= top) & (self._rows < top + tile.height)]
             if len(rows):
-                out[rows, left : left + tile.width] = _behind(steps, picture, tile).pixels()[rows - top]
+                out[rows, left : left + tile.width] = _after_steps(steps, picture, tile).pixels()[rows - top]
         return out
 
     def _resolved(self, picture: Picture) -> list[Step]:
-        """The steps, with the tables of this frame's statistics."""
+        """The steps, in which each statistic is replaced by its table for this frame."""
         steps, seen = list(self._steps), dict[int, np.ndarray]()
         for number, op in enumerate(steps):
             if isinstance(op, Operation):
@@ -62,10 +62,10 @@ class TileCropper:
     def _statistic(
         self, op: Operation, steps: Sequence[Step], picture: Picture, known: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The table of a statistic behind some steps, and what was measured for it, unless it is known."""
+        """(table of a statistic after some steps, its measurement); `known` measurements are not repeated."""
         total, image = np.float64(0), None
         for tile in _tiles(self._frame):
-            image = _behind(steps, picture, tile)
+            image = _after_steps(steps, picture, tile)
             if known is not None:
                 break
             total = total + image.measure(op)
@@ -74,10 +74,10 @@ class TileCropper:
         return image.table(op, measured, self._frame.height * self._frame.width), measured
 
 
-def _behind(steps: Sequence[Step], picture: Picture, tile: Box) -> Pending:
-    """A tile of the frame behind the steps."""
+def _after_steps(steps: Sequence[Step], picture: Picture, tile: Box) -> LazyImage:
+    """A tile of the frame, after the steps."""
     regions = regions_of(steps, tile)
-    image = Pending(picture.cut(*regions[0]))
+    image = LazyImage(picture.cut(*regions[0]))
     for step, source, target in zip(steps, regions, regions[1:]):
         image.take(step, source, target)
     return image
@@ -90,7 +90,7 @@ def _tiles(box: Box) -> Iterator[Box]:
 
 
 class _WarpPart:
-    """Parts of what `warp` makes of one part of a frame from another, with its bits."""
+    """Computes parts of the output of `warp`, bit-equal to `warp` on the full part."""
 
     def __init__(self, warp: Warp, source: Box, target: Box) -> None:
         self._warp, self._source, self._target = warp, source, target
@@ -110,8 +110,8 @@ class _WarpPart:
 
 
 def coordinates(matrix: np.ndarray, left: int, top: int, part: Box) -> tuple[np.ndarray, np.ndarray]:
-    """Where `warpAffine` takes the pixels of a part at (left, top) of its output from: float32 [part.height, part.width],
-    rounded as OpenCV 5 rounds.
+    """The input coordinates (x, y) that `warpAffine` uses for a part at (left, top) of its output: float32 [part.height, part.width],
+    with the rounding of OpenCV 5.
 
     matrix: float32 [2, 3].
     """
@@ -123,7 +123,7 @@ def coordinates(matrix: np.ndarray, left: int, top: int, part: Box) -> tuple[np.
 
 @cache
 def warps_agree() -> bool:
-    """Whether this OpenCV's `remap` of :func:`coordinates` has the bits of its `warpAffine`; it did not before OpenCV 5."""
+    """Whether `remap` with :func:`coordinates` is bit-equal to `warpAffine` in the installed OpenCV; not before OpenCV 5."""
     image = np.random.default_rng(0).normal(128, 60, (300, 400, 3)).astype(np.float32)
     for angle in (-0.5, 0.1, 0.37):
         matrix = np.array([[np.cos(angle), np.sin(angle), 11.3], [-np.sin(angle), np.cos(angle), 7.9]])
@@ -137,7 +137,7 @@ def warps_agree() -> bool:
 
 
 def rows_read(length: int, size: int) -> np.ndarray:
-    """Rows of an image of `length` rows that bilinear resizing to `size` rows reads: int64, rising."""
+    """Rows of an image of `length` rows that bilinear resizing to `size` rows reads: int64, increasing."""
     if length <= 4 * size:
         return np.arange(length)
     at = (np.arange(size) + 0.5) * (length / size) - 0.5
@@ -146,7 +146,7 @@ def rows_read(length: int, size: int) -> np.ndarray:
 
 
 def sparse(shape: tuple[int, ...]) -> np.ndarray:
-    """Zeros, uint8, that take memory only where they are written to."""
+    """A uint8 array of zeros whose pages are allocated when written."""
     size = int(np.prod(shape))
     if not hasattr(mmap, "MAP_ANONYMOUS"):
         return np.zeros(shape, np.uint8)

@@ -1,7 +1,7 @@
-"""Random draws that mean the same for ever: own maps over the raw 64-bit words of a keyed Philox.
+"""Reproducible random draws: own distributions over the raw 64-bit words of a keyed Philox generator.
 
-numpy keeps the raw stream of a bit generator fixed between versions, but not what `Generator.normal` and its kin make
-of it (NEP 19). So every distribution here is mapped from raw words by the code in this file.
+Between versions, numpy keeps the raw stream of a bit generator, but not the values of `Generator.normal` and similar methods
+(NEP 19). Therefore the code in this file computes every distribution from raw words.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def generator(*parts: int | str | bytes) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key(*parts)))
 
 
-class Draws:
-    """A stream of draws that is a pure function of `parts`, e.g. ``Draws("augment", seed, "ssv2", index, copy)``."""
+class KeyedRNG:
+    """A stream of random numbers that is a pure function of `parts`, e.g. ``KeyedRNG("augment", seed, "ssv2", index, copy)``."""
 
     def __init__(self, *parts: int | str | bytes) -> None:
         self._bits = generator(*parts).bit_generator
@@ -40,7 +40,7 @@ class Draws:
         return low + (high - low) * ((self.word() >> 11) / _TWO_53)
 
     def integer(self, low: int, high: int) -> int:
-        """Uniform over low … high, both included, without bias (Lemire, 2019). Raises ValueError for an empty range."""
+        """Uniform integer from low to high, both included, without bias (Lemire, 2019). Raises ValueError for an empty range."""
         span = high - low + 1
         if not 0 < span <= _TWO_64:
             raise ValueError(f"no integer to draw from {low} to {high}")
@@ -51,7 +51,7 @@ class Draws:
         return low + (product >> 64)
 
     def coin(self, probability: float) -> bool:
-        """True with the given probability; never for 0, always for 1."""
+        """True with the given probability: never for 0, always for 1."""
         return self.uniform() < probability
 
     def normal(self, mean: float = 0.0, std: float = 1.0) -> float:
@@ -60,9 +60,10 @@ class Draws:
         return mean + std * radius * math.cos(2.0 * math.pi * self.uniform())
 
     def beta(self, a: float, b: float) -> float:
-        """Beta(a, b) as the ratio of two gamma deviates, in logarithms so that tiny a and b cannot underflow.
+        """Beta(a, b) deviate from two gamma deviates, in logarithms so that small a and b do not underflow.
 
-        Raises ValueError unless a and b are positive.
+        Raises:
+            ValueError: a or b is not positive.
         """
         if a <= 0 or b <= 0:
             raise ValueError(f"beta needs positive parameters, not {a} and {b}")

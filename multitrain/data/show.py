@@ -1,7 +1,7 @@
-"""What the model sees: augmented training clips of an update, with their labels and mixing weights, as one picture.
+"""A picture of an update's augmented training clips, with their labels and mixing weights.
 
-The clips are those of the run: same tickets, same augmentation, same partners as in training, since all of it is a function
-of the configuration and the update.
+The clips are those of the run, with the same samples, augmentation and mixing partners as in training, because all of these are
+functions of the configuration and the update.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from multitrain.config import RunConfig
 from multitrain.data.catalog import Catalog
 from multitrain.data.clips import Task, TrainClipFn
-from multitrain.data.mix import prepare
+from multitrain.data.mix import finalize_batch
 from multitrain.data.spatial import MEAN, STD
 from multitrain.files import output_file
 from multitrain.order import Plan
@@ -24,12 +24,12 @@ from multitrain.plot_style import COLOURS, INK, figure, png
 from multitrain.text import printable
 
 _FRAMES = 8
-"""Frames of a clip that are shown."""
+"""Frames shown per clip."""
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One clip as the model gets it."""
+class ClipPreview:
+    """One clip as the model receives it."""
 
     dataset: str
     path: str
@@ -38,14 +38,14 @@ class Shown:
     labels: tuple[str, ...]
     """Names of the video's own labels."""
     weights: list[tuple[str, float]]
-    """What the loss is told: (class, weight), heaviest first, without what label smoothing gives to every class."""
+    """Soft labels of the loss as (class, weight), largest first, without the weight that label smoothing gives to every class."""
     note: str
-    """Unreadable videos that this one stands in for; else empty."""
+    """The unreadable videos that this one replaces; else empty."""
 
 
 @dataclass
 class _Batch:
-    """What `multitrain.data.mix.prepare` reads."""
+    """The input of `multitrain.data.mix.finalize_batch`."""
 
     clips: torch.Tensor
     dataset: torch.Tensor
@@ -55,13 +55,15 @@ class _Batch:
     start: int
 
 
-def clips_of(config: RunConfig, catalogs: Mapping[str, Catalog], plan: Plan, update: int, videos: int) -> list[Shown]:
-    """The clips of the first `videos` videos of an update (counted from 0), rounded up to whole mix groups, in their order."""
+def clips_of(
+    config: RunConfig, catalogs: Mapping[str, Catalog], plan: Plan, update: int, videos: int
+) -> list[ClipPreview]:
+    """The clips of the first `videos` videos of an update (counted from 0), rounded up to complete mix groups, in sample order."""
     count = min(-(-videos // config.group) * config.group, config.effective_batch)
     start = update * config.effective_batch
     tickets = plan.tickets(start, start + count)
     job = TrainClipFn(catalogs, plan, config)
-    job.prepare()
+    job.warm_up()
     copies = job.shape[0]
     pixels = np.empty((count * copies, *job.shape[1:]), job.dtype)
     made = [job.run(Task(update, t), pixels[i * copies : (i + 1) * copies]) for i, t in enumerate(tickets)]
@@ -74,7 +76,7 @@ def clips_of(config: RunConfig, catalogs: Mapping[str, Catalog], plan: Plan, upd
         start=start,
     )
     classes = {name: catalog.classes for name, catalog in catalogs.items()}
-    ready = prepare(batch, config.data, classes, config.augment, "cpu", config.seed)
+    ready = finalize_batch(batch, config.data, classes, config.augment, "cpu", config.seed)
     images = (ready.clips * STD + MEAN).clamp_(0, 1).mul_(255).round_().to(torch.uint8).permute(0, 2, 3, 4, 1).numpy()
     shown = []
     for number in range(len(images)):
@@ -88,13 +90,13 @@ def clips_of(config: RunConfig, catalogs: Mapping[str, Catalog], plan: Plan, upd
         )
         bad = ", ".join(f"{s['path']} ({s['reason']})" for s in own.skipped)
         shown.append(
-            Shown(
+            ClipPreview(
                 dataset=name,
                 path=path,
                 frames=images[number],
                 labels=tuple(_name(catalog, label) for label in own.labels),
                 weights=_weights(ready.targets[name][number].numpy(), catalog),
-                note=f"stands in for {bad}" if bad else "",
+                note=f"replaces {bad}" if bad else "",
             )
         )
     return shown
@@ -105,14 +107,14 @@ def _name(catalog: Catalog, label: int) -> str:
 
 
 def _weights(targets: np.ndarray, catalog: Catalog) -> list[tuple[str, float]]:
-    """Classes that weigh more than what smoothing gives to all, at most four."""
+    """Classes with more weight than label smoothing gives to all, at most four."""
     floor = float(targets.min()) + 1e-6
     order = np.argsort(-targets, kind="stable")[:4]
     return [(_name(catalog, int(i)), float(targets[i])) for i in order if targets[i] > floor]
 
 
-def picture(shown: Sequence[Shown], title: str) -> bytes:
-    """One row a clip: frames, dataset and path, the video's labels, and the weights that the loss is told, as PNG."""
+def picture(shown: Sequence[ClipPreview], title: str) -> bytes:
+    """A PNG with one row per clip: frames, dataset and path, the video's labels, and the soft labels of the loss."""
     rows = len(shown)
     drawn, axes = figure(2, rows, width=15, height=1.35 * rows + 0.5, ratio=2.4)
     datasets = list(dict.fromkeys(s.dataset for s in shown))
@@ -134,10 +136,10 @@ def picture(shown: Sequence[Shown], title: str) -> bytes:
     return png(drawn)
 
 
-def write(path: Path, shown: Sequence[Shown], title: str) -> None:
-    """Write the picture to `path`, folders made when missing. Raises ConfigError: something else is in the way."""
+def write(path: Path, shown: Sequence[ClipPreview], title: str) -> None:
+    """Write the picture to `path`, and create missing folders. Raises ConfigError if a file that `data show` did not make is in the way."""
     with output_file(path, "data show") as temporary:
         temporary.write_bytes(picture(shown, title))
 
 
-__all__ = ["Shown", "clips_of", "picture", "write"]
+__all__ = ["ClipPreview", "clips_of", "picture", "write"]

@@ -1,7 +1,7 @@
-"""Where a clip is cut from its frames, and bilinear resizing as the published tests do it.
+"""Crop boxes of clips, and bilinear resizing as in the published tests.
 
-Bilinear here is always that of `torch.nn.functional.interpolate` with align_corners=False and no antialiasing: two taps
-along each axis, whatever the scale.
+Bilinear resizing is that of `torch.nn.functional.interpolate` with align_corners=False and no antialiasing: two taps
+per axis at any scale.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import cv2
 import numpy as np
 
 from multitrain.data.decode import LARGE, Frame, part
-from multitrain.data.random import Draws
+from multitrain.data.random import KeyedRNG
 
 MEAN = 0.45
-"""Mean of the pixel values, 0 to 1, that every channel is normalised by."""
+"""Mean of the pixel values, from 0 to 1, for normalising every channel."""
 STD = 0.225
 """Their standard deviation."""
 
 _BAND = 64
-"""Rows of a large frame that are resized at once."""
+"""Rows of a large frame that are resized at a time."""
 
 _CROP_TRIES = 10
 _ERASE_TRIES = 100
@@ -44,12 +44,12 @@ class Box(NamedTuple):
 
 
 def random_resized_crop(
-    height: int, width: int, area: tuple[float, float], aspect: tuple[float, float], draws: Draws
+    height: int, width: int, area: tuple[float, float], aspect: tuple[float, float], draws: KeyedRNG
 ) -> Box:
-    """The box of a random resized crop (Szegedy et al., 2015) of a frame of height × width.
+    """The box of a random resized crop (Szegedy et al., 2015) of a frame of height × width pixels.
 
-    area: share of the frame, uniform; aspect: width ÷ height, log-uniform. After ten boxes that do not fit: the largest
-    centred box whose aspect is in range.
+    area: fraction of the frame, uniform; aspect: width ÷ height, log-uniform. After ten boxes that do not fit: the largest
+    centred box whose aspect ratio is in range.
     """
     for _ in range(_CROP_TRIES):
         pixels = draws.uniform(*area) * height * width
@@ -65,7 +65,7 @@ def random_resized_crop(
     return Box((height - h) // 2, (width - w) // 2, h, w)
 
 
-def erase_box(height: int, width: int, probability: float, draws: Draws) -> Box:
+def erase_box(height: int, width: int, probability: float, draws: KeyedRNG) -> Box:
     """The box that random erasing (Zhong et al., 2020) fills with noise; all zeros for none.
 
     One box for all frames: 2 % to 33 % of the area, height ÷ width log-uniform from 0.3 to 3.33, inside the frame.
@@ -81,16 +81,17 @@ def erase_box(height: int, width: int, probability: float, draws: Draws) -> Box:
 
 
 def short_side_size(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """(height, width) after resizing so that the shorter side is `short_side`; the longer side is rounded down."""
+    """(height, width) after resizing the shorter side to `short_side` pixels; the longer side is rounded down."""
     if width < height:
         return math.floor(height / width * short_side), short_side
     return short_side, math.floor(width / height * short_side)
 
 
 def uniform_crop(height: int, width: int, size: int, position: int) -> Box:
-    """A square crop at 0 the start, 1 the centre, 2 the end of the longer side, centred on the other side.
+    """A square crop at the start (`position` 0), centre (1) or end (2) of the longer side, centred on the shorter side.
 
-    Raises ValueError if the frame is smaller than the crop.
+    Raises:
+        ValueError: the frame is smaller than the crop, or the position is invalid.
     """
     if size > min(height, width):
         raise ValueError(f"a crop of {size} pixels does not fit into {height} × {width}")
@@ -106,21 +107,21 @@ def uniform_crop(height: int, width: int, size: int, position: int) -> Box:
 
 
 def resize_crop(image: Frame, size: tuple[int, int], crop: Box) -> np.ndarray:
-    """A box of an image resized to `size` (height, width).
+    """The box `crop` of an image resized to `size` (height, width).
 
-    image: uint8 or float32 [H, W, C], C up to 4, or a large frame; returns float32 [crop.height, crop.width, C], equal to
-    ``interpolate(image, size, mode="bilinear", align_corners=False)`` cut to the box: up to 2e-7 of the range as a rule, and
-    4e-6 where a position lies halfway between two float32 numbers.
+    image: uint8 or float32 [H, W, C], C up to 4, or a large frame. Returns float32 [crop.height, crop.width, C], equal to the box of
+    ``interpolate(image, size, mode="bilinear", align_corners=False)`` up to 2e-7 of the range, or
+    4e-6 where a position is halfway between two float32 numbers.
     """
     height, width = (
         _Axis(image.shape[0], size[0], crop.top + crop.height),
         _Axis(image.shape[1], size[1], crop.left + crop.width),
     )
-    # Intel's own routine, which OpenCV prefers, rounds positions differently. The switch is the thread's.
+    # Intel IPP, which OpenCV prefers, rounds positions differently. The setting is per thread.
     faster = cv2.ipp.useIPP()
     cv2.ipp.setUseIPP(False)
     try:
-        halved = (height.scale, width.scale) == (2, 2)  # OpenCV halves by other sums
+        halved = (height.scale, width.scale) == (2, 2)  # OpenCV halves with other sums
         if height.read * width.read > LARGE and not halved:
             out = _linear(_across(image, height.read, width), 1, 1 / height.scale)
         else:
@@ -131,7 +132,7 @@ def resize_crop(image: Frame, size: tuple[int, int], crop: Box) -> np.ndarray:
 
 
 def _across(image: Frame, rows: int, width: _Axis) -> np.ndarray:
-    """The first rows of a large image, resized along them: the same sums as at once, without a large float32 image."""
+    """The first rows of a large image, resized horizontally in bands: the same sums as for the full image, with less float32 memory."""
     out = np.empty(0, np.float32)
     for at in range(0, rows, _BAND):
         band = _linear(part(image, at, 0, min(_BAND, rows - at), width.read), 1 / width.scale, 1)
@@ -148,12 +149,12 @@ def _linear(image: np.ndarray, across: float, down: float) -> np.ndarray:
 
 
 class _Axis:
-    """One axis of a resize, of which the output from 0 to `stop` is wanted.
+    """One axis of a resize, of which output pixels 0 to `stop` are computed.
 
-    scale: input pixels an output pixel. It is torch's, rounded to float32; OpenCV then finds the same positions, for it
-    computes scale × (x + 1/2) − 1/2 in float64 and rounds once, as torch does by a fused multiply-add. The positions that
-    the sizes themselves give would be off by up to 3e-5 of a pixel.
-    read: input pixels that the wanted output depends on.
+    scale: input pixels per output pixel, rounded to float32 as in torch. OpenCV then finds the same positions: it
+    computes scale × (x + 1/2) − 1/2 in float64 and rounds once, as torch's fused multiply-add does. Without the rounded scale, positions
+    would differ by up to 3e-5 of a pixel.
+    read: number of input pixels on which the output depends.
     """
 
     def __init__(self, size_in: int, size_out: int, stop: int) -> None:
@@ -162,7 +163,7 @@ class _Axis:
 
 
 def union(boxes: Sequence[Box]) -> Box:
-    """The smallest box around all of them."""
+    """The smallest box that contains all boxes."""
     top, left = min(b.top for b in boxes), min(b.left for b in boxes)
     bottom, right = max(b.top + b.height for b in boxes), max(b.left + b.width for b in boxes)
     return Box(top, left, bottom - top, right - left)

@@ -1,8 +1,8 @@
-"""Test-time views of a video: clips spread over its length, each cropped at one or three places.
+"""Test views of a video: clips spread over its length, each with one or three spatial crops.
 
-Pixels are those of the published tests up to 1e-6 of the range as a rule: resized in float32, and handed over so, for whole
-grey levels would change the scores. A video is opened once; each frame is decoded once and resized once, however many views
-show it, and goes straight to its places in the result.
+Pixels agree with the published tests to about 1e-6 of the range. They are resized and returned in float32, because rounding to whole
+grey levels would change the scores. A video is opened once; each frame is decoded and resized once, however many views
+contain it, and written directly to its positions in the result.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ import cv2
 import numpy as np
 
 from multitrain.config import ConfigError, DataConfig, DatasetConfig, ModelConfig
-from multitrain.data.call_timeout import Lease
+from multitrain.data.call_timeout import WriteLease
 from multitrain.data.decode import Frame, open_video
 from multitrain.data.frames import view_indices
 from multitrain.data.spatial import MEAN, STD, Box, resize_crop, short_side_size, uniform_crop, union
 
 _PLANES = [0, 0, 1, 1, 2, 2]
-"""OpenCV's way to say: channel 0 to plane 0, 1 to 1, 2 to 2."""
+"""Argument of OpenCV's mixChannels: channel 0 to plane 0, 1 to 1, 2 to 2."""
 
 
 @dataclass(frozen=True)
 class CropPlan:
-    """Where the frames of a video are cropped."""
+    """Resize and crops of a video's frames."""
 
     size: tuple[int, int]
-    """Height and width that frames are resized to."""
+    """(height, width) to which frames are resized."""
     crops: tuple[Box, ...]
-    """Square boxes of the resized frame."""
+    """Square boxes in the resized frame."""
 
 
 def crop_plan(height: int, width: int, dataset: DatasetConfig, model: ModelConfig) -> CropPlan:
-    """The test crops of frames of height × width. Raises ConfigError if a crop is larger than the resized frame."""
+    """The test crops of frames of height × width pixels. Raises ConfigError if a crop is larger than the resized frame."""
     side = short_side(dataset, model)
     if side < model.crop:
         raise ConfigError(f"test_short_side={side} is smaller than model.crop={model.crop}; use at least {model.crop}")
@@ -44,10 +44,9 @@ def crop_plan(height: int, width: int, dataset: DatasetConfig, model: ModelConfi
 
 
 def short_side(dataset: DatasetConfig, model: ModelConfig) -> int:
-    """Short side in pixels that test frames are resized to.
+    """Short side in pixels to which test frames are resized: `test_short_side`, else that of the published code.
 
-    Unless `test_short_side` says otherwise, as published: 256 for a crop of 224 (and in proportion) with one crop of a
-    `stride` dataset, else the crop itself.
+    The published code uses 256 for a crop of 224 (and in proportion) with one crop of a `stride` dataset, else the crop size.
     """
     return dataset.short_side(model.crop)
 
@@ -63,19 +62,19 @@ def load_views(
     data: DataConfig,
     model: ModelConfig,
     out: np.ndarray | None = None,
-    lease: Lease | None = None,
+    lease: WriteLease | None = None,
 ) -> np.ndarray:
     """All views of a video, normalised: float32 [V, 3, T, S, S], view = temporal view × spatial_views + crop.
 
     Args:
-        out: where to write them, C-contiguous; new memory when not given.
-        lease: right to write to `out`, asked for before each frame.
+        out: where to write them, C-contiguous (default: new memory).
+        lease: permission to write to `out`, checked before each frame.
 
     Raises:
         VideoError: the video cannot be read; `out` may hold some of its frames.
         CallTimeout: the lease has ended.
     """
-    lease = lease or Lease()
+    lease = lease or WriteLease()
     with open_video(path, data.decoder, data.decode_timeout) as video:
         shown = view_indices(dataset, data, video.frame_count, video.fps, model.frames)
         if out is None:
@@ -85,12 +84,12 @@ def load_views(
             plan = plan or crop_plan(frame.shape[0], frame.shape[1], dataset, model)
             with lease:
                 show(frame, np.argwhere(shown == number), plan, out)
-            del frame  # before the next one is decoded
+            del frame  # free its memory before the next one is decoded
     return out
 
 
 def show(frame: Frame, places: np.ndarray, plan: CropPlan, out: np.ndarray) -> None:
-    """Writes one decoded frame, uint8 [H, W, 3] or a large one, to all its places (temporal view, t), int64 [P, 2], of `out`."""
+    """Write one decoded frame, uint8 [H, W, 3] or a large frame, to all its positions (temporal view, t), int64 [P, 2], in `out`."""
     around = union(plan.crops)
     image = resize_crop(frame, plan.size, around)
     for crop, box in enumerate(plan.crops):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from multitrain.config import RunConfig
 from multitrain.data.loader import Batch
-from multitrain.data.mix import Prepared, prepare
+from multitrain.data.mix import DeviceBatch, finalize_batch
 from multitrain.engine.deepspeed import Engine
 from multitrain.engine.distributed import World
 from multitrain.engine.stopwatch import Stopwatch
@@ -124,7 +124,9 @@ class Gradient:
         own_gradient = gradient[self._world.rank * len(own) :][: len(own)]
         return [(value, g) for g in own_gradient.split([len(e) for e in embeddings])]
 
-    def _prepare(self, batch: Batch) -> Prepared:
+    def _prepare(self, batch: Batch) -> DeviceBatch:
         """Clips [N, 3, T, S, S], targets and keys [N] on the device."""
         config = self._config
-        return prepare(batch, config.data, self._model.datasets, config.augment, self._engine.device, config.seed)
+        return finalize_batch(
+            batch, config.data, self._model.datasets, config.augment, self._engine.device, config.seed
+        )

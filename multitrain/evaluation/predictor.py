@@ -14,8 +14,8 @@ from multitrain.config import ConfigError, DatasetConfig, ModelConfig, RunConfig
 from multitrain.config.class_names import read_class_names
 from multitrain.data.views import load_views, short_side
 from multitrain.interop.layout import layout
-from multitrain.interop.matching import Report
-from multitrain.interop.positions import resize_positions, resized
+from multitrain.interop.positions import resize_positions, resized_config
+from multitrain.interop.state_dict_report import LoadReport
 from multitrain.interop.weights import Weights, read_model, read_names
 from multitrain.model import MultiTrain
 
@@ -38,11 +38,11 @@ class Predictor(MultiTrain):
         run: RunConfig,
         multi_label: Sequence[str] = (),
         class_names: Mapping[str, Sequence[str]] | None = None,
-        report: Report | None = None,
+        report: LoadReport | None = None,
     ) -> None:
         super().__init__(config, datasets, multi_label=multi_label)
         self.run = run
-        self.report = report or Report((), (), ())
+        self.report = report or LoadReport((), (), ())
         """Which tensors of the file are the model's: matched, missing, unexpected, reshaped."""
         self.class_names = {name: list(names) for name, names in (class_names or {}).items()}
 
@@ -153,7 +153,7 @@ def load(
         )
     for note in weights.report.notes:
         warnings.warn(f"{path}: {note}", stacklevel=2)
-    config = resized(weights.config, frames, crop)
+    config = resized_config(weights.config, frames, crop)
     state = weights.state
     if config != weights.config:
         state = resize_positions(state, weights.config, config.frames, config.crop)

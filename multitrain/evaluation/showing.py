@@ -106,9 +106,9 @@ class _Drawing:
     seen: dict[str, list[tuple[int, Scores]]]
     shape: tuple[int, ...] = (1,)
     dtype: np.dtype[Any] = field(default_factory=lambda: np.dtype(np.uint8))
-    patience: float = PATIENCE
+    answer_timeout: float = PATIENCE
 
-    def prepare(self) -> None:
+    def warm_up(self) -> None:
         """Nothing to import in advance."""
 
     def describe(self, task: str) -> str:

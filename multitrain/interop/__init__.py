@@ -1,1 +1,1 @@
-"""Weights of runs and of other people, in and out."""
+"""Reading and writing weights: those of runs, and checkpoints of other projects."""

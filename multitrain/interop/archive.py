@@ -1,9 +1,9 @@
-"""What a torch archive (`.pyth`) holds: opened without running code in it, bounded, its weights found under any usual name.
+"""Read a torch archive (`.pyth`) without running code in it, within limits, and find its weights under any usual name.
 
-Training codes keep weights under ``model_state``, ``state_dict`` or ``model``, put ``module.``, ``_orig_mod.``, ``model.``
-or ``backbone.`` before every name, in any order, and lay a moving average beside them (``ema``, ``model_ema``,
-``ema_state_dict``), or before the names (``model_ema.``, ``ema_model.module.``). All of these are read, in `.safetensors` files
-too; which of several sets of weights was taken is said.
+Training codes keep weights under ``model_state``, ``state_dict`` or ``model``, and prefix every name with ``module.``, ``_orig_mod.``,
+``model.`` or ``backbone.``, in any order. They store a moving average under a key of its own (``ema``, ``model_ema``,
+``ema_state_dict``) or under a name prefix (``model_ema.``, ``ema_model.module.``). This module reads all of these, in `.safetensors`
+files too, and reports which of several sets of weights it took.
 """
 
 from __future__ import annotations
@@ -17,82 +17,82 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from multitrain.config import ConfigError, nearest
 from multitrain.config.boundary import understood
-from multitrain.interop.matching import listed
+from multitrain.interop.state_dict_report import abbreviated
 
 if TYPE_CHECKING:
     import torch
 
-HOLDERS = ("model_state", "state_dict", "model", "model_state_dict", "module")
+STATE_KEYS = ("model_state", "state_dict", "model", "model_state_dict", "module")
 """Keys under which training codes keep the trained weights, in the order of preference."""
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
-"""What DDP, torch.compile and wrapping modules put before the name of every tensor."""
+"""Prefixes that DDP, torch.compile and wrapping modules add to the name of every tensor."""
 
 _AVERAGE = re.compile(r"(^|[_.])(ema|swa|averaged?)([_.]|$)", re.I)
 _COUNTERS = ("n_averaged", "num_updates", "decay", "steps", "step", "initted")
-"""Single numbers that averaging adds and no network has."""
-_NESTED = 3
-"""Dictionaries inside one another at most, around weights."""
-_MOST_PICKLE = 16 << 20
-"""Bytes of the description of an archive's tensors; that of the largest published file has 0.2 MB."""
+"""Scalars that weight averaging adds to a state dict; no network has tensors of these names."""
+_MAX_NESTING = 3
+"""Maximum depth of dictionaries around the weights."""
+_MAX_PICKLE_BYTES = 16 << 20
+"""Maximum bytes of the pickle that describes an archive's tensors; the largest published file has 0.2 MB."""
 
 
 class Archive(NamedTuple):
-    """An archive's weights and what lies beside them."""
+    """An archive's weights and its other content."""
 
     state: dict[str, torch.Tensor]
     """Tensors by name, without prefixes."""
     content: dict[str, Any]
     """The file's other parts, e.g. ``epoch``, ``cfg``, ``optimizer_state``, an average of the weights."""
     notes: tuple[str, ...]
-    """Which of several sets of weights was taken."""
+    """A line about the set of weights taken, where the file holds several or an average."""
 
 
 def open_archive(path: Path, copy: str | None = None) -> Archive:
-    """The weights of a `.pyth` file, and its other parts.
+    """Read the weights of a `.pyth` file, and its other parts.
 
     Args:
         path: the file.
-        copy: name of the set of weights to take, e.g. ``model_ema``; the trained ones when not given.
+        copy: name of the set of weights to take, e.g. ``model_ema`` (default: the trained weights).
 
     Raises:
-        ConfigError: no such file, damaged, holding code, without weights, without `copy`, or with tensors that claim
-            more numbers than the file has.
+        ConfigError: the file is missing, damaged, contains code, has no weights or no set `copy`, or its tensors claim
+            more numbers than the file holds.
     """
-    content = _loaded(path)
+    content = _load_archive(path)
     found = dict(_weights(content))
     if not found:
         raise ConfigError(
-            f"{path}: has no 'model_state' with tensors, nor weights under another usual name ({', '.join(HOLDERS[1:3])}), "
+            f"{path}: has no 'model_state' with tensors, nor weights under another usual name ({', '.join(STATE_KEYS[1:3])}), "
             "so it is not a checkpoint of a model"
         )
-    taken, notes = _chosen(path, found, copy)
+    taken, notes = _select(path, found, copy)
     _require_sound(path, found[taken])
-    beside = {} if _is_state(content) else {k: v for k, v in content.items() if k not in (*HOLDERS, taken)}
+    beside = {} if _is_state(content) else {k: v for k, v in content.items() if k not in (*STATE_KEYS, taken)}
     return Archive(_without_prefixes(path, found[taken]), beside, notes)
 
 
-def one_set(
+def select_weights(
     path: Path, tensors: Mapping[str, torch.Tensor], copy: str | None = None
 ) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
-    """Of the tensors in a file without other parts, those of one set of weights, without prefixes; which one was taken.
+    """(one set of weights among `tensors`, by names without prefixes; notes as in :class:`Archive`), for a file of tensors only.
 
     Args:
         path, copy: see :func:`open_archive`.
-        tensors: by the names in the file.
+        tensors: all tensors of the file, by the names in it.
 
     Raises:
-        ConfigError: there is no `copy`, or two names become one.
+        ConfigError: there is no set `copy`, or two names are equal without their prefixes.
     """
-    found = _apart("", tensors) or {"": {}}
-    taken, notes = _chosen(path, found, copy)
+    found = _split_averages("", tensors) or {"": {}}
+    taken, notes = _select(path, found, copy)
     return _without_prefixes(path, found[taken]), notes
 
 
 def _without_prefixes(path: Path, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors by their names without :data:`PREFIXES`. Raises ConfigError: two names become one."""
+    """Tensors by their names without :data:`PREFIXES`. Raises ConfigError if two names are then equal."""
     out: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
-        bare = _bare(name)
+        bare = _strip_prefixes(name)
         if bare in out:
             raise ConfigError(
                 f"{path}: holds {bare!r} twice, under other prefixes; keep one set of weights in the file"
@@ -102,8 +102,7 @@ def _without_prefixes(path: Path, state: Mapping[str, torch.Tensor]) -> dict[str
 
 
 def require_weights(path: Path, state: Mapping[str, torch.Tensor]) -> None:
-    """Raises ConfigError for tensors of a model that are no floating-point numbers of 16 bits or more, or hold NaN or an infinity:
-    what such a network answers means nothing."""
+    """Raise ConfigError unless every tensor of a model is floating point of at least 16 bits and finite."""
     import torch
 
     kinds = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -111,19 +110,19 @@ def require_weights(path: Path, state: Mapping[str, torch.Tensor]) -> None:
     if other:
         raise ConfigError(
             f"{path}: {len(other)} of {len(state)} tensors are no weights, which are floating-point numbers of 16 bits or more "
-            f"({listed(other, 2)}); save them as float32, float16 or bfloat16"
+            f"({abbreviated(other, 2)}); save them as float32, float16 or bfloat16"
         )
     bad = [name for name, t in state.items() if not bool(torch.isfinite(t.sum()))]
     bad = [name for name in bad if not bool(torch.isfinite(state[name]).all())]  # a sum may overflow
     if bad:
         raise ConfigError(
-            f"{path}: {len(bad)} of {len(state)} tensors hold NaN or infinite numbers ({listed(bad, 2)}): the training had "
+            f"{path}: {len(bad)} of {len(state)} tensors hold NaN or infinite numbers ({abbreviated(bad, 2)}): the training had "
             "diverged; use an older checkpoint"
         )
 
 
-def _loaded(path: Path) -> dict[str, Any]:
-    """The file's content. `weights_only` runs no code; whatever else a damaged file does to the reader is one line."""
+def _load_archive(path: Path) -> dict[str, Any]:
+    """The file's content. `weights_only` prevents code from running; any other failure on a damaged file becomes a one-line ConfigError."""
     import pickle
 
     import torch
@@ -149,45 +148,45 @@ def _loaded(path: Path) -> dict[str, Any]:
 
 
 def _require_plain(path: Path) -> None:
-    """Raises ConfigError for a zip that would unpack to more than its size: torch writes its archives uncompressed."""
+    """Raise ConfigError for a compressed zip, which could unpack to any size; torch writes archives uncompressed."""
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
     if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or (
         sum(part.file_size for part in parts) > path.stat().st_size
     ):
         raise ConfigError(f"{path}: is a compressed zip, which torch never writes; unpack it, or download it again")
-    if any(part.filename.endswith(".pkl") and part.file_size > _MOST_PICKLE for part in parts):
+    if any(part.filename.endswith(".pkl") and part.file_size > _MAX_PICKLE_BYTES for part in parts):
         raise ConfigError(
-            f"{path}: describes its tensors in more than {_MOST_PICKLE >> 20} MB, which no network of this kind needs"
+            f"{path}: describes its tensors in more than {_MAX_PICKLE_BYTES >> 20} MB, which no network of this kind needs"
         )
 
 
 def _weights(content: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """Every set of weights in a file, by the key that it lies under; averages that share a dictionary with others apart."""
+    """Every set of weights in a file, by its key; averages that share a dictionary with other tensors become sets of their own."""
     if _is_state(content):
         content = {"": content}
     for key, value in content.items():
-        yield from _apart(str(key), _weights_of(value) or {}).items()
+        yield from _split_averages(str(key), _weights_of(value) or {}).items()
 
 
-def _apart(key: str, state: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """`state` by the names of the averages in it, and the rest by `key`."""
+def _split_averages(key: str, state: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """Split `state` into its averages, by their name prefix, and the rest, under `key`."""
     sets: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in state.items():
-        first, _, rest = _bare(name).partition(".")
+        first, _, rest = _strip_prefixes(name).partition(".")
         mine, inner = (first, rest) if rest and _AVERAGE.search(first) else (key, name)
         if inner not in _COUNTERS or tensor.numel() != 1:
             sets.setdefault(mine, {})[inner] = tensor
     return sets
 
 
-def _weights_of(value: Any, depth: int = _NESTED) -> dict[str, torch.Tensor] | None:
-    """The tensors by name in a part of a file, which may lie in a dictionary of their own; None where there are none."""
+def _weights_of(value: Any, depth: int = _MAX_NESTING) -> dict[str, torch.Tensor] | None:
+    """The tensors by name in a part of a file, possibly inside nested dictionaries; None if there are none."""
     if _is_state(value):
         return dict(value)
     if not isinstance(value, dict) or not depth:
         return None
-    inner = (_weights_of(value[key], depth - 1) for key in value if key in HOLDERS or _AVERAGE.search(str(key)))
+    inner = (_weights_of(value[key], depth - 1) for key in value if key in STATE_KEYS or _AVERAGE.search(str(key)))
     return next((state for state in inner if state), None)
 
 
@@ -201,33 +200,33 @@ def _is_state(value: Any) -> bool:
     )
 
 
-def _chosen(path: Path, found: Mapping[str, Any], copy: str | None) -> tuple[str, tuple[str, ...]]:
-    """The key of the set of weights to take, and a line on it where another could be meant."""
+def _select(path: Path, found: Mapping[str, Any], copy: str | None) -> tuple[str, tuple[str, ...]]:
+    """(key of the set of weights to take, a note about it if the file holds other sets or it is an average)."""
     if copy is not None and copy not in found:
         raise ConfigError(f"{path}: holds no weights under {copy!r}; {nearest(copy, [key for key in found if key])}")
-    trained = [key for key in (*HOLDERS, *found) if key in found and not _AVERAGE.search(key)]
+    trained = [key for key in (*STATE_KEYS, *found) if key in found and not _AVERAGE.search(key)]
     taken = copy if copy is not None else next(iter([*trained, *found]))
     others = [key for key in found if key != taken]
     if not others and not _AVERAGE.search(taken):
         return taken, ()
     what = "a moving average of the weights" if _AVERAGE.search(taken) else "the trained weights"
-    called = ", ".join(map(_called, others))
-    more = f"; the file holds {called} as well (convert with --copy to take that)" if others else ""
-    return taken, (f"weights taken from {_called(taken)}, {what}{more}",)
+    called = ", ".join(map(_describe_key, others))
+    more = f"; the file holds {called} as well (to take it, convert with --copy)" if others else ""
+    return taken, (f"weights taken from {_describe_key(taken)}, {what}{more}",)
 
 
-def _called(key: str) -> str:
+def _describe_key(key: str) -> str:
     return repr(key) if key else "the names without such a prefix"
 
 
-def _bare(name: str) -> str:
+def _strip_prefixes(name: str) -> str:
     while prefix := next((p for p in PREFIXES if name.startswith(p)), ""):
         name = name[len(prefix) :]
     return name
 
 
 def _require_sound(path: Path, state: Mapping[str, torch.Tensor]) -> None:
-    """Raises ConfigError for tensors that are no plain arrays, or that say they hold more numbers than the file has."""
+    """Raise ConfigError for tensors that are not plain arrays, or that claim more numbers than the file holds."""
     import torch
 
     size, total = path.stat().st_size, 0
@@ -243,4 +242,4 @@ def _require_sound(path: Path, state: Mapping[str, torch.Tensor]) -> None:
             )
 
 
-__all__ = ["HOLDERS", "PREFIXES", "Archive", "one_set", "open_archive", "require_weights"]
+__all__ = ["PREFIXES", "STATE_KEYS", "Archive", "open_archive", "require_weights", "select_weights"]

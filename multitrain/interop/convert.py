@@ -1,7 +1,7 @@
-"""One kind of weights into another: `.pyth`, a `.safetensors` file, or a folder of ours, from anything that holds a model.
+"""Convert weights: from any source of a model to a `.pyth` file, a `.safetensors` file, or a folder in MultiTrain's format.
 
-What a `.pyth` file holds beside the weights (epoch, configuration text, optimizer state) travels with them, so that a file
-that has gone through our formats comes back equal in every bit. A run's AdamW moments become the published optimizer state.
+The other content of a `.pyth` file (epoch, configuration text, optimizer state) is kept, so that converting to MultiTrain's formats and
+back gives a bit-equal file. A run's AdamW moments become the published code's optimizer state.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from multitrain.config import ConfigError, RunConfig, dump
 from multitrain.config.reading import parse_json
 from multitrain.files import OutputFolder, refuse_run
 from multitrain.interop import protocol, pyslowfast
-from multitrain.interop.model_path import MODEL_FILE, is_of_a_run, locate, sha256
+from multitrain.interop.model_path import MODEL_FILE, belongs_to_run, resolve_model_file, sha256
 from multitrain.interop.optimizer_state import Grouping
 from multitrain.interop.outputs import output_folder, save_tensors
-from multitrain.interop.positions import resize_positions, resized
+from multitrain.interop.positions import resize_positions, resized_config
 from multitrain.interop.training_state import KEY, TrainingState, describe, optimizer_file, read_training_state
 from multitrain.interop.weights import HEADER, Weights, read_model
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written."""
+    """Summary of a conversion: the file or folder written, the number of tensors and parameters, classes by dataset, notes for the user."""
 
     target: Path
     tensors: int
@@ -51,23 +51,23 @@ def convert(
     grouping: Grouping = "ddp",
     copy: str | None = None,
 ) -> Converted:
-    """Writes the weights at `source` as `target`.
+    """Write the weights at `source` to `target`.
 
     Args:
         source: see :func:`multitrain.interop.weights.read_weights`.
         target: a new `.pyth` or `.safetensors` file, or a new folder, which gets ``model.safetensors`` and ``config.json``.
-        frames, crop: clip size of the result; position tables are interpolated when it is another one, and the
-            optimizer's state, which belongs to the old ones, is left out.
-        force: replace `target` when it exists and is a conversion, unchanged since.
-        weights_only: leave out the optimizer's state.
-        grouping: how a `.pyth` file's optimizer state is grouped when it is made of a run's; ``ddp`` for training on
-            several GPUs with the published code, ``single`` for one.
-        copy: of several sets of weights in a file, the one to take instead of the trained ones, e.g. ``model_ema``; the
-            optimizer's state, which is not of these, is left out.
+        frames, crop: clip size of the result (frames, pixels). A change interpolates the position tables and leaves out the
+            optimizer state, which belongs to the old tables.
+        force: replace an existing `target` if an earlier conversion wrote it and it was not changed since.
+        weights_only: leave out the optimizer state.
+        grouping: parameter groups of the optimizer state in a `.pyth` file made from a run: ``ddp`` for training with the
+            published code on several GPUs, ``single`` for one GPU.
+        copy: name of the set of weights to take instead of the trained ones, e.g. ``model_ema``; leaves out the
+            optimizer state, which belongs to the trained weights.
 
     Raises:
-        ConfigError: nothing to read, a target that exists (with `force`: and is no conversion) or holds the source, an ending
-            that is not known, a clip size that cannot be.
+        ConfigError: the source is missing or damaged; the target exists (with `force`: and is not a conversion), contains
+            the source or has an unknown suffix; or the clip size is invalid.
     """
     source, target = Path(source), Path(target)
     _check_target(source, target, force)
@@ -78,7 +78,7 @@ def convert(
     training = read_training_state(source, stored, run, grouping)
     if copy is not None:
         training = TrainingState(epoch=training.epoch, cfg=training.cfg)
-    config = resized(stored.config, frames, crop)
+    config = resized_config(stored.config, frames, crop)
     if config != stored.config:
         weights = stored._replace(
             config=config, state=resize_positions(stored.state, stored.config, config.frames, config.crop)
@@ -104,14 +104,14 @@ def convert(
 
 def _check_target(source: Path, target: Path, force: bool) -> None:
     refuse_run(target.parent if target.is_dir() else target)  # an earlier conversion is laid out as a checkpoint is
-    if target.is_dir() and is_of_a_run(target):
+    if target.is_dir() and belongs_to_run(target):
         raise ConfigError(f"{target}: is a run's folder, which is never written into; choose another name")
     if target.suffix not in (".pyth", ".safetensors", "") and not target.is_dir():
         raise ConfigError(
             f"{target}: its ending says no known format; end it in .pyth or .safetensors, or give a folder without one"
         )
     if source.exists() and target.exists() and source.samefile(target):
-        raise ConfigError(f"{target}: is what is read; choose another name")
+        raise ConfigError(f"{target}: is the source; choose another name")
     if target.is_symlink():
         raise ConfigError(f"{target}: is a link, which is never written through; choose another name, or remove it")
     if target.exists() and not force and not (target.is_dir() and not any(target.iterdir())):
@@ -124,12 +124,12 @@ def _check_target(source: Path, target: Path, force: bool) -> None:
         for name in _names(target)[1:]:
             if os.path.lexists(target.absolute().parent / name):
                 raise ConfigError(
-                    f"{target.absolute().parent / name}: is in the way of what goes beside {target.name}; choose another name"
+                    f"{target.absolute().parent / name}: is in the way of the conversion to {target.name}; choose another name"
                 )
 
 
 def _names(target: Path) -> list[str]:
-    """What a conversion to `target` writes in the folder above it; a description may go to ``config.json`` instead."""
+    """The files that a conversion to `target` writes, relative to its parent; the description may go to ``config.json`` instead."""
     target = target.absolute()
     if target.suffix == ".pyth":
         return [target.name]
@@ -141,7 +141,7 @@ def _names(target: Path) -> list[str]:
 
 
 def _for_crop(run: RunConfig, old: int, new: int) -> RunConfig:
-    """`run` with the short sides that it names in proportion to another crop."""
+    """`run` with its explicit short sides scaled from crop `old` to crop `new`."""
     datasets = {
         name: d.model_copy(update={"test_short_side": round(d.test_short_side * new / old)}) if d.test_short_side else d
         for name, d in run.data.datasets.items()
@@ -152,7 +152,7 @@ def _for_crop(run: RunConfig, old: int, new: int) -> RunConfig:
 def _write_pyth(
     out: OutputFolder, target: Path, weights: Weights, run: RunConfig, training: TrainingState, grouping: Grouping
 ) -> list[str]:
-    """Writes the file; returns what it cannot hold, or the published code not load."""
+    """Write the file; return notes about what it cannot hold and what the published code cannot load."""
     extras = dict(training.extras)
     made = training.cfg is None or protocol.KEY in extras
     if made:
@@ -170,20 +170,20 @@ def _write_pyth(
             target_fps=run.data.target_fps,
             tested=tested,
             grouping=grouping,
-            placed=lambda path: out.writing(path.name),
+            atomic_writer=lambda path: out.writing(path.name),
             **training._replace(extras=extras)._asdict(),
         )
     notes = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
-    return notes + (protocol.lost(run, list(weights.datasets), weights.config.crop) if made else [])
+    return notes + (protocol.unsupported_protocols(run, list(weights.datasets), weights.config.crop) if made else [])
 
 
 def _write_safetensors(
     source: Path, out: OutputFolder, name: Path, weights: Weights, run: RunConfig, training: TrainingState
 ) -> list[str]:
-    """Writes the file, and what goes beside it; returns a note where that has another name than usual."""
+    """Write the file, its optimizer state and its description; return a note if the description does not have its usual name."""
     kept, tensors = describe(training)
     values = run.model_dump(mode="json") | {"model": weights.config.model_dump(mode="json")}
-    source = source if source.suffix == ".pyth" else locate(source)
+    source = source if source.suffix == ".pyth" else resolve_model_file(source)
     description = describe_model(weights, values) | {"source": str(source), KEY: kept}
     out.remove(optimizer_file(name))
     if tensors:
@@ -193,12 +193,12 @@ def _write_safetensors(
     if beside.name == "config.json":
         return []
     return [
-        f"the config.json that is there is of another model, or edited, and stays; this one's description is {beside.name}"
+        f"config.json exists for another model, or was edited, and is kept; the description of this model is in {beside.name}"
     ]
 
 
 def describe_model(weights: Weights, run: Mapping[str, Any]) -> dict[str, Any]:
-    """What a `.safetensors` file says of its model: network, datasets, names, and the configuration `run` (plain values)."""
+    """The description in a `.safetensors` file: network, datasets, class names, and the configuration `run` (plain values)."""
     return {
         "model": weights.config.model_dump(mode="json"),
         "datasets": weights.datasets,
@@ -211,13 +211,13 @@ def describe_model(weights: Weights, run: Mapping[str, Any]) -> dict[str, Any]:
 def write_model(
     out: OutputFolder, name: Path, state: Mapping[str, torch.Tensor], description: Mapping[str, Any], beside: Path
 ) -> None:
-    """Writes tensors with their description in the header, and the description as a JSON file `beside`. Raises ConfigError."""
+    """Write tensors with their description in the header, and the description as the JSON file `beside`. Raises ConfigError."""
     save_tensors(out, name, state, {HEADER: json.dumps(description, ensure_ascii=False)})
     out.write_text(beside, json.dumps(description, indent=1, ensure_ascii=False) + "\n")
 
 
 def _description_file(out: OutputFolder, name: Path, description: Mapping[str, Any]) -> Path:
-    """``config.json`` beside the file `name`, or ``NAME.json`` where another file has that name."""
+    """``config.json`` in the folder of `name`, or ``NAME.json`` if config.json exists with other content."""
     beside = name.with_name("config.json")
     try:
         found = parse_json((out.root / beside).read_bytes(), out.root / beside)
@@ -230,7 +230,7 @@ def _description_file(out: OutputFolder, name: Path, description: Mapping[str, A
 
 
 def _complete_folder(out: OutputFolder, names: Sequence[str], weights: Weights, run: RunConfig) -> None:
-    """``config.yaml``, and last the manifest with every file's size and SHA-256."""
+    """Write ``config.yaml``, and last the manifest with every file's size and SHA-256."""
     *_, settings, manifest = names
     out.write_text(settings, dump(run.model_copy(update={"model": weights.config})))
     files = {}

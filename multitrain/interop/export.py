@@ -1,4 +1,4 @@
-"""A trained model as a folder to give away: weights, description, class names, and a card that says how it was made."""
+"""Export a trained model as a folder to share: weights, description, class names, and a model card."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from multitrain.config.boundary import writing_to
 from multitrain.config.reading import read_yaml
 from multitrain.files import OutputFolder, refuse_run
 from multitrain.interop.convert import describe_model, write_model
-from multitrain.interop.matching import listed
-from multitrain.interop.model_path import MODEL_FILE, is_of_a_run, locate, sha256
+from multitrain.interop.model_path import MODEL_FILE, belongs_to_run, resolve_model_file, sha256
 from multitrain.interop.outputs import output_folder
-from multitrain.interop.sharing import shareable, shareable_words
+from multitrain.interop.sharing import shareable, shareable_overrides
+from multitrain.interop.state_dict_report import abbreviated
 from multitrain.interop.weights import Weights, read_model
 from multitrain.records.results import read_results
 from multitrain.text import markdown, printable
 
 FILES = ("model.safetensors", "config.json", "class_names.json", "README.md")
-"""All that an export writes, and all that is uploaded."""
+"""The files of an export; only these are written and uploaded."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What :func:`export` wrote."""
+    """Summary of an export."""
 
     folder: Path
     files: tuple[str, ...]
     datasets: Mapping[str, int]
     results: Mapping[str, Mapping[str, Any]]
-    """Figures of the test by dataset; empty when there was none."""
+    """Test metrics by dataset; empty if the model was not tested."""
     others: tuple[str, ...] = ()
-    """What else lies in the folder; not part of the export, and never uploaded."""
+    """Other entries of the folder; not part of the export, and never uploaded."""
 
 
 def export(
@@ -46,18 +46,18 @@ def export(
 ) -> Exported:
     """Write ``model.safetensors``, ``config.json``, ``class_names.json`` and ``README.md`` (the model card) to a new folder.
 
-    No optimizer, and nothing that names a machine, an account, a user or a folder: the configuration in it is
+    The export holds no optimizer state and does not name machines, accounts, users or folders: its configuration comes from
     :func:`multitrain.interop.sharing.shareable`.
 
     Args:
-        source: anything that holds a model: a run, a checkpoint folder, a `.pyth`, a `.safetensors`.
-        target: the folder; ``multitrain.load(target / "model.safetensors")`` reads it back.
-        evaluation: folder with the ``metrics.json`` of a test of these weights; when not given, the run's own test of
-            the checkpoint, where there is one.
-        force: replace the files of an earlier export, unchanged since.
+        source: a run, a checkpoint folder, a `.pyth` or a `.safetensors` file.
+        target: the folder; ``multitrain.load(target / "model.safetensors")`` reads it.
+        evaluation: folder with the ``metrics.json`` of a test of these weights (default: the run's own test of
+            the checkpoint, if it exists).
+        force: replace the files of an earlier export, if they were not changed since.
 
     Raises:
-        ConfigError: no model there, the folder is in use, is a run's, or cannot be written.
+        ConfigError: `source` has no model; `target` holds other files of these names, belongs to a run, or cannot be written.
     """
     source, target = Path(source), Path(target)
     _check_target(source, target, force)
@@ -76,12 +76,12 @@ def export(
 
 
 def _check_target(source: Path, target: Path, force: bool) -> None:
-    """Raises ConfigError for a folder that something else lives in: a run, a checkpoint, files of these names."""
+    """Raise ConfigError if `target` belongs to a run or a checkpoint, or has files of these names that may not be replaced."""
     with writing_to(target):
         if target.exists() and not target.is_dir():
             raise ConfigError(f"{target}: is a file; give a new folder")
         refuse_run(target)
-        if is_of_a_run(target) or (source.exists() and target.exists() and target.samefile(source)):
+        if belongs_to_run(target) or (source.exists() and target.exists() and target.samefile(source)):
             raise ConfigError(
                 f"{target}: is a run's or a checkpoint's folder, which is never written into; give another"
             )
@@ -99,20 +99,21 @@ def _check_target(source: Path, target: Path, force: bool) -> None:
 
 
 def _outputs(target: Path) -> tuple[OutputFolder, Path]:
-    """What may be written of an export, and its folder there: the record lies above it and is not published."""
+    """(the parent folder, limited to the export's files; the export's folder in it). The record in the parent is not published."""
     real = Path(os.path.realpath(target))
     return output_folder(real.parent, "export", [f"{real.name}/{name}" for name in FILES]), Path(real.name)
 
 
 def upload(folder: Path, repository: str, *, private: bool = True) -> str:
-    """Put the files of an export, and no other of the folder, on the Hugging Face Hub; returns the address.
+    """Upload the files of an export, and no other file of the folder, to the Hugging Face Hub; return the URL.
 
     Args:
         folder: see :func:`export`.
-        repository: ``OWNER/NAME``; a new one is private unless `private` is False.
+        repository: ``OWNER/NAME``.
+        private: whether a new repository is private.
 
     Raises:
-        ConfigError: huggingface_hub is not installed, or the hub refused, in its own words.
+        ConfigError: huggingface_hub is not installed, or the upload failed (the message quotes the hub's error).
     """
     try:
         from huggingface_hub import HfApi
@@ -122,7 +123,7 @@ def upload(folder: Path, repository: str, *, private: bool = True) -> str:
     try:
         hub.create_repo(repository, private=private, exist_ok=True)
         return str(hub.upload_folder(repo_id=repository, folder_path=str(folder), allow_patterns=list(FILES)))
-    except Exception as error:  # of many libraries: network, credentials, quota
+    except Exception as error:  # raised by many libraries: network, credentials, quota
         said = " ".join(str(error).split())[:300]
         raise ConfigError(
             f"{repository}: the hub refused ({type(error).__name__}: {said}); `hf auth login` first? The folder {folder} is complete"
@@ -130,26 +131,26 @@ def upload(folder: Path, repository: str, *, private: bool = True) -> str:
 
 
 def _results(source: Path, evaluation: Path | None) -> dict[str, dict[str, Any]]:
-    """Figures of a test by dataset, of the datasets that were scored by their own head."""
+    """Test metrics by dataset, for datasets that were scored by their own head."""
     folder = evaluation or _own_test(source)
     found = read_results(folder) if folder else {}
     return {name: r for name, r in found.items() if r.get("head") == r.get("dataset")}
 
 
 def _own_test(source: Path) -> Path | None:
-    """The test of exactly the checkpoint that is exported; none for a file from elsewhere."""
+    """The test folder of the exported checkpoint; None if it was not tested, or the file is not a run's."""
     if source.suffix == ".pyth":
         return None
-    checkpoint = locate(source).parent
+    checkpoint = resolve_model_file(source).parent
     folder = checkpoint.parent.parent / "evaluation" / checkpoint.name / "test"
     return folder if (folder / "metrics.json").is_file() else None
 
 
 def _command(source: Path) -> str | None:
-    """What was typed to submit the run that the weights come from; None where that is not known."""
+    """The command that submitted the run of these weights; None if it is not recorded."""
     if source.suffix == ".pyth":
         return None
-    run = locate(source).parent.parent.parent
+    run = resolve_model_file(source).parent.parent.parent
     try:
         typed = [entry for entry in read_yaml(run / "overrides.yaml") if isinstance(entry, dict)]
         words = [str(word) for entry in typed for word in entry["overrides"]]
@@ -159,7 +160,7 @@ def _command(source: Path) -> str | None:
     last = {word.partition("=")[0]: word for word in words}
     own = [word for f in dict.fromkeys(folders) for word in ("--config-dir", PurePosixPath(f).name)]
     return printable(
-        shlex.join(["python", "launch/submit.py", f"name={run.name}", *shareable_words(last.values()), *own])
+        shlex.join(["python", "launch/submit.py", f"name={run.name}", *shareable_overrides(last.values()), *own])
     )
 
 
@@ -257,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--evaluation", metavar="DIR", help="folder of a finished test (default: the checkpoint's own)")
     parser.add_argument("--force", action="store_true", help="replace the files of an earlier export")
     parser.add_argument("--upload", metavar="OWNER/NAME", help="put it on the Hugging Face Hub as well")
-    parser.add_argument("--public", action="store_true", help="with --upload: a repository that everybody sees")
+    parser.add_argument("--public", action="store_true", help="with --upload: a public repository")
     parser.add_argument("--private", action="store_true", help="with --upload: a private repository (the default)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args(arguments)
@@ -272,7 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     print(f"{done.folder}: {', '.join(done.files)}")
     if done.others:
-        print(f"also there, but not part of the export and not uploaded: {printable(listed(done.others))}")
+        print(f"also there, but not part of the export and not uploaded: {printable(abbreviated(done.others))}")
     if not done.results:
         print("the card has no results: multitrain evaluate first, then export again with --force")
     if address:

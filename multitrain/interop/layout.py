@@ -1,4 +1,4 @@
-"""Name and shape of every tensor of a model, without building it; and what the published code calls each."""
+"""Name and shape of every tensor of a model, without building it, and its name in the published code."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from multitrain.config import ConfigError, ModelConfig
-from multitrain.interop.matching import Shape
+from multitrain.interop.state_dict_report import Shape
 from multitrain.model.heads import escape
 
 
 def require_possible(path: Path, config: ModelConfig, datasets: Mapping[str, int], tensors: int) -> None:
-    """Raises ConfigError for a description of more blocks or heads than the file has tensors: every one has at least one.
+    """Raise ConfigError if a file describes more blocks or heads than it has tensors.
 
-    Costs nothing, whatever the numbers; :func:`layout` takes time and memory in proportion to them.
+    Cheap for any numbers, unlike :func:`layout`, whose time and memory grow with them.
     """
     if max(config.depth, len(datasets)) > tensors:
         raise ConfigError(
@@ -22,7 +22,7 @@ def require_possible(path: Path, config: ModelConfig, datasets: Mapping[str, int
 
 
 def layout(config: ModelConfig, datasets: Mapping[str, int]) -> dict[str, Shape]:
-    """Name and shape of every tensor of the model, by our names in the published order, without building it."""
+    """Shape of every tensor of the model by MultiTrain's names, in the published order, without building the model."""
     grid = config.crop // 4
     out: dict[str, Shape] = {
         "pos_embed_spatial": (1, grid * grid, config.width),
@@ -56,14 +56,14 @@ def layout(config: ModelConfig, datasets: Mapping[str, int]) -> dict[str, Shape]
 
 
 def name_map(config: ModelConfig, datasets: Mapping[str, int], *, single: bool) -> dict[str, str]:
-    """Published name → our name of every tensor, in the published order.
+    """Published name → MultiTrain's name of every tensor, in the published order.
 
     Args:
         config, datasets: of the model.
-        single: the one head is ``head.projection`` (``USE_MULTI_HEAD: false``).
+        single: whether the one head is called ``head.projection`` (``USE_MULTI_HEAD: false``).
 
     Raises:
-        ConfigError: dataset names that make two published projection names the same.
+        ConfigError: two projections have the same published name, because of the datasets' names.
     """
     theirs: dict[str, str] = {}
     for ours in layout(config, datasets):

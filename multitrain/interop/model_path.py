@@ -1,4 +1,4 @@
-"""Where a model lies: the `.safetensors` file that a path means, and whether it is whole."""
+"""Resolve a path to a model's `.safetensors` file, and verify the checkpoint it belongs to."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from multitrain.config import ConfigError
 from multitrain.config.boundary import understood
 from multitrain.config.paths import find_run
 from multitrain.config.reading import parse_json, read_text
-from multitrain.interop.matching import listed
+from multitrain.interop.state_dict_report import abbreviated
 
 MODEL_FILE = "model.safetensors"
 
 
-def locate(path: Path) -> Path:
-    """The `.safetensors` file that `path` means: itself, a checkpoint folder's, or that of a run's newest whole checkpoint.
+def resolve_model_file(path: Path) -> Path:
+    """The `.safetensors` file for `path`: the file itself, a checkpoint folder's, or that of a run's newest valid checkpoint.
 
     Raises:
-        ConfigError: there is none; the message says what was found and, for a damaged one, which is whole.
+        ConfigError: there is none, or it is damaged; the message names what was found.
     """
     path = find_run(path)
     if path.name == "latest" and path.is_file() and not path.is_dir():
@@ -40,14 +40,14 @@ def locate(path: Path) -> Path:
 
 def _in_folder(path: Path) -> Path:
     if path.name.startswith("update-"):
-        reason = _damage(path)
+        reason = _invalid_reason(path)
         if reason:
             raise ConfigError(
                 f"{path}: {reason}; use an older checkpoint of the run, or the run's folder to have the newest whole one found"
             )
         return path / MODEL_FILE
     if (path / MODEL_FILE).is_file():  # written by `multitrain convert`, or a checkpoint under another name
-        reason = _damage(path) if (path / "manifest.json").is_file() else None
+        reason = _invalid_reason(path) if (path / "manifest.json").is_file() else None
         if reason:
             raise ConfigError(f"{path}: {reason}; write or copy it again")
         return path / MODEL_FILE
@@ -55,23 +55,23 @@ def _in_folder(path: Path) -> Path:
     found = sorted((p for p in folder.glob("update-*") if p.is_dir()), reverse=True)
     damaged: list[str] = []
     for checkpoint in found:
-        reason = _damage(checkpoint)
+        reason = _invalid_reason(checkpoint)
         if reason is None:
             return checkpoint / MODEL_FILE
         damaged.append(f"{checkpoint.name}: {reason}")
     if damaged:
-        raise ConfigError(f"{path}: no checkpoint is whole ({listed(damaged, 2)}); restore one from a backup")
+        raise ConfigError(f"{path}: no checkpoint is whole ({abbreviated(damaged, 2)}); restore one from a backup")
     files = sorted(p for p in path.iterdir() if p.suffix in (".pyth", ".safetensors"))
     hint = (
-        f"it has {listed([p.name for p in files], 3)}: give that file"
+        f"it has {abbreviated([p.name for p in files], 3)}: give that file"
         if files
         else "give a run's folder, a checkpoint's folder or a file"
     )
     raise ConfigError(f"{path}: holds no checkpoint (checkpoints/update-…); {hint}")
 
 
-def _damage(folder: Path) -> str | None:
-    """Why the checkpoint in `folder` is not whole, or None. Every file's size; hashes of what is read here."""
+def _invalid_reason(folder: Path) -> str | None:
+    """Why the checkpoint in `folder` is not valid, or None. Checks every file's size, and the SHA-256 of the files read from here."""
     try:
         with understood("manifest.json: cannot be used", "write it again"):
             return _difference(folder)
@@ -80,7 +80,7 @@ def _damage(folder: Path) -> str | None:
 
 
 def _difference(folder: Path) -> str | None:
-    """How the files in `folder` differ from what its manifest says, or None."""
+    """How the files in `folder` differ from its manifest, or None."""
     try:
         files = parse_json((folder / "manifest.json").read_bytes(), "manifest.json")["files"]
         if MODEL_FILE not in files:
@@ -97,8 +97,8 @@ def _difference(folder: Path) -> str | None:
     return None
 
 
-def is_of_a_run(folder: Path) -> bool:
-    """Whether `folder` is a run's, its folder of checkpoints, or a checkpoint: nothing else is ever written there."""
+def belongs_to_run(folder: Path) -> bool:
+    """Whether `folder` is a run's folder, its folder of checkpoints, or a checkpoint, into which no command writes other files."""
     marks = ("checkpoints", "events.jsonl", "overrides.yaml", "lease", "state.json")
     return any((folder / mark).exists() for mark in marks) or next(folder.glob("update-*"), None) is not None
 
@@ -112,4 +112,4 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-__all__ = ["MODEL_FILE", "is_of_a_run", "locate", "sha256"]
+__all__ = ["MODEL_FILE", "belongs_to_run", "resolve_model_file", "sha256"]

@@ -1,8 +1,8 @@
-"""AdamW's state as a `.pyth` file holds it: by number, in the order of the published code's parameter groups.
+"""AdamW's state in a `.pyth` file: parameters by number, in the order of the published code's parameter groups.
 
 The published code makes two groups under DDP, [decay | no decay], and three in a single process, [decay | no decay |
-projections]: its group of projections looks for a name that DDP prefixes (defect 19). A state of one kind cannot be loaded
-by the other, so the kind has to be chosen.
+projections], because it looks for the projections by a name to which DDP adds a prefix (defect 19). A state with one grouping cannot be
+loaded with the other, so the user chooses the grouping.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from multitrain.config import OptimConfig
-from multitrain.interop.matching import Shape
+from multitrain.interop.state_dict_report import Shape
 
 if TYPE_CHECKING:
     import torch
@@ -21,11 +21,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def groups(layout: Mapping[str, Shape], grouping: Grouping) -> list[list[str]]:
-    """Our parameter names by published group, in the order in which the published code numbers them.
+    """MultiTrain's parameter names by published group, in the order in which the published code numbers them.
 
     Args:
-        layout: every parameter's shape by our name, in the published order.
-        grouping: ``ddp``: as trained on several GPUs; ``single``: on one.
+        layout: every parameter's shape by MultiTrain's name, in the published order.
+        grouping: ``ddp`` for training on several GPUs, ``single`` for one.
     """
     apart = [n for n in layout if grouping == "single" and n.startswith("projections.")]
     rest = {n: s for n, s in layout.items() if n not in set(apart)}
@@ -42,14 +42,14 @@ def published_state(
     moments: Mapping[str, torch.Tensor] | None = None,
     steps: int = 0,
 ) -> dict[str, Any]:
-    """The `state_dict` of the published code's AdamW, which it can load.
+    """The `state_dict` of AdamW that the published code can load.
 
     Args:
         layout: see :func:`groups`.
         grouping: see :func:`groups`.
-        optim: its settings.
-        moments: fp32 by ``exp_avg.NAME`` and ``exp_avg_sq.NAME``; without them the state is that before the first step.
-        steps: updates that the moments have seen.
+        optim: learning rate, betas, eps and weight decay (default: those of the default configuration).
+        moments: fp32 tensors by ``exp_avg.NAME`` and ``exp_avg_sq.NAME``; without them, the state before the first step.
+        steps: number of AdamW steps that produced the moments.
     """
     import torch
 
@@ -70,7 +70,7 @@ def published_state(
 
 
 def _group(optim: OptimConfig, weight_decay: float) -> dict[str, Any]:
-    """The settings of a group, as this version of torch writes them."""
+    """The settings of a parameter group, with the keys that the installed torch writes."""
     import torch
 
     settings = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.eps, "weight_decay": weight_decay}

@@ -1,4 +1,4 @@
-"""Where a conversion or an export writes: what the same command made there is replaced when asked for, and nothing else."""
+"""Output folders of conversions and exports, in which a command replaces only files that it made itself."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from multitrain.interop.weights import HEADER
 if TYPE_CHECKING:
     import torch
 
-_MOST_HEADER = 100 << 20
-"""Bytes of a safetensors header, by the format's own limit."""
+_MAX_HEADER_BYTES = 100 << 20
+"""Maximum bytes of a safetensors header; the format's own limit."""
 
 
 def output_folder(root: Path, maker: str, names: Iterable[str]) -> OutputFolder:
     """`root` as a folder in which `maker`, ``convert`` or ``export``, may write the files `names`.
 
-    Files that an earlier version of `maker`, which kept no record, has made are recognised by the description in them.
+    Earlier versions of `maker` kept no record; their files are recognised by the description in them.
 
     Raises:
-        ConfigError: one of them is there already, and `maker` did not make it, or it was changed since.
+        ConfigError: one of the files exists, and `maker` did not make it, or it was changed since.
     """
     out = OutputFolder(root, maker)
     there = [name for name in names if os.path.lexists(out.root / name)]
     if not any(out.is_recorded(name) for name in there):
-        for name in [name for name in there if _of_earlier_version(maker, out.root / name)]:
+        for name in [name for name in there if _made_by_earlier_version(maker, out.root / name)]:
             out.adopt(name)
     for name in there:
         out.check(name)
@@ -43,26 +43,26 @@ def output_folder(root: Path, maker: str, names: Iterable[str]) -> OutputFolder:
 def save_tensors(
     out: OutputFolder, name: str | Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """The tensors as the file `name` in the safetensors format. Raises ConfigError as `OutputFolder.writing`."""
+    """Write tensors to the safetensors file `name`. Raises ConfigError as `OutputFolder.writing` does."""
     from safetensors.torch import save_file
 
-    state = {tensor_name: _alone(tensor) for tensor_name, tensor in tensors.items()}
+    state = {tensor_name: _contiguous(tensor) for tensor_name, tensor in tensors.items()}
     with out.writing(name) as temporary:
         save_file(state, temporary, metadata=metadata)
 
 
-def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` in memory of its own: the format takes no views of other tensors."""
+def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, copied if it is a view: the format does not support shared memory."""
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if whole and tensor.is_contiguous() else tensor.contiguous().clone()
 
 
-def _of_earlier_version(maker: str, file: Path) -> bool:
+def _made_by_earlier_version(maker: str, file: Path) -> bool:
     try:
         if file.is_symlink():
             return False
         if file.name in ("README.md", "class_names.json"):
-            return maker == "export" and _of_earlier_version(maker, file.parent / MODEL_FILE)
+            return maker == "export" and _made_by_earlier_version(maker, file.parent / MODEL_FILE)
         if file.suffix == ".json" and file.name != "manifest.json":
             return _is_made_by(maker, parse_json(file.read_bytes(), file))
         if file.suffix == ".safetensors" and (model := _model_of(file)) is not None:
@@ -70,21 +70,21 @@ def _of_earlier_version(maker: str, file: Path) -> bool:
             return maker == "convert" and bool(len(_header(file).keys() - {"__metadata__"}) == kept["tensors"])
         if file.suffix == ".safetensors":
             return _is_made_by(maker, json.loads(_metadata(file)[HEADER]))
-        return maker == "convert" and _in_manifest(file)
+        return maker == "convert" and _matches_manifest(file)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError):
         return False
 
 
 def _is_made_by(maker: str, description: Any) -> bool:
-    """A conversion says what has become of the optimizer; an export never has one."""
+    """Whether `maker` wrote this description: a conversion's has the key of the training state, an export's does not."""
     return {"model", "datasets"} <= set(description) and (KEY in description) == (maker == "convert")
 
 
 def _header(file: Path) -> dict[str, Any]:
-    """The header of a safetensors file: its tensors by name, and ``__metadata__`` where there is some."""
+    """The header of a safetensors file: its tensors by name, and optionally ``__metadata__``."""
     with open(file, "rb") as content:
         size = int.from_bytes(content.read(8), "little")
-        return dict(json.loads(content.read(min(size, _MOST_HEADER))))
+        return dict(json.loads(content.read(min(size, _MAX_HEADER_BYTES))))
 
 
 def _metadata(file: Path) -> Any:
@@ -92,15 +92,15 @@ def _metadata(file: Path) -> Any:
 
 
 def _model_of(file: Path) -> Path | None:
-    """The model beside which `file` is the optimizer's; None where it is a model itself."""
+    """The model file to which the optimizer file `file` belongs; None if `file` is a model itself."""
     if file.name == "optimizer.safetensors":
         return file.with_name(MODEL_FILE)
     model = file.with_name(file.name.removesuffix(".optimizer.safetensors") + ".safetensors")
     return model if file == optimizer_file(model) else None
 
 
-def _in_manifest(file: Path) -> bool:
-    """Whether a converted folder's manifest, which lists every file with its digest, tells of `file` as it is."""
+def _matches_manifest(file: Path) -> bool:
+    """Whether `file` matches the size and digest in its folder's manifest, and the folder was written by ``convert``."""
     found = parse_json((file.parent / "manifest.json").read_bytes(), file)["files"]
     listed = found if file.name == "manifest.json" else {file.name: found[file.name]}
     same = all(sha256(file.parent / name) == entry["sha256"] for name, entry in listed.items())

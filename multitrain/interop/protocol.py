@@ -1,9 +1,9 @@
-"""How a run's datasets are tested, beside the weights in a `.pyth` file: what the published options hold, and all of it.
+"""Test protocols of a run's datasets in a `.pyth` file.
 
 The published code tests every dataset with the same views and crops (``TEST.*``), takes the short side from
-``DATA.TRAIN_JITTER_SCALES``, and decides on sampling and mirroring by the dataset's name. A run sets each of them for each
-dataset. So the options are written for the first dataset, every dataset's own under a key that the published loader does
-not look at, and what the published code would do otherwise is said.
+``DATA.TRAIN_JITTER_SCALES``, and derives sampling and mirroring from the dataset's name. A run sets each of these per dataset. A
+converted file therefore has the published options of the first dataset, and the options of every dataset under a key that the
+published loader ignores. `unsupported_protocols` lists the datasets that the published code would test differently.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from multitrain.config.reading import parse_json
 from multitrain.text import printable
 
 KEY = "multitrain"
-"""Where it lies in a `.pyth` file."""
+"""Key of the options of all datasets in a `.pyth` file."""
 OPTIONS = ("sampling", "flip", "temporal_views", "spatial_views", "test_short_side", "separator")
-"""Options of a dataset that decide how its videos are read and tested."""
+"""Options of a dataset that determine how its videos are read and tested."""
 SEGMENTED = ("ssv2",)
-"""Datasets whose videos the published code reads in segments and never mirrors."""
+"""Datasets whose frames the published code samples in segments and never mirrors."""
 
 
 def describe(run: RunConfig, datasets: Sequence[str], class_names: Mapping[str, Sequence[str]]) -> str:
@@ -35,10 +35,10 @@ def describe(run: RunConfig, datasets: Sequence[str], class_names: Mapping[str, 
 
 
 def read(text: object, where: Path) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]]]:
-    """What :func:`describe` wrote: options and class names by dataset; empty for a file without.
+    """Parse the text of :func:`describe`: (options by dataset, class names by dataset); empty for None.
 
     Raises:
-        ConfigError: damaged.
+        ConfigError: the text is damaged.
     """
     if text is None:
         return {}, {}
@@ -50,7 +50,7 @@ def read(text: object, where: Path) -> tuple[dict[str, dict[str, Any]], dict[str
 
 
 def options_of(dataset: DatasetConfig, crop: int) -> dict[str, dict[str, Any]]:
-    """The published options, by section, by which a dataset is tested as it is here, so far as they can say it."""
+    """The published options, by section, that reproduce a dataset's test protocol as far as they can express it."""
     side = dataset.model_copy(update={"sampling": "stride", "spatial_views": 1}).short_side(crop)
     return {
         "DATA": {
@@ -63,7 +63,7 @@ def options_of(dataset: DatasetConfig, crop: int) -> dict[str, dict[str, Any]]:
 
 
 def read_options(cfg: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Options of a dataset that only a published configuration describes; what it does not say is left out."""
+    """Options of a dataset, read from a published configuration; options that it does not set are left out."""
     data, test = cfg.get("DATA") or {}, cfg.get("TEST") or {}
     segmented = name.lower() in SEGMENTED
     said = {
@@ -76,17 +76,17 @@ def read_options(cfg: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {option: value for option, value in said.items() if value is not None}
 
 
-def lost(run: RunConfig, datasets: Sequence[str], crop: int) -> list[str]:
-    """One line a dataset that the published code would read or test otherwise than this run does."""
+def unsupported_protocols(run: RunConfig, datasets: Sequence[str], crop: int) -> list[str]:
+    """One line per dataset that the published code would read or test differently from this run."""
     known = {name: run.data.datasets[name] for name in datasets if name in run.data.datasets}
     if not known:
         return []
     first = next(iter(known.values()))
     return [
-        f"{name}: the published code would test with {_shown(other)} instead of {_shown(own)}; "
+        f"{name}: the published code would test with {_format(other)} instead of {_format(own)}; "
         "its options hold one protocol for all datasets (multitrain reads each dataset's own back from the file)"
         for name, dataset in known.items()
-        if (own := _protocol(dataset, crop)) != (other := _published(name, first, crop))
+        if (own := _protocol(dataset, crop)) != (other := _published_protocol(name, first, crop))
     ]
 
 
@@ -99,16 +99,16 @@ def _protocol(dataset: DatasetConfig, crop: int) -> dict[str, object]:
     }
 
 
-def _published(name: str, first: DatasetConfig, crop: int) -> dict[str, object]:
-    """What the published code does with a dataset of that name, given the options that are written for `first`."""
+def _published_protocol(name: str, first: DatasetConfig, crop: int) -> dict[str, object]:
+    """The protocol that the published code applies to a dataset of that name, given the options written for `first`."""
     segmented = name.lower() in SEGMENTED
     side = crop if segmented or first.spatial_views > 1 else options_of(first, crop)["DATA"]["TRAIN_JITTER_SCALES"][0]
     read = {"sampling": "segment" if segmented else "stride", "flip": first.flip and not segmented}
     return _protocol(first.model_copy(update=read | {"test_short_side": side}), crop)
 
 
-def _shown(protocol: Mapping[str, object]) -> str:
+def _format(protocol: Mapping[str, object]) -> str:
     return ", ".join(str(value) for value in protocol.values())
 
 
-__all__ = ["KEY", "describe", "lost", "options_of", "read", "read_options"]
+__all__ = ["KEY", "describe", "options_of", "read", "read_options", "unsupported_protocols"]

@@ -1,11 +1,11 @@
-"""Published `.pyth` checkpoints, in and out.
+"""Read and write published `.pyth` checkpoints.
 
 A `.pyth` file is a torch archive of ``epoch`` (0-based), ``model_state`` (tensors by name), ``optimizer_state`` and
-``cfg`` (the YAML text of the whole configuration). The network is read from that text and checked against the tensors;
-an option that this network does not have is refused by name. Files are opened with ``weights_only=True``: no code in a
-downloaded file runs.
+``cfg`` (the YAML text of the whole configuration). The reader takes the network from that text and checks it against the tensors; an
+error names any option that this network does not support. Files are opened with ``weights_only=True``, so that code in a
+downloaded file does not run.
 
-Names: the backbone's are the same on both sides. Heads: ``head.heads.D.*`` ↔ ``heads.D.*``; a single dataset's
+Names: the backbone's are the same. Heads: ``head.heads.D.*`` ↔ ``heads.D.*``; for a single dataset,
 ``head.projection.*`` ↔ ``heads.D.*``; ``head.cross_dataset_heads.A_B.weight`` ↔ ``projections.A.B.weight``.
 """
 
@@ -23,11 +23,11 @@ from multitrain.config import ConfigError, DatasetConfig, ModelConfig
 from multitrain.config.boundary import understood
 from multitrain.files import replacing
 from multitrain.interop.archive import open_archive, require_weights
+from multitrain.interop.incompatible_checkpoints import official_layout_error
 from multitrain.interop.layout import layout, name_map, pairs, require_possible
-from multitrain.interop.matching import Report, compare, listed, require_all, shapes
-from multitrain.interop.official import refusal
 from multitrain.interop.optimizer_state import Grouping, published_state
-from multitrain.interop.published_cfg import EXPANDER_HIDDEN, HEAD_HIDDEN, make_cfg, parse_cfg, read_cfg
+from multitrain.interop.pyslowfast_config import EXPANDER_HIDDEN, HEAD_HIDDEN, make_cfg, parse_cfg, read_cfg
+from multitrain.interop.state_dict_report import LoadReport, abbreviated, compare, require_all, shapes
 
 if TYPE_CHECKING:
     import torch
@@ -36,8 +36,8 @@ _KNOWN = ("epoch", "optimizer_state", "cfg")
 
 
 @dataclass(frozen=True)
-class Published:
-    """A `.pyth` file, understood."""
+class PublishedCheckpoint:
+    """The parsed and checked content of a `.pyth` file."""
 
     config: ModelConfig
     datasets: dict[str, int]
@@ -45,16 +45,16 @@ class Published:
     multi_label: tuple[str, ...]
     """Datasets whose head ends in a sigmoid."""
     state: dict[str, torch.Tensor] = field(repr=False)
-    """Tensors by our names, in the file's order and dtypes."""
-    report: Report = field(repr=False)
-    """Which tensors of the file the network took."""
+    """Tensors by MultiTrain's names, in the file's order and dtypes."""
+    report: LoadReport = field(repr=False)
+    """The comparison of the file's tensors with the network's."""
     epoch: int
     """0-based number of the last finished epoch."""
     cfg: str = field(repr=False)
-    """The configuration as the file has it, YAML text."""
+    """The configuration text of the file, YAML."""
     optimizer_state: Any = field(repr=False, default=None)
     extras: dict[str, Any] = field(repr=False, default_factory=dict)
-    """What else the file holds, e.g. the ``scaler_state`` of mixed precision."""
+    """Other content of the file, e.g. the ``scaler_state`` of mixed precision."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class Published:
 def read_pyth(
     path: str | Path, *, strict: bool = True
 ) -> tuple[ModelConfig, dict[str, int], dict[str, torch.Tensor], int]:
-    """The network, datasets (classes by name, in head order), tensors by our names, and epoch of a `.pyth` file.
+    """Read a `.pyth` file: (network, classes by dataset in head order, tensors by MultiTrain's names, epoch).
 
     Raises:
         ConfigError: see :func:`read_published`.
@@ -74,27 +74,27 @@ def read_pyth(
     return file.config, file.datasets, file.state, file.epoch
 
 
-def read_published(path: str | Path, *, strict: bool = True, copy: str | None = None) -> Published:
-    """Everything a `.pyth` file holds, checked.
+def read_published(path: str | Path, *, strict: bool = True, copy: str | None = None) -> PublishedCheckpoint:
+    """Read and check everything in a `.pyth` file.
 
     Args:
         path: the file.
-        strict: the tensors must be exactly those of the network in the file's configuration. Otherwise those that do not
-            fit are left out, and reported.
+        strict: whether the tensors must be exactly those of the network in the file's configuration. If not, tensors that do not
+            fit are left out and reported.
         copy: the set of weights to take, see :func:`multitrain.interop.archive.open_archive`.
 
     Raises:
-        ConfigError: no such file, damaged, holding code, without configuration, an option outside this network's scope
-            (named), tensors that contradict the configuration (named), or NaN and infinities in them.
+        ConfigError: the file is missing, damaged, contains code or has no configuration; an option is not supported (named);
+            tensors contradict the configuration (named), or contain NaN or infinities.
     """
     path = Path(path)
     published, content, notes = open_archive(path, copy)
-    refused = refusal(path, published)
+    refused = official_layout_error(path, published)
     if refused is not None:
         raise refused
     if not isinstance(content.get("cfg"), str):
         raise ConfigError(
-            f"{path}: holds no 'cfg' text, so its network is not known; use the checkpoint as the training code wrote it"
+            f"{path}: holds no 'cfg' text, so its network is unknown; use the checkpoint as the training code wrote it"
         )
     config, datasets, multi_label, single = read_cfg(content["cfg"], path, tensors=published)
     require_possible(path, config, datasets, len(published))
@@ -111,7 +111,7 @@ def read_published(path: str | Path, *, strict: bool = True, copy: str | None = 
     require_weights(path, state)
     with understood(f"{path}: its 'epoch' is no number", "save it again with a trusted torch"):
         epoch = int(content.get("epoch", 0))
-    return Published(
+    return PublishedCheckpoint(
         config,
         datasets,
         multi_label,
@@ -127,11 +127,13 @@ def read_published(path: str | Path, *, strict: bool = True, copy: str | None = 
 def read_tensors(
     path: Path, config: ModelConfig, datasets: Mapping[str, int]
 ) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
-    """The tensors of any `.pyth` file of the MViT family, by the names of a model of ours; those unknown keep theirs.
+    """Read the tensors of any `.pyth` file of the MViT family, for initial weights from a file without a usable cfg (official releases).
 
-    Second, which of several sets of weights these are, see :class:`multitrain.interop.archive.Archive`.
+    Returns:
+        (tensors, by MultiTrain's names where they have one; notes as in :class:`multitrain.interop.archive.Archive`).
 
-    For starting from files whose configuration says nothing or another network: official releases. Raises ConfigError.
+    Raises:
+        ConfigError: see :func:`multitrain.interop.archive.open_archive`.
     """
     found = open_archive(path)
     names = name_map(config, datasets, single=len(datasets) == 1)
@@ -141,9 +143,9 @@ def read_tensors(
 
 
 def has_published_cfg(path: Path) -> bool:
-    """Whether a `.pyth` file says what its network is, and is not of the official layout. Raises ConfigError."""
+    """Whether a `.pyth` file has a cfg text and is not of the official layout. Raises ConfigError."""
     found = open_archive(path)
-    return isinstance(found.content.get("cfg"), str) and refusal(path, found.state) is None
+    return isinstance(found.content.get("cfg"), str) and official_layout_error(path, found.state) is None
 
 
 def write_pyth(
@@ -161,28 +163,28 @@ def write_pyth(
     sampling_rate: int = 3,
     target_fps: float = 30.0,
     tested: DatasetConfig | None = None,
-    placed: Callable[[Path], AbstractContextManager[Path]] = replacing,
+    atomic_writer: Callable[[Path], AbstractContextManager[Path]] = replacing,
 ) -> None:
-    """Writes tensors of our names as a `.pyth` file that the published code can build and load.
+    """Write tensors with MultiTrain's names as a `.pyth` file that the published code can build and load.
 
     Args:
         path: written under a temporary name, then renamed.
         config, datasets, state: of the model; `state` must hold exactly its tensors.
         epoch: 0-based number of the last finished epoch.
         multi_label: datasets whose head ends in a sigmoid.
-        cfg: YAML text to keep, e.g. of the file that the weights came from; made from `config` when not given.
-        optimizer_state: kept as it is; that of an AdamW before its first step when not given.
-        grouping: parameter groups of the state that is made: see :mod:`multitrain.interop.optimizer_state`.
-        extras: what else the file holds.
+        cfg: YAML text to store, e.g. of the file from which the weights came (default: made from `config`).
+        optimizer_state: stored as it is (default: the state of AdamW before its first step).
+        grouping: parameter groups of the default optimizer state: see :mod:`multitrain.interop.optimizer_state`.
+        extras: further content of the file.
         sampling_rate, target_fps, tested: for the configuration text, see
-            :func:`multitrain.interop.published_cfg.make_cfg`.
-        placed: gives the temporary path for `path`, as :func:`multitrain.files.replacing`.
+            :func:`multitrain.interop.pyslowfast_config.make_cfg`.
+        atomic_writer: context manager that gives the temporary path for `path`, as :func:`multitrain.files.replacing` does.
 
     Raises:
-        ConfigError: `state` does not fit, `cfg` describes another network, or two pairs of dataset names collide.
+        ConfigError: `state` does not fit, `cfg` describes another network, or two projections get the same published name.
 
     Warns:
-        UserWarning: the published code cannot load the file fully (widths or names that it does not allow).
+        UserWarning: the published code cannot load the whole file (it does not support a width or a name).
     """
     import torch
 
@@ -209,37 +211,37 @@ def write_pyth(
         "cfg": text,
         **(extras or {}),
     }
-    with placed(path) as temporary:
+    with atomic_writer(path) as temporary:
         torch.save(content, temporary)
 
 
 def _by_our_names(published: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """Tensors by our names where they have one."""
+    """Tensors by MultiTrain's names; a tensor without one keeps its name."""
     return {names.get(name, name): tensor for name, tensor in published.items()}
 
 
 def _difference(
     named: Mapping[str, int], parsed: ModelConfig, datasets: Mapping[str, int], config: ModelConfig
 ) -> str | None:
-    """Where a configuration text describes another model than `config` with the heads `datasets`; None where it does not."""
+    """How the model in a configuration text differs from `config` with the heads `datasets`; None if it does not."""
     if dict(named) != dict(datasets):
         return f"datasets {dict(named)} in the text, {dict(datasets)} in the weights"
     theirs, ours = _architecture(parsed, named), _architecture(config, datasets)
     differs = [
         f"{key} is {theirs[key]} in the text, {ours[key]} in the weights" for key in ours if theirs[key] != ours[key]
     ]
-    return listed(differs) if differs else None
+    return abbreviated(differs) if differs else None
 
 
 def _architecture(config: ModelConfig, datasets: Mapping[str, int]) -> dict[str, Any]:
-    """What determines the function computed in evaluation, as it is built: dropout rates, unused widths and the projections
-    of a single dataset are left out."""
+    """The options that determine what the model computes in eval mode; without dropout rates, unused widths, and the projections
+    of a model with one dataset."""
     unused = {"drop_path", "head_dropout", "dropout_logits", "head_hidden", "expander_hidden"}
     return config.model_dump(exclude=unused) | {"projections": bool(pairs(config, datasets))}
 
 
 def _not_publishable(config: ModelConfig, datasets: Mapping[str, int], *, single: bool) -> list[str]:
-    """Why the published code cannot load all of this model, one line a reason."""
+    """The reasons why the published code cannot load all of this model, one line each."""
     problems = []
     if config.head == "mlp" and config.head_hidden != HEAD_HIDDEN:
         problems.append(
@@ -258,7 +260,7 @@ def _not_publishable(config: ModelConfig, datasets: Mapping[str, int], *, single
 
 
 __all__ = [
-    "Published",
+    "PublishedCheckpoint",
     "has_published_cfg",
     "read_published",
     "read_pyth",

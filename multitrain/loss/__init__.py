@@ -1,4 +1,4 @@
-"""Logits become one number."""
+"""The loss: classification, projection and informative terms."""
 
 from multitrain.loss.informative import embedding_gradient, informative_loss
 from multitrain.loss.total import MultiDatasetLoss, Terms

@@ -1,4 +1,4 @@
-"""Cross-entropy of a clip in its own dataset's classes."""
+"""Cross-entropy of each clip's logits for the classes of its own dataset."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from multitrain.loss.precision import at_least_fp32
 
 
 def clip_losses(logits: Tensor, targets: Tensor, own: Tensor, multi_label: bool = False) -> Tensor:
-    """The loss of every clip of one dataset, 0 for the clips of others: fp32 (fp64 for fp64 logits) [N].
+    """The loss of each clip of one dataset, and 0 for clips of other datasets: fp32 (fp64 for fp64 logits) [N].
 
     Single label: −Σ_k y_k log softmax(z)_k, with y as given (soft labels need not sum to 1). Multi-label: the binary
     cross-entropy of each class, averaged over the classes.
 
     Args:
         logits: [N, K].
-        targets: soft labels [N, K], or class numbers int64 [N] (single label only).
-        own: bool [N], whether a clip is of this dataset; what stands in the other rows of `targets` does not matter.
+        targets: soft labels [N, K], or class indices int64 [N] (single label only).
+        own: bool [N], whether a clip belongs to this dataset; the other rows of `targets` are ignored.
         multi_label: whether a clip may have several labels.
 
     Raises:
-        ValueError: the shapes do not fit, or class numbers for a multi-label dataset.
+        ValueError: the shapes do not match, or `targets` holds class indices for a multi-label dataset.
     """
     z = at_least_fp32(logits)
     if targets.dim() == 1:

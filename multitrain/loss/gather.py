@@ -1,4 +1,4 @@
-"""All-gather of a tensor over the ranks of a process group, with the gradient of the mathematical operation."""
+"""Differentiable all-gather over the ranks of a process group."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class _AllGather(torch.autograd.Function):
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """x [n, ...] of every rank, stacked in rank order: [W·n, ...]. Without a group, x itself.
+    """The x [n, ...] of all W ranks, concatenated in rank order: [W·n, ...]. Without a group, x itself.
 
-    The gradient is the sum over the ranks of their losses' gradients. When every rank computes the same loss from the
-    gathered tensor, the mean over ranks of the parameters' gradients is then that loss's true gradient. Shapes must be
-    equal on all ranks, and every rank must take part, forward and backward.
+    The backward pass sums the gradients of all ranks' losses. When every rank computes the same loss from the gathered tensor, the mean
+    over ranks of the parameters' gradients is that loss's true gradient. Shapes must be equal on all ranks, and every rank must take part
+    in the forward and the backward pass.
     """
     if group is None:
         return x

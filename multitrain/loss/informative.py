@@ -1,9 +1,9 @@
 """The informative loss: variance and covariance of the expander's outputs (VICReg, Bardes et al., ICLR 2022, eq. 1–4).
 
-It looks at all clips of a batch at once, so it is not a mean over clips: taken over micro-batches it is another loss.
-`embedding_gradient` makes the exact whole-batch loss affordable in two passes: first the embeddings of all clips without
-graph, and the loss's value and gradient with respect to them; then each micro-batch with graph, whose embeddings get
-their rows of that gradient (the gradient cache of Gao et al., RepL4NLP 2021).
+It is a function of all clips of a batch, not a mean over clips: its mean over micro-batches is a different loss.
+`embedding_gradient` gives the exact loss over the whole batch in two passes (the gradient cache of Gao et al., RepL4NLP 2021). The first
+pass computes the embeddings of all clips without a graph, then the loss and its gradient with respect to them. The second pass runs
+each micro-batch with a graph and backpropagates its rows of that gradient.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from multitrain.config import ConfigError
 from multitrain.loss.precision import at_least_fp32, no_autocast
 
 EPSILON = 1e-4
-"""Added to the variance before the root."""
+"""Added to the variance before the square root."""
 TARGET_STD = 1.0
-"""Standard deviation below which a dimension is pushed apart."""
+"""The std term penalises a dimension whose standard deviation is below this."""
 
 
 def informative_loss(
@@ -29,7 +29,7 @@ def informative_loss(
     covariance term = (1/D) Σ_{j≠k} Cov_jk²; loss = std_weight · std term + covariance_weight · covariance term.
 
     Raises:
-        ConfigError: fewer than two clips, of which there is no variance.
+        ConfigError: fewer than two clips, which have no variance.
     """
     clips, dim = embeddings.shape
     if clips < 2:
@@ -50,7 +50,7 @@ def informative_loss(
 def embedding_gradient(
     embeddings: Tensor, std_weight: float = 25.0, covariance_weight: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """(loss, ∂loss/∂embeddings) of all clips' embeddings [M, D]: a scalar and [M, D], detached, fp32 or better."""
+    """(loss, ∂loss/∂embeddings) for the embeddings [M, D] of all clips: a scalar and [M, D], detached, in fp32 or fp64."""
     with torch.enable_grad():
         e = at_least_fp32(embeddings.detach()).clone().requires_grad_()
         loss = informative_loss(e, std_weight, covariance_weight)[0]

@@ -1,4 +1,4 @@
-"""Losses are computed in fp32 or better, whatever the precision of training."""
+"""Precision of the losses: fp32 or fp64, whatever the precision of training."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """bf16 and fp16 become fp32; fp32 and fp64 stay."""
+    """Convert bf16 and fp16 to fp32; return fp32 and fp64 unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def no_autocast(x: Tensor) -> torch.autocast:
-    """A context in which autocast does not lower the precision of operations on x's device."""
+    """A context that disables autocast on x's device."""
     return torch.autocast(x.device.type, enabled=False)

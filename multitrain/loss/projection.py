@@ -1,4 +1,4 @@
-"""Cross-entropy of the other datasets' heads, projected into a clip's own classes (Liang et al., §3.2)."""
+"""Cross-entropy of the other datasets' logits, projected to the classes of the clip's own dataset (Liang et al., §3.2)."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def projected_losses(
     own: Tensor,
     multi_label: bool = False,
 ) -> Tensor:
-    """(1/(D−1)) Σ_{a≠d} CE(ẑ_ad(i), y_d(i)) for every clip i of dataset d = `target`, 0 for the others: [N].
+    """(1/(D−1)) Σ_{a≠d} CE(ẑ_ad(i), y_d(i)) for every clip i of dataset d = `target`, and 0 for other clips: [N].
 
     Args:
-        projected: logits by (source, target), [N, K_target].
+        projected: projected logits by (source, target), [N, K_target].
         target: the dataset.
         sources: the D−1 other datasets.
         targets, own, multi_label: as in `clip_losses`.

@@ -1,4 +1,4 @@
-"""Logits become one number: L = classification + projection + 0.1 · informative (Liang et al., NeurIPS 2022, §3)."""
+"""The total loss: L = classification + projection + 0.1 · informative (Liang et al., NeurIPS 2022, §3)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from multitrain.loss.projection import projected_losses
 
 
 class ModelOutputs(Protocol):
-    """What the loss reads of a model's outputs."""
+    """The model's outputs that the loss reads."""
 
     logits: dict[str, Tensor]
     """By dataset: [N, K]."""
@@ -30,32 +30,35 @@ class ModelOutputs(Protocol):
 
 @dataclass
 class Terms:
-    """The loss and its parts, scalar tensors; means over the clips given."""
+    """The loss and its terms, scalar tensors; means over the given clips."""
 
     total: Tensor
     """classification + projection + informative_weight · informative."""
     classification: Tensor
-    """Own-head loss."""
+    """Loss of each clip's own head."""
     projection: Tensor
-    """Loss of the projected logits of the other heads, times projection_weight."""
+    """Loss of the other heads' projected logits, times projection_weight."""
     informative: Tensor
     """Unweighted: std_weight · std term + covariance_weight · covariance term."""
     per_dataset: dict[str, Tensor] = field(default_factory=dict)
-    """Detached mean own-head loss of each dataset's own clips, without its weight; 0 where there is none."""
+    """Mean own-head loss over each dataset's clips, detached and without the dataset's weight; 0 if it has no clip here."""
     counts: dict[str, Tensor] = field(default_factory=dict)
-    """Clips of each dataset, int64 scalars."""
+    """Number of clips of each dataset, int64 scalars."""
 
 
 class MultiDatasetLoss:
     """The loss of a micro-batch of clips of several datasets.
 
     Args:
-        datasets: class count by dataset name; a clip's dataset id is the position here.
-        config: weights.
-        multi_label: datasets with several labels a clip: binary cross-entropy instead of cross-entropy.
-        group: ranks whose embeddings the informative loss looks at together; the mean of their gradients is the true one.
-        clips_per_update: clips of an update, over all ranks and accumulation steps. When given, a call with
-            `scope="update"` that sees fewer is refused unless it brings the `surrogate`.
+        datasets: class count by dataset name; a clip's dataset id is its dataset's position in this mapping.
+        config: weights of the terms.
+        multi_label: datasets whose clips may have several labels; their loss is binary cross-entropy.
+        group: ranks over which the informative loss gathers embeddings; the mean of their gradients is the true gradient.
+        clips_per_update: clips per update, over all ranks and accumulation steps. When given, a call with
+            `scope="update"` that gets fewer clips must pass the `surrogate`.
+
+    Raises:
+        ConfigError: `multi_label` names a dataset that is not in `datasets`.
     """
 
     def __init__(
@@ -82,20 +85,20 @@ class MultiDatasetLoss:
         dataset_ids: Tensor,
         surrogate: tuple[Tensor, Tensor] | None = None,
     ) -> Terms:
-        """The terms for N clips.
+        """Compute the loss terms for N clips.
 
         Args:
             out: the model's outputs for these clips.
-            targets: by dataset, soft labels [N, K] or class numbers int64 [N]; or, for single-label datasets only,
-                the class number of each clip in its own dataset, int64 [N].
+            targets: by dataset, soft labels [N, K] or class indices int64 [N]; or, for single-label datasets only,
+                the class index of each clip in its own dataset, int64 [N].
             dataset_ids: position in `datasets` of each clip's dataset, int64 [N].
-            surrogate: the informative loss over all clips of the update, and the rows [N, D] of its gradient that
-                belong to these clips, both from `embedding_gradient`. The informative term then has that value, and
-                a gradient that, averaged over the update's micro-batches, is that of the whole batch's loss.
+            surrogate: the informative loss over all clips of the update, and these clips' rows [N, D] of its gradient,
+                both from `embedding_gradient`. The informative term then has that value; its gradient, averaged over
+                the update's micro-batches, is that of the loss over the whole batch.
 
         Raises:
-            ConfigError: the informative loss sees fewer than two clips, or not the whole update when it should.
-            ValueError: the model's outputs lack something that has a positive weight, or shapes that do not fit.
+            ConfigError: the informative loss gets fewer than two clips, or, with `scope="update"` and no surrogate, not all clips.
+            ValueError: the model lacks an output that has a positive weight, or shapes do not match.
         """
         terms = self._labelled(out, targets, dataset_ids)
         if self.config.informative_weight:
@@ -141,7 +144,7 @@ class MultiDatasetLoss:
         return informative_loss(gathered, self.config.std_weight, self.config.covariance_weight)[0]
 
     def _surrogate(self, expanded: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        """`value`, with the gradient (M/n)·`gradient` with respect to these n of the update's M clips."""
+        """`value`, whose gradient with respect to `expanded` is (M/n)·`gradient`, for n of the update's M clips."""
         if gradient.shape != expanded.shape:
             raise ValueError(
                 f"a gradient of shape {list(gradient.shape)} for embeddings of shape {list(expanded.shape)}"

@@ -1,14 +1,14 @@
-"""softmax(q kᵀ / √d) v without the attention matrix in memory, and its gradient, by the fastest exact route of each device.
+"""softmax(q kᵀ / √d) v and its gradient, without the attention matrix in memory, by the fastest exact backend of each device.
 
-| device, type | route | reason |
+| device, type | backend | reason |
 |---|---|---|
-| CUDA, bf16 and fp16, from compute capability 8.0 | flash | head size 96, no bias, no mask: what it is made for |
-| CUDA, otherwise but fp64 | memory-efficient | flash has no fp32 and needs Ampere |
-| CPU, fp32 and fp64 | torch's fused one | |
-| CPU, bf16 and fp16 | 512 queries at a time, softmax in fp32 | torch 2.13's fused one runs these at its fp32 speed there |
-| elsewhere | torch's choice | its gradient is taken by autograd, from the inputs alone |
+| CUDA, bf16 and fp16, from compute capability 8.0 | flash | head size 96, no bias, no mask: supported and fastest |
+| CUDA, fp32, and bf16 and fp16 before 8.0 | memory-efficient | flash has no fp32 kernel and needs Ampere |
+| CPU, fp32 and fp64 | torch's fused kernel | |
+| CPU, bf16 and fp16 | 512 queries at a time, softmax in fp32 | torch 2.13's fused kernel is no faster here than in fp32 |
+| anything else | torch's choice | autograd computes the gradient from the inputs alone |
 
-`attend` gives a state beside its output; `attend_backward` needs both. Everything works on tensors without a graph.
+`attend` returns its output and a state; `attend_backward` needs both. No function here builds an autograd graph.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from multitrain.model.device import is_cuda
-from multitrain.model.low_precision import product
+from multitrain.model.low_precision import matmul
 
-CHUNK = 512
-"""Queries at a time in the chunked route; the scores of one head stay in the cache."""
-HALVES = (torch.bfloat16, torch.float16)
+QUERY_CHUNK = 512
+"""Queries at a time in the chunked backend, few enough that the scores of one head stay in the cache."""
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 State = tuple[Tensor | int | None, ...]
-"""What a route's gradient needs beside inputs and output."""
+"""What a backend's gradient needs in addition to the inputs and the output."""
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 _aten = torch.ops.aten
 
 
-class Route(Protocol):
+class Backend(Protocol):
     """One way to compute attention."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, graph: bool) -> tuple[Tensor, State]: ...
@@ -41,21 +41,21 @@ class Route(Protocol):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, graph: bool = True) -> tuple[Tensor, State]:
-    """Scaled dot-product attention, q [B, h, N, d], k and v [B, h, M, d], of one dtype -> [B, h, N, d] and a state.
+    """Scaled dot-product attention: q [B, h, N, d], k and v [B, h, M, d], all of one dtype -> [B, h, N, d] and a state.
 
-    The state may be empty when there will be no backward pass (`graph` false).
+    `graph=False` means that no backward pass follows; the state may then be empty.
     """
-    return route(q).forward(q, k, v, graph)
+    return select_backend(q).forward(q, k, v, graph)
 
 
 def attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, state: State) -> Gradients:
-    """Gradients of q, k and v, from that of `out` [B, h, N, d]."""
-    return route(q).backward(grad, q, k, v, out, state)
+    """Gradients of q, k and v, given the gradient of `out` [B, h, N, d]."""
+    return select_backend(q).backward(grad, q, k, v, out, state)
 
 
-def route(q: Tensor) -> Route:
-    """The route for queries like `q`."""
-    half = q.dtype in HALVES
+def select_backend(q: Tensor) -> Backend:
+    """The backend for the device, dtype and head size of `q`."""
+    half = q.dtype in HALF_DTYPES
     if is_cuda(q):
         aligned = q.shape[-1] % 8 == 0 and q.dtype != torch.float64
         return (FLASH if half and has_flash(q.device) else EFFICIENT) if aligned else AUTOGRAD
@@ -70,27 +70,27 @@ def has_flash(device: torch.device) -> bool:
 
 
 class _Chunked(NamedTuple):
-    """One head and at most `CHUNK` queries at a time, in the same two buffers; nothing is kept for the gradient.
+    """One head and at most `QUERY_CHUNK` queries at a time, in two buffers that are reused; saves nothing for the gradient.
 
-    torch's softmax of bf16 and fp16, and its gradient, compute in fp32 and round once, so that the scores need no copy in fp32.
+    torch computes the softmax of bf16 and fp16 tensors, and its gradient, in fp32 and rounds once, so the scores need no fp32 copy.
     """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, graph: bool) -> tuple[Tensor, State]:
         b, h, n, d = q.shape
         out = q.new_empty(b, n, h, d).transpose(1, 2)
-        chunks, buffer = _chunks(n), q.new_empty(min(CHUNK, n), k.shape[2])
+        chunks, buffer = _chunks(n), q.new_empty(min(QUERY_CHUNK, n), k.shape[2])
         for head in range(b * h):
             queries, keys, values, into = (x[head // h, head % h] for x in (q, k, v, out))
             scaled = keys * d**-0.5
             for rows in chunks:
-                product(_probabilities(queries[rows], scaled, buffer), values, out=into[rows])
+                matmul(_probabilities(queries[rows], scaled, buffer), values, out=into[rows])
         return out, ()
 
     def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, state: State) -> Gradients:
-        """The probabilities are computed again, to the forward pass's bits."""
+        """Recompute the probabilities, bit-equal to those of the forward pass, then the gradients."""
         b, h, n, d = q.shape
         grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
-        chunks, *buffers = _chunks(n), *(q.new_empty(min(CHUNK, n), k.shape[2]) for _ in range(2))
+        chunks, *buffers = _chunks(n), *(q.new_empty(min(QUERY_CHUNK, n), k.shape[2]) for _ in range(2))
         for head in range(b * h):
             at = head // h, head % h
             queries, keys, values, g = (x[at].contiguous() for x in (q, k, v, grad))
@@ -98,24 +98,24 @@ class _Chunked(NamedTuple):
             sum_k, sum_v = (torch.zeros(keys.shape, dtype=torch.float32, device=q.device) for _ in range(2))
             for rows in chunks:
                 probabilities = _probabilities(queries[rows], scaled, buffers[0])
-                sum_v += product(probabilities.T, g[rows])
-                scores = product(g[rows], values.T, out=buffers[1][: len(probabilities)])
+                sum_v += matmul(probabilities.T, g[rows])
+                scores = matmul(g[rows], values.T, out=buffers[1][: len(probabilities)])
                 _aten._softmax_backward_data(scores, probabilities, -1, scores.dtype, grad_input=scores)
-                product(scores, scaled, out=grad_q[at][rows])
-                sum_k += product(scores.T, queries[rows])
+                matmul(scores, scaled, out=grad_q[at][rows])
+                sum_k += matmul(scores.T, queries[rows])
             grad_k[at], grad_v[at] = sum_k.mul_(d**-0.5), sum_v
         return grad_q, grad_k, grad_v
 
 
 def _chunks(n: int) -> list[slice]:
-    """n rows in as few parts of at most `CHUNK` as can be, of nearly one size."""
-    size = -(-n // -(-n // CHUNK))
+    """Slices of n rows: as few as possible of at most `QUERY_CHUNK` rows each, of nearly equal size."""
+    size = -(-n // -(-n // QUERY_CHUNK))
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
 def _probabilities(queries: Tensor, keys: Tensor, buffer: Tensor) -> Tensor:
-    """softmax(q kᵀ) of queries [n, d] and scaled keys [M, d], in the first rows of the buffer."""
-    scores = product(queries, keys.T, out=buffer[: len(queries)])
+    """softmax(q kᵀ) of queries [n, d] and scaled keys [M, d], written to the first n rows of the buffer."""
+    scores = matmul(queries, keys.T, out=buffer[: len(queries)])
     return torch.softmax(scores, -1, out=scores)
 
 

@@ -1,15 +1,15 @@
-"""One transformer block whose gradient is written by hand, so that what is kept for the backward pass is chosen, not found.
+"""One transformer block with a hand-written backward pass, which fixes what the block saves for it (activation checkpointing).
 
-Every intermediate of the block is a `_value`: computed when it is asked for, held until it is released. The forward pass asks for all, in
-order, and holds on to those that the mode keeps; the backward pass asks for what it needs, and what was not kept is computed
-again by the same line, from the same inputs, to the same bits.
+Every intermediate result is a lazy attribute of `BlockActivations`: computed on first use, cached until released. The forward pass
+computes all of them in order and releases those that the mode does not keep. The backward pass recomputes a released one on first
+use: the same line of code with the same inputs gives the same bits.
 
-| mode | keeps, beside the block's input | computes again |
+| mode | saves, in addition to the block's input | recomputes |
 |---|---|---|
-| none | raw q, k and v, attention, the stream between the halves, the MLP's hidden layer | norms, poolings, GELU: no matrix product |
-| mlp | the same without the hidden layer | and the MLP's first product |
-| selective | attention | everything but attention and the block's last product |
-| full | nothing | everything but the block's last product |
+| none | raw q, k and v, attention, the residual stream after attention, the MLP's hidden layer | norms, poolings, GELU: no matrix product |
+| mlp | the same without the hidden layer | the same and the MLP's first matrix product |
+| selective | attention | everything but attention and the block's last matrix product |
+| full | nothing | everything but the block's last matrix product |
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from multitrain.model.attention import attend_backward
-from multitrain.model.block_values import Pass, Weights
+from multitrain.model.block_activations import BlockActivations, CastParams
 from multitrain.model.device import is_cuda
 from multitrain.model.layers import BlockLayers, Recompute
-from multitrain.model.low_precision import product
+from multitrain.model.low_precision import matmul
 from multitrain.model.pooling import (
     head_pool_backward,
     skip_pool_backward,
@@ -33,42 +33,42 @@ from multitrain.model.pooling import (
 from multitrain.model.random import Mask
 
 KEPT: dict[str, tuple[str, ...]] = {
-    "none": ("q_raw", "kv_raw", "attended", "middle", "hidden", "chosen"),
-    "mlp": ("q_raw", "kv_raw", "attended", "middle", "chosen"),
-    "selective": ("attended",),
+    "none": ("q_raw", "kv_raw", "attention", "residual_mid", "mlp_hidden", "pool_argmax"),
+    "mlp": ("q_raw", "kv_raw", "attention", "residual_mid", "pool_argmax"),
+    "selective": ("attention",),
     "full": (),
 }
-ROWS = 2048
-"""Tokens of a clip at a time in the MLP of a CPU when there is no graph."""
+MLP_CHUNK_TOKENS = 2048
+"""Tokens of a clip at a time in the MLP on a CPU when no backward pass follows."""
 _aten = torch.ops.aten
 
 
 def run(block: BlockLayers, mode: Recompute, x: Tensor, masks: tuple[Mask | None, Mask | None]) -> Tensor:
-    """The block's output [B, N', C'] of tokens x [B, N, C], with its graph where gradients are on."""
+    """The block's output [B, N', C'] for tokens x [B, N, C]; differentiable where gradients are enabled."""
     dtype = compute_dtype(x)
     if not torch.is_grad_enabled():
         with torch.autocast(x.device.type, enabled=False):
-            return _forward(Pass(block, Weights(block, dtype), x, masks, graph=False), "full")
+            return _forward(BlockActivations(block, CastParams(block, dtype), x, masks, graph=False), "full")
     out: Tensor = _Block.apply(block, mode, dtype, masks, x, *block.parameters())
     return out
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type of the arithmetic on x: autocast's where it is on."""
+    """The dtype in which the block computes: autocast's where it is enabled, else that of x."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class _Block(torch.autograd.Function):
-    """`run` with its gradient."""
+    """`run` as an autograd function."""
 
     @staticmethod
     def forward(
         ctx: Any, block: BlockLayers, mode: Recompute, dtype: torch.dtype, masks: Any, x: Tensor, *_: Tensor
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            weights = Weights(block, dtype)
-            computed = Pass(block, weights, x, masks)
+            weights = CastParams(block, dtype)
+            computed = BlockActivations(block, weights, x, masks)
             out = _forward(computed, mode)
         ctx.block, ctx.masks, ctx.dtype = block, masks, dtype
         ctx.weights = weights if mode in ("none", "mlp") else None
@@ -83,8 +83,8 @@ class _Block(torch.autograd.Function):
         values = _unflatten(ctx.saved_tensors, ctx.layout)
         x = values.pop("x")
         with torch.autocast(x.device.type, enabled=False):
-            weights = ctx.weights or Weights(ctx.block, ctx.dtype)
-            computed = Pass(ctx.block, weights, x, ctx.masks, values)
+            weights = ctx.weights or CastParams(ctx.block, ctx.dtype)
+            computed = BlockActivations(ctx.block, weights, x, ctx.masks, values)
             ctx.weights = None
             del values
             grad_x, gradients = _backward(computed, grads[0])
@@ -92,7 +92,7 @@ class _Block(torch.autograd.Function):
 
 
 def _flatten(values: Mapping[str, Any]) -> tuple[list[Tensor], list[tuple[str, int | None]]]:
-    """Tensors, and how to find them again; a value may be a tensor or a tuple of tensors and other things."""
+    """The tensors of `values`, and the layout for `_unflatten`; a value is a tensor or a tuple with tensors."""
     tensors: list[Tensor] = []
     layout: list[Any] = []
     for name, value in values.items():
@@ -116,7 +116,7 @@ def _unflatten(tensors: Sequence[Tensor], layout: list[Any]) -> dict[str, Any]:
 
 
 def _in_dtype_of(block: BlockLayers, gradients: dict[str, Tensor]) -> list[Tensor]:
-    """Gradients in the order and types of the block's parameters; one multi-tensor copy converts those of another type."""
+    """Gradients in the order and dtypes of the block's parameters; one multi-tensor copy converts those of another dtype."""
     named = list(block.named_parameters())
     other = [(name, torch.empty_like(p)) for name, p in named if gradients[name].dtype != p.dtype]
     if other:
@@ -126,84 +126,95 @@ def _in_dtype_of(block: BlockLayers, gradients: dict[str, Tensor]) -> list[Tenso
 
 
 def _branch_gradient(grad: Tensor, mask: Mask | None, dtype: torch.dtype) -> Tensor:
+    """The gradient of a residual branch, given that of the sum: masked and scaled by stochastic depth, in `dtype`."""
     if mask is not None:
-        grad = torch.addcmul(mask.zero, grad, mask.ones, value=mask.factor)
+        grad = torch.addcmul(mask.zero, grad, mask.keep, value=mask.scale)
     return grad.to(dtype)
 
 
-def _forward(c: Pass, mode: Recompute) -> Tensor:
-    """The block's output; of its intermediates, those that `mode` keeps stay."""
+def _forward(c: BlockActivations, mode: Recompute) -> Tensor:
+    """The block's output; releases every intermediate that `mode` does not keep."""
 
     def done(*names: str) -> None:
         c.release(*(name for name in names if name not in KEPT[mode]))
 
     if c.block.proj_max_pool is not None:
-        _ = c.chosen if "chosen" in KEPT[mode] else c.projected
+        _ = c.pool_argmax if "pool_argmax" in KEPT[mode] else c.pooled_shortcut
     _ = c.q_raw, c.kv_raw
-    done("normed", "seen")
+    done("normed", "kv_tokens")
     _ = c.qkv
     done("q_raw", "kv_raw", "q_pooled", "kv_pooled")
-    _ = c.mixed
-    done("q_normed", "k_normed", "v_normed", "attended")
-    _ = c.middle
-    done("mixed", "projected")
+    _ = c.attn_out
+    done("q_normed", "k_normed", "v_normed", "attention")
+    _ = c.residual_mid
+    done("attn_out", "pooled_shortcut")
     if not c.graph and c.x.device.type == "cpu":
         return _mlp_by_rows(c)
-    _ = c.activated
-    done("middle_normed", "hidden")
+    _ = c.mlp_activated
+    done("residual_mid_normed", "mlp_hidden")
     out = c.out()
-    done("activated", "middle")
+    done("mlp_activated", "residual_mid")
     return out
 
 
-def _mlp_by_rows(c: Pass) -> Tensor:
-    """The block's output from `middle`, some tokens at a time, so that the hidden layer stays in a CPU's cache."""
-    middle: Tensor = c.middle
-    out = torch.empty_like(middle)
-    for rows, into in zip(middle.split(ROWS, 1), out.split(ROWS, 1)):
-        Pass(c.block, c.weights, c.x, c.masks, {"middle": rows}, graph=False).out(into)
+def _mlp_by_rows(c: BlockActivations) -> Tensor:
+    """The block's output from `residual_mid`, in chunks of tokens, so that the hidden layer stays in the CPU's cache."""
+    residual_mid: Tensor = c.residual_mid
+    out = torch.empty_like(residual_mid)
+    for rows, into in zip(residual_mid.split(MLP_CHUNK_TOKENS, 1), out.split(MLP_CHUNK_TOKENS, 1)):
+        BlockActivations(c.block, c.weights, c.x, c.masks, {"residual_mid": rows}, graph=False).out(into)
     return out
 
 
-def _backward(c: Pass, grad: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Gradients of the block's input and, by name, of its parameters."""
+def _backward(c: BlockActivations, grad: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Gradients of the block's input and, by name, of its parameters, given that of its output."""
     gradients: dict[str, Tensor] = {}
-    if "middle" not in c.values:
-        _ = c.middle
+    if "residual_mid" not in c.values:
+        _ = c.residual_mid
         if c.block.proj_max_pool is not None:
-            _ = c.chosen
-        c.release("normed", "seen", "q_pooled", "q_normed", "kv_pooled", "k_normed", "v_normed", "mixed", "projected")
+            _ = c.pool_argmax
+        c.release(
+            "normed",
+            "kv_tokens",
+            "q_pooled",
+            "q_normed",
+            "kv_pooled",
+            "k_normed",
+            "v_normed",
+            "attn_out",
+            "pooled_shortcut",
+        )
     grad = _mlp_backward(c, grad, gradients)
     return _attention_backward(c, grad, gradients), gradients
 
 
-def _mlp_backward(c: Pass, grad: Tensor, gradients: dict[str, Tensor]) -> Tensor:
-    """The gradient of `middle`, from that of the output."""
+def _mlp_backward(c: BlockActivations, grad: Tensor, gradients: dict[str, Tensor]) -> Tensor:
+    """The gradient of `residual_mid`, given that of the output."""
     branch = _branch_gradient(grad, c.masks[1], c.weights.dtype)
-    branch = _linear_backward(c, "mlp.fc2", branch, c.activated, gradients)
-    c.release("activated")
-    _aten.gelu_backward(branch, c.hidden, grad_input=branch)
-    c.release("hidden")
-    branch = _linear_backward(c, "mlp.fc1", branch, c.middle_normed[0], gradients)
-    return grad + _norm_backward(c, "norm2", branch, c.middle, c.values.pop("middle_normed"), gradients)
+    branch = _linear_backward(c, "mlp.fc2", branch, c.mlp_activated, gradients)
+    c.release("mlp_activated")
+    _aten.gelu_backward(branch, c.mlp_hidden, grad_input=branch)
+    c.release("mlp_hidden")
+    branch = _linear_backward(c, "mlp.fc1", branch, c.residual_mid_normed[0], gradients)
+    return grad + _norm_backward(c, "norm2", branch, c.residual_mid, c.values.pop("residual_mid_normed"), gradients)
 
 
-def _attention_backward(c: Pass, grad: Tensor, gradients: dict[str, Tensor]) -> Tensor:
-    """The gradient of x, from that of `middle`."""
-    c.release("middle")
+def _attention_backward(c: BlockActivations, grad: Tensor, gradients: dict[str, Tensor]) -> Tensor:
+    """The gradient of x, given that of `residual_mid`."""
+    c.release("residual_mid")
     branch = _branch_gradient(grad, c.masks[0], c.weights.dtype)
-    branch = _linear_backward(c, "attn.proj", branch, c.mixed, gradients)
-    c.release("mixed")
-    out, *state = c.attended
-    mixed = c._split(branch)
+    branch = _linear_backward(c, "attn.proj", branch, c.attn_out, gradients)
+    c.release("attn_out")
+    out, *state = c.attention
+    grad_out = c._split(branch)
     dq, dk, dv = (
-        g.transpose(1, 2) for g in attend_backward(mixed.transpose(1, 2), *c.qkv, out, tuple(state))
+        g.transpose(1, 2) for g in attend_backward(grad_out.transpose(1, 2), *c.qkv, out, tuple(state))
     )  # fmt: skip
-    c.release("attended")
+    c.release("attention")
     del out, state
     if c.block.attn.residual_q:
-        dq = dq + mixed
-    del mixed, branch
+        dq = dq + grad_out
+    del grad_out, branch
     du = _query_backward(c, dq, gradients)
     du = _key_value_backward(c, dk, dv, du, gradients)
     del dq, dk, dv
@@ -211,14 +222,14 @@ def _attention_backward(c: Pass, grad: Tensor, gradients: dict[str, Tensor]) -> 
     c.release("normed")
     if c.block.proj_max_pool is None:
         return grad + through
-    chosen = c.chosen
-    c.release("projected", "chosen")
-    skip = skip_pool_backward(grad, chosen, c.shape.grid)
+    pool_argmax = c.pool_argmax
+    c.release("pooled_shortcut", "pool_argmax")
+    skip = skip_pool_backward(grad, pool_argmax, c.shape.grid)
     return through + _linear_backward(c, "proj_max_pool", skip.to(c.weights.dtype), c.x_cast, gradients)
 
 
-def _query_backward(c: Pass, grad: Tensor, gradients: dict[str, Tensor]) -> Tensor:
-    """The gradient of the normed tokens by way of the queries, from that of q [B, N', h, d]."""
+def _query_backward(c: BlockActivations, grad: Tensor, gradients: dict[str, Tensor]) -> Tensor:
+    """The part of the normed tokens' gradient that flows through the queries, given that of q [B, N', h, d]."""
     s, filters = c.shape, c.weights.filters_q
     if filters is not None:
         grad = _norm_backward(c, "attn.norm_q", grad, c.q_pooled, c.q_normed, gradients)
@@ -234,8 +245,10 @@ def _query_backward(c: Pass, grad: Tensor, gradients: dict[str, Tensor]) -> Tens
     return _linear_backward(c, "attn.qkv", grad, c.normed[0], gradients, slice(s.dim_out))
 
 
-def _key_value_backward(c: Pass, dk: Tensor, dv: Tensor, du: Tensor, gradients: dict[str, Tensor]) -> Tensor:
-    """`du` with the part that comes by way of keys and values, from their gradients [B, M, h, d]."""
+def _key_value_backward(
+    c: BlockActivations, dk: Tensor, dv: Tensor, du: Tensor, gradients: dict[str, Tensor]
+) -> Tensor:
+    """`du` plus the part that flows through keys and values, given their gradients [B, M, h, d]."""
     s = c.shape
     dk = _norm_backward(c, "attn.norm_k", dk, c.kv_pooled[0], c.k_normed, gradients)
     dv = _norm_backward(c, "attn.norm_v", dv, c.kv_pooled[1], c.v_normed, gradients)
@@ -246,28 +259,33 @@ def _key_value_backward(c: Pass, dk: Tensor, dv: Tensor, du: Tensor, gradients: 
     c.release("kv_raw")
     taps_k, taps_v = taps.unflatten(0, (2, s.heads, -1)).sum(1)
     gradients["attn.pool_k.weight"], gradients["attn.pool_v.weight"] = taps_k, taps_v
-    part = _linear_backward(c, "attn.qkv", both, c.seen, gradients, slice(s.dim_out, None))
-    c.release("seen")
-    return du.add_(part) if c.read is None else du.index_add_(1, c.read[0], part)
+    part = _linear_backward(c, "attn.qkv", both, c.kv_tokens, gradients, slice(s.dim_out, None))
+    c.release("kv_tokens")
+    return du.add_(part) if c.kv_positions is None else du.index_add_(1, c.kv_positions[0], part)
 
 
 def _linear_backward(
-    c: Pass, name: str, grad: Tensor, x: Tensor, gradients: dict[str, Tensor], rows: slice | None = None
+    c: BlockActivations, name: str, grad: Tensor, x: Tensor, gradients: dict[str, Tensor], rows: slice | None = None
 ) -> Tensor:
-    """The gradient of a linear layer's input x, and into `gradients` those of weight and bias, or of some rows of them."""
+    """The gradient of a linear layer's input x; writes those of weight and bias, or of some of their rows, into `gradients`."""
     flat = grad.flatten(0, -2)
     if rows is None:
-        gradients[f"{name}.weight"], gradients[f"{name}.bias"] = product(flat.T, x.flatten(0, -2)), flat.sum(0)
+        gradients[f"{name}.weight"], gradients[f"{name}.bias"] = matmul(flat.T, x.flatten(0, -2)), flat.sum(0)
     else:
-        product(flat.T, x.flatten(0, -2), out=gradients[f"{name}.weight"][rows])
+        matmul(flat.T, x.flatten(0, -2), out=gradients[f"{name}.weight"][rows])
         torch.sum(flat, 0, out=gradients[f"{name}.bias"][rows])
-    return product(flat, c.weights.linear(name, rows or slice(None))[0]).view(x.shape)
+    return matmul(flat, c.weights.linear(name, rows or slice(None))[0]).view(x.shape)
 
 
 def _norm_backward(
-    c: Pass, name: str, grad: Tensor, x: Tensor, normed: tuple[Tensor, Tensor, Tensor], gradients: dict[str, Tensor]
+    c: BlockActivations,
+    name: str,
+    grad: Tensor,
+    x: Tensor,
+    normed: tuple[Tensor, Tensor, Tensor],
+    gradients: dict[str, Tensor],
 ) -> Tensor:
-    """The gradient of a layer norm's input x, and into `gradients` those of its weight and bias."""
+    """The gradient of a layer norm's input x; writes those of its weight and bias into `gradients`."""
     _, mean, scale = normed
     weight, bias = c.weights.norm(name, x)
     grad, size = grad.to(x.dtype).contiguous(), x.shape[-1:]

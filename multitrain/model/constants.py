@@ -1,4 +1,4 @@
-"""Small tensors that depend on shapes only: made once a device, as each copy to a GPU waits for it."""
+"""Cache of small constant tensors that depend on shapes only: one copy per device, because each copy to a GPU synchronises."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from collections.abc import Callable, Hashable
 
 from torch import Tensor
 
-KEPT: dict[Hashable, Tensor] = {}
-"""By what they depend on, the device among it. Counts with tensors that hold no data begin with an empty one."""
+CACHE: dict[Hashable, Tensor] = {}
+"""Tensors by the values that determine them, the device included. `benchmarks/counting.py`, whose tensors hold no data, starts with an
+empty cache."""
 
 
-def kept(key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-    """The tensor of `key`; `make` is called once for it."""
-    found = KEPT.get(key)
+def cached(key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    """The tensor cached under `key`; calls `make` on first use."""
+    found = CACHE.get(key)
     if found is None:
         found = make()
-        if type(found) is Tensor:  # not a stand-in without data
-            KEPT[key] = found
+        if type(found) is Tensor:  # not a FakeTensor, which has no data
+            CACHE[key] = found
     return found

@@ -1,4 +1,4 @@
-"""What a model costs: parameters and multiply-accumulates of one clip."""
+"""Cost of a model: parameters, and multiply-accumulates per clip."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from typing import Any
 import torch
 
 from multitrain.config import ConfigError, ModelConfig
-from multitrain.model.low_precision import rounding
+from multitrain.model.low_precision import emulated_dtype
 from multitrain.model.multitrain import MultiTrain
 
 
 def flops(config: ModelConfig, datasets: dict[str, int]) -> tuple[int, float]:
-    """(parameters, multiply-accumulates) of one clip in eval mode, with all heads and the expander.
+    """(parameters, multiply-accumulates per clip) in eval mode, with all heads and the expander.
 
-    Counted as the published figures are: convolutions, matrix products including both of the attention, and layer norms at 5 an element.
+    Counts what the published figures count: convolutions, matrix products (both of attention included), and 5 operations per element of
+    a layer norm.
 
     Raises:
-        ConfigError: fvcore is missing.
+        ConfigError: fvcore is not installed.
     """
     try:
         from fvcore.nn import FlopCountAnalysis
@@ -32,9 +33,11 @@ def flops(config: ModelConfig, datasets: dict[str, int]) -> tuple[int, float]:
     for parameter in model.parameters():
         parameter.data.zero_()
     for block in model.each_block():
-        block.compact = False  # the published count is of keys and values at every token; ours saves 1.5 %
+        block.compact = (
+            False  # the published figures project keys and values at every token; skipping unread ones saves 1.5 %
+        )
     clips = torch.zeros(1, 3, config.frames, config.crop, config.crop)
-    rounding(clips)  # asks the CPU what it can do, which a trace cannot
+    emulated_dtype(clips)  # caches the CPU's capabilities, which cannot be queried while tracing
     with torch.no_grad():
         analysis = FlopCountAnalysis(_Outputs(model), clips).set_op_handle(
             "aten::_scaled_dot_product_flash_attention_for_cpu", _attention, "aten::native_layer_norm", _norm
@@ -46,7 +49,7 @@ def flops(config: ModelConfig, datasets: dict[str, int]) -> tuple[int, float]:
 
 
 class _Outputs(torch.nn.Module):
-    """What is counted, as a tuple that torch can trace."""
+    """The outputs to count, as a tuple, which torch can trace."""
 
     def __init__(self, model: MultiTrain) -> None:
         super().__init__()
@@ -58,7 +61,7 @@ class _Outputs(torch.nn.Module):
 
 
 def _attention(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-    """q·kᵀ and a·v: B·h·N·M·d each."""
+    """Multiply-accumulates of q·kᵀ and a·v: B·h·N·M·d each."""
     q, k, v = (x.type().sizes() for x in inputs[:3])
     return math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
 

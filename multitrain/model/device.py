@@ -1,4 +1,4 @@
-"""The one question that routes depend on."""
+"""Device check that selects between CUDA's and the CPU's code paths."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from torch import Tensor
 
 
 def is_cuda(x: Tensor) -> bool:
-    """Whether `x` is computed by CUDA's routes. Counts on a machine without GPU replace this."""
+    """Whether operations on `x` take CUDA's code paths. `benchmarks/counting.py` patches this to count without a GPU."""
     return x.device.type == "cuda"

@@ -1,4 +1,4 @@
-"""What turns clip features into logits: one head a dataset, and one projection for every ordered pair of datasets."""
+"""From clip features to logits: one head per dataset, and one projection per ordered pair of datasets."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from multitrain.model.random import KeyedDropout, stream_of
 
 
 def escape(name: str) -> str:
-    """A dataset's name as a module name: percent-encoded where torch does not take it ("." and attributes of modules).
+    """A dataset's name as a module name; percent-encodes what torch does not accept ("." and names of module attributes).
 
     Raises:
-        ConfigError: an empty name, or one with "/", which separates names elsewhere.
+        ConfigError: the name is empty, or contains "/", which other places use as a separator.
     """
     if not name or "/" in name:
         raise ConfigError(f"{name!r} cannot name a dataset; use at least one character and no '/'")
@@ -30,12 +30,12 @@ def escape(name: str) -> str:
 
 
 def unescape(name: str) -> str:
-    """The dataset's name behind a module name; the inverse of `escape`."""
+    """The dataset's name, given a module name; the inverse of `escape`."""
     return unquote(name)
 
 
 class MlpHead(nn.Module):
-    """lin → GELU → dropout → lin, and dropout again on the logits if asked (the published code does)."""
+    """Linear → GELU → dropout → linear, with `dropout_logits` followed by dropout, as in the published code."""
 
     def __init__(self, dim: int, hidden: int, classes: int, dropout: float, dropout_logits: bool, name: str) -> None:
         super().__init__()
@@ -49,12 +49,12 @@ class MlpHead(nn.Module):
         return self.logits(F.gelu(self.fc1(features)), keys)
 
     def logits(self, hidden: Tensor, keys: Tensor | None) -> Tensor:
-        """The second half: activated hidden layer [B, hidden] -> logits [B, classes]."""
+        """Dropout and the second linear layer: activated hidden layer [B, hidden] -> logits [B, classes]."""
         return self.dropout_logits(self.fc2(self.dropout(hidden, keys)), keys)
 
 
 class LinearHead(Linear):
-    """dropout → lin."""
+    """Dropout → linear."""
 
     def __init__(self, dim: int, classes: int, dropout: float, name: str) -> None:
         super().__init__(dim, classes)
@@ -66,7 +66,7 @@ class LinearHead(Linear):
 
 
 class _ByDataset(nn.ModuleDict):
-    """Modules by the names of datasets, whatever characters they have."""
+    """Modules by dataset name; the names may contain any character but "/"."""
 
     def __init__(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
         super().__init__({escape(name): module for name, module in modules})
@@ -77,11 +77,11 @@ class _ByDataset(nn.ModuleDict):
 
 
 class Heads(_ByDataset):
-    """One head a dataset; every head sees every clip."""
+    """One head per dataset; every head is applied to every clip."""
 
 
 class Projections(_ByDataset):
-    """W_ab of every ordered pair a ≠ b of datasets, without bias, `projections.<a>.<b>.weight` [K_b, K_a]."""
+    """One linear layer W_ab without bias per ordered pair a ≠ b of datasets: `projections.<a>.<b>.weight` [K_b, K_a]."""
 
     def __init__(self, datasets: dict[str, int]) -> None:
         super().__init__(
@@ -90,7 +90,7 @@ class Projections(_ByDataset):
         )
 
     def forward(self, logits: dict[str, Tensor]) -> dict[tuple[str, str], Tensor]:
-        """ẑ_ab = W_ab z_a: logits [B, K_a] by dataset -> projected logits [B, K_b] by (source a, target b); one product a source."""
+        """ẑ_ab = W_ab z_a: logits [B, K_a] by dataset -> projected logits [B, K_b] by (source a, target b); one product per source."""
         joint: dict[tuple[str, str], Tensor] = {}
         for a, z in logits.items():
             others = [b for b in logits if b != a]

@@ -1,4 +1,4 @@
-"""The published initialisation, with every parameter a pure function of its name and the seed."""
+"""The published initialisation; every parameter is a pure function of its name and the seed."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from multitrain.model.random import stream_of, uniform53
 STD = 0.02
 """Standard deviation of linear layers and position tables."""
 
-CHUNK = 1 << 16
-"""Elements drawn at a time; their intermediate integers stay in the cache."""
+DRAW_CHUNK = 1 << 16
+"""Elements drawn at a time, few enough that their intermediate integers stay in the cache."""
 
 
 def initialise(model: nn.Module, seed: int) -> None:
-    """Resets all parameters of `model` in place; those on the meta device are left alone.
+    """Reset all parameters of `model` in place, except those on the meta device.
 
-    Linear weights and position tables: normal with std 0.02, cut at ±2, which is 100 deviations away. Linear biases: 0.
-    Layer norms: 1 and 0. Convolutions and poolings: uniform in ±1/√fan_in, weights and biases.
+    Linear weights and position tables: normal with standard deviation 0.02, truncated at ±2 (100 standard deviations). Linear biases: 0.
+    Layer norms: weight 1, bias 0. Convolutions and poolings: weights and biases uniform in ±1/√fan_in.
     """
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -42,9 +42,9 @@ def _fill(module: nn.Module, name: str, data: Tensor, stream: int, seed: int) ->
 
 
 def _draw(data: Tensor, stream: int, seed: int, transform: Callable[[Tensor], Tensor]) -> None:
-    """Fills `data` with `transform` of uniform numbers; the draws are made on the CPU, the same for every device."""
+    """Fill `data` with `transform` of uniform numbers, which are drawn on the CPU and so are equal for every device."""
     key = torch.tensor([seed], dtype=torch.int64)
     flat = data.view(-1)
-    for start in range(0, flat.numel(), CHUNK):
-        part = flat[start : start + CHUNK]
+    for start in range(0, flat.numel(), DRAW_CHUNK):
+        part = flat[start : start + DRAW_CHUNK]
         part.copy_(transform(uniform53(key, stream, part.numel(), start)[0]))

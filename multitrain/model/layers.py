@@ -1,4 +1,4 @@
-"""What a block is made of: its geometry and its parameters, by their published names."""
+"""The geometry and the parameters of a block; parameters have their published names."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch.nn import functional as F
 
 from multitrain.config import ModelConfig
 from multitrain.model.low_precision import Linear
-from multitrain.model.pooling import Grid, pooled
+from multitrain.model.pooling import Grid, pooled_grid
 from multitrain.model.random import KeyedDropPath, stream_of
 
 Recompute = Literal["none", "mlp", "selective", "full"]
-"""What the backward pass computes again instead of keeping; see model/block.py."""
+"""Activation checkpointing: what the backward pass recomputes; see model/block.py."""
 
 BLOCK_NORM_EPS = 1e-6
 POOL_NORM_EPS = 1e-5
-"""The published blocks hand plain layer norms, with torch's default, to their poolings."""
+"""torch's default: the published blocks use plain layer norms after their poolings."""
 
 
 @dataclass(frozen=True)
 class BlockShape:
-    """The geometry of one block, which follows from the configuration alone."""
+    """The geometry of one block; it depends on the configuration alone."""
 
     dim_in: int
     dim_out: int
@@ -34,23 +34,23 @@ class BlockShape:
     q_stride: int
     """Spatial stride of the queries: 2 at a stage change, else 1."""
     kv_stride: int
-    """Spatial stride of keys and values relative to the input grid."""
+    """Spatial stride of the pooling of keys and values, on the input grid."""
     pool_q: bool
     drop_path: float
 
     @property
     def q_grid(self) -> Grid:
         """Token grid of the output."""
-        return pooled(self.grid, self.q_stride)
+        return pooled_grid(self.grid, self.q_stride)
 
     @property
     def kv_grid(self) -> Grid:
         """Token grid of keys and values."""
-        return pooled(self.grid, self.kv_stride)
+        return pooled_grid(self.grid, self.kv_stride)
 
 
 class HeadPool(nn.Module):
-    """The filters of one depth-wise pooling, shared by all heads: weight [head size, 1, 3, 3, 3]."""
+    """The filters of one depth-wise pooling convolution, shared by all heads: weight [head size, 1, 3, 3, 3]."""
 
     def __init__(self, head_size: int) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class HeadPool(nn.Module):
 
 
 class Attention(nn.Module):
-    """The parameters of pooled multi-head attention; what is done with them is in model/block.py."""
+    """The parameters of pooled multi-head attention; model/block.py computes with them."""
 
     def __init__(self, shape: BlockShape, residual_q: bool) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """lin → GELU (erf) → lin on the last axis."""
+    """Linear → GELU (erf) → linear on the last axis."""
 
     def __init__(self, dim: int, hidden: int, dim_out: int) -> None:
         super().__init__()
@@ -87,14 +87,14 @@ class Mlp(nn.Module):
 
 
 class BlockLayers(nn.Module):
-    """The parameters of one block, and its geometry; what is done with them is in model/block.py."""
+    """The parameters and the geometry of one block; model/block.py computes with them."""
 
     def __init__(self, shape: BlockShape, config: ModelConfig, name: str, recompute: Recompute) -> None:
         super().__init__()
         self.shape = shape
         self.recompute = recompute
         self.compact = True
-        """Project keys and values only where their pooling reads: the same numbers from fewer operations."""
+        """Whether keys and values are projected only at the tokens that their pooling reads: same results, fewer operations."""
         self.norm1 = nn.LayerNorm(shape.dim_in, eps=BLOCK_NORM_EPS)
         self.attn = Attention(shape, config.residual_q)
         self.norm2 = nn.LayerNorm(shape.dim_out, eps=BLOCK_NORM_EPS)

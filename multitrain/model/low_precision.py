@@ -1,8 +1,8 @@
-"""Matrix products and convolutions, with a way out for CPUs that cannot do them in bf16 or fp16.
+"""Matrix products and convolutions that stay fast on CPUs without bf16 or fp16 instructions.
 
-A CPU without instructions for bf16 (AMX, AVX512-BF16) leaves torch 2.13 to a plain loop: 1.2 GF/s on one core, where fp32 runs at
-70. There the operands are rounded to bf16, multiplied in fp32, and the result is rounded: the arithmetic of hardware that
-accumulates in fp32. Everywhere else these are torch's own functions.
+On a CPU without instructions for bf16 (AMX, AVX512-BF16), torch 2.13 runs a plain loop: 1.2 GFLOP/s on one core, against 70 in fp32.
+On such a CPU, these functions round the operands to bf16, multiply in fp32 and round the result, which is the arithmetic of hardware
+that accumulates in fp32. Everywhere else they call torch's own functions.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def rounding(x: Tensor) -> torch.dtype | None:
-    """The dtype that operations on `x` must be rounded to by hand; None where the device does them well."""
+def emulated_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype to emulate by rounding around fp32 operations on `x`; None where the device supports the dtype of `x`."""
     if x.device.type != "cpu":
         return None
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
@@ -34,7 +34,7 @@ def _slow_dtypes() -> frozenset[torch.dtype]:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + b: x [..., in], weight [out, in], bias [out] -> [..., out]."""
-    dtype = rounding(x)
+    dtype = emulated_dtype(x)
     if dtype is None:
         return F.linear(x, weight, bias)
     out: Tensor = _RoundedLinear.apply(x, weight, bias, dtype)
@@ -42,15 +42,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` by way of `linear`."""
+    """`nn.Linear` that calls `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
 
-def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a b of two matrices, [i, j], [j, k] -> [i, k]; no gradient where it is rounded by hand."""
-    dtype = rounding(a)
+def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """The matrix product a b: [i, j], [j, k] -> [i, k]. Not differentiable where it is emulated."""
+    dtype = emulated_dtype(a)
     if dtype is None:
         return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
     with torch.autocast("cpu", enabled=False):
@@ -59,8 +59,8 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
-    """`F.conv3d`."""
-    dtype = rounding(x)
+    """`F.conv3d`, emulated where needed: x [N, C_in, T, H, W], weight [C_out, C_in/groups, kT, kH, kW] -> [N, C_out, T', H', W']."""
+    dtype = emulated_dtype(x)
     if dtype is None:
         return F.conv3d(x, weight, bias, **options)
     x, weight = x.to(dtype).float(), weight.to(dtype).float()
@@ -70,7 +70,7 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any
 
 
 class _RoundedLinear(torch.autograd.Function):
-    """`linear` with operands, result and gradients rounded to `dtype`; keeps the operands in `dtype`."""
+    """`linear` with operands, result and gradients rounded to `dtype`; saves the operands in `dtype`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""The whole model: backbone, one head a dataset, cross-dataset projections, expander (Liang et al., NeurIPS 2022)."""
+"""The model: backbone, one head per dataset, cross-dataset projections, expander (Liang et al., NeurIPS 2022)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from multitrain.model.mvit import MViT
 from multitrain.model.random import draw_keys
 
 EXPANDER = "/"
-"""The expander among hidden layers; no dataset can have this name."""
+"""Key of the expander's hidden layer; no dataset can have this name."""
 
 
 @dataclass
 class Outputs:
-    """What the loss looks at."""
+    """The model's outputs that the loss takes, for B clips."""
 
     features: Tensor
     """Pooled clip features [B, C]."""
@@ -32,11 +32,13 @@ class Outputs:
     projected: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     """By (source, target): the source head's logits in the target's classes, [B, K_target]."""
     expanded: Tensor | None = None
-    """The expander's output [B, C], which the informative loss looks at; None without expander."""
+    """The expander's output [B, C], the input of the informative loss; None for a model without an expander."""
 
 
 class MultiTrain(MViT):
-    """One video transformer with a head for each of several datasets.
+    """A video transformer with one head per dataset.
+
+    The constructor applies the published initialisation with seed 0; `initialise` applies that of another seed.
 
     Args:
         config: the network.
@@ -44,7 +46,6 @@ class MultiTrain(MViT):
         activation_checkpointing: what the backward pass recomputes: "none", "mlp", "selective" or "full".
         multi_label: datasets whose clips may have several labels; their probabilities are sigmoids.
 
-    The published initialisation with seed 0 is in place; `initialise` gives that of another seed.
 
     Raises:
         ConfigError: no dataset, a class count below 1, or `multi_label` naming an unknown dataset.
@@ -73,11 +74,11 @@ class MultiTrain(MViT):
         return MlpHead(self.dim, c.head_hidden, classes, c.head_dropout, c.dropout_logits, name)
 
     def initialise(self, seed: int) -> None:
-        """Resets every parameter; each is a pure function of its name and `seed`, so adding a head leaves the others as they were."""
+        """Reset every parameter to a pure function of its name and `seed`; a further head does not change the other parameters."""
         initialise(self, seed)
 
     def forward(self, clips: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
-        """Probabilities by dataset, float [B, K], of normalised clips [B, 3, T, S, S]."""
+        """Probabilities by dataset, float [B, K], for normalised clips [B, 3, T, S, S]."""
         keys = self._keys(clips, None)
         features = self.features(clips, keys)
         logits = self._logits(features, self._hidden(features), keys)
@@ -89,7 +90,7 @@ class MultiTrain(MViT):
         return logits.sigmoid() if name in self.multi_label else logits.softmax(-1)
 
     def outputs(self, clips: Tensor, keys: Tensor | None = None) -> Outputs:
-        """Everything the loss needs, from normalised clips [B, 3, T, S, S] and, in training, the clips' keys int64 [B]."""
+        """Everything the loss needs, for normalised clips [B, 3, T, S, S] and, in training, the clips' keys int64 [B]."""
         keys = self._keys(clips, keys)
         features = self.features(clips, keys)
         hidden = self._hidden(features)
@@ -100,10 +101,10 @@ class MultiTrain(MViT):
         )
 
     def embeddings(self, clips: Tensor, keys: Tensor | None = None) -> Tensor:
-        """The expander's output [B, C] alone, equal to that of `outputs`; for the informative loss's first pass.
+        """The expander's output [B, C] alone, equal to that of `outputs`; for the first pass of the informative loss.
 
         Raises:
-            ConfigError: this model has no expander.
+            ConfigError: the model has no expander.
         """
         if self.expander is None:
             raise ConfigError("this model has no expander (model.expander=false), so there are no embeddings")
@@ -111,7 +112,7 @@ class MultiTrain(MViT):
         return expanded
 
     def _hidden(self, features: Tensor) -> dict[str, Tensor]:
-        """Activated hidden layers [B, ·] of all MLP heads, by dataset, and of the expander: one product for all."""
+        """Activated hidden layers [B, ·] of all MLP heads, by dataset, and of the expander, by one matrix product."""
         layers = {name: head.fc1 for name in self.datasets if isinstance(head := self.heads.of(name), MlpHead)}
         if self.expander is not None:
             layers[EXPANDER] = self.expander.fc1

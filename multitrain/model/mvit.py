@@ -1,8 +1,8 @@
 """The backbone: a multiscale vision transformer with pooled attention.
 
-MViT (Fan et al., ICCV 2021) with three changes of MViTv2 (Li et al., CVPR 2022): channels grow inside the attention's
-first projection, queries are pooled in every block, and the pooled query is added to the attention's output. Positions are separable
-absolute tables; there is no class token and no relative position.
+MViT (Fan et al., ICCV 2021) with three changes of MViTv2 (Li et al., CVPR 2022): the qkv projection widens the channels at
+a stage change, queries are pooled in every block, and the pooled query is added to the attention output. Position embeddings are
+absolute and separable (space plus time); there is no class token and no relative position embedding.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from multitrain.model.block import compute_dtype, run
 from multitrain.model.layers import BLOCK_NORM_EPS, BlockLayers, BlockShape, Recompute
 from multitrain.model.low_precision import conv3d
 from multitrain.model.pooling import Grid
-from multitrain.model.random import Mask, draw_keys, kept_masks
+from multitrain.model.random import Mask, draw_keys, drop_path_masks
 
 PATCH_KERNEL, PATCH_STRIDE, PATCH_PADDING = (3, 7, 7), (2, 4, 4), (1, 3, 3)
 
@@ -42,7 +42,7 @@ def block_shapes(config: ModelConfig) -> list[BlockShape]:
 
 
 class PatchEmbed(nn.Module):
-    """Cuts clips [B, 3, T, H, W] into overlapping patches: tokens [B, T/2·H/4·W/4, C], time slowest."""
+    """Overlapping patches as tokens: clips [B, 3, T, H, W] -> [B, T/2·H/4·W/4, C]; time varies slowest."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -55,9 +55,9 @@ class PatchEmbed(nn.Module):
 
 
 class Block(BlockLayers):
-    """Attention and MLP, each with a shortcut: tokens [B, N, dim_in] -> tokens [B, N', dim_out].
+    """Attention and MLP, each with a residual connection: tokens [B, N, dim_in] -> tokens [B, N', dim_out].
 
-    At a stage change the shortcut is projected (from the un-normalised tokens, unlike MViTv2) and then max-pooled.
+    At a stage change the shortcut is a projection of the tokens (before the norm, unlike MViTv2), then max-pooled.
     """
 
     def forward(self, x: Tensor, masks: tuple[Mask | None, Mask | None] = (None, None)) -> Tensor:
@@ -72,7 +72,7 @@ class MViT(nn.Module):
         activation_checkpointing: what the backward pass recomputes: "none", "mlp", "selective" or "full" (model/block.py).
 
     Raises:
-        ConfigError: a clip's size is not that of the configuration.
+        ConfigError: (forward) the clips' size is not that of the configuration.
     """
 
     def __init__(self, config: ModelConfig, activation_checkpointing: Recompute = "none") -> None:
@@ -94,7 +94,7 @@ class MViT(nn.Module):
         return self.features(clips, keys)
 
     def features(self, clips: Tensor, keys: Tensor | None = None) -> Tensor:
-        """Pooled clip features [B, C] of normalised clips [B, 3, T, S, S]; keys int64 [B] choose the masks of training."""
+        """Pooled clip features [B, C] of normalised clips [B, 3, T, S, S]; the keys int64 [B] determine the dropout masks of training."""
         self._check(clips, keys)
         if keys is None and self.training:
             keys = draw_keys(clips.shape[0], clips.device)
@@ -104,19 +104,21 @@ class MViT(nn.Module):
         return self.norm(x.to(self.norm.weight.dtype)).mean(1)
 
     def each_block(self) -> list[Block]:
-        """The blocks, typed."""
+        """The blocks, as a typed list."""
         return list(self.blocks)  # type: ignore[arg-type]
 
     def _masks(self, keys: Tensor | None, x: Tensor) -> list[tuple[Mask | None, Mask | None]]:
-        """What stochastic depth keeps, of both halves of every block; all masks are drawn at once."""
+        """Stochastic-depth masks of attention and MLP for every block; all are drawn at once."""
         layers = [layer for block in self.each_block() for layer in (block.drop_path_attn, block.drop_path_mlp)]
         masks = (
-            kept_masks(layers, keys, compute_dtype(x)) if self.training and keys is not None else [None] * len(layers)
+            drop_path_masks(layers, keys, compute_dtype(x))
+            if self.training and keys is not None
+            else [None] * len(layers)
         )
         return list(zip(masks[::2], masks[1::2]))
 
     def _positions(self) -> Tensor:
-        """The table of all tokens, [1, N, C]: token (t, y, x) gets spatial[y·W + x] + temporal[t]."""
+        """Position embeddings of all tokens, [1, N, C]: token (t, y, x) gets spatial[y·W + x] + temporal[t]."""
         return (self.pos_embed_spatial[:, None] + self.pos_embed_temporal[:, :, None]).flatten(1, 2)
 
     def _check(self, clips: Tensor, keys: Tensor | None) -> None:

@@ -1,8 +1,8 @@
-"""Dropout and stochastic depth whose masks are a pure function of the clip and the layer.
+"""Dropout and stochastic depth with counter-based random numbers: masks are a pure function of the clip and the layer.
 
-A mask depends on the clip's 64-bit key (a hash of seed, dataset, video, pass and copy) and on the layer's stream
-number, through a counter-based hash in wrap-around integer arithmetic. It is therefore the same in any micro-batch, on any rank, on
-CPU and GPU, after any restart, and when a block is computed again by activation checkpointing.
+A mask is a counter-based hash, in wrap-around integer arithmetic, of the clip's 64-bit key (itself a hash of seed, dataset, video,
+epoch and copy) and the layer's stream number. It is therefore the same in any micro-batch, on any rank, on
+CPU and GPU, after any restart, and when activation checkpointing recomputes a block.
 
 The hash is the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) on Weyl-sequence counters.
 """
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from multitrain.model.constants import kept
+from multitrain.model.constants import cached
 
 
 def _signed(value: int) -> int:
@@ -26,14 +26,14 @@ def _signed(value: int) -> int:
 
 
 class Mask(NamedTuple):
-    """Which clips a branch is kept for."""
+    """A stochastic-depth mask: the clips for which a residual branch is kept."""
 
-    ones: Tensor
-    """One for a clip that keeps it, zero for another: [N, 1, 1]."""
-    factor: float
-    """What to multiply by where it is one."""
+    keep: Tensor
+    """1 for clips that keep the branch, 0 for the others: [N, 1, 1]."""
+    scale: float
+    """Factor for the branch where it is kept: 1 / (1 - p)."""
     zero: Tensor
-    """A zero of the same type, [1]."""
+    """A zero of the same dtype, [1]."""
 
 
 _WEYL = _signed(0x9E3779B97F4A7C15)
@@ -53,20 +53,20 @@ def _mix(z: Tensor) -> Tensor:
 
 
 def stream_of(name: str) -> int:
-    """The stream number of the layer called `name`: 64 bits of BLAKE2b, stable for ever."""
+    """The stream number of the layer called `name`: 64 bits of its BLAKE2b digest, which must never change."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
-def hashed(keys: Tensor, stream: int, count: int, start: int = 0) -> Tensor:
-    """`count` well-mixed 64-bit integers for each key, from counter `start` on: int64 [N] -> int64 [N, count]."""
+def random_bits(keys: Tensor, stream: int, count: int, start: int = 0) -> Tensor:
+    """`count` random 64-bit integers for each key, from counter `start` on: int64 [N] -> int64 [N, count]."""
     state = _mix(_mix(keys) ^ _signed(stream))
     counter = torch.arange(start + 1, start + count + 1, dtype=torch.int64, device=keys.device) * _WEYL
     return _mix(state[:, None] + counter)
 
 
 def uniform(keys: Tensor, stream: int, count: int) -> Tensor:
-    """Uniform numbers in [0, 1), multiples of 2**-24: keys int64 [N] -> float32 [N, count]; equal on every device."""
-    return _unit(hashed(keys, stream, count))
+    """Uniform numbers in [0, 1), multiples of 2**-24: keys int64 [N] -> float32 [N, count]; the same on every device."""
+    return _unit(random_bits(keys, stream, count))
 
 
 def _unit(z: Tensor) -> Tensor:
@@ -76,16 +76,16 @@ def _unit(z: Tensor) -> Tensor:
 
 def uniform53(keys: Tensor, stream: int, count: int, start: int = 0) -> Tensor:
     """Uniform numbers strictly inside (0, 1) with 52 random bits: keys int64 [N] -> float64 [N, count], from counter `start` on."""
-    return (_shift(hashed(keys, stream, count, start), 12).to(torch.float64) + 0.5) * 2.0**-52
+    return (_shift(random_bits(keys, stream, count, start), 12).to(torch.float64) + 0.5) * 2.0**-52
 
 
 def draw_keys(count: int, device: torch.device | str = "cpu") -> Tensor:
-    """Keys int64 [count] from torch's own generator of `device`, for training outside a keyed run."""
+    """Keys int64 [count] from torch's default generator of `device`, for training without clip keys."""
     return torch.empty(count, dtype=torch.int64, device=device).random_()
 
 
 class _Keyed(nn.Module):
-    """What the two layers share: zero with probability `p`, divide what is kept by 1 - p, in training only."""
+    """Base of the two layers: in training, set to zero with probability `p` and divide the rest by 1 - p."""
 
     def __init__(self, p: float, stream: int) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class _Keyed(nn.Module):
         self.stream = stream
 
     def _drop(self, x: Tensor, keys: Tensor | None, count: int, shape: torch.Size | tuple[int, ...]) -> Tensor:
-        """x with `count` masks a clip, viewed as `shape`. Dividing x, not the mask, rounds once: 1/0.9 is 0.2 % off in bf16."""
+        """x with `count` mask values per clip, viewed as `shape`. Dividing x (not the mask) rounds once: 1/0.9 is 0.2 % off in bf16."""
         if not self.training or self.p == 0:
             return x
         keys = draw_keys(x.shape[0], x.device) if keys is None else keys
@@ -119,10 +119,13 @@ class KeyedDropPath(_Keyed):
         return self._drop(x, keys, 1, (-1, *[1] * (x.dim() - 1)))
 
 
-def kept_masks(layers: Sequence[KeyedDropPath], keys: Tensor, dtype: torch.dtype) -> list[Mask | None]:
-    """Which clips each layer keeps, drawn for all layers by one series of operations; None for a layer that drops nothing.
+def drop_path_masks(layers: Sequence[KeyedDropPath], keys: Tensor, dtype: torch.dtype) -> list[Mask | None]:
+    """Stochastic-depth masks of all layers, drawn by one series of operations; None for a layer with p = 0.
 
-    `mask * factor` is what `KeyedDropPath` multiplies by: the same draws.
+    `mask.keep * mask.scale` is what `KeyedDropPath` multiplies by, from the same draws.
+
+    Args:
+        keys: the clips' keys, int64 [N].
     """
     active = [layer for layer in layers if layer.p]
     if not active:
@@ -137,5 +140,5 @@ def kept_masks(layers: Sequence[KeyedDropPath], keys: Tensor, dtype: torch.dtype
 
 
 def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`values` on the device."""
-    return kept((values, dtype, device), lambda: torch.tensor(values, dtype=dtype, device=device))
+    """`values` as a cached tensor on the device."""
+    return cached((values, dtype, device), lambda: torch.tensor(values, dtype=dtype, device=device))

@@ -141,7 +141,7 @@ class Plan:
         """16 hex digits that stand for the tickets of samples ``[start, stop)``."""
         return hashlib.blake2b(self.tickets(start, stop).tobytes(), digest_size=8).hexdigest()
 
-    def stand_in(self, ticket: np.void, attempt: int) -> int:
+    def fallback_index(self, ticket: np.void, attempt: int) -> int:
         """The index of the video to show in place of an unreadable one, from the same dataset.
 
         Attempts 0, 1, 2 … name different videos, and never the unreadable one itself, until the dataset has no more.
@@ -153,6 +153,9 @@ class Plan:
         turn = np.array([attempt % others])
         other = int(permute(turn, others, key("stand-in", self.seed, source.name, bad, int(ticket["pass"])))[0])
         return other + (other >= bad)
+
+    stand_in = fallback_index
+    """The earlier name of `fallback_index`."""
 
     def describe(self) -> dict[str, Any]:
         """All that the order depends on, in JSON's types."""

@@ -25,7 +25,7 @@ from multitrain.evaluation.beside import beside
 from multitrain.evaluation.pictures import Example, History
 from multitrain.evaluation.scored import Scored, confused, hardest, newest_evaluation, read_evaluation
 from multitrain.files import OutputFolder
-from multitrain.interop.sharing import shareable, shareable_words, without_places
+from multitrain.interop.sharing import redact, shareable, shareable_overrides
 from multitrain.plot_style import table as aligned
 from multitrain.records import events, jsonl, metrics
 from multitrain.records.progress import duration
@@ -85,7 +85,7 @@ def write_report(
         place.write_bytes(f"{name}.png", png, _is_report)
     state = status(run_dir)
     hidden = _hosts(run_dir)
-    summary = {key: without_places(text, hidden) for key, text in summarise(config, history, state).items()}
+    summary = {key: redact(text, hidden) for key, text in summarise(config, history, state).items()}
     title = run_dir.resolve().name
     sections = [
         Section("", page.facts(summary, str(state["state"]))),
@@ -269,7 +269,7 @@ def _interruptions(history: History, hidden: Sequence[str]) -> str:
             str(number),
             str(i["time"] or "")[:19].replace("T", " "),
             str(i["update"]),
-            without_places(str(i["reason"]), hidden),
+            redact(str(i["reason"]), hidden),
             "–" if i["away_seconds"] is None else duration(i["away_seconds"]),
             str(i["redone"] or 0),
             str(i["world_size"] or "–"),
@@ -317,7 +317,7 @@ def _not_read(run_dir: Path, tested: Mapping[str, Scored], notes: Sequence[str],
     if not rows:
         return page.facts({"all of them": "every video that was asked for was read"})
     totals = {name: str(count) for name, count in counts.items() if count}
-    return page.facts(totals) + page.table(("in", "dataset", "video", "why"), without_places(rows, hidden))
+    return page.facts(totals) + page.table(("in", "dataset", "video", "why"), redact(rows, hidden))
 
 
 _SETTINGS = (
@@ -331,7 +331,7 @@ def _settings(run_dir: Path, config: RunConfig, hidden: Sequence[str]) -> str:
     texts = {
         "Configuration": dump(validate(shareable(config, classes))),
         "What was typed": _typed(run_dir),
-        "Environment": without_places(_text(run_dir / "env.txt"), hidden),
+        "Environment": redact(_text(run_dir / "env.txt"), hidden),
         "Events": "\n".join(_event(e, hidden) for e in events.read(run_dir / "events.jsonl")[-EVENTS:]),
     }
     return "".join(page.folded(title, text) for title, text in texts.items())
@@ -345,7 +345,7 @@ def _typed(run_dir: Path) -> str:
     """The options of each submission, without paths."""
     try:
         return "\n".join(
-            " ".join(shareable_words(str(word) for word in entry["overrides"]))
+            " ".join(shareable_overrides(str(word) for word in entry["overrides"]))
             for entry in read_yaml(run_dir / "overrides.yaml")
         )
     except (ConfigError, KeyError, TypeError):
@@ -354,7 +354,7 @@ def _typed(run_dir: Path) -> str:
 
 def _event(event: Mapping[str, Any], hidden: Sequence[str]) -> str:
     kept = {k: v for k, v in event.items() if k not in ("host", "pid", "job", "overrides")}
-    return json.dumps(without_places(kept, hidden), ensure_ascii=False)
+    return json.dumps(redact(kept, hidden), ensure_ascii=False)
 
 
 def _hosts(run_dir: Path) -> list[str]:

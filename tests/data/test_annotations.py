@@ -20,10 +20,18 @@ import pytest
 from multitrain.config import ConfigError, DatasetConfig, dump
 from multitrain.config.class_names import read_class_names
 from multitrain.data import catalog as catalogs
-from multitrain.data.annotations import LONGEST_PATH, CatalogError, Syntax, lines, one_spelling, parse, read_annotations
+from multitrain.data.annotations import (
+    MAX_PATH_BYTES,
+    CatalogError,
+    Syntax,
+    lines,
+    normalise_path,
+    parse,
+    read_annotations,
+)
 from multitrain.data.catalog import Catalog, summary
-from multitrain.data.index import indexed
-from multitrain.data.prepare.check import listed
+from multitrain.data.index import ensure_index
+from multitrain.data.prepare.check import list_entries
 from multitrain.data.prepare.listing import AnnotationFiles, Layout, segments
 from multitrain.records import jsonl as jsonl
 from tests.data.numbered import run_config
@@ -79,7 +87,7 @@ def test_lines_of_other_tools_are_read(content: bytes, syntax: Syntax, expected:
         ("a.mp4 1\nb.mp4 2\n".encode("utf-16"), "train.csv: is UTF-16, not UTF-8; save it as UTF-8"),
         ("a.mp4 1\nb.mp4 2\n".encode("utf-16-le"), "is UTF-16"),
         ("a.mp4 1\nb.mp4 2\n".encode("utf-16-be"), "is UTF-16"),
-        (b"a.mp4 1\n" + b"x" * (LONGEST_PATH + 1) + b" 2\n", f"train.csv:2: a path of {LONGEST_PATH + 1} bytes"),
+        (b"a.mp4 1\n" + b"x" * (MAX_PATH_BYTES + 1) + b" 2\n", f"train.csv:2: a path of {MAX_PATH_BYTES + 1} bytes"),
         (b"a.mp4 1\n\n" + b"x " * 100_000 + b"\n", "train.csv:3: a line of more than 65,536 bytes"),
         (b"a.mp4 " + b"9" * 5000 + b"\n", "is no whole number up to 1,000,000,000"),
         ("a.mp4 ²\n".encode(), "train.csv:1: label '²' is no whole number"),
@@ -108,7 +116,7 @@ def opened(folder: Path, content: bytes, present: bool = True, **fields: object)
     (folder / "annotations/train.csv").write_bytes(content)
     if present:
         for line in lines(content, NAME, PLAIN):
-            file = folder / "videos" / os.fsdecode(one_spelling(line.path))
+            file = folder / "videos" / os.fsdecode(normalise_path(line.path))
             file.parent.mkdir(parents=True, exist_ok=True)
             file.touch()
             if b"/../" in line.path:
@@ -216,7 +224,7 @@ def test_a_few_hundred_are_looked_at_spread_over_the_file(tmp_path: Path) -> Non
 def test_a_slow_disk_ends_the_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     catalog = some(tmp_path, missing=0, count=100)
     monkeypatch.setattr(catalogs, "absent", lambda path: time.sleep(0.02))
-    found = catalog.look(patience=0.01)
+    found = catalog.look(seconds=0.01)
     assert 4 <= found.looked < 100
     assert found.missing == 0
 
@@ -252,8 +260,8 @@ def test_shared_files_are_read(shared: Path, name: str, last: str) -> None:
 # ------------------------------------------------------------------------------------------ what is no list at all
 
 READERS: dict[str, Callable[[Path], object]] = {
-    "training": lambda csv: indexed(csv, PLAIN, csv.parent / "index"),
-    "data check": lambda csv: listed({"d": entry(csv.parent)}),
+    "training": lambda csv: ensure_index(csv, PLAIN, csv.parent / "index"),
+    "data check": lambda csv: list_entries({"d": entry(csv.parent)}),
     "data resize": lambda csv: AnnotationFiles(csv.parent),
     "segments": lambda csv: segments(Layout(csv.parent, csv.parent / "out"), csv),
 }
@@ -308,12 +316,12 @@ def test_more_lines_than_any_list_has_are_refused(tmp_path: Path, monkeypatch: p
     csv = tmp_path / "train.csv"
     csv.write_bytes(b"a 1\n" * 1000 + b"b 2")
     assert read_annotations(csv).count(b"\n") == 1000
-    monkeypatch.setattr("multitrain.data.annotations.MOST_LINES", 900)
+    monkeypatch.setattr("multitrain.data.annotations.MAX_LINES", 900)
     assert "more than 900 lines" in refused_by_all(csv)
 
 
 def test_lines_across_blocks_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("multitrain.data.annotations.LONGEST_LINE", 20)
+    monkeypatch.setattr("multitrain.data.annotations.MAX_LINE_BYTES", 20)
     csv = tmp_path / "train.csv"
     for block in range(1, 40):
         monkeypatch.setattr("multitrain.config.reading.BLOCK", block)
@@ -365,8 +373,8 @@ def test_what_is_no_file_of_bytes_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "remedy"),
     [
-        (b"path label\n", "a header line has to go"),
-        ("chemin étiquette\n".encode(), "a header line has to go"),
+        (b"path label\n", "remove the header line"),
+        ("chemin étiquette\n".encode(), "remove the header line"),
         (b"1 a/1.mp4\n", "the columns are in the other order"),
         (b'"a/1.mp4 1"\n', "the line as a whole is in quotation marks"),
         (b"'a/1.mp4 1'\n", "the line as a whole is in quotation marks"),

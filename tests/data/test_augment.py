@@ -28,7 +28,7 @@ from multitrain.data.randaugment import (
     operation,
     parse_policy,
 )
-from multitrain.data.random import Draws
+from multitrain.data.random import KeyedRNG
 from multitrain.data.spatial import Box, erase_box, random_resized_crop
 from tests import material
 
@@ -60,7 +60,7 @@ def clip_of_pictures(frames: int = 3, height: int = 96, width: int = 130) -> np.
 
 def fast(frames: np.ndarray, operations: list[Operation], crop: Box | None = None) -> np.ndarray:
     whole = Box(0, 0, *frames.shape[1:3])
-    cropper = randaugment_opencv.Cropper(*frames.shape[1:3], operations, crop or whole)
+    cropper = randaugment_opencv.FrameCropper(*frames.shape[1:3], operations, crop or whole)
     return np.stack([cropper(frame) for frame in frames])
 
 
@@ -71,9 +71,9 @@ def difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def both_clips(frames: np.ndarray, number: int, name: str | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Clips of 224 pixels by the fast and by the exact backend from the same draws; of one operation when it is named."""
     config = AugmentConfig(randaugment=None if name else PUBLISHED)
-    drawn = draw_augmentation(*frames.shape[1:3], config, 224, Draws("both", number), True)
+    drawn = draw_augmentation(*frames.shape[1:3], config, 224, KeyedRNG("both", number), True)
     if name:
-        magnitude = Draws("magnitude", number).normal(7.0, 0.5)
+        magnitude = KeyedRNG("magnitude", number).normal(7.0, 0.5)
         one = operation(name, magnitude, 1.0 if number % 2 else -1.0, increasing=True)
         drawn = drawn._replace(operations=[one])
     change = {backend: augment.changer(*frames.shape[1:3], drawn, backend) for backend in ("opencv", "pil")}
@@ -122,14 +122,14 @@ class TestLaw:
             parse_policy(wrong)
 
     def test_each_layer_carries_out_each_operation_once_in_thirty(self) -> None:
-        policy, draws, clips = parse_policy(PUBLISHED), Draws("law"), 4000
+        policy, draws, clips = parse_policy(PUBLISHED), KeyedRNG("law"), 4000
         counts = Counter(op.name for _ in range(clips) for op in draw_operations(policy, draws))
         assert set(counts) == set(OPERATIONS)
         expected = clips * 4 / 30
         assert all(abs(count - expected) < 4.5 * expected**0.5 for count in counts.values())
 
     def test_layers_are_independent_and_repeat_operations(self) -> None:
-        policy, draws = parse_policy(PUBLISHED), Draws("layers")
+        policy, draws = parse_policy(PUBLISHED), KeyedRNG("layers")
         lengths = Counter(len(draw_operations(policy, draws)) for _ in range(4000))
         for length, share in enumerate((1, 4, 6, 4, 1)):
             assert lengths[length] / 4000 == pytest.approx(share / 16, abs=0.03)
@@ -137,7 +137,7 @@ class TestLaw:
         assert any(len(set(names)) < len(names) for names in drawn)
 
     def test_magnitudes_are_normal_around_seven_with_both_signs(self) -> None:
-        policy, draws = parse_policy(PUBLISHED), Draws("magnitude")
+        policy, draws = parse_policy(PUBLISHED), KeyedRNG("magnitude")
         angles = [o.argument for _ in range(12000) for o in draw_operations(policy, draws) if o.name == "Rotate"]
         magnitudes = np.abs(angles) / 3.0
         assert magnitudes.mean() == pytest.approx(7.0, abs=0.06)
@@ -145,7 +145,7 @@ class TestLaw:
         assert np.mean(np.array(angles) > 0) == pytest.approx(0.5, abs=0.05)
 
     def test_magnitudes_are_clipped_to_ten(self) -> None:
-        draws = Draws("clip")
+        draws = KeyedRNG("clip")
         drawn = [op for _ in range(500) for op in draw_operations(Policy(10.0, 4, 3.0, increasing=True), draws)]
         assert max(abs(op.argument) for op in drawn if op.name == "Rotate") == 30.0
         assert min(op.argument for op in drawn if op.name == "Posterize") == 0
@@ -253,7 +253,7 @@ class TestFastBackend:
     def test_a_crop_is_the_crop_of_the_whole(self) -> None:
         frames = clip_of_pictures(1)
         for number in range(200):
-            draws = Draws("lazy", number)
+            draws = KeyedRNG("lazy", number)
             operations = draw_operations(Policy(7.0, 5, 2.0, increasing=True), draws)
             crop = random_resized_crop(96, 130, (0.02, 1.0), (0.3, 3.0), draws)
             whole = fast(frames, operations)[0]
@@ -272,7 +272,7 @@ class TestFastBackend:
         frames = clip_of_pictures(2)
         means = []
         for number in range(150):
-            operations = draw_operations(parse_policy(PUBLISHED), Draws("chain", number))
+            operations = draw_operations(parse_policy(PUBLISHED), KeyedRNG("chain", number))
             means.append(difference(fast(frames, operations), randaugment_pil.apply(frames, operations)).mean())
         assert np.mean(means) < 0.5
         assert np.quantile(means, 0.9) < 1.0  # beyond: a steep table behind a filter turns one level into many
@@ -325,7 +325,7 @@ class TestFastBackend:
         frames = clip_of_pictures()
         before = frames.copy()
         for number in range(60):
-            augment_clip(frames, AugmentConfig(flip_probability=0.5), 32, Draws("const", number), True)
+            augment_clip(frames, AugmentConfig(flip_probability=0.5), 32, KeyedRNG("const", number), True)
         np.testing.assert_array_equal(frames, before)
 
 
@@ -335,9 +335,9 @@ class TestClip:
     @pytest.mark.parametrize("backend", ["opencv", "pil"])
     def test_a_clip_is_a_pure_function_of_its_draws(self, backend: Any) -> None:
         frames, config = clip_of_pictures(), AugmentConfig(backend=backend)
-        a, box_a = augment_clip(frames, config, 48, Draws("pure", 1), True)
-        b, box_b = augment_clip(frames, config, 48, Draws("pure", 1), True)
-        other, _ = augment_clip(frames, config, 48, Draws("pure", 2), True)
+        a, box_a = augment_clip(frames, config, 48, KeyedRNG("pure", 1), True)
+        b, box_b = augment_clip(frames, config, 48, KeyedRNG("pure", 1), True)
+        other, _ = augment_clip(frames, config, 48, KeyedRNG("pure", 2), True)
         assert (a.shape, a.dtype, a.flags.c_contiguous) == ((3, 48, 48, 3), np.uint8, True)
         assert (box_a.shape, box_a.dtype) == ((4,), np.int32)
         np.testing.assert_array_equal(a, b)
@@ -349,9 +349,13 @@ class TestClip:
         frames = clip_of_pictures()
         settings = {"randaugment": None, "backend": backend, "erase_probability": 0.0}
         for number in range(5):
-            straight, _ = augment_clip(frames, AugmentConfig(flip_probability=0, **settings), 40, Draws(number), True)
-            flipped, _ = augment_clip(frames, AugmentConfig(flip_probability=1, **settings), 40, Draws(number), True)
-            refused, _ = augment_clip(frames, AugmentConfig(flip_probability=1, **settings), 40, Draws(number), False)
+            straight, _ = augment_clip(
+                frames, AugmentConfig(flip_probability=0, **settings), 40, KeyedRNG(number), True
+            )
+            flipped, _ = augment_clip(frames, AugmentConfig(flip_probability=1, **settings), 40, KeyedRNG(number), True)
+            refused, _ = augment_clip(
+                frames, AugmentConfig(flip_probability=1, **settings), 40, KeyedRNG(number), False
+            )
             np.testing.assert_array_equal(flipped, straight[:, :, ::-1])
             np.testing.assert_array_equal(refused, straight)
 
@@ -359,8 +363,8 @@ class TestClip:
         frames = clip_of_pictures()
         for backend, tolerance in (("pil", 0.5001), ("opencv", 1.6)):
             config = AugmentConfig(randaugment=None, flip_probability=0.0, backend=backend)
-            clip, _ = augment_clip(frames, config, 56, Draws("bilinear"), True)
-            crop = draw_augmentation(96, 130, config, 56, Draws("bilinear"), True).crop
+            clip, _ = augment_clip(frames, config, 56, KeyedRNG("bilinear"), True)
+            crop = draw_augmentation(96, 130, config, 56, KeyedRNG("bilinear"), True).crop
             x = torch.from_numpy(np.stack([crop.cut(f) for f in frames])).permute(0, 3, 1, 2).float()
             expected = torch.nn.functional.interpolate(x, (56, 56), mode="bilinear", align_corners=False)
             d = (torch.from_numpy(clip).permute(0, 3, 1, 2).float() - expected).abs()
@@ -369,7 +373,7 @@ class TestClip:
     def test_all_frames_get_the_same_change(self) -> None:
         frames = np.repeat(picture()[None], 3, axis=0)
         for number in range(20):
-            clip, _ = augment_clip(frames, AugmentConfig(), 32, Draws("same", number), True)
+            clip, _ = augment_clip(frames, AugmentConfig(), 32, KeyedRNG("same", number), True)
             assert (clip == clip[:1]).all()
 
 
@@ -382,7 +386,7 @@ class TestCrop:
         assert own == [tuple(box) for box in boxes]
 
     def test_areas_and_aspects_follow_their_law(self) -> None:
-        draws = Draws("crop")
+        draws = KeyedRNG("crop")
         boxes = [random_resized_crop(1000, 1000, (0.08, 0.5), (0.75, 4 / 3), draws) for _ in range(4000)]
         area = np.array([b.height * b.width for b in boxes]) / 1e6
         aspect = np.log([b.width / b.height for b in boxes])
@@ -390,7 +394,7 @@ class TestCrop:
         np.testing.assert_allclose(np.quantile(aspect, [0.0, 0.5, 1.0]), np.log([0.75, 1, 4 / 3]), atol=0.02)
 
     def test_every_offset_can_be_chosen_the_last_included(self) -> None:
-        draws = Draws("offset")
+        draws = KeyedRNG("offset")
         boxes = [random_resized_crop(8, 8, (0.5, 0.5), (1.0, 1.0), draws) for _ in range(200)]
         assert {b.top for b in boxes} == {b.left for b in boxes} == {0, 1, 2}
 
@@ -400,14 +404,14 @@ class TestCrop:
     def test_frames_that_no_box_fits_are_cropped_at_the_centre(
         self, height: int, width: int, expected: tuple[int, ...]
     ) -> None:
-        assert random_resized_crop(height, width, (0.9, 1.0), (0.75, 1.3333), Draws("fallback")) == expected
+        assert random_resized_crop(height, width, (0.9, 1.0), (0.75, 1.3333), KeyedRNG("fallback")) == expected
 
 
 class TestEraseBox:
     """Which box is erased."""
 
     def test_law(self) -> None:
-        draws = Draws("erase")
+        draws = KeyedRNG("erase")
         boxes = [erase_box(224, 224, 0.25, draws) for _ in range(6000)]
         drawn = [b for b in boxes if b.height]
         assert len(drawn) / 6000 == pytest.approx(0.25, abs=0.03)
@@ -420,7 +424,7 @@ class TestEraseBox:
         assert np.median(np.log([b.height / b.width for b in drawn])) == pytest.approx(0.0, abs=0.1)
 
     def test_no_box_is_zeros(self) -> None:
-        assert erase_box(224, 224, 0.0, Draws(0)) == (0, 0, 0, 0)
+        assert erase_box(224, 224, 0.0, KeyedRNG(0)) == (0, 0, 0, 0)
 
 
 def own_name(published: str) -> str:

@@ -30,10 +30,10 @@ def test_a_clip_has_the_same_pixels_however_many_frames_are_held(
 ) -> None:
     tickets = job.plan.tickets(0, 12)
     whole, parts = np.zeros((2, len(tickets), *job.shape), job.dtype)
-    for ticket, out in zip(tickets, whole):
-        job.run(Task(0, ticket), out)
-    monkeypatch.setattr(clips, "HELD", held)
-    for ticket, out in zip(tickets, parts):
-        job.run(Task(0, ticket), out)
+    for sample, out in zip(tickets, whole):
+        job.run(Task(0, sample), out)
+    monkeypatch.setattr(clips, "AUGMENT_BATCH_BYTES", held)
+    for sample, out in zip(tickets, parts):
+        job.run(Task(0, sample), out)
     assert (whole == parts).all()
     assert whole.any()

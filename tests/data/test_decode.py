@@ -116,7 +116,7 @@ def test_a_window_late_in_the_file_starts_at_its_key_picture(tmp_path: Path, mon
 
 def test_files_too_large_to_hold_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_numbered(tmp_path / "a.mp4", 40, options={"g": "10"})
-    monkeypatch.setattr(pyav, "HELD_BYTES", 2000)
+    monkeypatch.setattr(pyav, "MAX_CACHED_BYTES", 2000)
     with open_video(path) as video:
         for order in ORDERS.values():
             assert numbers(video.frames(order)) == order

@@ -14,9 +14,9 @@ import pytest
 from multitrain.config import AugmentConfig
 from multitrain.data import randaugment_opencv, spatial
 from multitrain.data.augment import augment_clip
-from multitrain.data.decode import VideoError, container, open_video, read_whole
+from multitrain.data.decode import VideoError, container, open_video, scan_video
 from multitrain.data.frames import view_windows
-from multitrain.data.random import Draws
+from multitrain.data.random import KeyedRNG
 from multitrain.data.spatial import Box, resize_crop
 from tests import material
 from tests.data.numbered import number_of, write_numbered
@@ -57,7 +57,7 @@ def test_a_constant_rate_is_the_containers(tmp_path: Path, ending: str) -> None:
     path = write_numbered(tmp_path / f"a.{ending}", 40, codec=codec, options={"bf": "2", "g": "10"})
     with open_video(path) as video:
         assert (video.frame_count, video.fps) == (40, 30.0)
-    assert read_whole(path).frames == 40
+    assert scan_video(path).frames == 40
 
 
 @pytest.mark.parametrize("ending", ["ts", "mkv", "webm", "flv"])
@@ -80,12 +80,12 @@ def test_an_avi_whose_header_counts_empty_chunks_is_whole_and_has_its_frames_ove
     with open_video(path) as video:
         assert video.frame_count == 61
         assert video.fps == pytest.approx(61 / 3)
-    assert read_whole(path).decoded == 61
+    assert scan_video(path).decoded == 61
     ordinary = write_numbered(tmp_path / "d.avi", 40, options={"bf": "2"})
-    assert read_whole(ordinary).fps == 30.0
+    assert scan_video(ordinary).fps == 30.0
     (tmp_path / "e.avi").write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(VideoError, match=r"cut off: \d+ of 75 frames|cannot be decoded beyond"):
-        read_whole(tmp_path / "e.avi")
+        scan_video(tmp_path / "e.avi")
 
 
 def test_a_stream_whose_clock_is_set_anew_or_jumps_goes_on(tmp_path: Path, plain: Path) -> None:
@@ -125,7 +125,7 @@ def test_nothing_before_the_first_key_picture_is_shown_and_every_window_is_reada
     numbers = shown(path)
     assert numbers == list(range(numbers[0], 60))
     assert 7 < numbers[0] <= 21
-    assert read_whole(path).decoded == len(numbers)
+    assert scan_video(path).decoded == len(numbers)
     rng = random.Random(0)
     for _ in range(8):
         wanted = sorted(rng.choices(range(len(numbers)), k=4))
@@ -231,7 +231,7 @@ def test_frames_beyond_the_largest_size_are_refused_before_they_are_decoded(
 ) -> None:
     monkeypatch.setattr(container, "MAX_PIXELS", 1000)
     with pytest.raises(VideoError):
-        read_whole(plain)
+        scan_video(plain)
 
 
 # --- large frames -----------------------------------------------------------------------------------------------------
@@ -241,12 +241,12 @@ def test_large_frames_are_worked_on_in_bands_with_the_same_bits(monkeypatch: pyt
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 256, (1, 700, 900, 3), dtype=np.uint8)
     crops = [resize_crop(frames[0], (256, 329), Box(0, 40, 256, 256))]
-    clips = [augment_clip(frames, AugmentConfig(), 64, Draws("large", n), True)[0] for n in range(60)]
+    clips = [augment_clip(frames, AugmentConfig(), 64, KeyedRNG("large", n), True)[0] for n in range(60)]
     for module in (spatial, randaugment_opencv):
         monkeypatch.setattr(module, "LARGE", 1000)
     np.testing.assert_array_equal(resize_crop(frames[0], (256, 329), Box(0, 40, 256, 256)), crops[0])
     for n, clip in enumerate(clips):
-        np.testing.assert_array_equal(augment_clip(frames, AugmentConfig(), 64, Draws("large", n), True)[0], clip)
+        np.testing.assert_array_equal(augment_clip(frames, AugmentConfig(), 64, KeyedRNG("large", n), True)[0], clip)
 
 
 # --- files of others, where they are at hand --------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def test_the_files_that_failed_have_their_right_values(shared: Path) -> None:
         ("vfr_phone.mp4", 150, 30.301),
         ("colon_name.mp4", 75, 25.0),
     ):
-        found = read_whole(bugs / name)
+        found = scan_video(bugs / name)
         assert (found.frames, found.decoded, round(found.fps, 3)) == (frames, frames, fps), name
     with open_video(bugs / "vfr_jitter_ts.ts") as video:
         (window,) = view_windows(video.frame_count, video.fps, 32, sampling_rate=2, target_fps=30, views=1)

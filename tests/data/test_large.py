@@ -17,7 +17,7 @@ from multitrain.data.augment import Augmenter
 from multitrain.data.decode import Picture, open_video, part, pixels, pyav
 from multitrain.data.decode.picture import Cutter
 from multitrain.data.randaugment_tiles import rows_read
-from multitrain.data.random import Draws
+from multitrain.data.random import KeyedRNG
 from multitrain.data.spatial import resize_crop, short_side_size, uniform_crop
 
 FORMATS = (
@@ -112,7 +112,7 @@ def test_training_and_test_clips_have_the_same_bits_part_by_part(
             height, width = whole.shape[:2]
             for number in range(40):
                 side = 24 if number % 2 else 112
-                augmenter = Augmenter(height, width, AugmentConfig(), side, Draws("large", kind, number), True)
+                augmenter = Augmenter(height, width, AugmentConfig(), side, KeyedRNG("large", kind, number), True)
                 once, parts = np.zeros((2, side, side, 3), np.uint8)
                 augmenter(whole, once)
                 augmenter(frame, parts)
@@ -137,7 +137,7 @@ def test_an_opencv_whose_warps_cannot_be_cut_works_on_whole_frames(
     with open_video(write(tmp_path / "a.nut", "yuv420p", (200, 160))) as video:
         for _, frame in video.pictures([0]):
             for number in range(20):
-                augmenter = Augmenter(160, 200, AugmentConfig(), 24, Draws("large", number), True)
+                augmenter = Augmenter(160, 200, AugmentConfig(), 24, KeyedRNG("large", number), True)
                 once, parts = np.zeros((2, 24, 24, 3), np.uint8)
                 augmenter(pixels(frame), once)
                 augmenter(frame, parts)
@@ -165,7 +165,7 @@ from multitrain.config import AugmentConfig, DataConfig, DatasetConfig, ModelCon
 from multitrain.data.augment import Augmenter, changer
 from multitrain.data.decode import open_video
 from multitrain.data.pool import configure_worker
-from multitrain.data.random import Draws
+from multitrain.data.random import KeyedRNG
 from multitrain.data.randaugment import Operation
 from multitrain.data.views import crop_plan, show
 
@@ -183,9 +183,9 @@ def each(path, use):
 
 configure_worker()
 path = sys.argv[1]
-made = Augmenter(2160, 3840, AugmentConfig(randaugment=None, crop_area=(1, 1)), 224, Draws("a", 0), True)
+made = Augmenter(2160, 3840, AugmentConfig(randaugment=None, crop_area=(1, 1)), 224, KeyedRNG("a", 0), True)
 chain = [Operation("Rotate", 20.0), Operation("Equalize"), Operation("ShearX", 0.2), Operation("Sharpness", 1.5)]
-busy = Augmenter(2160, 3840, AugmentConfig(randaugment=None, crop_area=(1, 1)), 224, Draws("a", 0), True)
+busy = Augmenter(2160, 3840, AugmentConfig(randaugment=None, crop_area=(1, 1)), 224, KeyedRNG("a", 0), True)
 busy.change = changer(2160, 3840, busy.drawn._replace(operations=chain), "opencv", 224)
 out = np.zeros((224, 224, 3), np.uint8)
 views = np.zeros((1, 3, 1, 224, 224), np.float32)

@@ -24,7 +24,7 @@ import torch
 import multitrain.data.clips as clips
 import multitrain.data.loader as loader
 from multitrain.config import ConfigError, RunConfig
-from multitrain.data.call_timeout import CallTimeout, Guard
+from multitrain.data.call_timeout import CallTimeout, TimeoutRunner
 from multitrain.data.catalog import Catalog, open_catalogs, sources
 from multitrain.data.clips import EvalViewsFn, Task, TrainClipFn
 from multitrain.data.decode import Video, VideoError
@@ -286,7 +286,7 @@ def test_a_dataset_without_readable_videos_ends_the_run_with_a_reason(
         path.write_bytes(b"no video")
     with (
         Setting(damaged, tmp_path / "index").load(workers=workers) as batches,
-        pytest.raises(LoaderError, match=r"stand-ins from dataset 'stride'"),
+        pytest.raises(LoaderError, match=r"fallback videos of dataset 'stride'"),
     ):
         list(batches)
 
@@ -302,7 +302,7 @@ def test_an_error_of_the_operating_system_gets_a_second_try(setting: Setting, mo
         return original(self, path, *rest)
 
     monkeypatch.setattr(TrainClipFn, "read", flaky)
-    monkeypatch.setattr(clips, "_RETRY_AFTER", 0.0)
+    monkeypatch.setattr(clips, "_RETRY_DELAY_SECONDS", 0.0)
     got = setting.batches(0, 1)
     assert len(failed) == 2
     assert all(same(a, b) for a, b in zip(got, expected))
@@ -349,7 +349,7 @@ def test_close_is_prompt_while_a_worker_is_stuck(videos: Path, tmp_path: Path, m
 def test_a_test_video_given_up_never_writes_to_its_place_again(
     videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clips, "_GRACE", 0.2)
+    monkeypatch.setattr(clips, "_GUARD_MARGIN_SECONDS", 0.2)
     goes_on, ended = threading.Event(), threading.Event()
     original = Video.pictures
 
@@ -375,7 +375,7 @@ def test_a_test_video_given_up_never_writes_to_its_place_again(
 
 
 def test_a_call_that_does_not_return_is_left_behind() -> None:
-    guard = Guard()
+    guard = TimeoutRunner()
     with pytest.raises(CallTimeout):
         guard.run(lambda: time.sleep(5), 0.05)
     assert guard.run(lambda: 3, 5.0) == 3
@@ -385,7 +385,7 @@ def test_a_call_that_does_not_return_is_left_behind() -> None:
 
 def test_the_thread_of_a_guard_ends_with_it_and_one_that_was_stuck_when_it_returns() -> None:
     released = threading.Event()
-    guard = Guard()
+    guard = TimeoutRunner()
     threads = [guard.run(threading.current_thread, 5.0)]
     threads.append(guard.run(threading.current_thread, 5.0))
     assert threads[0] is threads[1]
@@ -402,9 +402,9 @@ def test_the_thread_of_a_guard_ends_with_it_and_one_that_was_stuck_when_it_retur
 class Echo:
     """A job that gives its tasks back."""
 
-    shape, dtype, patience = (1,), np.dtype(np.uint8), 60.0
+    shape, dtype, answer_timeout = (1,), np.dtype(np.uint8), 60.0
 
-    def prepare(self) -> None:
+    def warm_up(self) -> None:
         pass
 
     def run(self, task: int, out: np.ndarray) -> int:

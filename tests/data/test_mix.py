@@ -13,8 +13,8 @@ from torch import Tensor
 from benchmarks.published import values
 from multitrain.config import AugmentConfig, DataConfig, DatasetConfig
 from multitrain.data import mix
-from multitrain.data.mix import Mixing, Prepared, prepare
-from multitrain.data.random import Draws
+from multitrain.data.mix import DeviceBatch, Mixing, finalize_batch
+from multitrain.data.random import KeyedRNG
 from multitrain.data.spatial import Box
 
 DATASETS = {"kinetics": 400, "mit": 305, "ssv2": 174}
@@ -24,7 +24,7 @@ PLAIN = AugmentConfig(mix_probability=0.0, erase_probability=0.0)
 
 @dataclass
 class Batch:
-    """What `prepare` reads."""
+    """What `finalize_batch` reads."""
 
     clips: Tensor
     dataset: Tensor
@@ -73,8 +73,8 @@ def data(multi_label: tuple[str, ...] = ()) -> DataConfig:
     )
 
 
-def run(batch: Batch, augment: AugmentConfig, seed: int = 0, **settings: Any) -> Prepared:
-    return prepare(batch, settings.pop("data", data()), DATASETS, augment, "cpu", seed, **settings)
+def run(batch: Batch, augment: AugmentConfig, seed: int = 0, **settings: Any) -> DeviceBatch:
+    return finalize_batch(batch, settings.pop("data", data()), DATASETS, augment, "cpu", seed, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,7 @@ class TestMixing:
         torch.testing.assert_close(mixed[..., ~inside], plain[..., ~inside], rtol=0, atol=0)
 
     def test_the_law_of_lambda_and_box(self) -> None:
-        drawn = [mix.draw_mixing(AugmentConfig(), 224, 224, Draws("law", n)) for n in range(8000)]
+        drawn = [mix.draw_mixing(AugmentConfig(), 224, 224, KeyedRNG("law", n)) for n in range(8000)]
         cut = [m for m in drawn if m.box is not None]
         assert len(cut) / 8000 == pytest.approx(0.5, abs=0.03)
         share = torch.tensor([m.share for m in drawn if m.box is None])
@@ -232,7 +232,7 @@ class TestMixing:
 
     def test_switches(self) -> None:
         def boxes(**settings: Any) -> set[bool | None]:
-            drawn = [mix.draw_mixing(AugmentConfig(**settings), 64, 64, Draws("s", n)) for n in range(60)]
+            drawn = [mix.draw_mixing(AugmentConfig(**settings), 64, 64, KeyedRNG("s", n)) for n in range(60)]
             return {None if m == Mixing(1.0, None) else m.box is not None for m in drawn}
 
         assert boxes(mix_probability=0.0) == {None}

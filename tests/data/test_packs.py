@@ -24,7 +24,7 @@ from multitrain.data.catalog import open_catalogs, plan_of, summary
 from multitrain.data.clips import Task, TrainClipFn
 from multitrain.data.decode import VideoError, open_video
 from multitrain.data.index import _MAGIC, read_header
-from multitrain.data.packs import BLOCK, INDEX, Pack, locate, open_pack
+from multitrain.data.packs import BLOCK, INDEX, Pack, find_packed, open_pack
 from multitrain.data.prepare.packing import Unpack
 from multitrain.data.prepare.scan import ScanFile
 
@@ -106,9 +106,9 @@ def test_a_run_on_shards_has_the_plan_and_the_clips_of_a_run_on_files(
         catalogs = open_catalogs(config.data, "train", tmp_path)
         jobs.append(TrainClipFn(catalogs, plan_of(config, catalogs), config))
     assert jobs[0].plan.fingerprint == jobs[1].plan.fingerprint
-    for ticket in jobs[0].plan.tickets(0, 12):
+    for sample in jobs[0].plan.tickets(0, 12):
         out = [np.zeros(job.shape, job.dtype) for job in jobs]
-        clips = [job.run(Task(0, ticket), buffer) for job, buffer in zip(jobs, out)]
+        clips = [job.run(Task(0, sample), buffer) for job, buffer in zip(jobs, out)]
         assert np.array_equal(*out)
         assert np.array_equal(clips[0].keys, clips[1].keys)
         assert clips[1].skipped == []
@@ -251,9 +251,9 @@ def test_names_of_any_kind_are_found_again(tmp_path: Path, name: str) -> None:
     file.write_bytes(b"bytes")
     assert pack(tmp_path / "videos", tmp_path / "out") == 0
     assert packs.read(tmp_path / "out" / name) == b"bytes"
-    stored = locate(tmp_path / "out" / name)
+    stored = find_packed(tmp_path / "out" / name)
     assert stored is not None
-    assert packs.wrong_frame(stored) == ""
+    assert packs.framing_error(stored) == ""
 
 
 def test_parts_of_an_array_together_write_the_index(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from multitrain.data.random import Draws
+from multitrain.data.random import KeyedRNG
 
 COUNT = 20_000
 
@@ -48,7 +48,7 @@ def beta_cdf(a: float, b: float) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def test_the_stream_is_the_same_for_ever() -> None:
-    draws = Draws("multitrain", 7, b"x")
+    draws = KeyedRNG("multitrain", 7, b"x")
     assert [draws.word() for _ in range(3)] == WORDS
     assert draws.uniform(2, 5) == pytest.approx(UNIFORM, abs=1e-15)
     assert [draws.integer(0, 14) for _ in range(8)] == INTEGERS
@@ -57,18 +57,18 @@ def test_the_stream_is_the_same_for_ever() -> None:
 
 
 def test_words_go_on_behind_the_buffer_without_repeating() -> None:
-    draws = Draws(1)
+    draws = KeyedRNG(1)
     assert len({draws.word() for _ in range(1000)}) == 1000
 
 
 def test_other_parts_give_an_unrelated_stream() -> None:
-    a, b = Draws("mix", 0, 1), Draws("mix", 0, 2)
+    a, b = KeyedRNG("mix", 0, 1), KeyedRNG("mix", 0, 2)
     pairs = np.array([(a.uniform(), b.uniform()) for _ in range(COUNT)])
     assert abs(np.corrcoef(pairs.T)[0, 1]) < 4 / math.sqrt(COUNT)
 
 
 def test_uniform() -> None:
-    draws = Draws("uniform")
+    draws = KeyedRNG("uniform")
     sample = [draws.uniform(-3.0, 5.0) for _ in range(COUNT)]
     assert min(sample) >= -3.0
     assert max(sample) < 5.0
@@ -76,7 +76,7 @@ def test_uniform() -> None:
 
 
 def test_normal() -> None:
-    draws = Draws("normal")
+    draws = KeyedRNG("normal")
     sample = [draws.normal(7.0, 0.5) for _ in range(COUNT)]
     phi = np.vectorize(lambda x: 0.5 * (1.0 + math.erf((x - 7.0) / 0.5 / math.sqrt(2.0))))
     assert kolmogorov_smirnov(sample, phi) < 1.95
@@ -84,7 +84,7 @@ def test_normal() -> None:
 
 @pytest.mark.parametrize(("a", "b"), [(0.8, 0.8), (1.0, 1.0), (0.5, 0.5), (0.2, 0.2), (3.0, 1.5)])
 def test_beta(a: float, b: float) -> None:
-    draws = Draws("beta", str(a), str(b))
+    draws = KeyedRNG("beta", str(a), str(b))
     assert kolmogorov_smirnov([draws.beta(a, b) for _ in range(COUNT)], beta_cdf(a, b)) < 1.95
 
 
@@ -94,14 +94,14 @@ def test_the_beta_distribution_tested_against_is_right() -> None:
 
 
 def test_beta_with_tiny_parameters_stays_in_range() -> None:
-    draws = Draws("tiny")
+    draws = KeyedRNG("tiny")
     sample = [draws.beta(1e-3, 1e-3) for _ in range(2000)]
     assert all(0.0 <= x <= 1.0 for x in sample)
     assert sum(x > 0.5 for x in sample) == pytest.approx(1000, abs=100)
 
 
 def test_integers_reach_both_ends_equally_often() -> None:
-    draws = Draws("integer")
+    draws = KeyedRNG("integer")
     counts = np.bincount([draws.integer(0, 6) for _ in range(COUNT)], minlength=7)
     expected = COUNT / 7
     assert ((counts - expected) ** 2 / expected).sum() < 22.5  # chi-square, 6 degrees of freedom, p = 0.001
@@ -110,13 +110,13 @@ def test_integers_reach_both_ends_equally_often() -> None:
 
 def test_integers_of_a_huge_range_are_unbiased() -> None:
     """Three quarters of 2**64: the plain multiplication would hit some numbers twice as often as others."""
-    draws, span = Draws("huge"), 3 << 62
+    draws, span = KeyedRNG("huge"), 3 << 62
     low = sum(draws.integer(0, span - 1) % 3 == 0 for _ in range(COUNT)) / COUNT
     assert low == pytest.approx(1 / 3, abs=4 * math.sqrt(2 / 9 / COUNT))
 
 
 def test_coins() -> None:
-    draws = Draws("coin")
+    draws = KeyedRNG("coin")
     assert not any(draws.coin(0.0) for _ in range(100))
     assert all(draws.coin(1.0) for _ in range(100))
     assert sum(draws.coin(0.25) for _ in range(COUNT)) == pytest.approx(COUNT / 4, abs=4 * math.sqrt(COUNT * 3 / 16))
@@ -124,6 +124,6 @@ def test_coins() -> None:
 
 def test_impossible_draws_are_refused() -> None:
     with pytest.raises(ValueError, match="no integer"):
-        Draws(0).integer(3, 2)
+        KeyedRNG(0).integer(3, 2)
     with pytest.raises(ValueError, match="positive parameters"):
-        Draws(0).beta(0.0, 1.0)
+        KeyedRNG(0).beta(0.0, 1.0)

@@ -1,4 +1,4 @@
-"""`data show` and `data stats` tell what training does: the same clips, and the same draws."""
+"""`data show` and `data stats` show what training does: the same clips, and the same draws."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from support import settings
 from multitrain.config import validate
 from multitrain.data.catalog import open_catalogs, plan_of
 from multitrain.data.loader import TrainLoader
-from multitrain.data.mix import prepare
+from multitrain.data.mix import finalize_batch
 from multitrain.data.prepare.stats import balance, collect, draws, text
 from multitrain.data.show import clips_of, picture
 from multitrain.data.spatial import MEAN, STD
@@ -27,7 +27,9 @@ def test_what_is_shown_is_what_training_gets(tiny_data: Path, tmp_path: Path, up
     shape = solve(16, nodes=1, gpus=1, micro_batch=8, group=config.group)
     with TrainLoader(catalogs, plan, shape, 0, config, update, update + 1) as loader:
         batch = next(iter(loader))
-    ready = prepare(batch, config.data, {n: c.classes for n, c in catalogs.items()}, config.augment, "cpu", config.seed)
+    ready = finalize_batch(
+        batch, config.data, {n: c.classes for n, c in catalogs.items()}, config.augment, "cpu", config.seed
+    )
     pixels = (ready.clips.permute(0, 2, 3, 4, 1).numpy() * STD + MEAN).clip(0, 1) * 255
     assert len(shown) == len(pixels) == 8 * config.augment.copies
     for number, clip in enumerate(shown):

@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate
 from benchmarks.published import matching, same_bits, values
 from multitrain.config import ConfigError, DataConfig, DatasetConfig, ModelConfig
 from multitrain.data import decode, views
-from multitrain.data.call_timeout import CallTimeout, Lease
+from multitrain.data.call_timeout import CallTimeout, WriteLease
 from multitrain.data.decode.pyav import Converter
 from multitrain.data.frames import view_indices
 from multitrain.data.spatial import Box, resize_crop, short_side_size, uniform_crop
@@ -151,7 +151,7 @@ def test_views_are_written_to_the_place_they_are_given(video: Path) -> None:
 
 def test_nothing_is_written_once_the_lease_has_ended(video: Path) -> None:
     entry = dataset()
-    out, lease = np.full(views.views_shape(entry, MODEL), 7, np.float32), Lease()
+    out, lease = np.full(views.views_shape(entry, MODEL), 7, np.float32), WriteLease()
     lease.end()
     with pytest.raises(CallTimeout):
         load_views(video, entry, data(entry), MODEL, out, lease)
@@ -159,7 +159,7 @@ def test_nothing_is_written_once_the_lease_has_ended(video: Path) -> None:
 
 
 def test_an_ending_lease_waits_for_the_write_in_progress() -> None:
-    lease, written = Lease(), []
+    lease, written = WriteLease(), []
     inside, go = threading.Event(), threading.Event()
 
     def write() -> None:

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from multitrain.config import RunConfig, compose
 from multitrain.data.catalog import open_catalogs, sources
 from multitrain.data.loader import TrainLoader
-from multitrain.data.mix import draw_mixing, prepare
-from multitrain.data.random import Draws
+from multitrain.data.mix import draw_mixing, finalize_batch
+from multitrain.data.random import KeyedRNG
 from multitrain.engine.schedule import Schedule
 from multitrain.model.multitrain import MultiTrain
 from multitrain.order import Plan, solve
@@ -122,9 +122,9 @@ def published_update(config: RunConfig, runs: Path) -> dict[str, Any]:
 def published_mix(config: RunConfig, classes: dict[str, int], batch: Any) -> dict[str, Any]:
     """All clips of a rank mixed with the batch turned round, whatever their datasets; smoothing with 700 classes."""
     plain = config.augment.model_copy(update={"mix_probability": 0.0, "label_smoothing": 0.0})
-    given = prepare(batch, config.data, classes, plain, "cpu", config.seed)
+    given = finalize_batch(batch, config.data, classes, plain, "cpu", config.seed)
     side = config.model.crop
-    mixing = draw_mixing(config.augment, side, side, Draws("mix", config.seed, batch.start))
+    mixing = draw_mixing(config.augment, side, side, KeyedRNG("mix", config.seed, batch.start))
     lam, clips = mixing.share, given.clips
     if mixing.box is None:
         mixed = lam * clips + (1 - lam) * clips.flip(0)

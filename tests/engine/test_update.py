@@ -12,7 +12,7 @@ from support import ROOT, excite, settings, start_ranks, wait, write_run
 from multitrain.config import RunConfig
 from multitrain.data.catalog import open_catalogs, sources
 from multitrain.data.loader import TrainLoader
-from multitrain.data.mix import prepare
+from multitrain.data.mix import finalize_batch
 from multitrain.loss import MultiDatasetLoss
 from multitrain.model.multitrain import MultiTrain
 from multitrain.order import Plan, solve
@@ -53,7 +53,7 @@ def plain_update(data: Path, runs: Path, **changes: Any) -> dict[str, Any]:
 
 
 def _loss(config: RunConfig, model: MultiTrain, batch: Any) -> Any:
-    given = prepare(batch, config.data, model.datasets, config.augment, "cpu", config.seed)
+    given = finalize_batch(batch, config.data, model.datasets, config.augment, "cpu", config.seed)
     out = model.outputs(given.clips, given.keys)
     return MultiDatasetLoss(model.datasets, config.loss)(out, given.targets, given.dataset)
 

@@ -35,7 +35,8 @@ def test_a_description_of_the_same_model_with_other_content_stays(source: Path, 
     (tmp_path / "config.json").write_text(mine)
     done = convert(source, tmp_path / "second.safetensors")
     assert any(
-        "of another model, or edited, and stays; this one's description is second.json" in note for note in done.notes
+        "for another model, or was edited, and is kept; the description of this model is in second.json" in note
+        for note in done.notes
     )
     assert (tmp_path / "config.json").read_text() == mine
     assert (tmp_path / "second.json").exists()

@@ -14,14 +14,14 @@ import yaml
 
 from benchmarks import published
 from multitrain.config import ConfigError, ModelConfig
+from multitrain.interop.incompatible_checkpoints import IncompatibleWeights
 from multitrain.interop.layout import layout, name_map
-from multitrain.interop.official import UnfitWeights
-from multitrain.interop.published_cfg import make_cfg, read_cfg
 from multitrain.interop.pyslowfast import (
     read_published,
     read_pyth,
     write_pyth,
 )
+from multitrain.interop.pyslowfast_config import make_cfg, read_cfg
 from multitrain.model import MultiTrain
 from tests.interop.conftest import OF_WHOLE
 
@@ -342,7 +342,7 @@ def test_an_official_mvit_checkpoint_is_explained_tensor_by_tensor(tmp_path: Pat
     ]
     official |= {n: torch.zeros(3, 4) for n in odd}
     torch.save({"model_state": official}, tmp_path / "mvitv2.pyth")
-    with pytest.raises(UnfitWeights) as caught:
+    with pytest.raises(IncompatibleWeights) as caught:
         read_pyth(tmp_path / "mvitv2.pyth")
     assert sorted(caught.value.reasons) == sorted([*odd, "pos_embed_spatial", "pos_embed_temporal"])
     assert "relative position" in caught.value.reasons["blocks.0.attn.rel_pos_h"]

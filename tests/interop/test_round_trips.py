@@ -13,8 +13,8 @@ from multitrain.config import ConfigError, ModelConfig, dump
 from multitrain.engine import checkpoint as checkpoints
 from multitrain.engine.checkpoint import Checkpoint
 from multitrain.interop.convert import convert
+from multitrain.interop.json_tensors import flatten, unflatten
 from multitrain.interop.layout import layout, name_map
-from multitrain.interop.nested import flatten, unflatten
 from multitrain.interop.optimizer_state import groups
 from multitrain.interop.pyslowfast import read_published
 from multitrain.interop.weights import read_weights

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from multitrain.config import ModelConfig
-from multitrain.interop.official import UnfitWeights
+from multitrain.interop.incompatible_checkpoints import IncompatibleWeights
 from multitrain.interop.start import initialise_from
 from multitrain.model import MultiTrain
 from tests import support
@@ -57,7 +57,7 @@ def test_an_official_mvitv2_release_is_refused_tensor_by_tensor(tmp_path: Path) 
     state["cls_token"] = torch.zeros(1, 1, 16)
     state["patch_embed.proj.weight"] = torch.zeros(16, 3, 7, 7)
     torch.save({"model_state": state, "cfg": "MVIT: {REL_POS_SPATIAL: true}"}, tmp_path / "MViTv2_B.pyth")
-    with pytest.raises(UnfitWeights) as caught:
+    with pytest.raises(IncompatibleWeights) as caught:
         initialise_from(model, tmp_path / "MViTv2_B.pyth")
     reasons = caught.value.reasons
     assert {n for n in reasons if "rel_pos" in n} == {n for n in state if "rel_pos" in n}

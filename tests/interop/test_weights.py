@@ -17,11 +17,11 @@ from multitrain.engine import checkpoint as checkpoints
 from multitrain.engine.checkpoint import Checkpoint
 from multitrain.interop.convert import convert
 from multitrain.interop.layout import layout
-from multitrain.interop.matching import compare
-from multitrain.interop.model_path import locate
+from multitrain.interop.model_path import resolve_model_file
 from multitrain.interop.positions import resize_positions
 from multitrain.interop.pyslowfast import read_published, write_pyth
 from multitrain.interop.start import initialise_from
+from multitrain.interop.state_dict_report import compare
 from multitrain.interop.weights import read_weights, run_config
 from multitrain.model import MultiTrain
 from tests import support
@@ -132,7 +132,7 @@ def test_what_holds_no_model_is_one_clear_line(tmp_path: Path, run: Path, kind: 
 def test_a_folder_with_model_files_names_them(tmp_path: Path) -> None:
     small_pyth(tmp_path / "release.pyth", CONFIG, {"a": 2, "b": 3})
     with pytest.raises(ConfigError, match=r"release\.pyth: give that file"):
-        locate(tmp_path)
+        resolve_model_file(tmp_path)
 
 
 def test_tensors_that_are_not_those_of_the_description_are_refused(run: Path, tmp_path: Path) -> None:

@@ -45,14 +45,14 @@ def test_linear_under_autocast_and_its_gradients(slow: frozenset[torch.dtype], b
         close(grad, tensor.grad)
 
 
-def test_linear_and_product_of_low_precision_tensors_keep_their_dtype(slow: frozenset[torch.dtype]) -> None:
+def test_linear_and_matmul_of_low_precision_tensors_keep_their_dtype(slow: frozenset[torch.dtype]) -> None:
     x, w = (t.detach() for t in leaves((4, 6, 16), (4, 16, 8)))
     assert low_precision.linear(x.bfloat16(), w[0].T.bfloat16(), None).dtype == torch.bfloat16
-    product = low_precision.product(x[0].bfloat16(), w[0].bfloat16())
+    product = low_precision.matmul(x[0].bfloat16(), w[0].bfloat16())
     assert product.dtype == torch.bfloat16
     close(product, x[0] @ w[0])
     into = torch.empty_like(product)
-    assert low_precision.product(x[0].bfloat16(), w[0].bfloat16(), out=into) is into
+    assert low_precision.matmul(x[0].bfloat16(), w[0].bfloat16(), out=into) is into
     assert into.equal(product)
 
 
@@ -71,5 +71,5 @@ def test_pooling_and_its_gradients(slow: frozenset[torch.dtype]) -> None:
 
 def test_fp32_is_left_to_torch(slow: frozenset[torch.dtype]) -> None:
     x, w = leaves((3, 16), (8, 16))
-    assert low_precision.rounding(x) is None
+    assert low_precision.emulated_dtype(x) is None
     assert torch.equal(low_precision.linear(x, w, None), torch.nn.functional.linear(x, w))

@@ -13,7 +13,7 @@ from multitrain.model.pooling import (
     Grid,
     head_pool,
     head_pool_backward,
-    pooled,
+    pooled_grid,
     read_positions,
     skip_pool,
     skip_pool_backward,
@@ -38,7 +38,7 @@ def test_head_pool_is_the_depthwise_convolution(grid: Grid, stride: int, batch: 
     x = torch.randn(batch, grid[0] * grid[1] * grid[2], 6, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(6, 1, 3, 3, 3, dtype=torch.float64, requires_grad=True)
     expected = tokens(F.conv3d(volume(x, grid), weight, stride=(1, stride, stride), padding=1, groups=6))
-    t, h, w = pooled(grid, stride)
+    t, h, w = pooled_grid(grid, stride)
     assert expected.shape == (batch, t * h * w, 6)
     torch.testing.assert_close(head_pool(x, weight, grid, stride), expected)
     grad = torch.randn_like(expected)

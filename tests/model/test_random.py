@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from multitrain.model.random import KeyedDropout, KeyedDropPath, draw_keys, hashed, stream_of, uniform, uniform53
+from multitrain.model.random import KeyedDropout, KeyedDropPath, draw_keys, random_bits, stream_of, uniform, uniform53
 
 KEYS = torch.arange(-500, 500, dtype=torch.int64) * 7_919_000_000_000_000_003
 
@@ -25,9 +25,9 @@ def test_the_hash_is_splitmix64_and_stays_what_it_is() -> None:
     for key in (0, 1, -1, 2**63 - 1, -(2**63)):
         state = splitmix64(splitmix64(key) ^ stream)
         expected = [splitmix64(state + i * 0x9E3779B97F4A7C15) for i in (1, 2, 3)]
-        actual = hashed(torch.tensor([key]), stream, 3)[0].tolist()
+        actual = random_bits(torch.tensor([key]), stream, 3)[0].tolist()
         assert [a & ((1 << 64) - 1) for a in actual] == expected
-    assert hashed(KEYS[:4], stream, 5, start=2).equal(hashed(KEYS[:4], stream, 7)[:, 2:])
+    assert random_bits(KEYS[:4], stream, 5, start=2).equal(random_bits(KEYS[:4], stream, 7)[:, 2:])
 
 
 def test_uniform_numbers_are_uniform_and_independent_over_keys_counters_and_streams() -> None:

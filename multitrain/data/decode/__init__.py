@@ -1,12 +1,12 @@
-"""Frames of a video file by index, exactly: the n-th picture that a player would show.
+"""Frame-exact access to video files by frame number: frame n is the n-th that a player shows.
 
-Two backends on the same footing. `pyav` builds a table of the file's packets first (presentation times, key pictures, what
-an edit list hides), so that a frame's number is its place in presentation order, and decodes only what the wanted frames
-need. `decord` is what the published code used: a file with an edit list and an MPEG-4 AVI give wrong frames, AV1 gives
-none; a recording that begins inside a group of pictures is read by `pyav` all the same.
+There are two backends. `pyav` first indexes the file's packets (presentation times, key frames, frames hidden by an edit list).
+A frame's number is then its position in presentation order, and only the packets that the requested frames
+need are decoded. `decord` is the library of the published code. It returns wrong frames for files with an edit list and for MPEG-4
+AVI, and none for AV1; `pyav` reads a recording that starts inside a group of pictures for both backends.
 
-`read_whole` decodes all of a file and says what is in it or wrong with it. Whatever a library raises about a file comes out
-as one `VideoError`.
+`scan_video` decodes a complete file and reports its properties or its damage. Every error that a library raises about a file becomes a
+`VideoError`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Literal
 
 from multitrain.data.decode.decord import DecordVideo
+from multitrain.data.decode.full_scan import VideoScan, check_complete, scan_video
 from multitrain.data.decode.picture import LARGE, Frame, Picture, part, pixels
 from multitrain.data.decode.pyav import PyAVVideo
 from multitrain.data.decode.video import Video, VideoError, check_file
-from multitrain.data.decode.whole import Whole, check_complete, read_whole
 
 Backend = Literal["pyav", "decord"]
 
@@ -30,11 +30,11 @@ def open_video(path: Path | str, backend: Backend = "pyav", timeout: float | Non
 
     Args:
         backend: "pyav" or "decord".
-        timeout: seconds that opening and all calls of `frames` and `each` may take together; looked at between packets
-            (pyav) or calls (decord). A library call that never returns is beyond it: see `multitrain.data.call_timeout`.
+        timeout: seconds for opening and all calls of `frames` and `each` together, checked between packets
+            (pyav) or calls (decord). It cannot interrupt a library call that hangs: see `multitrain.data.call_timeout`.
 
     Raises:
-        VideoError: no video in the file, or none that can be read.
+        VideoError: the file has no video, or none that can be read.
         ConfigError: the backend's library is not installed.
     """
     path = Path(path)
@@ -48,8 +48,8 @@ def open_video(path: Path | str, backend: Backend = "pyav", timeout: float | Non
     return PyAVVideo(path, deadline)
 
 
-def prepare(backend: Backend) -> None:
-    """Import a backend's library now rather than with the first video; not decord, which may be missing."""
+def preload(backend: Backend) -> None:
+    """Import a backend's library before the first video; except decord, which may be missing."""
     if backend == "pyav":
         import av  # noqa: F401
 
@@ -61,11 +61,11 @@ __all__ = [
     "Picture",
     "Video",
     "VideoError",
-    "Whole",
+    "VideoScan",
     "check_complete",
     "open_video",
     "part",
     "pixels",
-    "prepare",
-    "read_whole",
+    "preload",
+    "scan_video",
 ]

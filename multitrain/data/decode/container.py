@@ -1,7 +1,7 @@
-"""What counts as a video file: the one place that opens containers. Local files only, of known formats, of bounded size.
+"""Open video containers: local files only, of known formats and bounded size. No other module opens containers.
 
-A name is a file's name and nothing else: no address, no pattern, no list of other files. A text that names other files
-(playlist, concat script, session description) is no video, nor is a picture, nor a sound with a cover picture.
+A path is always taken as a file name, never as a URL, a pattern or a list of files. Text files that name other files
+(playlist, concat script, session description), still images, and audio files with a cover image are rejected.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from multitrain.data.decode.video import VideoError, from_pack, may_pass
+from multitrain.data.decode.video import VideoError, from_pack, is_transient
 from multitrain.data.packs import read
 
 if TYPE_CHECKING:
     import av
 
 MAX_PIXELS = 1 << 26
-"""Pixels of the largest frame that is decoded, 8192 × 8192; 8K is half of it."""
+"""Maximum pixels of a frame, 8192 × 8192; 8K is half of it."""
 
 VIDEO_FORMATS = (
     *("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "live_flv", "asf", "asf_o", "ogg", "mxf", "gxf", "nut", "ivf"),
@@ -28,7 +28,7 @@ VIDEO_FORMATS = (
     *("gif", "apng", "rm", "ivr", "nsv", "nuv", "pva", "wtv", "ty", "kux", "vivo", "swf", "lxf", "cine", "lmlm4"),
     *("dhav", "luodat", "hxvs", "ifv", "nc", "iv8", "mxg", "flic", "smk", "bink", "thp", "roq"),
 )
-"""libavformat's readers of files that hold moving pictures themselves. Readers that open other files are left out."""
+"""libavformat's demuxers of video files. Demuxers that open other files are excluded."""
 _SOUND_FORMATS = (
     "mp3",
     "aac",
@@ -50,15 +50,15 @@ _PICTURE_FORMATS = tuple(
     f"{kind}_pipe"
     for kind in ("jpeg", "png", "bmp", "webp", "tiff", "gif", "ppm", "pgm", "jpegxl", "j2k", "psd", "exr")
 )
-"""Known only to be refused by name."""
+"""Still-image formats, accepted by the demuxer only so that the error can name them."""
 _KNOWN = ",".join((*VIDEO_FORMATS, *_SOUND_FORMATS, *_PICTURE_FORMATS))
 
 
 def open_container(path: Path) -> tuple[av.container.InputContainer, av.VideoStream]:
-    """An open file and its video stream, whose decoder works in one thread; other streams are not read.
+    """Open a file and its video stream, with a single-threaded decoder; other streams are discarded.
 
     Raises:
-        VideoError: no video, of a codec that is not known, or of frames beyond `MAX_PIXELS`.
+        VideoError: the file has no video, an unknown codec, or frames larger than `MAX_PIXELS`.
     """
     import av
 
@@ -84,24 +84,24 @@ def open_container(path: Path) -> tuple[av.container.InputContainer, av.VideoStr
 
 
 def stream_index(path: Path) -> int:
-    """The number, within its file, of the stream that is read of a video; other programs are told it, so that they take the
-    same. Raises VideoError as `open_container`."""
+    """The index, in its file, of the video stream that is read; passed to ffmpeg, so that it reads the same one. Raises VideoError as
+    `open_container` does."""
     container, stream = open_container(path)
     with container:
         return stream.index
 
 
 class Bytes(io.BytesIO):
-    """A video in memory; libavformat is told its name, whose ending it looks at as it does with a file."""
+    """A video in memory, with a name, because libavformat uses the suffix to detect the format."""
 
     name: str
 
 
 def opened(path: Path) -> str | Bytes:
-    """What libraries open: the name of a file (see `local_name`), or the bytes of a packed video.
+    """The input to pass to a library: the name of a file (see `local_name`), or the bytes of a packed video.
 
     Raises:
-        VideoError: the video lies in a shard that cannot be read.
+        VideoError: the shard that holds the video cannot be read.
     """
     with from_pack(path):
         content = read(path)
@@ -113,7 +113,7 @@ def opened(path: Path) -> str | Bytes:
 
 
 def content_of(path: Path) -> BinaryIO:
-    """The bytes of a video, of a file or a pack, to be closed.
+    """Open the bytes of a video, in a file or a pack; the caller closes it.
 
     Raises:
         VideoError: they cannot be read.
@@ -126,13 +126,13 @@ def content_of(path: Path) -> BinaryIO:
 
 
 def local_name(path: Path) -> str:
-    """A file's name for libavformat: whole and with a prefix, so that nothing in it is taken for a protocol, an option or a
+    """A file name for libavformat: absolute and with the prefix ``file:``, so that it is not parsed as a protocol, an option or a
     pattern."""
     return f"file:{os.path.abspath(path)}"
 
 
 def _video_stream(path: Path, container: av.container.InputContainer) -> av.VideoStream:
-    """The best video stream that is no cover picture; the others are told to be quiet."""
+    """The best video stream that is not a cover image; all other streams are discarded."""
     import av
     from av.stream import Discard, Disposition
 
@@ -158,15 +158,15 @@ def _open_decoder(path: Path, stream: av.VideoStream) -> None:
         raise VideoError(path, "its video codec is not known, or this FFmpeg has no decoder for it")
     check_size(path, context.width, context.height)
     context.thread_count = 1
-    context.options = {"max_pixels": str(MAX_PIXELS)}  # a stream may change its size on the way
+    context.options = {"max_pixels": str(MAX_PIXELS)}  # a stream may change its size within the file
     try:
-        context.open(strict=False)  # now, for dav1d reads skip_frame here and never again
+        context.open(strict=False)  # now, because dav1d reads skip_frame only when it is opened
     except Exception as error:
         raise as_video_error(path, error) from error
 
 
 def has_flag(container: av.container.InputContainer, name: str) -> bool:
-    """Whether libavformat says this of the container's format; names as in `av.format.Flags`."""
+    """Whether the container's format has a libavformat flag; names as in `av.format.Flags`."""
     return bool(container.format.flags & _flag(name))
 
 
@@ -179,7 +179,7 @@ def _flag(name: str) -> int:
 
 
 def check_size(path: Path, width: int, height: int) -> None:
-    """Raises VideoError for frames of more than `MAX_PIXELS`."""
+    """Raise VideoError for frames of more than `MAX_PIXELS`."""
     if width * height > MAX_PIXELS:
         raise VideoError(
             path, f"frames of {width} × {height} pixels; more than {MAX_PIXELS >> 20} million are not decoded"
@@ -187,12 +187,12 @@ def check_size(path: Path, width: int, height: int) -> None:
 
 
 def as_video_error(path: Path, error: BaseException) -> VideoError:
-    """What a library raised about a file, as the one error that callers know."""
-    return error if isinstance(error, VideoError) else VideoError(path, _reason(error), transient=may_pass(error))
+    """Convert an error that a library raised about a file to `VideoError`, which callers handle."""
+    return error if isinstance(error, VideoError) else VideoError(path, _reason(error), transient=is_transient(error))
 
 
 def _reason(error: BaseException) -> str:
-    """What a library says is wrong, without the path and its own decoration."""
+    """The message of a library's error, without the path and the library's decoration."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     log = getattr(error, "log", None)
     return f"{text} ({log[2].strip()})" if log else str(text).splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Frames by decord, which the published code used. The only file that imports it."""
+"""The decord backend, the library of the published code. No other module imports decord."""
 
 from __future__ import annotations
 
@@ -12,22 +12,21 @@ import numpy as np
 from multitrain.config import ConfigError
 from multitrain.data.decode.container import Bytes, open_container, opened
 from multitrain.data.decode.rate import average_rate
-from multitrain.data.decode.video import Video, VideoError, check_time, may_pass
+from multitrain.data.decode.video import Video, VideoError, check_deadline, is_transient
 
 _TOGETHER = 16
-"""Frames asked for in one call: enough to cost nothing more."""
+"""Frames per call of decord; more do not make it faster."""
 _BYTES = 32 << 20
-"""Of the frames asked for in one call, unless one has more."""
+"""Maximum bytes of the frames of one call, unless a single frame has more."""
 
 
 class DecordVideo(Video):
     """An open video; `deadline` is a time of the monotonic clock.
 
-    What is a video at all, and its average rate, is decided as for every backend: by the container, which libavformat opens
-    first.
+    libavformat opens the container first, as for every backend: it determines whether the file is a video, and the average rate.
 
     Attributes:
-        begins_inside: whether there are pictures before the first key picture: decord numbers frames wrongly then.
+        begins_inside: whether there are frames before the first key frame, in which case decord numbers frames wrongly.
     """
 
     def __init__(self, path: Path, deadline: float) -> None:
@@ -45,7 +44,7 @@ class DecordVideo(Video):
             except Exception as error:
                 self.close()
                 reason = f"decord cannot read it ({_reason(error, path)}); data.decoder=pyav may"
-                raise VideoError(path, reason, transient=may_pass(error)) from error
+                raise VideoError(path, reason, transient=is_transient(error)) from error
         if self.frame_count < 1:
             self.close()
             raise VideoError(path, f"{self.frame_count} frames")
@@ -57,7 +56,7 @@ class DecordVideo(Video):
             self._handle = -1
 
     def _source(self) -> str | Bytes:
-        """The bytes of a packed video, or a file's name; decord knows UTF-8 only, so another file goes by its descriptor."""
+        """The bytes of a packed video, or a file name. decord accepts UTF-8 names only; another file is passed as a descriptor."""
         name = opened(self.path)
         if isinstance(name, Bytes):
             return name
@@ -69,7 +68,7 @@ class DecordVideo(Video):
         return name
 
     def _seconds(self) -> np.ndarray | None:
-        """Seconds of each frame from the first; None where decord has none that rise."""
+        """Time of each frame in seconds from the first; None where decord's times do not increase."""
         starts = self._reader.get_frame_timestamp(range(self.frame_count))[:, 0].astype(np.float64)
         seconds: np.ndarray = starts - starts[0]
         return seconds if np.isfinite(seconds).all() and (np.diff(seconds) > 0).all() else None
@@ -77,11 +76,11 @@ class DecordVideo(Video):
     def _each(self, numbers: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         for start in range(0, len(numbers), self._together):
             some = numbers[start : start + self._together]
-            check_time(self.path, self._deadline)
+            check_deadline(self.path, self._deadline)
             try:
                 frames = self._reader.get_batch(some).asnumpy()
             except Exception as error:
-                raise VideoError(self.path, _reason(error, self.path), transient=may_pass(error)) from error
+                raise VideoError(self.path, _reason(error, self.path), transient=is_transient(error)) from error
             yield from zip(some, np.asarray(frames, dtype=np.uint8))
             del frames
 
@@ -99,7 +98,7 @@ def _library() -> Any:
 
 
 def _reason(error: Exception, path: Path) -> str:
-    """decord's messages open with a C++ position, name the file and end with a stack trace."""
+    """The useful part of decord's message, which starts with a C++ source position, names the file and ends with a stack trace."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     text = text.split("Check failed: ")[-1] if "Check failed" in text else text.split("] ", 1)[-1]

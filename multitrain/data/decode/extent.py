@@ -1,8 +1,8 @@
-"""Whether a file is cut off: how many bytes it has to have by the sizes that its own chunks say.
+"""Detect truncated files: compute the bytes that a file must have from the sizes of its chunks.
 
-Most containers are a row of chunks (elements, tags, pages, boxes), each with its size at its beginning. A file that ends inside
-one of them was not written or copied to its end. Nothing is concluded from a header's duration, which may be that of a longer
-sound, or be missing in a recording; a chunk of unknown size is no reason for doubt, nor are bytes behind the last chunk.
+Most containers are a sequence of chunks (elements, tags, pages, boxes), each starting with its size. A file that ends inside
+a chunk is truncated. The duration in the header is not used: it may be that of a longer audio track, or missing in a
+recording. A chunk of unknown size, and bytes after the last chunk, do not make a file truncated.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from collections.abc import Callable
 from typing import BinaryIO
 
 _Reader = Callable[[bytes, "_Walk"], int]
-"""Size in bytes of the chunk that begins with these bytes, its header included; 0 where nothing more is known."""
+"""Size in bytes, header included, of the chunk that starts with these bytes; 0 if the rest of the file has unknown size."""
 
-_HEAD = 320
-"""Bytes that hold every header of a chunk; an Ogg page has the longest."""
-_MOST = 1 << 22
-"""Chunks that are looked at; a file of more is taken as it is."""
+_HEADER_BYTES = 320
+"""Maximum bytes of a chunk's header; an Ogg page has the longest."""
+_MAX_CHUNKS = 1 << 22
+"""Maximum number of chunks to read; a file with more is assumed complete."""
 _ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 _ASF_DATA = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")
 _FRAGMENTED = (b"moof", b"mdat", b"mfra", b"styp", b"sidx", b"emsg", b"prft", b"free", b"skip", b"uuid")
-"""Boxes of an MP4 from the first fragment on; other bytes are none of it."""
+"""Box types of a fragmented MP4 after its first fragment; other bytes do not belong to it."""
 
 
 class _Walk:
-    """What a reader knows beside the chunk.
+    """State of a reader while it goes from chunk to chunk.
 
     Attributes:
-        left: bytes of the file from the chunk on.
-        fragmented: whether an MP4's fragment was met.
+        left: bytes of the file from the chunk's start.
+        fragmented: whether a fragment of an MP4 was found.
     """
 
     left = 0
@@ -40,9 +40,10 @@ class _ShortError(Exception):
 
 
 def needed_bytes(file: BinaryIO, size: int, kind: str) -> int:
-    """How many bytes a file needs at least; not more than `size`, which it has, when it is whole or nothing is known of that.
+    """The minimum number of bytes that a complete file has; at most `size` if the file is complete, or this cannot be determined.
 
     Args:
+        size: actual bytes of the file.
         kind: libavformat's name of the format.
     """
     found = next((chunk for name, chunk in _READERS.items() if name in kind.split(",")), None)
@@ -50,12 +51,12 @@ def needed_bytes(file: BinaryIO, size: int, kind: str) -> int:
         return size
     first, read = found
     file.seek(0)
-    at, walk = first(file.read(_HEAD)), _Walk()
-    for _ in range(_MOST):
+    at, walk = first(file.read(_HEADER_BYTES)), _Walk()
+    for _ in range(_MAX_CHUNKS):
         if at >= size:
             return at
         file.seek(at)
-        head, walk.left = file.read(_HEAD), size - at
+        head, walk.left = file.read(_HEADER_BYTES), size - at
         try:
             length = read(head, walk)
         except (_ShortError, IndexError):
@@ -77,7 +78,7 @@ def _number(head: bytes, begin: int, count: int, order: str = "big") -> int:
 
 
 def _element(head: bytes, walk: _Walk) -> int:
-    """Matroska. Elements of unknown size (a recording's segment and clusters) are entered, all others passed over."""
+    """Matroska. Enter elements of unknown size (a recording's segment and clusters); skip all others."""
     id_length = 9 - head[0].bit_length()
     if id_length > 4:
         return 0
@@ -90,7 +91,7 @@ def _element(head: bytes, walk: _Walk) -> int:
 
 
 def _tag(head: bytes, walk: _Walk) -> int:
-    """FLV; the four bytes behind the last tag, which repeat its size, are left out by some."""
+    """FLV. The four bytes after the last tag, which repeat its size, are optional: some writers omit them."""
     if head[0] & 0x1F not in (8, 9, 18):
         return 0
     size = 11 + _number(head, 1, 3)
@@ -104,7 +105,7 @@ def _frame(head: bytes, walk: _Walk) -> int:
 
 
 def _object(head: bytes, walk: _Walk) -> int:
-    """ASF: the header, then the data, whose size is not known in a broadcast; what comes behind it is no picture."""
+    """ASF: the header, then the data, whose size is unknown in a broadcast; later objects hold no frames."""
     if len(head) < 24 or head[:16] not in (_ASF_HEADER, _ASF_DATA):
         return 0
     size = _number(head, 16, 8, "little")
@@ -130,7 +131,7 @@ def _triplet(head: bytes, walk: _Walk) -> int:
 
 
 def _box(head: bytes, walk: _Walk) -> int:
-    """MP4, if it is in fragments; of one that is not, the header counts the frames."""
+    """Fragmented MP4. In other MP4 files, the header has the number of frames."""
     kind = head[4:8]
     walk.fragmented = walk.fragmented or kind == b"moof"
     if len(head) < 16:
@@ -155,7 +156,7 @@ _READERS: dict[str, tuple[Callable[[bytes], int], _Reader]] = {
     "mxf": (_from_start, _triplet),
     "mov": (_from_start, _box),
 }
-"""By format, where its chunks begin, and the reader of one."""
+"""By format: a function for the offset of the first chunk, and the reader of a chunk."""
 
 
 __all__ = ["needed_bytes"]

@@ -1,7 +1,7 @@
-"""A large decoded frame that becomes RGB part by part: no whole picture is held but the one that the decoder holds itself.
+"""Convert a large decoded frame to RGB part by part, to save memory: no full RGB frame exists.
 
-A part has the same bits as the whole frame converted at once. Where that is not known to hold (a size that chroma does not
-divide), there is no `Picture`, and the frame is converted whole.
+A part has the same bits as in the converted full frame. Where this is not guaranteed (the chroma subsampling does not divide the
+size), no `Picture` is made, and the frame is converted at once.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ if TYPE_CHECKING:
     import av
 
 LARGE = 1 << 22
-"""Pixels from which on a frame is converted and worked on in parts, to save memory."""
+"""Pixels above which a frame is converted and processed in parts."""
 
 _GRID = 32
-"""Parts that are converted begin at multiples of this many pixels, so that chroma and vector instructions fall alike."""
+"""Parts start at multiples of this many pixels, so that chroma samples and vector instructions align as in the full frame."""
 _MARGIN = 16
-"""Pixels around a part that are converted with it, for filters of chroma reach beyond it."""
+"""Pixels around a part that are converted with it, because chroma filters read beyond the part."""
 
 Turn = Callable[[np.ndarray], np.ndarray]
-"""From an image as stored, [h, w, ...], to the upright one."""
+"""A function from an image as stored, [h, w, ...], to the upright image."""
 
 
 class Picture:
-    """One frame, upright.
+    """One upright frame.
 
-    It refers to the decoder's own memory: to be let go of before the next frame is decoded.
+    References the decoder's memory: release it before the next frame is decoded.
 
     Attributes:
-        shape: (height, width, 3), as of the array that `whole` gives.
+        shape: (height, width, 3), the shape of the array that `whole` returns.
     """
 
     def __init__(self, frame: av.VideoFrame, cutter: Cutter) -> None:
@@ -41,7 +41,7 @@ class Picture:
         self.shape: tuple[int, int, int] = (*cutter.upright, 3)
 
     def cut(self, top: int, left: int, height: int, width: int) -> np.ndarray:
-        """The pixels inside a box of the frame: uint8 [height, width, 3], RGB, not to be written to."""
+        """The pixels inside a box of the frame: uint8 [height, width, 3], RGB, read-only."""
         return self._cutter.cut(self._frame, top, left, height, width)
 
     def whole(self) -> np.ndarray:
@@ -50,7 +50,7 @@ class Picture:
 
 
 Frame = np.ndarray | Picture
-"""What decoders give: uint8 [H, W, 3], RGB, or a large frame whose parts can be asked for."""
+"""A decoded frame: uint8 [H, W, 3], RGB, or a `Picture` of a large frame."""
 
 
 def pixels(frame: Frame) -> np.ndarray:
@@ -59,14 +59,14 @@ def pixels(frame: Frame) -> np.ndarray:
 
 
 def part(frame: Frame, top: int, left: int, height: int, width: int) -> np.ndarray:
-    """The pixels inside a box of a frame: uint8 [height, width, 3], RGB, not to be written to."""
+    """The pixels inside a box of a frame: uint8 [height, width, 3], RGB, read-only."""
     if isinstance(frame, Picture):
         return frame.cut(top, left, height, width)
     return frame[top : top + height, left : left + width]
 
 
 def can_be_cut(frame: av.VideoFrame) -> bool:
-    """Whether a part of the frame has the bits of the whole: planes of chroma, if fewer, are half as fine and end with it."""
+    """Whether parts of the frame have the same bits as the full frame: chroma is not subsampled, or by 2 with even sizes."""
     step, kind = 4 if frame.interlaced_frame else 2, frame.format
     across, down = kind.chroma_width(4), kind.chroma_height(4)
     fits = min(across, down) >= 2 and frame.width % step == frame.height % step == 0
@@ -74,11 +74,11 @@ def can_be_cut(frame: av.VideoFrame) -> bool:
 
 
 class Cutter:
-    """Makes upright RGB of the frames of one video.
+    """Converts the frames of one video to upright RGB.
 
     Args:
-        width, height: of the frames as stored; frames of other sizes are resized to it.
-        turn: to the upright image.
+        width, height: size of the frames as stored; frames of other sizes are resized to it.
+        turn: function from a stored to an upright image.
     """
 
     def __init__(self, width: int, height: int, turn: Turn) -> None:
@@ -89,7 +89,7 @@ class Cutter:
         self.upright = (width, height) if self._orders[0] else (height, width)
 
     def whole(self, frame: av.VideoFrame) -> np.ndarray:
-        """All pixels of a frame; the memory is theirs."""
+        """All pixels of a frame, in new memory."""
         return self._turn(self._whole(frame, self.width, self.height))
 
     def cut(self, frame: av.VideoFrame, top: int, left: int, height: int, width: int) -> np.ndarray:
@@ -115,12 +115,12 @@ class Cutter:
 
 
 class _Converter:
-    """Frames of one size as RGB: uint8 [H, W, 3], whose memory is the frame's own."""
+    """Converts frames of one size to RGB: uint8 [H, W, 3], in the memory of the converted frame."""
 
     def __init__(self) -> None:
         from av.video.reformatter import VideoReformatter
 
-        self._reformatter = VideoReformatter()  # one for all frames: setting it up costs as much as a frame
+        self._reformatter = VideoReformatter()  # one for all frames: creating it costs as much as converting a frame
 
     def __call__(self, frame: av.VideoFrame, width: int, height: int) -> np.ndarray:
         rgb = self._reformatter.reformat(frame, width, height, "rgb24", interpolation="BICUBIC", threads=1)
@@ -129,7 +129,7 @@ class _Converter:
 
 
 class _Window:
-    """Converts parts of one size: libavfilter's `crop` refers to the frame's memory, and keeps all that is said of it."""
+    """Converts parts of one size. libavfilter's `crop` references the frame's memory and keeps its properties."""
 
     def __init__(self, frame: av.VideoFrame, height: int, width: int) -> None:
         from av.filter import Graph
@@ -151,14 +151,14 @@ class _Window:
 
 
 def _window(start: int, length: int, size: int) -> tuple[int, int]:
-    """Where what is converted begins, and its length: of few lengths, since each costs its own set-up."""
+    """(start, length) of the pixels to convert along an axis; few distinct lengths occur, because each needs a new converter."""
     first = max(start - _MARGIN, 0) // _GRID * _GRID
     long = -(-(length + 2 * _MARGIN + _GRID - 1) // (2 * _GRID)) * 2 * _GRID
     return first, min(long, size - first)
 
 
 def _orders(turn: Turn) -> tuple[bool, bool, bool]:
-    """Whether `turn` swaps rows and columns, and then turns the order of rows, of columns."""
+    """(whether `turn` transposes, whether it then reverses the rows, whether it then reverses the columns)."""
     corners = turn(np.array([[0, 1, 2], [3, 4, 5]]))
     swapped = corners.shape == (3, 2)
     first = int(corners[0, 0])

@@ -1,4 +1,4 @@
-"""What every backend gives: an open video, or one `VideoError`."""
+"""The interface of every backend: an open `Video`, or a `VideoError`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from multitrain.data.decode.picture import Frame, pixels
-from multitrain.data.packs import DamagedError, Stored, locate, refusal
+from multitrain.data.packs import DamagedError, Stored, find_packed, os_error_text
 
-_LASTING = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+_PERMANENT_ERRNOS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 
 class VideoError(Exception):
@@ -27,7 +27,7 @@ class VideoError(Exception):
     Attributes:
         path: the file.
         reason: one line without the path.
-        transient: whether the operating system failed rather than the file, so that another try may help.
+        transient: whether the operating system failed, not the file, so that a retry may succeed.
     """
 
     def __init__(self, path: Path | str, reason: str, *, transient: bool = False) -> None:
@@ -39,7 +39,7 @@ class VideoError(Exception):
 
 
 def printable(path: Path | str) -> str:
-    """A file's name as one line of text that any terminal and log takes: other bytes and controls as escapes."""
+    """A file name as one printable line of text, with escapes for control characters and undecodable bytes."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
@@ -67,15 +67,15 @@ class Video(ABC):
         return self.frame_count / self.fps
 
     def times(self) -> list[float]:
-        """When each frame is shown, in seconds from the first; evenly spaced where the file does not say."""
+        """Presentation time of each frame in seconds from the first; evenly spaced if the file has no times."""
         return [number / self.fps for number in range(self.frame_count)]
 
     def frames(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """The frames at `indices` (any order, repeats allowed), upright: uint8 [len(indices), H, W, 3], RGB.
 
         Raises:
-            VideoError: a wanted frame is damaged or missing, or the time limit is over.
-            IndexError: an index outside range(frame_count).
+            VideoError: a frame is damaged or missing, or the time limit has passed.
+            IndexError: an index is outside range(frame_count).
         """
         wanted = self._known(indices)
         places: dict[int, list[int]] = {}
@@ -93,10 +93,10 @@ class Video(ABC):
         return out
 
     def each(self, indices: Sequence[int] | np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """Each of the frames at `indices` once, as it is decoded: (its number, uint8 [H, W, 3], not to be written to).
+        """Iterate over the distinct frames at `indices` while decoding: (frame number, uint8 [H, W, 3], read-only).
 
-        Frames come one by one, so that their number costs no memory, and by rising number, but for frames that had to be
-        tried twice: these come last. Raises as `frames` does, in the course of the iteration.
+        Memory does not depend on the number of frames. Frame numbers increase, except for frames that needed a second attempt, which
+        come last. Raises as `frames` does, during the iteration.
         """
         for number, frame in self.pictures(indices):
             image = pixels(frame)
@@ -105,8 +105,7 @@ class Video(ABC):
             del image
 
     def pictures(self, indices: Sequence[int] | np.ndarray) -> Iterator[tuple[int, Frame]]:
-        """As `each`, but of a large frame not its pixels, only what its parts can be asked of, as long as no further frame is
-        asked for."""
+        """As `each`, but yields a large frame as a `Picture`, which is valid until the next frame is requested."""
         yield from self._each(sorted(set(self._known(indices))))
 
     def _known(self, indices: Sequence[int] | np.ndarray) -> list[int]:
@@ -117,11 +116,11 @@ class Video(ABC):
 
     @abstractmethod
     def _each(self, numbers: list[int]) -> Iterator[tuple[int, Frame]]:
-        """Every one of the frames `numbers`, which rise, all of one size; a number given again replaces the frame."""
+        """Yield the frames `numbers`, which increase, all of one size; a number yielded again replaces the earlier frame."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
 
     def __enter__(self) -> Video:
         return self
@@ -134,23 +133,23 @@ class Video(ABC):
 
 @contextmanager
 def from_pack(path: Path) -> Iterator[None]:
-    """A block that looks `path` up in packs. Raises VideoError when a shard or an index cannot be read."""
+    """A context for reading `path` from a pack. Raises VideoError if a shard or an index cannot be read."""
     try:
         yield
     except DamagedError as error:
         raise VideoError(path, str(error)) from error
     except OSError as error:
-        raise VideoError(path, refusal(error), transient=may_pass(error)) from error
+        raise VideoError(path, os_error_text(error), transient=is_transient(error)) from error
 
 
 def located(path: Path) -> Stored | None:
-    """Where a packed video is, None for a file. Raises VideoError when the pack cannot be read."""
+    """The location of a packed video, or None for a file. Raises VideoError if the pack cannot be read."""
     with from_pack(path):
-        return locate(path)
+        return find_packed(path)
 
 
 def check_file(path: Path) -> None:
-    """Raises VideoError for what is no file with something in it: libraries say less about that, or wait."""
+    """Raise VideoError unless `path` is a non-empty regular file; libraries report this less clearly, or block."""
     if (stored := located(path)) is not None:
         if not stored.size:
             raise VideoError(path, "empty file")
@@ -160,23 +159,23 @@ def check_file(path: Path) -> None:
     except ValueError as error:
         raise VideoError(path, "no name of a file (a NUL in it)") from error
     except OSError as error:
-        raise VideoError(path, error.strerror or str(error), transient=may_pass(error)) from error
+        raise VideoError(path, error.strerror or str(error), transient=is_transient(error)) from error
     if not stat.S_ISREG(found.st_mode):
         raise VideoError(path, "not a file of bytes but a folder, pipe or device")
     if found.st_size == 0:
         raise VideoError(path, "empty file")
 
 
-def may_pass(error: BaseException) -> bool:
-    """Whether the operating system failed in a way that another try may not meet (EIO, ESTALE, ETIMEDOUT …)."""
+def is_transient(error: BaseException) -> bool:
+    """Whether an error of the operating system may be temporary (EIO, ESTALE, ETIMEDOUT …)."""
     lasting = (FileNotFoundError, NotADirectoryError, PermissionError, IsADirectoryError)
-    return isinstance(error, OSError) and not isinstance(error, lasting) and error.errno not in _LASTING
+    return isinstance(error, OSError) and not isinstance(error, lasting) and error.errno not in _PERMANENT_ERRNOS
 
 
-def check_time(path: Path, deadline: float) -> None:
-    """Raises VideoError when the monotonic clock is past `deadline`."""
+def check_deadline(path: Path, deadline: float) -> None:
+    """Raise VideoError if the monotonic clock is past `deadline`."""
     if time.monotonic() > deadline:
         raise VideoError(path, "decoding took longer than data.decode_timeout")
 
 
-__all__ = ["Video", "VideoError", "check_file", "check_time", "from_pack", "located", "may_pass"]
+__all__ = ["Video", "VideoError", "check_deadline", "check_file", "from_pack", "is_transient", "located"]

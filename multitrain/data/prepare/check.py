@@ -1,13 +1,13 @@
-"""What is wrong with a dataset: every listed file decoded, every line compared with every other.
+"""Find problems of a dataset: decode every listed file, and compare every line with every other.
 
-Findings are of six kinds:
+There are six kinds of findings:
 
-missing       there is no such file
+missing       the file does not exist
 broken        it cannot be decoded to its end; the reason is given
-short         it has fewer frames than asked for
-duplicate     the line, or the same video under another name, stands in the same file already, with the same labels
+short         it has fewer frames than the minimum
+duplicate     an earlier line of the same file has the same path or the same video, with the same labels
 labelled twice   the same path or the same video has other labels in another line of the dataset
-leak          a training video is a test or validation video as well, of this or another dataset
+leak          a training video is also a test or validation video, of this or another dataset
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ class Entry(NamedTuple):
 
     dataset: str
     split: str
-    """train, val or test; empty for a folder without annotations."""
+    """``train``, ``val`` or ``test``; empty for a folder without annotations."""
     csv: str
     line: int
     path: str
-    """As it is written."""
+    """The path as written in the file."""
     file: str
-    """Where that is."""
+    """The file that the path names."""
     labels: tuple[int, ...]
 
     @property
     def place(self) -> str:
-        """Where it is written, for people."""
+        """The annotation file and line, for messages."""
         return f"{os.path.basename(self.csv)}:{self.line}" if self.line else self.path
 
 
 class Finding(NamedTuple):
-    """Something wrong with an entry."""
+    """A problem of an entry."""
 
     entry: Entry
     kind: str
@@ -64,14 +64,14 @@ class Finding(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Report:
-    """All that was found."""
+class CheckReport:
+    """All entries, and the problems found."""
 
     entries: Sequence[Entry]
     findings: Sequence[Finding]
 
     def counts(self) -> dict[tuple[str, str], Counter[str]]:
-        """By dataset and split: ``videos``, ``good``, and entries of each kind."""
+        """Counts by dataset and split: ``videos``, ``good``, and the entries of each kind."""
         out: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
         for e in self.entries:
             out[e.dataset, e.split]["videos"] += 1
@@ -83,16 +83,20 @@ class Report:
         return dict(out)
 
     def table(self, shown: int = 20) -> str:
-        """Numbers by dataset and split, and the first findings."""
+        """A text table of the counts, and the first findings."""
         header = ["dataset", "split", "videos", "good", *KINDS]
         rows = [[d, s or "-", *(str(c[k]) for k in header[2:])] for (d, s), c in self.counts().items()]
         text = [table(header, rows, left=2)]
-        listed = [printable(f"{f.kind}: {f.entry.file} ({f.entry.place}): {f.detail}") for f in self.findings[:shown]]
-        more = len(self.findings) - len(listed)
-        return "\n".join([*text, *([""] if listed else []), *listed, *([f"… and {more} more"] if more > 0 else [])])
+        list_entries = [
+            printable(f"{f.kind}: {f.entry.file} ({f.entry.place}): {f.detail}") for f in self.findings[:shown]
+        ]
+        more = len(self.findings) - len(list_entries)
+        return "\n".join(
+            [*text, *([""] if list_entries else []), *list_entries, *([f"… and {more} more"] if more > 0 else [])]
+        )
 
     def csv(self) -> str:
-        """All findings: dataset, split, annotations, line, path, labels, kind, detail."""
+        """All findings as csv: dataset, split, annotations, line, path, labels, kind, detail."""
         rows: list[list[object]] = [list(_COLUMNS)]
         for f in self.findings:
             e = f.entry
@@ -104,8 +108,8 @@ class Report:
 # ---------------------------------------------------------------------------------------------------------- entries
 
 
-def listed(datasets: Mapping[str, DatasetConfig]) -> list[Entry]:
-    """All lines of all annotation files of some datasets. Raises CatalogError: none is there, or one cannot be read."""
+def list_entries(datasets: Mapping[str, DatasetConfig]) -> list[Entry]:
+    """The lines of all annotation files of `datasets`. Raises CatalogError: a dataset has none, or one cannot be read."""
     out = []
     for name, dataset in datasets.items():
         folder = Path(dataset.annotations)
@@ -121,7 +125,7 @@ def listed(datasets: Mapping[str, DatasetConfig]) -> list[Entry]:
     return out
 
 
-def in_folder(folder: Path) -> list[Entry]:
+def entries_in_folder(folder: Path) -> list[Entry]:
     """All video files below a folder, without labels. Raises CatalogError."""
     return [Entry(folder.name, "", "", 0, path, str(folder / path), ()) for path in found_below(folder)]
 
@@ -134,22 +138,24 @@ def _read(file: Path, syntax: Syntax) -> Iterator[tuple[int, str, tuple[int, ...
 # ---------------------------------------------------------------------------------------------------------- findings
 
 
-def judge(entries: Sequence[Entry], scans: Mapping[str, Mapping[str, Any]], min_frames: int) -> Report:
-    """What is wrong with `entries`.
+def find_problems(entries: Sequence[Entry], scans: Mapping[str, Mapping[str, Any]], min_frames: int) -> CheckReport:
+    """Find the problems of `entries`.
 
-    scans: by file, the record of `multitrain.data.prepare.scan.ScanFile`.
+    Args:
+        scans: the record of `multitrain.data.prepare.scan.ScanFile` by file.
+        min_frames: videos with fewer frames are short.
     """
-    found = [f for e in entries if (f := _by_itself(e, scans[e.file], min_frames)) is not None]
-    found += _compared(entries, _contents({e.file: scans[e.file] for e in entries}))
+    found = [f for e in entries if (f := _problem_of(e, scans[e.file], min_frames)) is not None]
+    found += _duplicates_and_leaks(entries, _contents({e.file: scans[e.file] for e in entries}))
     order = {entry: number for number, entry in enumerate(entries)}
-    return Report(entries, sorted(found, key=lambda f: (order[f.entry], KINDS.index(f.kind))))
+    return CheckReport(entries, sorted(found, key=lambda f: (order[f.entry], KINDS.index(f.kind))))
 
 
 def _contents(scans: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """By file, what is the same for one video under two names; files that cannot be read are told apart by their paths.
+    """A key by file that is equal for the same video under two names; the key of an unreadable file is its path.
 
-    Records of earlier versions do not tell which pictures are hidden, only how many are shown: they are taken for that one of
-    the same pictures that does.
+    Records of earlier versions hold the number of shown frames, not which frames are hidden. Such a record gets the key of a
+    newer record with the same frames.
     """
     same = {file: f"{scan['digest']} {scan['frames']}" for file, scan in scans.items() if "digest" in scan}
     told = {same[file]: str(scans[file]["hidden"]) for file in same if "hidden" in scans[file]}
@@ -159,7 +165,7 @@ def _contents(scans: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     }
 
 
-def _by_itself(entry: Entry, scan: Mapping[str, Any], min_frames: int) -> Finding | None:
+def _problem_of(entry: Entry, scan: Mapping[str, Any], min_frames: int) -> Finding | None:
     if "error" in scan:
         return Finding(entry, str(scan.get("kind", "broken")), str(scan["error"]))
     if scan["frames"] < min_frames:
@@ -168,8 +174,8 @@ def _by_itself(entry: Entry, scan: Mapping[str, Any], min_frames: int) -> Findin
     return None
 
 
-def _compared(entries: Iterable[Entry], content: Mapping[str, str]) -> Iterator[Finding]:
-    """Entries that are one video, by path or by content."""
+def _duplicates_and_leaks(entries: Iterable[Entry], content: Mapping[str, str]) -> Iterator[Finding]:
+    """Findings about entries that are the same video, by path or by content."""
     same: dict[str, list[Entry]] = defaultdict(list)
     for entry in entries:
         same[content[entry.file]].append(entry)
@@ -200,7 +206,7 @@ def _shown(entry: Entry) -> str:
 
 
 def clean_folder(datasets: Mapping[str, DatasetConfig], out: Path) -> OutputFolder:
-    """The folder for :func:`write_clean`. Raises ConfigError: something else than a file of an earlier call is in the way."""
+    """The folder for :func:`write_clean`. Raises ConfigError if a file is in the way that no earlier call made."""
     names = [f"{split}.csv" for split in SPLITS] + ["classes.txt"]
     read = [Path(d.annotations) / name for d in datasets.values() for name in names]
     folder = OutputFolder(out, "data check --write-clean", [*read, *(d.annotations for d in datasets.values())])
@@ -209,14 +215,14 @@ def clean_folder(datasets: Mapping[str, DatasetConfig], out: Path) -> OutputFold
     return folder
 
 
-def write_clean(report: Report, datasets: Mapping[str, DatasetConfig], out: OutputFolder) -> dict[str, int]:
-    """Write ``OUT/DATASET/{train,val,test}.csv`` without the lines that something is wrong with, and the class names.
+def write_clean(report: CheckReport, datasets: Mapping[str, DatasetConfig], out: OutputFolder) -> dict[str, int]:
+    """Write ``OUT/DATASET/{train,val,test}.csv`` without the lines that have a problem, and the class names.
 
-    Of duplicates the first stays; of a video that is labelled twice nothing does, because the right label is unknown; a
-    leak leaves the training set.
+    The first of several duplicates is kept. All lines of a video that is labelled twice are left out, because the right label is unknown. A
+    leak is removed from the training set.
 
     Returns:
-        Lines left out by file.
+        Number of lines left out, by file.
     """
     bad = {f.entry for f in report.findings}
     left_out = {}
@@ -235,20 +241,20 @@ def write_clean(report: Report, datasets: Mapping[str, DatasetConfig], out: Outp
 
 
 def is_table(content: bytes) -> bool:
-    """Whether a file is the table of findings, as versions before the record of files wrote it."""
+    """Whether a file is a table of findings by an earlier version, which kept no record of its files."""
     return content.startswith(",".join(_COLUMNS).encode() + b"\n")
 
 
 __all__ = [
     "KINDS",
     "TABLE",
+    "CheckReport",
     "Entry",
     "Finding",
-    "Report",
     "clean_folder",
-    "in_folder",
+    "entries_in_folder",
+    "find_problems",
     "is_table",
-    "judge",
-    "listed",
+    "list_entries",
     "write_clean",
 ]

@@ -1,4 +1,4 @@
-"""`data resize` as a whole: which copies are made, taken or left as they are; the journal; the tables at the end."""
+"""The job of `data resize`: selects the copies to make, keep or adopt, writes the journal, and the final tables."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What the user asks for."""
+class CopyOptions:
+    """Options of the command."""
 
     videos: Path
     out: Path
@@ -36,20 +36,21 @@ class Wanted:
     segments: Path | None = None
     separator: str = " "
     adopt: bool = False
-    """Whether files that something else has put in their places are taken, if they are these copies."""
+    """Whether to adopt existing files of other origin if they are the requested copies."""
 
 
-class Copying:
-    """The copies of one command or of one shard of it.
+class CopyJob:
+    """The copies of one command, or of one shard of it.
 
     Args:
-        wanted: folders are absolute.
+        wanted: the options; folders are absolute.
+        shard: the part of the copies to make.
 
     Raises:
-        ConfigError: it cannot be begun; nothing is written then but journals.
+        ConfigError: the job cannot start; nothing but journals was written.
     """
 
-    def __init__(self, wanted: Wanted, shard: Shard) -> None:
+    def __init__(self, wanted: CopyOptions, shard: Shard) -> None:
         self.wanted, self._shard = wanted, shard
         layout = Layout(wanted.videos, wanted.out)
         self.annotations = AnnotationFiles(wanted.annotations, wanted.separator) if wanted.annotations else None
@@ -71,7 +72,7 @@ class Copying:
         clean_parts(self._parts)
         self._versions: dict[str, list[object]] = {}
         self.before: Counter[str] = Counter()
-        """What `items` has not given out, by what is to be said of it."""
+        """Number of copies that `items` does not yield, by the message about them."""
 
     def _annotations_out(self, read: list[Path]) -> OutputFolder | None:
         if self.wanted.write_annotations is None or self.annotations is None:
@@ -83,7 +84,7 @@ class Copying:
         return out
 
     def _earlier_sizes(self) -> dict[str, int]:
-        """By copy, its size in bytes as the table of an earlier version has it; the table is kept before it is replaced."""
+        """Size in bytes by copy, from the table of an earlier version, which is saved before it is replaced."""
         table, kept = self.out.check(TABLE, recognise=_is_table), f"{PARTS}/earlier.csv"
         if table.is_file() and not self.out.is_own(TABLE):
             self.out.write_bytes(kept, table.read_bytes())
@@ -95,14 +96,14 @@ class Copying:
             return {}
 
     def _known(self, target: str) -> list[Record]:
-        """What a copy is recognised by: each time it was made, and what an earlier version wrote of it into its table."""
+        """Records by which a copy is recognised: one for each time it was made, and that of an earlier version's table."""
         table = [{"bytes": self._earlier[target]}] if target in self._earlier else []
         return [*stamps(self.journal.all_of(target)), *table]
 
     # ------------------------------------------------------------------------------------------------------------ work
 
     def items(self) -> Iterator[Item]:
-        """What this shard has to make or to look at. What is in the way of a copy is noted at once."""
+        """The copies that this shard has to make or check. Records a failure for each copy whose path is occupied."""
         self.before = Counter()
         for copy in self._shard.of(self.copies):
             at = self._versions[copy.target] = self._version(copy)
@@ -117,7 +118,7 @@ class Copying:
                 self.before["have another file in the place of the copy"] += 1
 
     def done(self, item: Item, answer: Record) -> bool:
-        """Note what a worker has made, and move it to its place; whether that went well."""
+        """Record a worker's result in the journal and move the copy to its path; return whether it succeeded."""
         record, part = dict(answer), answer.get("part")
         if "error" in record:
             record.setdefault(FINAL, True)
@@ -140,18 +141,18 @@ class Copying:
         self.journal.add(copy.target, self._versions[copy.target], {"source": copy.source, **record})
 
     def _version(self, copy: Copy) -> list[object]:
-        """What a record is of: with another source or encoding the copy is made again."""
+        """The version of a copy: its source and encoding. A copy of another version is made again."""
         source = version(located(self.wanted.videos / copy.source))
         return [source, self.wanted.encoding.version(), copy.segment and list(copy.segment)]
 
     def _is_done(self, copy: Copy, record: Record) -> bool:
-        """Whether nothing is left to do. Failures and copies of earlier versions, whose records lack a mark, are looked at."""
+        """Whether a copy is complete. Failures and copies of earlier versions, whose records lack a field, are checked again."""
         if "error" in record:
             return bool(record.get(FINAL, False))
         return "digest" in record and _size(self.out.root / copy.target) == record["bytes"]
 
     def _there(self, copy: Copy, record: Record | None) -> str:
-        """See `Item.there`. Raises ConfigError for what is in the way."""
+        """The value of `Item.there`. Raises ConfigError if something is in the way."""
         self._refuse_source(copy)
         try:
             if not os.path.lexists(path := self.out.check(copy.target)):
@@ -177,12 +178,12 @@ class Copying:
     # ---------------------------------------------------------------------------------------------------------- tables
 
     def results(self) -> dict[str, Record | None]:
-        """By copy, what has become of it in all shards; None while it waits."""
+        """The record by copy, of all shards; None for a copy that is not made yet."""
         self.journal.refresh()
         return {c.target: self.journal.get(c.target, self._version(c)) for c in self.copies}
 
     def write_table(self, results: dict[str, Record | None]) -> Path:
-        """Write ``resize.csv``, which tells of every video. Returns its path. Raises ConfigError."""
+        """Write ``resize.csv``, with one row per video; return its path. Raises ConfigError."""
         rows: list[list[object]] = [list(_COLUMNS)]
         for copy in self.copies:
             if (made := results[copy.target]) is not None:
@@ -192,7 +193,7 @@ class Copying:
         return self.out.write_text(TABLE, csv_text(rows), recognise=_is_table)
 
     def write_annotations(self, results: dict[str, Record | None]) -> list[str]:
-        """Write the annotation files with the names of the copies. Returns a line about each. Raises ConfigError."""
+        """Write the annotation files with the names of the copies; return one line per file. Raises ConfigError."""
         if self.annotations is None or self.annotations_out is None:
             return []
         good = {target for target, made in results.items() if made is not None and "error" not in made}
@@ -208,7 +209,7 @@ class Copying:
 
 
 def _is_table(content: bytes) -> bool:
-    """Whether a file is the table that a version before the record wrote."""
+    """Whether a file is a table by an earlier version, which kept no record of its files."""
     return content.startswith(",".join(_COLUMNS).encode() + b"\n")
 
 
@@ -219,4 +220,4 @@ def _size(file: Path) -> int:
         return -1
 
 
-__all__ = ["TABLE", "Copying", "Wanted"]
+__all__ = ["TABLE", "CopyJob", "CopyOptions"]

@@ -1,6 +1,6 @@
-"""Official annotation files of datasets as ``path label`` lines and a list of class names.
+"""Convert official annotation files of datasets to ``path label`` lines and a list of class names.
 
-Videos keep the names that the usual downloads give them. Classes are numbered in alphabetical order, unless the dataset's own
+Videos have the names of the usual downloads. Classes are numbered in alphabetical order, unless the dataset's own
 list numbers them.
 """
 
@@ -37,27 +37,27 @@ _SPLIT_NAMES = {
 
 @dataclass(frozen=True)
 class Sample:
-    """One line to be."""
+    """One line of an annotation file."""
 
     split: str
     path: str
     labels: tuple[str, ...]
-    """Names of classes."""
+    """Class names."""
     folder: str = ""
-    """What the split's folder is called in the usual download; it is tried before `path` when videos are looked for."""
+    """The split's folder in the usual download, tried first when looking for videos."""
     segment: tuple[str, float, float] | None = None
-    """The file to cut from, and seconds: start and end."""
+    """(file to cut from, start and end in seconds)."""
 
 
 @dataclass
 class Imported:
-    """A dataset's annotations."""
+    """The annotations of a dataset."""
 
     classes: list[str]
-    """Name of each label."""
+    """Class names in label order."""
     samples: list[Sample]
     notes: list[str] = field(default_factory=list)
-    """What was left out, and why."""
+    """Notes about what was left out, and why."""
     multi_label: bool = False
 
 
@@ -65,14 +65,14 @@ Reader = Callable[[list[Path], Path | None], Imported]
 
 
 def read(form: str, files: list[Path], classes: Path | None = None) -> Imported:
-    """The annotations in official `files` of a dataset.
+    """Read the official annotation `files` of a dataset.
 
     Args:
         form: a name in :data:`FORMATS`.
-        classes: the dataset's own list of classes, where it has one.
+        classes: the dataset's own list of classes, if it has one.
 
     Raises:
-        CatalogError: a file that is not what its name says, in one line.
+        CatalogError: a file is not of this format.
     """
     if form not in FORMATS:
         raise CatalogError(f"no format {form!r}; {nearest(form, FORMATS)}")
@@ -98,7 +98,7 @@ def read(form: str, files: list[Path], classes: Path | None = None) -> Imported:
 def kinetics(files: list[Path], classes: Path | None) -> Imported:
     """``label,youtube_id,time_start,time_end,split`` with a header line (K400, K600, K700).
 
-    Videos are called ``SPLIT/ID_SSSSSS_EEEEEE.mp4`` as in the usual download; see :data:`LAYOUTS` for other trees.
+    Video names are ``SPLIT/ID_SSSSSS_EEEEEE.mp4``, as in the usual download; see :data:`LAYOUTS` for other trees.
     """
     out = Imported([], [])
     for file in files:
@@ -155,9 +155,9 @@ def multi_moments(files: list[Path], classes: Path | None) -> Imported:
 
 
 def something(files: list[Path], classes: Path | None) -> Imported:
-    """``[{"id", "template", …}]`` and the label map ``{"name": "number"}``; videos are called ``ID.webm``.
+    """``[{"id", "template", …}]`` and the label map ``{"name": "number"}``; video names are ``ID.webm``.
 
-    A test set without labels takes them from ``test-answers.csv`` (``id;label``) where that is given.
+    A test set without labels takes them from ``test-answers.csv`` (``id;label``), if given.
     """
     if classes is None:
         raise CatalogError("something needs its label map; give something-something-v2-labels.json with --classes FILE")
@@ -185,9 +185,9 @@ def something(files: list[Path], classes: Path | None) -> Imported:
 
 
 def activitynet(files: list[Path], classes: Path | None) -> Imported:
-    """``{"database": {ID: {"subset", "annotations": [{"label", "segment": [s, e]}]}}}``: one line a segment, to be cut.
+    """``{"database": {ID: {"subset", "annotations": [{"label", "segment": [s, e]}]}}}``: one line per segment to cut.
 
-    Files are called ``v_ID.mp4``, segments ``v_ID/START_END.mp4`` (hundredths of a second).
+    File names are ``v_ID.mp4``, segments ``v_ID/START_END.mp4`` (hundredths of a second).
     """
     out = Imported([], [])
     for file in files:
@@ -220,7 +220,7 @@ FORMATS: dict[str, tuple[Reader, str]] = {
     "something": (something, "…-train.json …-validation.json [test.json test-answers.csv] --classes …-labels.json"),
     "activitynet": (activitynet, "activity_net.v1-3.min.json"),
 }
-"""Formats: their readers and the files that they take."""
+"""By format: its reader, and the files that it takes."""
 
 VIDEO_ENDINGS = (
     ".mp4",
@@ -237,7 +237,7 @@ VIDEO_ENDINGS = (
     ".ts",
     ".ogv",
 )
-"""Ends of the names of files that hold video."""
+"""Suffixes of video files."""
 
 LAYOUTS: tuple[Callable[[Sample], str], ...] = (
     lambda s: s.path,
@@ -249,13 +249,13 @@ LAYOUTS: tuple[Callable[[Sample], str], ...] = (
     lambda s: f"{s.labels[0].replace(' ', '_')}/{s.path}",
     lambda s: os.path.basename(s.path),
 )
-"""Where videos of a dataset lie below its folder, in the trees that people have."""
+"""Common layouts of a dataset's videos below its folder."""
 
 
 def find(samples: list[Sample], videos: Path) -> tuple[list[Sample], int]:
-    """The samples with the paths that their files have below `videos`, and how many files are not there.
+    """(samples with the paths of their files below `videos`, number of missing files).
 
-    The tree may have any layout of :data:`LAYOUTS`, and names may end with mp4, webm, mkv or avi.
+    The tree may have any layout of :data:`LAYOUTS`, and suffixes may be mp4, webm, mkv or avi.
     """
     ways = [(layout, ending) for layout in LAYOUTS for ending in ("", ".mp4", ".webm", ".mkv", ".avi")]
     out, missing = [], 0
@@ -264,7 +264,7 @@ def find(samples: list[Sample], videos: Path) -> tuple[list[Sample], int]:
             path = layout(sample)
             path = os.path.splitext(path)[0] + ending if ending else path
             if (videos / path).is_file():
-                ways.insert(0, ways.pop(place))  # the next one lies in the same way, most likely
+                ways.insert(0, ways.pop(place))  # the next file most likely has the same layout
                 out.append(replace(sample, path=path))
                 break
         else:
@@ -274,19 +274,19 @@ def find(samples: list[Sample], videos: Path) -> tuple[list[Sample], int]:
 
 
 def write(found: Imported, out: Path, sources: Iterable[Path] = ()) -> dict[str, int]:
-    """Write ``{train,val,test}.csv`` and ``classes.txt`` into `out`, and ``segments.csv`` where videos are to be cut.
+    """Write ``{train,val,test}.csv`` and ``classes.txt`` to `out`, and ``segments.csv`` if videos are to be cut.
 
-    A dataset whose test labels are not public is tested on its validation videos, as published work does: without test
-    lines, ``test.csv`` is a copy of ``val.csv``.
+    Without test lines, ``test.csv`` is a copy of ``val.csv``: published work tests datasets without public test labels on their
+    validation videos.
 
     Args:
         sources: the official files, which are not written to.
 
     Returns:
-        Lines by split.
+        Number of lines by split.
 
     Raises:
-        ConfigError: a file that `data import` did not write is in the way; nothing is written then.
+        ConfigError: a file that `data import` did not write is in the way; nothing was written.
     """
     folder = OutputFolder(out, "data import", sources)
     number = {name: i for i, name in enumerate(found.classes)}
@@ -326,7 +326,7 @@ def _segments(samples: Iterable[Sample]) -> str:
 
 
 def _check_path(path: str, files: list[Path]) -> None:
-    """Raises CatalogError for a name that leads out of the folder of videos, or that no line can hold."""
+    """Raise CatalogError for a name that leaves the folder of videos, or that a line cannot hold."""
     if os.path.isabs(path) or os.path.normpath(path) == "." or ".." in path.split(os.sep):
         raise CatalogError(f"{files[0]}: video {quoted(path)} leads out of the folder of videos; correct its entry")
     if printable(path) != path or path != path.strip():
@@ -347,7 +347,7 @@ def _with_names(sample: Sample, names: list[str], file: Path) -> Sample:
 
 
 def _named(out: Imported, classes: Path | None) -> Imported:
-    """With classes numbered: as `classes` has them, else in alphabetical order of those that have a video."""
+    """Number the classes of `out`: as in the file `classes`, else the classes with a video in alphabetical order."""
     used = {label for s in out.samples for label in s.labels}
     out.classes = _class_list(classes) if classes else sorted(used)
     unknown = sorted(used - set(out.classes))
@@ -359,7 +359,7 @@ def _named(out: Imported, classes: Path | None) -> Imported:
 
 
 def _class_list(file: Path) -> list[str]:
-    """Names by label: see :mod:`multitrain.config.class_names`. Raises CatalogError, also for a name that is there twice."""
+    """Class names in label order: see :mod:`multitrain.config.class_names`. Raises CatalogError, also for a repeated name."""
     try:
         names = read_class_names(file)
     except ConfigError as error:
@@ -398,7 +398,7 @@ def _json(file: Path) -> Any:
 
 
 def _rows(file: Path, at_least: int, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
-    """Rows with their line numbers, blank ones left out."""
+    """Non-blank rows with their line numbers."""
     for number, row in enumerate(csv.reader(_text(file).splitlines(), delimiter=delimiter), start=1):
         if not any(row):
             continue

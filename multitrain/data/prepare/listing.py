@@ -1,8 +1,7 @@
-"""Which copies of videos are to be made, and where: the names in csv files, mapped from the folder of videos below another one.
+"""Map the video paths of csv files to the paths of their copies, from the folder of videos to the folder of copies.
 
-A path belongs to the folder of videos (VIDEOS) in one of three ways: it is relative to VIDEOS; it is absolute and lies below
-VIDEOS; or it lies below the folder that VIDEOS is reached over links. Any other path is refused: it is unknown where its copy
-should go.
+A path is in the folder of videos (VIDEOS) if it is relative to VIDEOS, absolute and below VIDEOS, or below the folder to which VIDEOS
+resolves through symbolic links. Any other path is an error, because the path of its copy is undefined.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from multitrain.data.prepare.importing import SPLITS, VIDEO_ENDINGS
 from multitrain.text import quoted
 
 PARTS = ".parts"
-"""Folder below the copies for journals and for copies in the making."""
+"""Folder below the copies for journals and temporary files."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +30,15 @@ class Copy:
     """One copy to make."""
 
     source: str
-    """Relative to the folder of sources."""
+    """Path relative to the folder of videos."""
     target: str
-    """Relative to the folder of copies; ends with .mp4."""
+    """Path relative to the folder of copies; ends with .mp4."""
     segment: tuple[float, float] | None = None
-    """Seconds of the source, start and end; all of it when None."""
+    """Start and end in the source, in seconds; None for the full video."""
 
 
 class Place(NamedTuple):
-    """Where something is written: for error messages."""
+    """A file and line, for error messages."""
 
     file: Path
     line: int
@@ -49,21 +48,21 @@ class Place(NamedTuple):
 
 
 class Listed(NamedTuple):
-    """A path as written in a file, and the line."""
+    """A path as written in a file, and its line."""
 
     path: str
     place: Place | None = None
 
 
 class Layout:
-    """Where videos lie, and where their copies go.
+    """The folders of videos and copies.
 
     Args:
         videos: the folder of videos.
-        out: the folder of copies. It may lie inside `videos` (its files are no sources then) or around it.
+        out: the folder of copies. It may be inside `videos` (its files are then not sources) or contain it.
 
     Raises:
-        CatalogError: `videos` is no folder, or a pack.
+        CatalogError: `videos` is not a folder, or is a pack.
     """
 
     def __init__(self, videos: Path, out: Path) -> None:
@@ -76,7 +75,7 @@ class Layout:
         self._folder = lru_cache(maxsize=4096)(os.path.realpath)
 
     def name(self, listed: Listed) -> str:
-        """The path of a video relative to the folder of videos. Raises CatalogError for one that lies elsewhere."""
+        """The path of a video relative to the folder of videos. Raises CatalogError for a video outside it."""
         where, shown = f"{listed.place}: " if listed.place else "", quoted(listed.path)
         if "\0" in listed.path:
             raise CatalogError(f"{where}{shown} holds a NUL character, which no file's name can; correct the line")
@@ -102,23 +101,23 @@ class Layout:
         return None
 
     def found(self) -> list[Listed]:
-        """The video files below the folder of videos, by the ends of their names, in order; those of `out` are none."""
+        """The video files (by suffix) below the folder of videos, in order, without those in `out`."""
         return [Listed(path) for path in found_below(self.videos, Path(self._out))]
 
 
 def target_of(name: str) -> str:
-    """The name of a video's copy: it ends with .mp4."""
+    """The name of a video's copy, which ends with .mp4."""
     return str(Path(name).with_suffix(".mp4"))
 
 
 def copies(layout: Layout, listed: Iterable[Listed]) -> tuple[list[Copy], dict[str, str]]:
-    """A copy for each video that is listed, however often and in whatever spelling.
+    """One copy per listed video, also if it is listed several times or with different spellings.
 
     Returns:
-        The copies, and the name of the copy by the path as it is listed.
+        (the copies, the name of the copy by listed path).
 
     Raises:
-        CatalogError: a path lies elsewhere, or two videos would have one copy.
+        CatalogError: a path is outside the folder of videos, or two videos would have the same copy.
     """
     made: dict[str, tuple[str, Listed]] = {}
     renamed: dict[str, str] = {}
@@ -138,10 +137,10 @@ def copies(layout: Layout, listed: Iterable[Listed]) -> tuple[list[Copy], dict[s
 
 
 def segments(layout: Layout, file: Path) -> list[Copy]:
-    """The copies that ``segments.csv`` asks for: ``source,start,end,path``, times in seconds.
+    """The copies of ``segments.csv``, whose lines are ``source,start,end,path`` with times in seconds.
 
     Raises:
-        CatalogError: with the line: a source or a copy lies elsewhere, times are none, two copies have one name.
+        CatalogError: in a line (named), the source or the copy is outside its folder, a time is invalid, or the copy's name is used twice.
     """
     made: dict[str, Copy] = {}
     for place, row in _rows(file):
@@ -179,13 +178,13 @@ def _rows(file: Path) -> Iterator[tuple[Place, dict[str, str]]]:
 
 
 def found_below(folder: Path, without: Path | None = None) -> list[str]:
-    """The video files below a folder, by the ends of their names, or the videos of a pack: relative paths in order.
+    """The video files (by suffix) below a folder, or the videos of a pack, as relative paths in order.
 
     Args:
-        without: a folder (its path without links) that is not looked into.
+        without: a folder to skip (its path without symbolic links).
 
     Raises:
-        CatalogError: there is none, or a folder cannot be read.
+        CatalogError: there are no videos, or a folder cannot be read.
     """
     if not folder.is_dir():
         raise CatalogError(f"{folder}: no such folder of videos")
@@ -211,10 +210,10 @@ def found_below(folder: Path, without: Path | None = None) -> list[str]:
 
 
 class AnnotationFiles:
-    """The ``train.csv``, ``val.csv`` and ``test.csv`` of a folder, line by line; labels are not looked at.
+    """The lines of ``train.csv``, ``val.csv`` and ``test.csv`` in a folder; labels are not checked.
 
     Raises:
-        CatalogError: there is none, or one cannot be read.
+        CatalogError: there is no such file, or one cannot be read.
     """
 
     def __init__(self, folder: Path, separator: str = " ") -> None:
@@ -226,20 +225,20 @@ class AnnotationFiles:
 
     @property
     def class_names(self) -> Path | None:
-        """``classes.txt``, where there is one."""
+        """``classes.txt``, if it exists."""
         file = self.folder / "classes.txt"
         return file if file.is_file() else None
 
     def listed(self) -> Iterator[Listed]:
-        """Every path of every file, with its line."""
+        """All paths of all files, with their lines."""
         for split, file in self.files.items():
             for line in self._lines[split]:
                 yield Listed(os.fsdecode(line.path), Place(file, line.number))
 
     def rewritten(self, split: str, made: Mapping[str, str | None]) -> tuple[str, int]:
-        """A file's lines with the names of the copies, those without a copy left out; and how many those are.
+        """(lines of a file with the names of the copies, number of lines left out because they have no copy).
 
-        made: by path as it is listed, the name of the copy; None where there is none.
+        made: the name of the copy by listed path; None if there is no copy.
         """
         kept = []
         for line in self._lines[split]:
@@ -254,7 +253,7 @@ class AnnotationFiles:
 
 
 def located(source: Path) -> Path:
-    """The source, or the file of the same name that ends differently (downloads come as mp4, mkv or webm)."""
+    """The source, or a file of the same name with another suffix (downloads are mp4, mkv or webm)."""
     others = (source.with_suffix(ending) for ending in (".mkv", ".webm", ".mp4"))
     return source if os.path.exists(source) else next((p for p in others if os.path.exists(p)), source)
 

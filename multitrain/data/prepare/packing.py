@@ -1,7 +1,7 @@
-"""`data pack` and `data unpack`: videos into tar shards with one index, and back.
+"""`data pack` and `data unpack`: write videos to tar shards with one index, and back to files.
 
-A worker writes a shard under a name of its own below ``OUT/.parts``; then the command notes it in its journal and moves it to its
-place, as `data resize` does with copies. The index is written when every shard is there, so a folder is a pack when it is whole.
+A worker writes a shard under a temporary name below ``OUT/.parts``. The command then records it in its journal and renames it, as
+`data resize` does with copies. The index is written after the last shard, so that a folder with an index is complete.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from multitrain.data.packs import (
     forget,
     header,
     index_parts,
+    os_error_text,
     read_stored,
-    refusal,
 )
 from multitrain.data.prepare.listing import PARTS, AnnotationFiles, Layout, Listed
 from multitrain.data.prepare.parallel_map import Journal, Shard
@@ -47,19 +47,19 @@ class Item(NamedTuple):
 
     target: str
     names: tuple[str, ...]
-    """Of the videos, relative to their folder."""
+    """Video paths relative to their folder."""
     known: Record | None
-    """What the journal says of the shard, when it is there."""
+    """The journal's record of the shard, if the shard exists."""
 
 
 @dataclass(frozen=True)
 class PackShard:
-    """Writes one shard; work for several processes, the item is an :class:`Item`.
+    """Writes one shard; a function for `map_resumable` whose item is an :class:`Item`.
 
     Returns:
-        ``part``, the finished shard's name below `PARTS`; ``offsets``, ``sizes``, ``crcs`` of its videos (None for those left out);
-        ``left_out``: [name, reason] of each; ``sources``, a digest of the names, sizes and times of the files. Or the record that is
-        known, where nothing has changed. Or ``error`` and ``unreadable``: [name, reason] of each.
+        ``part``: name of the finished shard below `PARTS`; ``offsets``, ``sizes``, ``crcs`` of its videos (None for those left out);
+        ``left_out``: [name, reason] of each; ``sources``: a digest of the names, sizes and times of the files. Or the existing
+        record, if nothing changed. Or ``error`` and ``unreadable``: [name, reason] of each.
     """
 
     videos: Path
@@ -81,7 +81,7 @@ class PackShard:
                 part.unlink()
                 return record
             make_durable(part)
-        except OSError as error:  # of the output: what concerns a source is in the record
+        except OSError as error:  # an error of the output; errors of sources are in the record
             part.unlink(missing_ok=True)
             return {"error": f"{printable(str(part.parent))}: cannot be written ({error.strerror})", "unreadable": []}
         return {**record, "sources": sources, "part": part.name}
@@ -120,11 +120,11 @@ class PackShard:
 
 
 class SourceError(Exception):
-    """A video cannot be read. The message is the reason."""
+    """A video cannot be read; the message is the reason."""
 
 
 def _append(file: BinaryIO, source: Path, name: str) -> tuple[int, int, int]:
-    """Append a video; its offset, size and CRC-32. Raises SourceError, and OSError for the output."""
+    """Append a video; return (offset, size, CRC-32). Raises SourceError for the video, OSError for the output."""
     try:
         handle = open(source, "rb", buffering=0)  # noqa: SIM115
     except (OSError, ValueError) as error:
@@ -162,27 +162,27 @@ def _unreadable(source: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What the user asks for; folders are absolute."""
+class PackOptions:
+    """Options of the command; folders are absolute."""
 
     videos: Path
     out: Path
     annotations: Path | None = None
     separator: str = " "
     shard_videos: int = 1000
-    """Videos a shard."""
+    """Number of videos per shard."""
     leave_out: bool = False
-    """Whether a pack is made without the videos that cannot be read."""
+    """Whether to leave out videos that cannot be read."""
 
 
-class Packing:
+class PackJob:
     """The shards of one command, or of one part of it.
 
     Raises:
-        ConfigError: it cannot be begun; nothing is written then but journals.
+        ConfigError: the job cannot start; nothing but journals was written.
     """
 
-    def __init__(self, wanted: Wanted, part: Shard) -> None:
+    def __init__(self, wanted: PackOptions, part: Shard) -> None:
         self.wanted, self._part = wanted, part
         layout = Layout(wanted.videos, wanted.out)
         annotations = AnnotationFiles(wanted.annotations, wanted.separator) if wanted.annotations else None
@@ -199,13 +199,13 @@ class Packing:
         return stamps(self.journal.all_of(target))
 
     def items(self) -> Iterator[Item]:
-        """What this part has to write or to look at. Raises ConfigError: something is in the way."""
+        """The shards that this part has to write or check. Raises ConfigError if something is in the way."""
         for target in self._part.of(sorted(self.shards)):
             self.out.check(target)
             yield Item(target, self.shards[target], self._record(target))
 
     def done(self, item: Item, answer: Record) -> str:
-        """Note what a worker has written, and move it to its place. Returns what went wrong, or an empty text."""
+        """Record a worker's result in the journal and move the shard to its path; return the error, or an empty string."""
         if "error" in answer or "part" not in answer:
             return str(answer.get("error", ""))
         part = self.parts / answer["part"]
@@ -221,7 +221,7 @@ class Packing:
         self.journal.add(item.target, _version(item.names), record)
 
     def _record(self, target: str) -> Record | None:
-        """What is noted of a shard that is there, whole, with these videos."""
+        """The record of a shard, if the shard exists, is complete and has these videos; else None."""
         record = self.journal.get(target, _version(self.shards[target]))
         if record is None or (record["left_out"] and not self.wanted.leave_out):
             return None
@@ -231,7 +231,7 @@ class Packing:
             return None
 
     def write_index(self) -> tuple[int, int, list[list[str]]]:
-        """Write the index if all shards are there: how many are not, the videos in the others, and those left out."""
+        """Write the index if all shards exist; return (missing shards, videos in the others, [name, reason] of those left out)."""
         self.journal.refresh()
         records = {target: self._record(target) for target in sorted(self.shards)}
         videos, left_out, missing = [], [], 0
@@ -252,9 +252,9 @@ class Packing:
 
 
 def shards(rows: dict[str, list[str]], shard_videos: int) -> dict[str, tuple[str, ...]]:
-    """The videos of each shard, by its name: of each split those that `multitrain.order.windows.scatter` puts there.
+    """The videos of each shard, by shard name: of each split, those that `multitrain.order.windows.scatter` assigns to it.
 
-    A video of several splits lies where it comes first; a shard that has none left is not written.
+    A video of several splits is in the shard that comes first; a shard without videos is not written.
     """
     out: dict[str, tuple[str, ...]] = {}
     seen: set[str] = set()
@@ -270,13 +270,13 @@ def shards(rows: dict[str, list[str]], shard_videos: int) -> dict[str, tuple[str
 
 
 def _rows(layout: Layout, annotations: AnnotationFiles | None) -> dict[str, list[str]]:
-    """By split, the video of each line. Raises CatalogError for a path that would not be looked for in a pack."""
+    """The video of each line, by split. Raises CatalogError for a path that cannot be in a pack."""
     if annotations is None:
         return {"": [layout.name(listed) for listed in layout.found()]}
     split_of = {file: split for split, file in annotations.files.items()}
     rows: dict[str, list[str]] = {split: [] for split in annotations.files}
     for listed in annotations.listed():
-        assert listed.place is not None  # lines of files have one
+        assert listed.place is not None  # set for lines of files
         rows[split_of[listed.place.file]].append(_relative(layout, listed))
     return rows
 
@@ -298,10 +298,10 @@ def _version(names: Sequence[str]) -> str:
 
 
 class Unpack:
-    """Writes the videos of one shard as files; work for several processes, the item is (shard, its videos).
+    """Writes the videos of one shard as files; a function for `map_resumable` whose item is the shard's videos.
 
     Returns:
-        ``written``, ``there`` (files that were there already), ``unreadable``: [name, reason] of each.
+        ``written``: number of files written; ``there``: number of files that existed; ``unreadable``: [name, reason] of each.
     """
 
     def __init__(self, pack: Path, out: Path) -> None:
@@ -316,7 +316,7 @@ class Unpack:
             except (DamagedError, ConfigError) as error:
                 counts["unreadable"].append([video.name, str(error)])
             except OSError as error:
-                counts["unreadable"].append([video.name, refusal(error)])
+                counts["unreadable"].append([video.name, os_error_text(error)])
         return counts
 
     @staticmethod
@@ -329,4 +329,4 @@ class Unpack:
         return "written"
 
 
-__all__ = ["Item", "PackShard", "Packing", "Unpack", "Wanted", "shards"]
+__all__ = ["Item", "PackJob", "PackOptions", "PackShard", "Unpack", "shards"]

@@ -1,7 +1,7 @@
-"""Long work over many files: by several processes, in shards, interrupted at any moment and resumed.
+"""Map a function over many files with several processes and in shards, interruptible at any moment and resumable.
 
-What is done stands in journals, one JSON object a line. A file whose line is not there yet is simply done again, so work must
-leave either nothing or the whole result behind.
+Journals record the completed items, one JSON object per line. An item without a line is processed again, so the function must
+leave either no result or the complete one.
 """
 
 from __future__ import annotations
@@ -20,59 +20,59 @@ from pathlib import Path
 from typing import Any, Generic, TextIO, TypeVar
 
 from multitrain.config import ConfigError
-from multitrain.data.packs import DamagedError, locate
+from multitrain.data.packs import DamagedError, find_packed
 from multitrain.records import jsonl
 from multitrain.records.progress import duration
 
 Item = TypeVar("Item")
 Work = Callable[[Any], dict[str, Any]]
-"""What is done with one item, in a process of its own: returns what the journal is to hold of it. Must be picklable."""
+"""The function of one item, called in a worker process: returns the record for the journal. Must be picklable."""
 
 FINAL = "final"
-"""In the record of an item that failed: False when the item is not to blame (a full disk), so that it is tried again."""
+"""Key in the record of a failed item: False if the cause is not the item (e.g. a full disk), so that it is tried again."""
 
 INTERRUPTED = 75
-"""Exit status of a command that was asked to stop; the same command goes on."""
+"""Exit status of an interrupted command; the same command continues."""
 
 FIELDS = {"check": ("frames", "fps", "width", "height"), "resize": ("frames", "width", "height", "bytes")}
-"""Positive numbers in the record of every item that went well, by the kind of work."""
+"""Keys of positive numbers in the record of every successful item, by kind of work."""
 
-_LOOK = 0.2  # seconds between two looks at signals and time limits
+_POLL_SECONDS = 0.2  # seconds between checks of signals and time limits
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Part `index` of `count`: every `count`-th item, beginning with number `index`."""
+    """Part `index` of `count`: every `count`-th item, starting with item `index`."""
 
     index: int = 0
     count: int = 1
 
     @staticmethod
     def parse(text: str) -> Shard:
-        """``i/n`` with i from 0 to n − 1. Raises ConfigError."""
+        """Parse ``i/n`` with i from 0 to n − 1. Raises ConfigError."""
         index, slash, count = text.partition("/")
         if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
             raise ConfigError(f"--shard {text!r}: write I/N with I from 0 to N-1, e.g. 0/16")
         return Shard(int(index), int(count))
 
     def of(self, items: Sequence[Item]) -> Sequence[Item]:
-        """This shard's items."""
+        """The items of this shard."""
         return items[self.index :: self.count]
 
 
 class Journal:
-    """What is done, by item and version of the item.
+    """The records of completed items, by item and version of the item.
 
-    Every shard appends to a file of its own, and all files of the folder are read, so shards may be cut in another way when
-    the work is resumed.
+    Every shard appends to its own file, and all files of the folder are read, so that a resumed job may have another number of
+    shards.
 
     Args:
-        folder: made when missing.
-        kind: what is done; other kinds in the same folder are left alone.
-        shard: whose file is appended to.
+        folder: created if missing.
+        kind: kind of work; journals of other kinds in the same folder are ignored.
+        shard: the shard to whose file records are appended.
 
     Raises:
-        ConfigError: the folder cannot be made or read, or something that is no journal has the name of one.
+        ConfigError: the folder cannot be created or read, or a file with the journal's name is not a journal.
     """
 
     def __init__(self, folder: Path, kind: str, shard: Shard) -> None:
@@ -88,7 +88,7 @@ class Journal:
 
     @classmethod
     def records(cls, folder: Path, kind: str) -> dict[str, dict[str, Any]]:
-        """The last record of every item in the journals of a folder. Raises ConfigError: there are none."""
+        """The last record of every item in the journals of a folder. Raises ConfigError if there are no journals."""
         if not any(folder.glob(f"{kind}-*-of-*.jsonl")):
             raise ConfigError(f"{folder}: no journal of data {kind}; give the folder that was its --out")
         return {item: found[-1] for item, found in cls(folder, kind, Shard())._done.items()}
@@ -99,13 +99,13 @@ class Journal:
             files = [f for f in self._folder.glob(f"{self._kind}-*-of-*.jsonl") if not f.is_symlink()]
             for file in sorted(files, key=lambda f: f.stat().st_mtime):
                 for record in jsonl.read(file):
-                    if "version" in record and self._is_whole(record):
+                    if "version" in record and self._is_valid(record):
                         self._done.setdefault(record["item"], []).append(record)
         except OSError as error:
             raise ConfigError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from None
 
-    def _is_whole(self, record: dict[str, Any]) -> bool:
-        """Whether a record, perhaps from a stranger, holds what is read from it."""
+    def _is_valid(self, record: dict[str, Any]) -> bool:
+        """Whether a record, which may come from another user, has the expected fields."""
         if not isinstance(record.get("item"), str):
             return False
         if "error" in record:
@@ -114,24 +114,24 @@ class Journal:
         return all(isinstance(v, (int, float)) and not isinstance(v, bool) and v > 0 for v in values)
 
     def refresh(self) -> None:
-        """Read what other shards have written meanwhile."""
+        """Read the records that other shards have written since."""
         self._read()
 
     def get(self, item: str, version: object) -> dict[str, Any] | None:
-        """The last record of an item in this version."""
+        """The last record of an item in this version, or None."""
         return next((r for r in reversed(self._done.get(item, [])) if r["version"] == version), None)
 
     def settled(self, item: str, version: object) -> bool:
-        """Whether an item is done, in this version, for good: failures of earlier versions, too, are looked at once more."""
+        """Whether an item in this version needs no further work. Failures that earlier versions recorded are tried once more."""
         record = self.get(item, version)
         return record is not None and ("error" not in record or bool(record.get(FINAL)))
 
     def all_of(self, item: str) -> list[dict[str, Any]]:
-        """Every record of an item, in any version."""
+        """All records of an item, in any version."""
         return self._done.get(item, [])
 
     def claim(self) -> None:
-        """Raises ConfigError now when records could not be added later."""
+        """Raise ConfigError if records cannot be appended."""
         try:
             os.close(os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666))
         except OSError as error:
@@ -143,7 +143,7 @@ class Journal:
         )
 
     def add(self, item: str, version: object, record: dict[str, Any]) -> None:
-        """Note that an item is done; on disk when this returns. Raises ConfigError when that cannot be."""
+        """Append the record of an item and sync it to disk. Raises ConfigError if this fails."""
         entry = {"item": item, "version": version, **record}
         self._done.setdefault(item, []).append(entry)
         try:
@@ -153,7 +153,7 @@ class Journal:
 
 
 def _is_journal(file: Path) -> bool:
-    """Whether a file is empty or begins with a record (or a torn one), and is no link."""
+    """Whether a file is not a symbolic link, and is empty or starts with a record (perhaps an incomplete one)."""
     if file.is_symlink() or not file.is_file():
         return False
     with open(file, "rb") as handle:
@@ -161,21 +161,21 @@ def _is_journal(file: Path) -> bool:
 
 
 def version(path: Path) -> list[int]:
-    """Size and time of change of a file in nanoseconds, [-1, -1] when it is not there: a changed file is done again.
+    """The version of a file: its size and modification time in nanoseconds, [-1, -1] if it is missing. A changed file is processed again.
 
-    Of a packed video its size, the time of change of the shard, and its checksum.
+    For a packed video: its size, the shard's modification time, and its checksum.
     """
     try:
-        if (stored := locate(path)) is not None:
+        if (stored := find_packed(path)) is not None:
             return [stored.size, stored.shard.stat().st_mtime_ns, stored.crc or 0]
         found = path.stat()
-    except (OSError, ValueError, DamagedError):  # ValueError: no disk takes such a name
+    except (OSError, ValueError, DamagedError):  # ValueError: not a valid file name
         return [-1, -1]
     return [found.st_size, found.st_mtime_ns]
 
 
-class Bar(Generic[Item]):
-    """A bar with the time to go on a terminal, a plain line every half minute in logs."""
+class ProgressBar(Generic[Item]):
+    """A progress bar with the remaining time on a terminal; a line every half minute in logs."""
 
     EVERY = 30.0
 
@@ -190,7 +190,7 @@ class Bar(Generic[Item]):
             self._bar = tqdm(total=total, desc=title, unit=self._unit, file=self._stream, dynamic_ncols=True)
 
     def add(self, *, bad: bool) -> None:
-        """One more is done."""
+        """Count one more item."""
         self._done += 1
         self._bad += bad
         if self._bar is not None:
@@ -208,7 +208,7 @@ class Bar(Generic[Item]):
             )
 
     def close(self) -> None:
-        """Leave the terminal in order."""
+        """Remove the bar from the terminal."""
         if self._bar is not None:
             self._bar.close()
 
@@ -218,7 +218,7 @@ class _Worker:
     process: Any
     pipe: Connection
     limit: float
-    """Seconds that an item may take; a worker's start takes as long as it takes."""
+    """Time limit of an item in seconds; a worker's start has no limit."""
     item: Any = None
     due: float = math.inf
 
@@ -231,43 +231,43 @@ def map_resumable(
     timeout: float,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[Item, dict[str, Any]]]:
-    """Each item with what `work` gave for it, in the order in which they are done.
+    """Yield (item, result of `work`) for each item, in order of completion.
 
-    A worker that dies (a decoder that crashes) or takes longer than `timeout` seconds is replaced, and what it worked on gets
-    ``{"error": reason}``, as does an item for which `work` raised. When `stop` holds, workers are ended at once, and so is
-    the iteration.
+    A worker that crashes (e.g. in a decoder) or takes longer than `timeout` seconds is replaced, and its item gets
+    ``{"error": reason}``, as does an item for which `work` raised. When `stop` returns true, workers are killed and
+    the iteration ends.
     """
     waiting = iter(items)
-    crew: list[_Worker] = []
+    running: list[_Worker] = []
     try:
         for item in waiting:
-            crew.append(_start(work, timeout))
-            _give(crew[-1], item)
-            if len(crew) == workers:
+            running.append(_start(work, timeout))
+            _assign(running[-1], item)
+            if len(running) == workers:
                 break
-        while crew:
+        while running:
             if stop():
                 return
-            ready = set(wait([w.pipe for w in crew], timeout=_LOOK))
-            for worker in list(crew):
-                answer = _answer(worker, worker.pipe in ready)
+            ready = set(wait([w.pipe for w in running], timeout=_POLL_SECONDS))
+            for worker in list(running):
+                answer = _poll(worker, worker.pipe in ready)
                 if answer is None:
                     continue
                 done = worker.item
                 if worker.process.exitcode is not None or "overdue" in answer:
                     _end(worker)
-                    crew.remove(worker)
+                    running.remove(worker)
                     worker = _start(work, timeout)
-                    crew.append(worker)
+                    running.append(worker)
                 following = next(waiting, None)
                 if following is None:
                     _end(worker)
-                    crew.remove(worker)
+                    running.remove(worker)
                 else:
-                    _give(worker, following)
+                    _assign(worker, following)
                 yield done, {k: v for k, v in answer.items() if k != "overdue"}
     finally:
-        for worker in crew:
+        for worker in running:
             _end(worker)
 
 
@@ -280,20 +280,20 @@ def _start(work: Work, limit: float) -> _Worker:
     return _Worker(process, ours, limit)
 
 
-def _give(worker: _Worker, item: Any) -> None:
+def _assign(worker: _Worker, item: Any) -> None:
     worker.item = item
     if worker.due < math.inf:
         worker.due = time.monotonic() + worker.limit
-    with contextlib.suppress(BrokenPipeError):  # the worker has died; the next look at it finds out
+    with contextlib.suppress(BrokenPipeError):  # the worker died; the next poll detects it
         worker.pipe.send(item)
 
 
-def _answer(worker: _Worker, ready: bool) -> dict[str, Any] | None:
-    """What the worker says, or what has become of it; None while it works."""
+def _poll(worker: _Worker, ready: bool) -> dict[str, Any] | None:
+    """The worker's result, or an error record if it died or exceeded its time limit; None while it works."""
     if ready:
         try:
             answer: dict[str, Any] | None = worker.pipe.recv()
-            if answer is None:  # it has started
+            if answer is None:  # the worker's message that it has started
                 worker.due = time.monotonic() + worker.limit
             return answer
         except (EOFError, OSError):
@@ -307,18 +307,18 @@ def _answer(worker: _Worker, ready: bool) -> dict[str, Any] | None:
 
 
 def _end(worker: _Worker) -> None:
-    """End a worker and what it has started."""
+    """Kill a worker and its child processes."""
     worker.pipe.close()
     if worker.process.pid is not None and worker.process.exitcode is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(worker.process.pid, signal.SIGKILL)
-        with contextlib.suppress(ProcessLookupError):  # one that has no group of its own yet
+        with contextlib.suppress(ProcessLookupError):  # the worker has no process group of its own yet
             os.kill(worker.process.pid, signal.SIGKILL)
     worker.process.join()
 
 
 def _serve(pipe: Connection, work: Work) -> None:
-    """A worker: one answer an item until the pipe is closed. Signals are the parent's business."""
+    """Run a worker: send one result per item until the pipe is closed. Ignores signals, which the parent handles."""
     os.setpgid(0, 0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
@@ -338,4 +338,4 @@ def _serve(pipe: Connection, work: Work) -> None:
             return
 
 
-__all__ = ["FINAL", "INTERRUPTED", "Bar", "Journal", "Shard", "map_resumable", "version"]
+__all__ = ["FINAL", "INTERRUPTED", "Journal", "ProgressBar", "Shard", "map_resumable", "version"]

@@ -1,8 +1,8 @@
-"""Copies of videos with a short side of 320 pixels: H.264 in MP4, without sound, upright, every frame at its own time.
+"""Copy videos with a short side of 320 pixels: H.264 in MP4, without audio, upright, every frame at its original time.
 
-A worker makes a copy under a name of its own below ``OUT/.parts`` and reads it back; then the command notes it in its journal
-and moves it to its place. So a copy is there whole or not at all, and after a kill at any instant the journal tells which files
-the command has made: others are never replaced.
+A worker writes a copy under a temporary name below ``OUT/.parts`` and reads it back. The command then records it in its journal
+and renames it. A copy is therefore complete or absent, and after a kill at any moment the journal lists the files that
+the command made; it never replaces others.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from multitrain.config import ConfigError
-from multitrain.data.decode import Video, VideoError, check_complete, open_video, read_whole
+from multitrain.data.decode import Video, VideoError, check_complete, open_video, scan_video
 from multitrain.data.decode.container import MAX_PIXELS, VIDEO_FORMATS, stream_index
 from multitrain.data.encode import retime
 from multitrain.data.prepare.listing import PARTS, Copy, located
@@ -32,41 +32,41 @@ from multitrain.data.prepare.parallel_map import FINAL
 from multitrain.data.prepare.scan import is_of_system
 from multitrain.files import stamp
 
-_STALE = 3600.0  # seconds after which a copy in the making of another machine has been given up
+_STALE = 3600.0  # seconds after which a temporary file of another machine is abandoned
 _PART = re.compile(r"part-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}\.(mp4|tar)")
-_CLOSE = 1e-3  # seconds that a frame's time may move
-_ALIKE = 16.0  # mean difference, of 255, up to which two pictures are one in two sizes
+_CLOSE = 1e-3  # tolerance of a frame's time in seconds
+_ALIKE = 16.0  # maximum mean difference, of 255, between the same picture in two sizes
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How copies are encoded."""
+    """Encoding options of the copies."""
 
     short_side: int = 320
-    """Pixels; a smaller video is not enlarged."""
+    """In pixels; a smaller video is not enlarged."""
     crf: int = 23
     preset: str = "medium"
     fast_decode: bool = False
     """``-g 32 -tune fastdecode``: half the time to decode for a third more bytes (measured)."""
     salvage: bool = False
-    """Whether what can be decoded of a damaged video is kept."""
+    """Whether to keep the decodable part of a damaged video."""
 
     def version(self) -> dict[str, Any]:
-        """What the journal compares."""
+        """The options that identify a copy in the journal."""
         return asdict(self)
 
 
 class Item(NamedTuple):
-    """What a worker gets."""
+    """The input of a worker."""
 
     copy: Copy
     there: str = ""
-    """What stands at the copy's place: nothing; ``ours``, which is taken if it is this copy, and replaced otherwise; or
-    ``foreign``, which is taken if it is this copy (the user asked for that), and an error otherwise."""
+    """The existing file at the copy's path: empty for none; ``ours``, which is kept if it is this copy, and replaced otherwise; or
+    ``foreign``, which is adopted if it is this copy (option ``--adopt``), and an error otherwise."""
 
 
 def ffmpeg() -> str:
-    """The ffmpeg command: of ``MULTITRAIN_FFMPEG``, of the PATH, or that of the package imageio-ffmpeg. Raises ConfigError."""
+    """The ffmpeg command: from ``MULTITRAIN_FFMPEG``, the PATH, or the package imageio-ffmpeg. Raises ConfigError if there is none."""
     found = os.environ.get("MULTITRAIN_FFMPEG") or shutil.which("ffmpeg")
     if found:
         return found
@@ -80,7 +80,7 @@ def ffmpeg() -> str:
 
 @lru_cache
 def timing_options(program: str) -> tuple[str, ...]:
-    """The options by which this ffmpeg gives every frame the time that it has in the source.
+    """The options with which this ffmpeg keeps the time of every frame.
 
     Raises:
         ConfigError: `program` cannot be run.
@@ -95,7 +95,7 @@ def timing_options(program: str) -> tuple[str, ...]:
 
 
 def _timing_options(said: str) -> tuple[str, ...]:
-    """By what ``ffmpeg -version`` says; builds that have no number are newer than all that have one."""
+    """The options for the output of ``ffmpeg -version``; builds without a version number are newer than all others."""
     found = re.match(r"ffmpeg version n?(\d+)\.(\d+)", said)
     number = (int(found[1]), int(found[2])) if found else (99, 0)
     return (
@@ -105,11 +105,11 @@ def _timing_options(said: str) -> tuple[str, ...]:
 
 
 class Resize:
-    """Makes one copy; work for several processes, the item is an :class:`Item`.
+    """Makes one copy; a function for `map_resumable` whose item is an :class:`Item`.
 
     Returns:
-        ``frames``, ``width``, ``height``, ``bytes``, ``digest`` and ``part``, the finished copy's name below `PARTS` (without it
-        where the copy was there already); ``damage`` where `Encoding.salvage` left something out. Or ``error``.
+        ``frames``, ``width``, ``height``, ``bytes``, ``digest`` and ``part``, the finished copy's name below `PARTS` (absent
+        if the copy existed already); ``damage`` if `Encoding.salvage` left something out. Or ``error``.
     """
 
     def __init__(self, videos: Path, out: Path, encoding: Encoding, timeout: float) -> None:
@@ -135,9 +135,9 @@ class Resize:
 
     @staticmethod
     def _failure(source: Path, copy: Copy, error: VideoError) -> dict[str, Any]:
-        """What `check` says of the file, which is plainer than what ffmpeg says; the latter when the file reads well."""
+        """The error that `check` reports for the file, which is clearer than ffmpeg's; ffmpeg's if the file has no error."""
         try:
-            whole = read_whole(source)
+            whole = scan_video(source)
         except VideoError as plainer:
             return {"error": plainer.reason, FINAL: not is_of_system(plainer)}
         if copy.segment is not None and copy.segment[0] > (whole.frames - 1) / whole.fps:
@@ -146,7 +146,7 @@ class Resize:
         return {"error": error.reason, FINAL: False}
 
     def _made(self, source: Path, part: Path, copy: Copy) -> dict[str, Any]:
-        """Encode and read back. Raises VideoError."""
+        """Encode a copy and read it back. Raises VideoError."""
         if self.encoding.salvage:
             if not os.path.exists(source):
                 raise VideoError(source, "no such file")
@@ -162,8 +162,8 @@ class Resize:
                 said = self._encode(source, part, copy, stream, strict=True)
             except VideoError:
                 said = "ffmpeg gave up"
-            if said:  # of a whole file, too: of what comes before the first picture that can be decoded
-                read_whole(source)
+            if said:  # ffmpeg also complains about packets before the first decodable frame of an intact file
+                scan_video(source)
                 said = self._encode(source, part, copy, stream, strict=False)
             if copy.segment is None:
                 self._keep_times(video, part)
@@ -173,7 +173,7 @@ class Resize:
                 return self._record(part, made)
 
     def _encode(self, source: Path, part: Path, copy: Copy, stream: int, *, strict: bool) -> str:
-        """Runs ffmpeg; returns what it complained of. Raises VideoError if it gave up."""
+        """Run ffmpeg; return its complaint, or an empty string. Raises VideoError if ffmpeg failed."""
         command = self.command(source, part, copy, stream, strict=strict)
         try:
             done = subprocess.run(
@@ -187,7 +187,7 @@ class Resize:
         return said
 
     def command(self, source: Path, part: Path, copy: Copy, stream: int, *, strict: bool) -> list[str]:
-        """The ffmpeg command line of a copy of the stream of that number; `strict` ends with the first error."""
+        """The ffmpeg command line for a copy of stream number `stream`; with `strict`, ffmpeg stops at the first error."""
         e = self.encoding
         side = f"trunc(min({e.short_side},min(iw,ih))/2)*2"
         scale = f"scale=w='if(lte(iw,ih),{side},-2)':h='if(lte(iw,ih),-2,{side})':flags=bicubic"
@@ -211,7 +211,7 @@ class Resize:
 
     @staticmethod
     def _read_back(source: Path, part: Path, said: str) -> Video:
-        """The finished copy, on disk. Raises VideoError when nothing of it can be decoded."""
+        """Sync the finished copy to disk and open it. Raises VideoError if it cannot be decoded."""
         try:
             made = open_video(part)
             made.frames([0, made.frame_count - 1])
@@ -222,7 +222,7 @@ class Resize:
 
     @staticmethod
     def _keep_times(video: Video, part: Path) -> None:
-        """Give every frame of the copy its own time where ffmpeg has guessed another (an AVI has no times of frames)."""
+        """Set the time of every frame of the copy to the original one, where ffmpeg guessed another (an AVI has no frame times)."""
         times = video.times()
         with open_video(part) as made:
             if made.frame_count != len(times) or _moved(made.times(), times).max() <= _CLOSE:
@@ -236,12 +236,12 @@ class Resize:
 
     @staticmethod
     def _compare(video: Video, made: Video, source: Path) -> None:
-        """Raises VideoError unless all frames are in the copy, each at its own time.
+        """Raise VideoError unless all frames are in the copy, each at its original time.
 
-        Packets of an AVI that only say that a picture stays give no frame of the copy.
+        AVI packets that repeat the previous frame have no frame in the copy.
         """
         if made.frame_count != video.frame_count:
-            if made.frame_count > video.frame_count or made.frame_count < read_whole(source).decoded:
+            if made.frame_count > video.frame_count or made.frame_count < scan_video(source).decoded:
                 raise VideoError(source, f"only {made.frame_count} of {video.frame_count} frames were copied")
             return
         moved = _moved(made.times(), video.times())
@@ -254,7 +254,7 @@ class Resize:
         return {"frames": made.frame_count, "width": width, "height": height, **stamp(file)}
 
     def _taken(self, source: Path, target: Path, copy: Copy) -> dict[str, Any] | None:
-        """The record of a file that is this copy already: of its size, with every frame at its time, and the same first picture."""
+        """The record of an existing file, if it is this copy: same size, frame times and first frame; else None."""
         if copy.segment is not None or self.encoding.salvage:
             return None
         try:
@@ -277,13 +277,13 @@ class Resize:
 
 
 def _moved(times: Sequence[float], original: Sequence[float]) -> np.ndarray:
-    """Seconds, float64, by which each frame's time has moved."""
+    """Difference of each frame's time from the original, in seconds, float64."""
     moved: np.ndarray = np.abs(np.subtract(times, original))
     return moved
 
 
 def clean_parts(folder: Path) -> None:
-    """Remove what processes that are gone have left in the folder of copies in the making."""
+    """Remove temporary files of processes that no longer run."""
     for part in folder.iterdir():
         if (found := _PART.fullmatch(part.name)) is None:
             continue
@@ -295,15 +295,15 @@ def clean_parts(folder: Path) -> None:
 
 
 def stamps(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What the copies in some records of a journal are recognised by; those of earlier versions by their size alone.
+    """The values by which the copies of some journal records are recognised; for those of earlier versions, only the size.
 
-    Adopted ones are not among them: the command did not make them.
+    Adopted copies are excluded, because the command did not make them.
     """
     return [{k: r[k] for k in ("bytes", "digest") if k in r} for r in records if "bytes" in r and "adopted" not in r]
 
 
 def _complaint(stderr: str, source: Path) -> str:
-    """The first line that ffmpeg says, without addresses and the file's name."""
+    """The first line of ffmpeg's messages, without addresses and the file's name."""
     for line in stderr.splitlines():
         text = line.split("] ", 1)[-1].replace(f"file:{source}", "the file").replace(str(source), "the file").strip()
         if text and not text.startswith("Last message repeated"):
@@ -312,7 +312,7 @@ def _complaint(stderr: str, source: Path) -> str:
 
 
 def make_durable(file: Path) -> None:
-    """Wait until a file is on disk."""
+    """Sync a file to disk."""
     handle = os.open(file, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""A file's record in the journal of `data check`: what is in it, or what is wrong with it."""
+"""Scan one file for the journal of `data check`: its properties, or its damage."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from multitrain.data.decode import VideoError, read_whole
+from multitrain.data.decode import VideoError, scan_video
 from multitrain.data.decode.video import located
-from multitrain.data.packs import wrong_frame
+from multitrain.data.packs import framing_error
 from multitrain.data.prepare.parallel_map import FINAL
 
 
 class ScanFile:
-    """`read_whole` as work for several processes: the item is a path.
+    """`scan_video` as a function for `map_resumable` whose item is a path.
 
     Returns:
-        The fields of `multitrain.data.decode.Whole`, or ``kind`` and ``error``: what is wrong.
+        The fields of `multitrain.data.decode.VideoScan`, or ``kind`` and ``error`` of the finding.
     """
 
     def __call__(self, path: str) -> dict[str, Any]:
         try:
             if (stored := located(Path(path))) is None and not os.path.exists(path):
                 return {"kind": "missing", "error": "no such file", FINAL: True}
-            whole = asdict(read_whole(path))
-            if stored is not None and stored.crc is not None and (wrong := wrong_frame(stored)):
+            whole = asdict(scan_video(path))
+            if stored is not None and stored.crc is not None and (wrong := framing_error(stored)):
                 return {"kind": "broken", "error": wrong, FINAL: True}
             return whole
         except VideoError as error:
@@ -33,7 +33,7 @@ class ScanFile:
 
 
 def is_of_system(error: VideoError) -> bool:
-    """Whether the operating system failed or refused, so that the file itself may be whole."""
+    """Whether the operating system caused the error, so that the file itself may be intact."""
     return error.transient or isinstance(error.__cause__, OSError)
 
 

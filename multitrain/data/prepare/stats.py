@@ -1,4 +1,4 @@
-"""What is in the datasets of a run: sizes, class balance, durations and rates, and what its mixture draws from each."""
+"""Statistics of a run's datasets: sizes, class balance, durations, frame rates, and the samples that the mixture draws from each."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from multitrain.order import Plan
 from multitrain.plot_style import COLOURS, figure, png, table
 
 _COUNTED = 2_000_000
-"""Samples up to which an epoch's draws are counted one by one; a longer one is counted over its first updates."""
+"""Maximum number of samples whose draws are counted; of a longer epoch, only the first updates are counted."""
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Durations and rates of some videos of a dataset."""
+    """Durations and frame rates of a sample of a dataset's videos."""
 
     seconds: np.ndarray
     """float64 [N]."""
@@ -32,15 +32,15 @@ class Lengths:
     short_sides: np.ndarray
     """int64 [N], pixels."""
     of: int
-    """Videos that were looked at, unreadable ones among them."""
+    """Number of videos examined, including unreadable ones."""
 
 
 def balance(labels: np.ndarray, classes: int) -> dict[str, Any]:
-    """How evenly `labels`, int64 [N] or bool [N, K], spread over the classes.
+    """Class balance of `labels`, int64 [N] or bool [N, K].
 
     Returns:
-        ``empty``: classes without a video; ``smallest``, ``median``, ``largest``: videos of a class; ``effective``: the
-        number of equally large classes with the same entropy; ``counts``: by label.
+        ``empty``: number of classes without a video; ``smallest``, ``median``, ``largest``: videos per class; ``effective``: the
+        number of equally large classes with the same entropy; ``counts``: videos by label.
     """
     counts = labels.sum(0) if labels.ndim == 2 else np.bincount(labels, minlength=classes)
     share = counts[counts > 0] / counts.sum()
@@ -55,7 +55,7 @@ def balance(labels: np.ndarray, classes: int) -> dict[str, Any]:
 
 
 def lengths(catalog: Catalog, sample: int, scans: Mapping[str, Mapping[str, Any]]) -> Lengths:
-    """Of `sample` videos spread evenly over the catalog: from `scans` of `data check` by file, else from the files."""
+    """Lengths of `sample` videos spread evenly over the catalog, from `scans` of `data check` by file, else from the files."""
     chosen = np.unique(np.linspace(0, len(catalog) - 1, min(sample, len(catalog))).round().astype(int))
     rows = []
     for number in chosen:
@@ -79,11 +79,11 @@ def _read(path: Path) -> tuple[float, float, int]:
 
 
 def draws(config: RunConfig, plan: Plan) -> dict[str, Any]:
-    """What the run draws from each dataset, counted in its real order of videos.
+    """The samples that the run draws from each dataset, counted in its sampling plan.
 
     Returns:
-        ``updates`` of the run, and by dataset: ``share`` of the samples, ``per_update``, ``passes`` over its videos in the
-        whole run.
+        ``updates`` of the run, and by dataset: ``share`` of the samples, samples ``per_update``, ``passes`` (epochs) over its videos in the
+        run.
     """
     updates = config.updates or plan.updates(config.epochs)
     whole = min(updates, max(1, _COUNTED // plan.effective_batch))
@@ -109,7 +109,7 @@ def draws(config: RunConfig, plan: Plan) -> dict[str, Any]:
 def collect(
     config: RunConfig, index: Path, sample: int, scans: Mapping[str, Mapping[str, Any]]
 ) -> tuple[dict[str, Any], dict[str, Lengths]]:
-    """All figures of the datasets of a run, and the lengths behind them. Raises CatalogError."""
+    """(all statistics of a run's datasets, the measured lengths by dataset). Raises CatalogError."""
     train = open_catalogs(config.data, "train", index)
     found: dict[str, Any] = {"datasets": {}, "mixture": draws(config, plan_of(config, train))}
     measured = {}
@@ -144,7 +144,7 @@ def _summary(found: Lengths) -> dict[str, Any]:
 
 
 def text(found: Mapping[str, Any]) -> str:
-    """The figures as tables."""
+    """The statistics as text tables."""
     header = [
         "dataset",
         "train",
@@ -188,7 +188,7 @@ def _range(values: Sequence[float] | None, form: str) -> str:
 
 
 def picture(found: Mapping[str, Any], measured: Mapping[str, Lengths]) -> bytes:
-    """Class balance, durations and rates of each dataset, and the mixture, as PNG."""
+    """A PNG with class balance, durations and frame rates of each dataset, and the mixture."""
     names = list(measured)
     drawn, axes = figure(4, 1, width=17, height=3.8)
     classes, seconds, fps, mixture = axes[0]

@@ -18,8 +18,8 @@ from support import write_video
 
 from multitrain.cli import main
 from multitrain.config import DatasetConfig
-from multitrain.data.decode import read_whole
-from multitrain.data.prepare.check import Entry, judge, listed
+from multitrain.data.decode import scan_video
+from multitrain.data.prepare.check import Entry, find_problems, list_entries
 from multitrain.data.prepare.listing import PARTS, Copy, Layout, Listed, copies, found_below
 from multitrain.data.prepare.resize import Encoding, Item, Resize
 from multitrain.data.prepare.scan import ScanFile
@@ -135,7 +135,7 @@ def remuxed(source: Path, target: Path) -> None:
 def test_the_same_video_in_another_container_is_a_duplicate(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", 0)
     remuxed(tmp_path / "a.mp4", tmp_path / "b.mkv")
-    assert read_whole(tmp_path / "a.mp4").digest == read_whole(tmp_path / "b.mkv").digest
+    assert scan_video(tmp_path / "a.mp4").digest == scan_video(tmp_path / "b.mkv").digest
 
 
 @needs_ffmpeg
@@ -158,7 +158,7 @@ def test_parts_of_one_video_that_show_other_pictures_are_other_videos(tmp_path: 
 
     def found() -> list[tuple[str, str]]:
         dataset = DatasetConfig.model_validate({"annotations": str(folder), "videos": str(folder), "classes": 2})
-        return [(f.entry.path, f.kind) for f in judge(listed({"d": dataset}), scans, 1).findings]
+        return [(f.entry.path, f.kind) for f in find_problems(list_entries({"d": dataset}), scans, 1).findings]
 
     assert found() == [("copy.mp4", "duplicate")]
     del scans[str(folder / "copy.mp4")]["hidden"]  # as in a journal of an earlier version
@@ -194,8 +194,8 @@ def test_labels_are_compared_within_a_dataset_only() -> None:
         return Entry(dataset, split, "x.csv", 1, "a.mp4", "/a.mp4", (label,))
 
     scans: dict[str, Any] = {"/a.mp4": {"frames": 9, "digest": "d"}}
-    assert judge([entry("one", "train", 0), entry("two", "train", 1)], scans, 1).findings == []
-    kinds = [f.kind for f in judge([entry("one", "train", 0), entry("two", "test", 1)], scans, 1).findings]
+    assert find_problems([entry("one", "train", 0), entry("two", "train", 1)], scans, 1).findings == []
+    kinds = [f.kind for f in find_problems([entry("one", "train", 0), entry("two", "test", 1)], scans, 1).findings]
     assert kinds == ["leak"]
 
 
@@ -211,7 +211,7 @@ def test_copies_have_every_frame_and_the_asked_short_side(tmp_path: Path) -> Non
     assert (
         main(["data", "resize", str(tmp_path), str(out), "--short-side", "64", "--fast-decode", "--workers", "2"]) == 0
     )
-    sizes = {n: (s.frames, s.width, s.height) for n in ("wide", "tall", "small") if (s := read_whole(out / f"{n}.mp4"))}
+    sizes = {n: (s.frames, s.width, s.height) for n in ("wide", "tall", "small") if (s := scan_video(out / f"{n}.mp4"))}
     assert sizes == {"wide": (20, 106, 64), "tall": (7, 64, 106), "small": (12, 48, 32)}
 
 
@@ -279,7 +279,7 @@ def test_an_interrupted_resize_goes_on_and_leaves_nothing_half_written(tmp_path:
     before = {p.name: p.stat().st_mtime_ns for p in out.glob("v*.mp4")}
     assert 0 < len(before) < 6
     for name in before:
-        assert read_whole(out / name).frames == 40
+        assert scan_video(out / name).frames == 40
     assert (
         main(["data", "resize", str(source), str(out), "--short-side", "96", "--workers", "2", "--preset", "slower"])
         == 0

@@ -14,7 +14,7 @@ import pytest
 from support import write_video
 
 from multitrain.cli import main
-from multitrain.data.decode import read_whole
+from multitrain.data.decode import scan_video
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg on this machine"),
@@ -167,12 +167,12 @@ def test_a_foreign_file_in_the_way_is_named_and_stays_and_an_own_one_is_made_ane
     (out / "good.mp4").unlink()
     (out / "sub" / "deep.mp4").rmdir()
     assert resize(orig, out) == 1
-    assert read_whole(out / "good.mp4").frames == read_whole(out / "sub" / "deep.mp4").frames == 4
+    assert scan_video(out / "good.mp4").frames == scan_video(out / "sub" / "deep.mp4").frames == 4
     write_video(orig / "good.mp4", 9, frames=7)
     (out / "sub" / "deep.mp4").write_bytes((orig / "sub" / "deep.mp4").read_bytes())
     capsys.readouterr()
     assert resize(orig, out) == 1
-    assert read_whole(out / "good.mp4").frames == 7
+    assert scan_video(out / "good.mp4").frames == 7
     assert (out / "sub" / "deep.mp4").read_bytes() == (orig / "sub" / "deep.mp4").read_bytes()
     assert "deep.mp4 is in the way" in capsys.readouterr().out
 
@@ -296,7 +296,7 @@ def test_copies_of_an_earlier_version_are_taken_as_they_are(orig: Path, tmp_path
     write_video(orig / "good.mp4", 9, frames=7)
     forget(out, what)
     assert resize(orig, out) == 1
-    assert read_whole(out / "good.mp4").frames == 7, "and replaced when the source has changed"
+    assert scan_video(out / "good.mp4").frames == 7, "and replaced when the source has changed"
 
 
 def test_copies_of_unknown_origin_are_taken_only_when_asked_and_only_if_they_are_the_same_video(
@@ -364,7 +364,7 @@ def test_a_kill_at_any_point_of_a_copys_way_is_resumed_and_what_came_in_its_plac
         told = json.loads(capsys.readouterr().out)
         assert set(told["failures"]) == {"broken.mp4", "sub/deep.mp4"}
     assert (out / "sub" / "deep.mp4").read_text() == "precious"
-    assert read_whole(out / "good.mp4").frames == read_whole(out / "old.mp4").frames == 4
+    assert scan_video(out / "good.mp4").frames == scan_video(out / "old.mp4").frames == 4
 
 
 def test_names_that_differ_in_case_only_never_become_one_copy(tmp_path: Path) -> None:
@@ -376,4 +376,4 @@ def test_names_that_differ_in_case_only_never_become_one_copy(tmp_path: Path) ->
         pytest.skip("this disk knows no case")
     write_video(orig / "a.mp4", 2, frames=5)
     assert resize(orig, out) == 0
-    assert [read_whole(out / name).frames for name in ("A.mp4", "a.mp4", "b.mp4")] == [3, 5, 4]
+    assert [scan_video(out / name).frames for name in ("A.mp4", "a.mp4", "b.mp4")] == [3, 5, 4]

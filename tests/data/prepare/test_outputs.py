@@ -18,7 +18,7 @@ from multitrain.data.annotations import CatalogError, Syntax
 from multitrain.data.demo import generate
 from multitrain.data.demo import main as demo
 from multitrain.data.encode import write_video
-from multitrain.data.index import indexed
+from multitrain.data.index import ensure_index
 from multitrain.data.prepare.importing import read
 from multitrain.errors import ConfigError
 from tests.data.prepare.test_nothing_destroyed import state
@@ -174,17 +174,17 @@ def test_an_index_replaces_no_link(tmp_path: Path) -> None:
     csv = tmp_path / "train.csv"
     csv.write_text("a.mp4 0\n")
     folder = tmp_path / "index"
-    made = indexed(csv, Syntax(b" ", False), folder)
+    made = ensure_index(csv, Syntax(b" ", False), folder)
     (tmp_path / "precious").write_text("precious")
     made.unlink()
     made.symlink_to(tmp_path / "precious")
     with pytest.raises(CatalogError, match=made.name):
-        indexed(csv, Syntax(b" ", False), folder)
+        ensure_index(csv, Syntax(b" ", False), folder)
     assert (tmp_path / "precious").read_text() == "precious"
     made.unlink()
     made.write_bytes(b"torn")
     os.utime(csv, ns=(1, 1))
-    assert indexed(csv, Syntax(b" ", False), folder).stat().st_size > 4
+    assert ensure_index(csv, Syntax(b" ", False), folder).stat().st_size > 4
 
 
 def test_a_video_replaces_only_one_of_the_same_command(tmp_path: Path) -> None:

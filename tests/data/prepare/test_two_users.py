@@ -15,7 +15,7 @@ from support import write_video
 
 from multitrain.cli import main
 from multitrain.data.annotations import Syntax
-from multitrain.data.index import indexed
+from multitrain.data.index import ensure_index
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users"),
@@ -78,7 +78,7 @@ def lab(tmp_path: Path) -> Path:
     warm = tmp_path / "warm"  # all imports are done before anybody loses the right to read the interpreter's files
     for verb in (["check", str(folder / "videos")], ["resize", str(folder / "videos")]):
         main(["data", verb[0], verb[1], *(["--out"] if verb[0] == "check" else []), str(warm / verb[0])])
-    indexed(folder / "train.csv", Syntax(b" ", False), warm / "index")
+    ensure_index(folder / "train.csv", Syntax(b" ", False), warm / "index")
     return folder
 
 
@@ -163,7 +163,7 @@ def test_an_index_is_made_by_one_and_used_by_all(lab: Path, tmp_path: Path, umas
     os.utime(lab / "train.csv", (1, 1))
 
     def use(name: str = "train.csv") -> int:
-        return len(indexed(lab / name, Syntax(b" ", False), lab / "index").name) and 0
+        return len(ensure_index(lab / name, Syntax(b" ", False), lab / "index").name) and 0
 
     assert by(ALICE, umask, use, tmp_path).status == 0
     made = made_below(lab / "index")

@@ -1,4 +1,4 @@
-"""Run configurations for weights that came without one of ours: from the published text, and from shipped entries."""
+"""Run configurations for weights without a MultiTrain configuration: from the published cfg text and the shipped datasets."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from multitrain.config import ModelConfig, RunConfig, compose, validate
 from multitrain.config.boundary import understood
 from multitrain.interop import protocol
-from multitrain.interop.pyslowfast import Published
+from multitrain.interop.pyslowfast import PublishedCheckpoint
 
 
-def published_run(file: Published, path: Path) -> RunConfig:
-    """The run configuration that a `.pyth` file amounts to: its YAML text, and what a run of ours left beside it.
+def published_run(file: PublishedCheckpoint, path: Path) -> RunConfig:
+    """The run configuration of a `.pyth` file, from its YAML text and the options that `multitrain convert` stored in it.
 
     Raises:
-        ConfigError: options of other kinds than the published code writes.
+        ConfigError: an option has a type that the published code does not write.
     """
     cfg = file.settings
     own, _ = protocol.read(file.extras.get(protocol.KEY), path)
@@ -29,12 +29,12 @@ def published_run(file: Published, path: Path) -> RunConfig:
             entry["multi_label"] = name in file.multi_label
         data = cfg.get("DATA", {})
         reading = {"sampling_rate": data.get("SAMPLING_RATE", 3), "target_fps": data.get("TARGET_FPS", 30)}
-        run = _put_together(file.config, entries, reading, own)
+        run = _compose_run(file.config, entries, reading, own)
         return run if own else _with_short_side(run, int((data.get("TRAIN_JITTER_SCALES") or [256])[0]))
 
 
 def published_datasets(cfg: Mapping[str, Any], datasets: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    """Annotation and video folders as the YAML text of a `.pyth` has them, by dataset."""
+    """Annotation folder, video folder and class count by dataset, from the YAML text of a `.pyth` file."""
     data, model = cfg.get("DATA", {}), cfg.get("MODEL", {})
     folders, prefixes = model.get("MULTI_PATH_TO_DATA_DIR") or [], model.get("MULTI_PATH_PREFIX") or []
     if len(datasets) == 1:
@@ -52,7 +52,7 @@ def published_datasets(cfg: Mapping[str, Any], datasets: Mapping[str, int]) -> d
 
 
 def _with_short_side(run: RunConfig, short_side: int) -> RunConfig:
-    """The published code's short side of single-crop tests, which does not follow the crop's size, where that matters."""
+    """`run` with the published code's short side for single-crop tests, which does not depend on the crop size."""
     if round(run.model.crop * 256 / 224) == short_side:
         return run
     values = run.model_dump(mode="json")
@@ -63,7 +63,7 @@ def _with_short_side(run: RunConfig, short_side: int) -> RunConfig:
 
 
 def generic_run(model: ModelConfig, classes_of: Mapping[str, int], multi_label: Collection[str]) -> RunConfig:
-    """The shipped configuration for this network and these datasets."""
+    """The default configuration for this network and these datasets."""
     entries: dict[str, dict[str, Any]] = {
         name: {
             "annotations": f"datasets/{name}",
@@ -73,20 +73,21 @@ def generic_run(model: ModelConfig, classes_of: Mapping[str, int], multi_label: 
         }
         for name, classes in classes_of.items()
     }
-    return _put_together(model, entries, {}, {})
+    return _compose_run(model, entries, {}, {})
 
 
-def _put_together(
+def _compose_run(
     model: ModelConfig,
     entries: Mapping[str, Mapping[str, Any]],
     reading: Mapping[str, Any],
     own: Mapping[str, Mapping[str, Any]],
 ) -> RunConfig:
-    """The shipped configuration with this network and these datasets; shipped entries where name and class count agree.
+    """The default configuration with this network and these datasets; uses a shipped dataset if name and class count agree.
 
     Args:
-        entries, reading: settings by dataset and of all data.
-        own: settings by dataset that precede the shipped entries'.
+        entries: settings by dataset.
+        reading: settings of ``data`` for all datasets.
+        own: settings by dataset that take precedence over the shipped ones.
     """
     shipped = compose()
     known = shipped.data.datasets

@@ -1,7 +1,6 @@
-"""The published code's configuration text: a network is read from it, and made into it.
+"""Read and write the published code's configuration text: YAML with the options of PySlowFast and of the published project.
 
-The text is YAML of every option of PySlowFast and of the published project. An option that this network does not have is
-refused by name.
+A value that this network does not support raises an error that names the option.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ from multitrain.config import ConfigError, DatasetConfig, ModelConfig
 from multitrain.config.boundary import first_problem, understood
 from multitrain.config.reading import parse_yaml
 from multitrain.interop.layout import pairs
-from multitrain.interop.matching import listed
 from multitrain.interop.protocol import options_of
+from multitrain.interop.state_dict_report import abbreviated
 
 if TYPE_CHECKING:
     import torch
 
 HEAD_HIDDEN, EXPANDER_HIDDEN = 2048, 4096
-"""Hidden widths that the published code fixes (facts: no option sets them)."""
+"""Hidden widths that are constants in the published code; no option sets them."""
 
-# What the published YAML can say and this network cannot do: option -> the one value that is in scope. An option that
-# is absent is in scope; the tensors are checked in any case.
+# Options of the published YAML of which this network supports one value: option -> that value. A missing option is
+# accepted; the tensors are checked in any case.
 IN_SCOPE: dict[str, object] = {
     "MODEL.MODEL_NAME": "MViT",
     "MODEL.ARCH": "mvit",
@@ -69,16 +68,15 @@ IN_SCOPE: dict[str, object] = {
 def read_cfg(
     text: str, where: str | Path = "cfg", *, tensors: Mapping[str, torch.Tensor] | None = None
 ) -> tuple[ModelConfig, dict[str, int], tuple[str, ...], bool]:
-    """The network that a configuration describes: its settings, datasets, multi-label datasets, and whether its head is
-    the single-dataset one.
+    """Parse a published configuration to (network, classes by dataset, multi-label datasets, whether it has the single-dataset head).
 
     Args:
         text: YAML.
         where: the file, for messages.
-        tensors: by published names; they give the two hidden widths that the YAML has no option for.
+        tensors: the checkpoint's tensors by published names; the two hidden widths, which the YAML does not set, come from their shapes.
 
     Raises:
-        ConfigError: not YAML, an option missing, or one outside this network's scope (named).
+        ConfigError: the text is not YAML, lacks an option, or sets one to a value that this network does not support.
     """
     path = Path(where)
     cfg = parse_cfg(text, path)
@@ -97,10 +95,10 @@ def make_cfg(
     target_fps: float = 30.0,
     tested: DatasetConfig | None = None,
 ) -> str:
-    """YAML text from which the published code builds this model; numbers have the types that its schema checks.
+    """The YAML text from which the published code builds this model; numbers have the types that its schema expects.
 
     Args:
-        tested: the dataset whose test protocol is written; the published code has one for all.
+        tested: the dataset whose test protocol is written; the published code has one protocol for all datasets.
     """
     single = len(datasets) == 1 and config.head == "linear"
     stages = list(config.stages)
@@ -173,6 +171,7 @@ def make_cfg(
 
 
 def parse_cfg(text: str, path: Path) -> dict[str, Any]:
+    """Parse the YAML text of a checkpoint's cfg. Raises ConfigError if it is not a mapping."""
     parsed = parse_yaml(text, f"{path}: its 'cfg'")
     if not isinstance(parsed, dict):
         raise ConfigError(f"{path}: its 'cfg' holds no settings; use the checkpoint as the training code wrote it")
@@ -205,7 +204,7 @@ def _model_config(
     crop, test_crop = _need(cfg, "DATA.TRAIN_CROP_SIZE", path), _get(cfg, "DATA.TEST_CROP_SIZE")
     if test_crop is not None and test_crop != crop:
         raise ConfigError(
-            f"{path}: TRAIN_CROP_SIZE {crop} and TEST_CROP_SIZE {test_crop} differ, which the network cannot serve; set them equal"
+            f"{path}: TRAIN_CROP_SIZE {crop} and TEST_CROP_SIZE {test_crop} differ, which this network does not support; set them equal"
         )
     mlp = not single and bool(_get(cfg, "MODEL.MULTI_USE_MLP", False))
     values = {
@@ -231,11 +230,11 @@ def _model_config(
     try:
         return ModelConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{path}: a network that cannot be built here: {first_problem(error)}") from None
+        raise ConfigError(f"{path}: this network cannot be built: {first_problem(error)}") from None
 
 
 def _rows(tensors: Mapping[str, torch.Tensor], start: str, end: str, default: int) -> int:
-    """First dimension of the first tensor so named: a width that the YAML has no option for."""
+    """First dimension of the first tensor with this prefix and suffix: a width for which the YAML has no option."""
     return next((int(t.shape[0]) for n, t in tensors.items() if n.startswith(start) and n.endswith(end)), default)
 
 
@@ -247,11 +246,11 @@ def _require_scope(cfg: Mapping[str, Any], path: Path) -> None:
         if value is not absent and value is not None and value != only:
             wrong.append(f"{option}={value!r} (only {only!r})")
     if wrong:
-        raise ConfigError(f"{path}: a network outside what is supported: {listed(wrong, most=6)}; it cannot be loaded")
+        raise ConfigError(f"{path}: this network is not supported: {abbreviated(wrong, most=6)}; it cannot be loaded")
 
 
 def _stages(cfg: Mapping[str, Any], path: Path) -> tuple[tuple[int, ...], bool]:
-    """Blocks that change stage, from the three options that must agree; and whether every block pools its queries."""
+    """(blocks at which a stage begins, from three options that must agree; whether every block pools its queries)."""
     depth = _need(cfg, "MVIT.DEPTH", path)
     strides = {int(e[0]): tuple(e[1:]) for e in _get(cfg, "MVIT.POOL_Q_STRIDE") or []}
     pooled = tuple(sorted(b for b, s in strides.items() if s == (1, 2, 2)))
@@ -279,7 +278,7 @@ def _stages(cfg: Mapping[str, Any], path: Path) -> tuple[tuple[int, ...], bool]:
 
 
 def _kv_stride(cfg: Mapping[str, Any], path: Path) -> int:
-    """First-stage stride of keys and values, from the adaptive option or from the list that is derived from it."""
+    """Stride of keys and values in the first stage, from the adaptive option or from the per-block list derived from it."""
     adaptive = _get(cfg, "MVIT.POOL_KV_STRIDE_ADAPTIVE")
     if adaptive:
         if len(adaptive) != 3 or adaptive[0] != 1 or adaptive[1] != adaptive[2]:
@@ -300,7 +299,7 @@ def _kv_stride(cfg: Mapping[str, Any], path: Path) -> int:
 
 
 def _datasets(cfg: Mapping[str, Any], path: Path) -> tuple[dict[str, int], tuple[str, ...], bool]:
-    """Classes by dataset in head order, the multi-label ones, and whether the head is the single-dataset one."""
+    """(classes by dataset in head order, multi-label datasets, whether the model has the single-dataset head)."""
     single = not _get(cfg, "MODEL.USE_MULTI_HEAD", False)
     if single:
         names, classes = [_need(cfg, "TRAIN.DATASET", path)], [_need(cfg, "MODEL.NUM_CLASSES", path)]

@@ -1,4 +1,4 @@
-"""Nested values with tensors in them, as JSON and a flat table of tensors, and back: equal in every bit and type."""
+"""Nested values that contain tensors, as JSON and a flat table of tensors, and back; bits and types are preserved."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ if TYPE_CHECKING:
     import torch
 
 
-MOST = 1_000_000
-"""Values at most, those that are referred to again counted again: a kilobyte of references can stand for gigabytes."""
-DEEPEST = 50
-"""Levels of lists and dictionaries inside each other."""
+MAX_VALUES = 1_000_000
+"""Maximum number of values. A value that occurs several times counts each time: a kilobyte of references can expand to gigabytes."""
+MAX_DEPTH = 50
+"""Maximum nesting of lists and dictionaries."""
 
 
 def flatten(value: Any) -> tuple[Any, dict[str, torch.Tensor]]:
-    """`value` of dicts, lists, tuples, plain values and tensors as (JSON, tensors by number).
+    """Convert `value`, made of dicts, lists, tuples, plain values and tensors, to (JSON structure, tensors by number).
 
     Raises:
-        ConfigError: something else in it, deeper than :data:`DEEPEST`, or more than :data:`MOST` values.
+        ConfigError: it contains another type, is nested deeper than :data:`MAX_DEPTH`, or has more than :data:`MAX_VALUES` values.
     """
     tensors: dict[str, Any] = {}
-    return _Flattening(tensors).flat(value, 0), tensors
+    return _Flattening(tensors).flatten(value, 0), tensors
 
 
 def unflatten(structure: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """What :func:`flatten` was given."""
+    """The value from which :func:`flatten` made `structure` and `tensors`."""
     if not isinstance(structure, dict):
         return structure
     ((kind, content),) = structure.items()
@@ -44,19 +44,21 @@ class _Flattening:
         self._tensors = tensors
         self._values = 0
 
-    def flat(self, value: Any, depth: int) -> Any:
+    def flatten(self, value: Any, depth: int) -> Any:
         import torch
 
         self._values += 1
-        if depth > DEEPEST or self._values > MOST:
-            raise ConfigError(f"more than {DEEPEST} levels or {MOST:,} values beside the weights")
+        if depth > MAX_DEPTH or self._values > MAX_VALUES:
+            raise ConfigError(f"more than {MAX_DEPTH} levels or {MAX_VALUES:,} values beside the weights")
         if isinstance(value, torch.Tensor):
             self._tensors[str(len(self._tensors))] = value
             return {"tensor": str(len(self._tensors) - 1)}
         if isinstance(value, dict):
-            return {"dict": [[self._key(key), self.flat(inner, depth + 1)] for key, inner in value.items()]}
+            return {"dict": [[self._key(key), self.flatten(inner, depth + 1)] for key, inner in value.items()]}
         if isinstance(value, (list, tuple)):
-            return {"tuple" if isinstance(value, tuple) else "list": [self.flat(inner, depth + 1) for inner in value]}
+            return {
+                "tuple" if isinstance(value, tuple) else "list": [self.flatten(inner, depth + 1) for inner in value]
+            }
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
         raise ConfigError(f"a {type(value).__name__} beside the weights cannot be kept")

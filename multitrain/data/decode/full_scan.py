@@ -1,4 +1,4 @@
-"""Every frame of a file decoded, and none kept: what is in it, and what is wrong with it."""
+"""Decode every frame of a file, without keeping any, to report the file's properties or its damage."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from multitrain.data.decode.rate import cut_off_avi
 from multitrain.data.decode.video import Video, VideoError, check_file
 
 _PICTURE = 8
-"""Bytes of the smallest packet with a picture; XviD's packed AVIs hold smaller ones, which stand for no picture."""
+"""Minimum bytes of a packet with a frame; XviD's packed AVIs have smaller packets, which hold none."""
 
 
 @dataclass(frozen=True)
-class Whole:
-    """What a whole file holds."""
+class VideoScan:
+    """Properties of a complete video file."""
 
     frames: int
-    """Shown; `open_video` counts the same."""
+    """Number of frames shown, as `open_video` counts them."""
     decoded: int
-    """Pictures that the decoder gives; fewer where packets of an AVI only say that a picture stays."""
+    """Number of frames that the decoder outputs; fewer if an AVI has packets that repeat the previous frame."""
     fps: float
     """Average frames a second."""
     width: int
-    """Of the upright picture, in pixels."""
+    """Of the upright frame, in pixels."""
     height: int
     codec: str
     digest: str
-    """Of the compressed pictures: the same for a copy, also in another container or with other sound. 32 hex digits."""
+    """Digest of the compressed frames, 32 hex digits: the same for a copy, also in another container or with other audio."""
     hidden: str
-    """Digest of which of them the container hides (an edit list); empty where it hides none."""
+    """Digest of the set of frames that the container hides (edit list); empty if it hides none."""
 
 
-def read_whole(path: Path | str, timeout: float | None = None) -> Whole:
-    """Decode the whole file, single-threaded, once.
+def scan_video(path: Path | str, timeout: float | None = None) -> VideoScan:
+    """Decode the complete file once, single-threaded.
 
     Args:
-        timeout: seconds that this may take.
+        timeout: time limit in seconds.
 
     Raises:
-        VideoError: no video, one that is cut off, or one of which a frame cannot be decoded.
+        VideoError: the file has no video, is truncated, or has a frame that cannot be decoded.
     """
     path = Path(path)
     check_file(path)
@@ -58,11 +58,11 @@ def read_whole(path: Path | str, timeout: float | None = None) -> Whole:
         if decoded < video.frame_count - placeholders:
             raise VideoError(path, f"only {decoded} of {video.frame_count} frames can be decoded")
         codec = video.stream.codec_context.name
-        return Whole(video.frame_count, decoded, video.fps, width, height, codec, digest, hidden)
+        return VideoScan(video.frame_count, decoded, video.fps, width, height, codec, digest, hidden)
 
 
 def _decode_all(video: PyAVVideo) -> tuple[int, int, int]:
-    """Pictures that the decoder gives, and the height and width of the first, upright."""
+    """(number of frames that the decoder outputs, height and width of the first one, upright)."""
     decoded = height = width = 0
     try:
         for frame in video.everything():
@@ -85,9 +85,9 @@ def _decode_all(video: PyAVVideo) -> tuple[int, int, int]:
 
 
 def check_complete(video: Video) -> None:
-    """Raises VideoError unless all is there that the file speaks of: the frames that its header counts, and its own chunks.
+    """Raise VideoError if the file lacks frames that its header counts, or ends inside a chunk. Decodes nothing.
 
-    An AVI counts places for frames, of which some are empty: what is compared is the place of the last. Nothing is decoded.
+    An AVI counts frame slots, some of which are empty; the slot of its last frame is compared with that count.
     """
     if not isinstance(video, PyAVVideo):
         return
@@ -108,7 +108,7 @@ def check_complete(video: Video) -> None:
 
 
 def _digest(video: PyAVVideo) -> tuple[str, str, int]:
-    """Digest of all packets, that of which are hidden, and how many are too small for a picture."""
+    """(digest of all packets, digest of the set of hidden ones, number of packets too small for a frame)."""
     digest, placeholders, hidden = hashlib.blake2b(digest_size=16), 0, bytearray()
     for packet in video.packets():
         digest.update(memoryview(packet))
@@ -118,4 +118,4 @@ def _digest(video: PyAVVideo) -> tuple[str, str, int]:
     return digest.hexdigest(), which, placeholders
 
 
-__all__ = ["Whole", "check_complete", "read_whole"]
+__all__ = ["VideoScan", "check_complete", "scan_video"]

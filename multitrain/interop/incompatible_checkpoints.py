@@ -1,4 +1,4 @@
-"""Networks of the official MViT and MViTv2 releases: which of their tensors this network can take, and why not the others."""
+"""Checkpoints of the official MViT and MViTv2 releases: the tensors that this network cannot load, each with the reason."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from multitrain.config import ConfigError
-from multitrain.interop.matching import POSITIONS, Report, Shape, listed
+from multitrain.interop.state_dict_report import POSITION_TABLES, LoadReport, Shape, abbreviated
 
-NO_PLACE = "this network has no such tensor"
-_NAMED = (
+NO_SUCH_TENSOR = "this network has no such tensor"
+_REASONS = (
     ("rel_pos_", "relative position embedding; this network adds absolute tables to its tokens"),
     ("cls_token", "class token; this network averages all tokens"),
     ("pos_embed_class", "position of a class token; this network has none"),
@@ -22,8 +22,8 @@ _SHORTCUT = "shortcut that projects the normalised input; this network's proj_ma
 _JOINT_TABLE = "one table for all places and times; this network has a spatial and a temporal one"
 
 
-class UnfitWeights(ConfigError):
-    """Weights of a network that this one cannot compute; `reasons` has every tensor that does not fit, and why."""
+class IncompatibleWeights(ConfigError):
+    """The weights belong to a network that this one cannot compute; `reasons` maps each tensor that does not fit to the reason."""
 
     def __init__(self, message: str, reasons: Mapping[str, str]) -> None:
         super().__init__(message)
@@ -31,18 +31,18 @@ class UnfitWeights(ConfigError):
 
     @property
     def details(self) -> list[str]:
-        """One line a tensor that does not fit: its name, and why."""
+        """One line per tensor that does not fit: its name and the reason."""
         return [f"  {name}: {why}" for name, why in self.reasons.items()]
 
 
-def official_reasons(state: Mapping[str, object]) -> dict[str, str]:
-    """Tensors by which a file of the official layout is known, each with the reason why it has no place here.
+def incompatible_tensors(state: Mapping[str, object]) -> dict[str, str]:
+    """The tensors that mark a file of the official layout, each with the reason why this network has no such tensor.
 
     Empty for a file of the published MultiTrain layout.
     """
     found = {}
     for name in state:
-        why = next((why for mark, why in _NAMED if mark in name), None)
+        why = next((why for mark, why in _REASONS if mark in name), None)
         parts = name.split(".")
         if parts[0] == "blocks" and len(parts) == 4 and parts[2] == "proj":
             why = _SHORTCUT
@@ -53,16 +53,16 @@ def official_reasons(state: Mapping[str, object]) -> dict[str, str]:
     return found
 
 
-def unfit(path: Path, report: Report, found: Mapping[str, Shape]) -> UnfitWeights | None:
-    """The error of starting from a file whose backbone does not fit, or None when it does.
+def backbone_mismatch(path: Path, report: LoadReport, found: Mapping[str, Shape]) -> IncompatibleWeights | None:
+    """The error for initial weights whose backbone does not fit, or None if it fits.
 
     Args:
         path: the file, for the message.
-        report: of comparing the file with the model; heads, projections and the expander do not count.
-        found: every tensor of the file.
+        report: the comparison of the file with the model; heads, projections and the expander are ignored.
+        found: shapes of all tensors of the file, by name.
     """
-    known = official_reasons(found)
-    reasons = {name: known.get(name, NO_PLACE) for name in report.unexpected if _of_backbone(name)}
+    known = incompatible_tensors(found)
+    reasons = {name: known.get(name, NO_SUCH_TENSOR) for name in report.unexpected if _of_backbone(name)}
     reasons |= {
         name: f"{list(was)} in the file, {list(wanted)} in this network"
         for name, was, wanted in report.reshaped
@@ -72,20 +72,20 @@ def unfit(path: Path, report: Report, found: Mapping[str, Shape]) -> UnfitWeight
     if not reasons:
         return None
     fits = sum(_of_backbone(name) for name in report.matched)
-    return UnfitWeights(
+    return IncompatibleWeights(
         f"{path}: {len(reasons)} backbone tensors do not fit ({_by_reason(reasons)}), {fits} would; "
         "start from a published MultiTrain checkpoint instead",
         reasons,
     )
 
 
-def refusal(path: Path, state: Mapping[str, object]) -> UnfitWeights | None:
-    """The error of loading a file of the official layout as a whole model; None for a file of another layout."""
-    reasons = official_reasons(state)
+def official_layout_error(path: Path, state: Mapping[str, object]) -> IncompatibleWeights | None:
+    """The error for loading a file of the official layout as a complete model; None for a file of another layout."""
+    reasons = incompatible_tensors(state)
     if not reasons:
         return None
-    reasons |= {name: "not in the file; this network needs it" for name in POSITIONS if name not in state}
-    return UnfitWeights(
+    reasons |= {name: "not in the file; this network needs it" for name in POSITION_TABLES if name not in state}
+    return IncompatibleWeights(
         f"{path}: an official MViT checkpoint, which this network cannot compute: {_by_reason(reasons)}; "
         "start from a published MultiTrain checkpoint instead",
         reasons,
@@ -97,11 +97,11 @@ def _of_backbone(name: str) -> bool:
 
 
 def _by_reason(reasons: Mapping[str, str]) -> str:
-    """``48 × relative position embedding; … (name, name, … 46 more)`` for each reason; shapes count as one."""
+    """``48 × relative position embedding … (name, name, … 46 more)`` for each reason; all wrong shapes are one reason."""
     groups: dict[str, list[str]] = {}
     for name, why in reasons.items():
         groups.setdefault("of another shape" if " in the file, " in why else why, []).append(name)
-    return "; ".join(f"{len(names)} × {why} ({listed(names, most=2)})" for why, names in groups.items())
+    return "; ".join(f"{len(names)} × {why} ({abbreviated(names, most=2)})" for why, names in groups.items())
 
 
-__all__ = ["UnfitWeights", "official_reasons", "refusal", "unfit"]
+__all__ = ["IncompatibleWeights", "backbone_mismatch", "incompatible_tensors", "official_layout_error"]

@@ -1,4 +1,4 @@
-"""Which tensors of a file go where: the report, and copying with nothing left out silently."""
+"""Comparison of a file's tensors with a model's, as a report; loading that reports every tensor it does not copy."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-POSITIONS = ("pos_embed_spatial", "pos_embed_temporal")
-"""Tables whose length follows the clip's size; the only tensors that can be interpolated."""
+POSITION_TABLES = ("pos_embed_spatial", "pos_embed_temporal")
+"""Tables whose length depends on the clip size; the only tensors that can be interpolated."""
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Report:
-    """What happened to every tensor of a file and of a model, by name in the model's order (then the file's)."""
+class LoadReport:
+    """Which tensors of a file were loaded into a model, by name in the model's order (then the file's)."""
 
     matched: tuple[str, ...]
-    """Copied: same name, same shape (after interpolation, for position tables when asked for)."""
+    """Copied: same name and shape (of interpolated position tables: after interpolation)."""
     missing: tuple[str, ...]
-    """In the model only; left as they were."""
+    """In the model only; not changed."""
     unexpected: tuple[str, ...]
     """In the file only; not used."""
     reshaped: tuple[tuple[str, Shape, Shape], ...] = ()
-    """In both with other shapes, as (name, shape in the file, shape in the model); not copied."""
+    """In both with different shapes, as (name, shape in the file, shape in the model); not copied."""
     notes: tuple[str, ...] = ()
-    """Differences that no shape shows, e.g. other strides of keys and values; interpolated tables."""
+    """Differences that shapes do not show, e.g. another stride of keys and values; interpolated tables."""
 
     @property
     def fresh(self) -> tuple[str, ...]:
@@ -50,18 +50,18 @@ class Report:
     __str__ = summary
 
     def lines(self) -> list[str]:
-        """One line a tensor that was not copied, by name: ``  fresh: heads.mit.fc1.weight``."""
+        """One line per tensor that was not copied: ``  fresh: heads.mit.fc1.weight``."""
         return [
             *(f"  fresh: {name}" for name in self.missing),
-            *(f"  fresh: {shown(*r)}" for r in self.reshaped),
+            *(f"  fresh: {describe_mismatch(*r)}" for r in self.reshaped),
             *(f"  not used: {name}" for name in self.unexpected),
         ]
 
 
-def compare(found: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> Report:
-    """The report of copying tensors of shapes `found` into places of shapes `wanted`; copies nothing."""
+def compare(found: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> LoadReport:
+    """The report of loading tensors of shapes `found` into a model of shapes `wanted`; copies nothing."""
     both = [n for n in wanted if n in found]
-    return Report(
+    return LoadReport(
         matched=tuple(n for n in both if found[n] == wanted[n]),
         missing=tuple(n for n in wanted if n not in found),
         unexpected=tuple(n for n in found if n not in wanted),
@@ -69,32 +69,34 @@ def compare(found: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> Report:
     )
 
 
-def require_all(report: Report, where: str, remedy: str) -> None:
-    """Raises ConfigError unless every tensor matched; the message counts and names those that did not."""
+def require_all(report: LoadReport, where: str, remedy: str) -> None:
+    """Raise ConfigError unless every tensor matched; the message counts and names those that did not."""
     problems = []
     if report.missing:
-        problems.append(f"{len(report.missing)} tensors missing ({listed(report.missing)})")
+        problems.append(f"{len(report.missing)} tensors missing ({abbreviated(report.missing)})")
     if report.unexpected:
-        problems.append(f"{len(report.unexpected)} not known ({listed(report.unexpected)})")
+        problems.append(f"{len(report.unexpected)} not known ({abbreviated(report.unexpected)})")
     if report.reshaped:
-        problems.append(f"{len(report.reshaped)} of another shape ({listed([shown(*r) for r in report.reshaped])})")
+        problems.append(
+            f"{len(report.reshaped)} of another shape ({abbreviated([describe_mismatch(*r) for r in report.reshaped])})"
+        )
     if problems:
         raise ConfigError(f"{where}: {'; '.join(problems)}; {remedy}")
 
 
 def load_state(
     model: nn.Module, state: Mapping[str, torch.Tensor], *, strict: bool = True, where: str = "weights"
-) -> Report:
-    """Copies `state` into the parameters of `model` by name.
+) -> LoadReport:
+    """Copy `state` into the parameters of `model` by name.
 
     Args:
         model: its parameters keep their dtype and device.
         state: tensors by the model's names.
-        strict: every tensor must fit on both sides.
-        where: the file, for the message.
+        strict: whether file and model must have the same tensors, of the same shapes.
+        where: the file, for the error message.
 
     Raises:
-        ConfigError: `strict`, and a tensor is missing, not known, or of another shape.
+        ConfigError: `strict`, and a tensor is missing, unexpected, or of another shape.
     """
     import torch
 
@@ -113,20 +115,30 @@ def shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def shown(name: str, found: Shape, wanted: Shape) -> str:
+def describe_mismatch(name: str, found: Shape, wanted: Shape) -> str:
     """``name: [1, 8, 96] in the file, [1, 16, 96] in the model``."""
     return f"{name}: {list(found)} in the file, {list(wanted)} in the model"
 
 
-def listed(names: Sequence[str], most: int = 4) -> str:
-    """The first few of `names`, and how many more."""
+def abbreviated(names: Sequence[str], most: int = 4) -> str:
+    """The first `most` of `names`, and the number of the others."""
     return ", ".join(names[:most]) + (f", … {len(names) - most} more" if len(names) > most else "")
 
 
 def _groups(names: Sequence[str]) -> str:
-    """Tensor names folded into their first two parts, in order: ``heads.mit, expander.fc1``."""
+    """The distinct first two parts of tensor names, in order: ``heads.mit, expander.fc1``."""
     folded = dict.fromkeys(".".join(n.split(".")[:2]) if "." in n else n for n in names)
-    return listed(list(folded), most=8)
+    return abbreviated(list(folded), most=8)
 
 
-__all__ = ["POSITIONS", "Report", "Shape", "compare", "listed", "load_state", "require_all", "shapes", "shown"]
+__all__ = [
+    "POSITION_TABLES",
+    "LoadReport",
+    "Shape",
+    "abbreviated",
+    "compare",
+    "describe_mismatch",
+    "load_state",
+    "require_all",
+    "shapes",
+]

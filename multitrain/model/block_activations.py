@@ -1,4 +1,4 @@
-"""Every intermediate of a block, by one line each, which the forward and the backward pass both ask for (model/block.py)."""
+"""The intermediate results of a block, one line each, shared by its forward and backward pass (model/block.py)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from multitrain.model.device import is_cuda
 from multitrain.model.layers import BlockLayers
 from multitrain.model.low_precision import linear
 from multitrain.model.pooling import (
-    Chosen,
     Grid,
+    PoolArgmax,
     head_pool,
     read_positions,
     skip_pool,
@@ -25,8 +25,8 @@ from multitrain.model.random import Mask
 _aten = torch.ops.aten
 
 
-class Weights:
-    """A block's parameters in the type of the arithmetic, converted by one multi-tensor copy; filters repeated for all heads."""
+class CastParams:
+    """A block's parameters cast to the compute dtype by one multi-tensor copy; pooling filters are repeated for all heads."""
 
     def __init__(self, block: BlockLayers, dtype: torch.dtype) -> None:
         self.full = dict(block.named_parameters())
@@ -50,20 +50,20 @@ class Weights:
         )
 
     def linear(self, name: str, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a linear layer, or those of some outputs."""
+        """Weight and bias of a linear layer, or of the given rows (outputs) only."""
         return self.cast[f"{name}.weight"][rows], self.cast[f"{name}.bias"][rows]
 
     def norm(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a norm: CUDA's kernel takes only x's own type; the CPU's also takes fp32 ones with any x."""
+        """Weight and bias of a norm. CUDA's kernel needs them in the dtype of x; the CPU's kernel takes fp32 with any x."""
         source = self.cast if x.dtype == self.dtype and is_cuda(x) else self.full
         return source[f"{name}.weight"].detach(), source[f"{name}.bias"].detach()
 
 
-def _value(compute: Callable[[Pass], Any]) -> Any:
-    """An intermediate: computed when asked for, held until released."""
+def _lazy(compute: Callable[[BlockActivations], Any]) -> Any:
+    """A property that is computed on first use and cached until `BlockActivations.release`."""
     name = compute.__name__
 
-    def get(self: Pass) -> Any:
+    def get(self: BlockActivations) -> Any:
         if name not in self.values:
             self.values[name] = compute(self)
         return self.values[name]
@@ -71,13 +71,16 @@ def _value(compute: Callable[[Pass], Any]) -> Any:
     return property(get, doc=compute.__doc__)
 
 
-class Pass:
-    """The intermediates of one block on one batch."""
+class BlockActivations:
+    """The intermediate results of one block for one batch.
+
+    Shapes: B clips, N tokens of the input, N' of the output, M keys and values, h heads of size d, C' output channels.
+    """
 
     def __init__(
         self,
         block: BlockLayers,
-        weights: Weights,
+        weights: CastParams,
         x: Tensor,
         masks: tuple[Mask | None, Mask | None],
         values: dict[str, Any] | None = None,
@@ -86,70 +89,70 @@ class Pass:
         self.block, self.shape, self.weights, self.x, self.masks = block, block.shape, weights, x, masks
         self.values: dict[str, Any] = values or {}
         self.graph = graph
-        self.read = read_positions(self.shape.grid, self.shape.kv_stride, x.device) if block.compact else None
+        self.kv_positions = read_positions(self.shape.grid, self.shape.kv_stride, x.device) if block.compact else None
 
     def release(self, *names: str) -> None:
-        """Let go of intermediates."""
+        """Drop cached intermediates; the next use recomputes them."""
         for name in names:
             self.values.pop(name, None)
 
     @property
     def kv_grid(self) -> tuple[Grid, int]:
-        """The grid that keys and values are projected on, and the stride of their pooling there."""
-        return (self.shape.grid, self.shape.kv_stride) if self.read is None else (self.read[1], 3)
+        """The token grid on which keys and values are projected, and the stride of their pooling on it."""
+        return (self.shape.grid, self.shape.kv_stride) if self.kv_positions is None else (self.kv_positions[1], 3)
 
     def eps(self, name: str) -> float:
-        """What the norm called `name` adds to the variance."""
+        """The eps of the layer norm called `name`."""
         return float(self.block.get_submodule(name).eps)  # type: ignore[arg-type]
 
     def _norm(self, name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(normed in the type of the arithmetic, mean, 1/deviation)."""
+        """(normalised x in the compute dtype, mean, 1 / standard deviation)."""
         out, mean, scale = torch.native_layer_norm(x, x.shape[-1:], *self.weights.norm(name, x), self.eps(name))
         return out.to(self.weights.dtype), mean, scale
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.shape.heads, -1))
 
-    @_value
+    @_lazy
     def normed(self) -> Any:
         return self._norm("norm1", self.x)
 
-    @_value
-    def seen(self) -> Tensor:
-        """The normed tokens that keys and values are made of."""
+    @_lazy
+    def kv_tokens(self) -> Tensor:
+        """The normed tokens that are projected to keys and values."""
         u: Tensor = self.normed[0]
-        return u if self.read is None else u.index_select(1, self.read[0])
+        return u if self.kv_positions is None else u.index_select(1, self.kv_positions[0])
 
-    @_value
+    @_lazy
     def q_raw(self) -> Tensor:
         return linear(self.normed[0], *self.weights.linear("attn.qkv", slice(self.shape.dim_out)))
 
-    @_value
+    @_lazy
     def kv_raw(self) -> Tensor:
-        return linear(self.seen, *self.weights.linear("attn.qkv", slice(self.shape.dim_out, None)))
+        return linear(self.kv_tokens, *self.weights.linear("attn.qkv", slice(self.shape.dim_out, None)))
 
-    @_value
+    @_lazy
     def q_pooled(self) -> Tensor:
         """[B, N', h, d]."""
         filters = self.weights.filters_q
         assert filters is not None
         return self._split(head_pool(self.q_raw, filters, self.shape.grid, self.shape.q_stride))
 
-    @_value
+    @_lazy
     def kv_pooled(self) -> Tensor:
         """[2, B, M, h, d]: keys and values share a stride, so one convolution pools both."""
         both = head_pool(self.kv_raw, self.weights.filters_kv, *self.kv_grid)
         return both.unflatten(-1, (2, self.shape.heads, -1)).movedim(2, 0).contiguous()
 
-    @_value
+    @_lazy
     def q_normed(self) -> Any:
         return self._norm("attn.norm_q", self.q_pooled)
 
-    @_value
+    @_lazy
     def k_normed(self) -> Any:
         return self._norm("attn.norm_k", self.kv_pooled[0])
 
-    @_value
+    @_lazy
     def v_normed(self) -> Any:
         return self._norm("attn.norm_v", self.kv_pooled[1])
 
@@ -165,62 +168,62 @@ class Pass:
         q, k, v = (x.transpose(1, 2) for x in (self.q, self.k_normed[0], self.v_normed[0]))
         return q, k, v
 
-    @_value
-    def attended(self) -> tuple[Tensor, ...]:
-        """Output [B, h, N', d], and the state of its route."""
+    @_lazy
+    def attention(self) -> tuple[Tensor, ...]:
+        """Output [B, h, N', d], and the backend's state for the backward pass."""
         out, state = attend(*self.qkv, graph=self.graph)
         return out, *state  # type: ignore[arg-type]
 
-    @_value
-    def mixed(self) -> Tensor:
-        """[B, N', C']."""
-        out = self.attended[0].transpose(1, 2)
+    @_lazy
+    def attn_out(self) -> Tensor:
+        """Attention output of all heads, plus the pooled query where `residual_q` is set: [B, N', C']."""
+        out = self.attention[0].transpose(1, 2)
         return (out + self.q if self.block.attn.residual_q else out).flatten(2)
 
-    @_value
-    def projected(self) -> tuple[Tensor, ...]:
-        """The shortcut of a stage change, and the choices of its max pool.
+    @_lazy
+    def pooled_shortcut(self) -> tuple[Tensor, ...]:
+        """The max-pooled shortcut of a stage change, and where each maximum was.
 
-        As under autocast, whose max pools stay in half precision on CUDA only: on the CPU the stream keeps its type.
+        The dtype is that of autocast: on CUDA its max pools stay in half precision; on the CPU the residual stream keeps its dtype.
         """
-        out, chosen = skip_pool(linear(self.x_cast, *self.weights.linear("proj_max_pool")), self.shape.grid)
-        return out if is_cuda(self.x) else out.to(self.x.dtype), *chosen
+        out, pool_argmax = skip_pool(linear(self.x_cast, *self.weights.linear("proj_max_pool")), self.shape.grid)
+        return out if is_cuda(self.x) else out.to(self.x.dtype), *pool_argmax
 
     @property
     def x_cast(self) -> Tensor:
         return self.x.to(self.weights.dtype)
 
-    @_value
-    def chosen(self) -> Chosen:
-        return self.projected[1:]
+    @_lazy
+    def pool_argmax(self) -> PoolArgmax:
+        return self.pooled_shortcut[1:]
 
-    @_value
-    def middle(self) -> Tensor:
-        """The stream after the attention's half."""
+    @_lazy
+    def residual_mid(self) -> Tensor:
+        """The residual stream after attention and before the MLP: [B, N', C']."""
         shortcut = self.x
         if self.block.proj_max_pool is not None:
-            shortcut = self.projected[0]
-        return _add(shortcut, linear(self.mixed, *self.weights.linear("attn.proj")), self.masks[0])
+            shortcut = self.pooled_shortcut[0]
+        return _add(shortcut, linear(self.attn_out, *self.weights.linear("attn.proj")), self.masks[0])
 
-    @_value
-    def middle_normed(self) -> Any:
-        return self._norm("norm2", self.middle)
+    @_lazy
+    def residual_mid_normed(self) -> Any:
+        return self._norm("norm2", self.residual_mid)
 
-    @_value
-    def hidden(self) -> Tensor:
-        return linear(self.middle_normed[0], *self.weights.linear("mlp.fc1"))
+    @_lazy
+    def mlp_hidden(self) -> Tensor:
+        return linear(self.residual_mid_normed[0], *self.weights.linear("mlp.fc1"))
 
-    @_value
-    def activated(self) -> Tensor:
-        return F.gelu(self.hidden)
+    @_lazy
+    def mlp_activated(self) -> Tensor:
+        return F.gelu(self.mlp_hidden)
 
     def out(self, into: Tensor | None = None) -> Tensor:
         """The block's output, [B, N', C']."""
-        return _add(self.middle, linear(self.activated, *self.weights.linear("mlp.fc2")), self.masks[1], into)
+        return _add(self.residual_mid, linear(self.mlp_activated, *self.weights.linear("mlp.fc2")), self.masks[1], into)
 
 
 def _add(shortcut: Tensor, branch: Tensor, mask: Mask | None, into: Tensor | None = None) -> Tensor:
-    """The shortcut plus the branch of the clips that stochastic depth keeps, rounded once."""
+    """The shortcut plus the branch, for the clips that stochastic depth keeps; rounded once."""
     if mask is None:
         return torch.add(shortcut, branch, out=into)
-    return torch.addcmul(shortcut, branch, mask.ones, value=mask.factor, out=into)
+    return torch.addcmul(shortcut, branch, mask.keep, value=mask.scale, out=into)
