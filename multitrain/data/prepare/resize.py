@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import time
@@ -31,6 +32,7 @@ from multitrain.data.prepare.listing import PARTS, Copy, located
 from multitrain.data.prepare.parallel_map import FINAL
 from multitrain.data.prepare.scan import is_of_system
 from multitrain.files import stamp
+from multitrain.monitor.exit_status import explained
 
 _STALE = 3600.0  # seconds after which a copy in the making of another machine has been given up
 _PART = re.compile(r"part-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}\.(mp4|tar)")
@@ -182,8 +184,11 @@ class Resize:
         except subprocess.TimeoutExpired:
             raise VideoError(source, f"took longer than {self.timeout:g} s") from None
         said = _complaint(done.stderr, source)
+        if done.returncode < 0 or (done.returncode and not said):
+            killed = done.returncode in (-signal.SIGKILL, -signal.SIGTERM)
+            raise VideoError(source, f"ffmpeg {explained(done.returncode)}", transient=killed)
         if done.returncode:
-            raise VideoError(source, said or f"ffmpeg gave up (exit status {done.returncode})")
+            raise VideoError(source, said)
         return said
 
     def command(self, source: Path, part: Path, copy: Copy, stream: int, *, strict: bool) -> list[str]:
