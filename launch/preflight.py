@@ -35,6 +35,7 @@ from typing import Any
 from launch import assess, channel, node
 from launch.assess import Finding
 from launch.channel import Channel, ChannelError, Server
+from launch.complaint import complaint
 from launch.events import record
 from multitrain.cluster.exit_status import Exit
 from multitrain.cluster.slurm import STOP_SIGNALS, free_port, in_step, job_id, rank_environment, restart_count
@@ -384,8 +385,7 @@ def _all_reduce(place: dict[str, str], key: bytes, port: int, patience: float) -
         return {"error": f"no end within {patience + 30.0:g} s"}
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
-        said = done.stderr.strip().splitlines() or [f"it ended with exit code {done.returncode}"]
-        return {"error": said[-1][:300]}
+        return {"error": complaint("its process", done.returncode, done.stderr, "see its log, and dmesg there")}
     answer: dict[str, Any] = json.loads(lines[-1])
     return answer
 

@@ -122,7 +122,8 @@ def described(decision: Decision, ended: Ended) -> str:
     if decision.action == Action.END:
         return f"{status}: the job does not come back{f': {decision.reason}' if decision.reason else ''}"
     without = f", without {','.join(decision.exclude)}" if decision.exclude else ""
-    return f"{status}: the job comes back{without}"
+    again = f", {','.join(decision.readmit)} allowed again" if decision.readmit else ""
+    return f"{status}: the job comes back{without}{again}"
 
 
 def _countable(events: Events, decision: Decision) -> bool:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -38,7 +39,7 @@ from multitrain.config.class_names import LOOKED_FOR, find_class_names, read_cla
 from multitrain.config.compose import example_of
 from multitrain.config.reading import read_yaml, shown
 from multitrain.config.run import check_run_name
-from multitrain.config.typed import refuse_typed
+from multitrain.config.typed import idle_words, refuse_typed
 from multitrain.files import TEMPORARY, refuse_run, replace_text
 from multitrain.order.batch import BatchShape, solve
 from multitrain.records.events import Events, read
@@ -65,6 +66,8 @@ class Run:
     """Whether to start over a run whose checkpoints are gone."""
     update_code: bool = False
     """Whether to resume with the code of this checkout."""
+    idle: list[str] = field(default_factory=list)
+    """Lines about words that were typed and change nothing."""
 
     @property
     def exists(self) -> bool:
@@ -102,23 +105,33 @@ def ask(words: Sequence[str], *, config_dirs: Sequence[str] = (), default_name: 
     saved = load(path) if (path / "config.yaml").is_file() else None
     if saved:
         config, dirs = resume.resumed(saved, path, typed, config_dirs)
-        refuse_typed(resume.new_words(path, typed), config, saved)
+        new = resume.new_words(path, typed)
+        refuse_typed(new, config, saved)
         resume.refuse_another_run(path.name, saved, config)
         resume.refuse_another_start(path, saved, config)
     else:
         dirs = list(config_dirs)
         refuse_run(path, run=path.parent)
         config = resume.placed(leaves(compose(options(typed), config_dirs=dirs)), path)
-        refuse_typed(options(typed), config)
+        new = options(typed)
+        refuse_typed(new, config)
     flags = {"from_scratch": config.from_scratch, "update_code": config.update_code}
     config = config.model_copy(update=dict.fromkeys(flags, False))
     shape = solve(
         config.effective_batch, nodes=config.nodes, gpus=config.gpus, micro_batch=config.micro_batch, group=config.group
     )
-    run = Run(path, config, shape, typed, [str(Path(d).absolute()) for d in dirs], **flags)
+    run = Run(
+        path, config, shape, typed, [str(Path(d).absolute()) for d in dirs], **flags, idle=idle_words(new, config)
+    )
     _refuse_wrong_start(run)
     _refuse_single_clips(config, shape)
     return run
+
+
+def tell_idle(runs: Sequence[Run]) -> None:
+    """Print each line about a word that changes nothing, once, on standard error."""
+    for line in dict.fromkeys(line for run in runs for line in run.idle):
+        print(f"note: {line}", file=sys.stderr, flush=True)
 
 
 def _refuse_single_clips(config: RunConfig, shape: BatchShape) -> None:

@@ -17,21 +17,17 @@ import os
 import shlex
 import signal
 import subprocess
-import tempfile
 from types import FrameType
 from typing import NoReturn
 
 import yaml
 
-from launch import dependent_jobs, memory_estimate, resume, run_folder
+from launch import checks, dependent_jobs, memory_estimate, resume, run_folder
 from launch.rank import python_path
 from launch.run_folder import ROOT, Run
 from multitrain.config import ConfigError, dump
-from multitrain.config.aliases import elsewhere
-from multitrain.config.arguments import piped
-from multitrain.config.boundary import refused_by_system
+from multitrain.config.arguments import answered, piped, typed_words
 from multitrain.config.overrides import tidy
-from multitrain.order.batch import BatchShapeError
 from multitrain.text import counted
 
 EXAMPLES = """\
@@ -57,26 +53,16 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0 submitted or finished, 2 refused; of a local run also 75 (interrupted) or a failed rank's."""
     options, words = _parser().parse_known_args(arguments)
     _given[:] = sys.argv[1:] if arguments is None else arguments
-    try:
-        unknown = [w for w in words if w.startswith("-")]
-        if unknown:
-            hint = elsewhere(unknown[0])
-            remedy = f", e.g. {hint}" if hint else ", see --help"
-            raise ConfigError(f"unknown flag {unknown[0]!r}; options are key=value{remedy}")
-        if options.cfg not in (None, *SHOWN):  # the word after a bare --cfg
-            words, options.cfg = [options.cfg, *words], SHOWN[0]
-        words = [tidy(word) for word in words]
-        if options.cfg:
-            return _show_config(words, options)
-        return _prepare(words, options.config_dir) if options.prepare else _submit(words, options.config_dir)
-    except (ConfigError, BatchShapeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        print(f"error: {refused_by_system(error)}", file=sys.stderr)
-        return 2
+    return answered(lambda: _main(words, options))
+
+
+def _main(words: list[str], options: argparse.Namespace) -> int:
+    words = typed_words(words)
+    if options.cfg not in (None, *SHOWN):  # the word after a bare --cfg
+        words, options.cfg = [tidy(options.cfg), *words], SHOWN[0]
+    if options.cfg:
+        return _show_config(words, options)
+    return _prepare(words, options.config_dir) if options.prepare else _submit(words, options.config_dir)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -118,6 +104,7 @@ def _submit(words: list[str], config_dirs: list[str]) -> int:
     if (code := _resume_by_its_own_code(words, config_dirs)) is not None:
         return code
     run = run_folder.ask(words, config_dirs=config_dirs)
+    run_folder.tell_idle([run])
     if run.config.cluster.kind == "slurm":
         from launch import slurm
 
@@ -144,9 +131,7 @@ def _write_claimed(run: Run, claim: contextlib.ExitStack, job: str | None = None
     if resumed:
         claim.enter_context(run_folder.claimed(run.path))
         _refuse_active(run.path, but=job)
-    run_folder.check_places(run)
-    _check_weights(run)
-    _check_data(run)
+    checks.refuse_unstartable([run], keep_index=True)
     run_folder.write(run)
     if not resumed:
         claim.enter_context(run_folder.claimed(run.path))
@@ -205,10 +190,7 @@ def _dry_run(run: Run) -> int:
                 f"# then   tests of {', '.join(run.config.data.datasets)}, one job each, after training has ended well"
             )
     sys.stdout.flush()
-    run_folder.check_places(run)
-    _check_weights(run)
-    with tempfile.TemporaryDirectory() as folder:
-        _check_data(run, index=Path(folder))
+    checks.refuse_unstartable([run], keep_index=False)
     return 0
 
 
@@ -304,6 +286,7 @@ def _prepare(words: list[str], config_dirs: list[str]) -> int:
     if (code := _resume_by_its_own_code(words, config_dirs)) is not None:
         return code
     run = run_folder.ask(words, config_dirs=config_dirs, default_name=f"job{job}" if job else None)
+    run_folder.tell_idle([run])
     if not (job and run.exists and job in run_folder.jobs(run.path)):  # else a requeued job: all is written
         with contextlib.ExitStack() as claim:
             _write_claimed(run, claim, job)
@@ -349,61 +332,6 @@ def _refuse_active(path: Path, but: str | None = None) -> None:
             f"run {path.name!r} is job {job} ({state.lower()}); cancel that first (scancel {job}), "
             f"or take another name: name=…"
         )
-
-
-def _check_weights(run: Run) -> None:
-    """Initial weights that a run cannot start from are found here, not hours later on the nodes.
-
-    Raises:
-        ConfigError: there is nothing at `init_from`, it is of this run, it is damaged, or it does not fit the network.
-    """
-    path = run.config.init_from
-    if path is None or run.exists:
-        return
-    if run.path in (Path(path).absolute(), *Path(path).absolute().parents):
-        raise ConfigError(
-            f"init_from={path}: lies in this run's own folder; to resume the run leave init_from out, to start another from "
-            "it give that one another name (name=…)"
-        )
-    if not run.config.cluster.check_data:
-        return
-    if not os.path.exists(path):
-        raise ConfigError(
-            f"init_from={path}: no such file or folder; give a .pyth, a .safetensors, a run's or checkpoint's folder, or a run's name"
-        )
-    _asked("multitrain.commands.fits", run, said_first=f"init_from={path}: ")
-
-
-def _check_data(run: Run, index: Path | None = None) -> None:
-    """Read the annotation files, and look for some of their videos.
-
-    Args:
-        index: folder for the index files; the run's own when not given.
-
-    Raises:
-        ConfigError: what is wrong with them, in one line.
-    """
-    if run.config.cluster.check_data:
-        _asked("multitrain.data.catalog", run, "--index", str(index or run.index))
-
-
-def _asked(module: str, run: Run, *arguments: str, said_first: str = "") -> None:
-    """Ask a module about the run's configuration in a process of its own, since it needs what submitting does without.
-
-    Raises:
-        ConfigError: what it refuses, in one line.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "config.yaml"
-        file.write_text(dump(run.config))
-        command = [sys.executable, "-m", module, str(file), *arguments]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"the check ended with exit code {done.returncode} ({module})"]
-        message = said[-1].removeprefix("error: ")
-        raise ConfigError(said_first + message)
-    sys.stderr.write(done.stderr)
 
 
 def _batch(run: Run) -> str:

@@ -13,7 +13,6 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import itertools
 import json
 import os
 import time
@@ -21,14 +20,12 @@ from typing import Any
 
 import yaml
 
-from launch import run_folder
+from launch import checks, run_folder
 from launch.run_folder import Run
-from multitrain.config import ConfigError, load
-from multitrain.config.arguments import piped
-from multitrain.config.boundary import refused_by_system
-from multitrain.config.overrides import is_text, split
+from multitrain.config import ConfigError, dump, load
+from multitrain.config.arguments import answered, piped, typed_words
+from multitrain.config.overrides import alternatives, combinations, split
 from multitrain.config.reading import read_yaml
-from multitrain.order.batch import BatchShapeError
 from multitrain.plot_style import table
 from multitrain.report.status import status
 
@@ -36,10 +33,6 @@ FAILED = ("failed", "cancelled", "interrupted", "timeout", "out_of_memory", "nod
 """States that a run of a sweep does not leave by itself."""
 ONE_SHAPE = ("nodes", "gpus", "cluster", "name", "runs")
 """Options that all runs of an array share."""
-
-
-class _Shown(Exception):
-    """A dry run has printed all there is to say."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,29 +52,21 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="the table as one JSON object")
     options, words = parser.parse_known_args(arguments)
-    try:
-        unknown = [w for w in words if w.startswith("-")]
-        if unknown:
-            raise ConfigError(f"unknown flag {unknown[0]!r}; options are key=value, see --help")
-        if len(words) == 1 and "=" not in words[0]:
-            folder = _known(words[0])
-        else:
-            folder = _submit(words, options.config_dir, options.parallel)
-            if not options.wait and not _is_local(folder):
-                return 0
-        while options.wait and not _ended(folder):
-            time.sleep(2)
-        return _show(folder, as_json=options.json)
-    except _Shown:
-        return 0
-    except (ConfigError, BatchShapeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        print(f"error: {refused_by_system(error)}", file=sys.stderr)
-        return 2
+    return answered(lambda: _main(words, options))
+
+
+def _main(words: list[str], options: argparse.Namespace) -> int:
+    words = typed_words(words)
+    if len(words) == 1 and "=" not in words[0]:
+        folder = _known(words[0])
+    else:
+        submitted = _submit(words, options.config_dir, options.parallel)
+        if submitted is None or not (options.wait or _is_local(submitted)):
+            return 0
+        folder = submitted
+    while options.wait and not _ended(folder):
+        time.sleep(2)
+    return _show(folder, as_json=options.json)
 
 
 def points(words: list[str]) -> list[list[str]]:
@@ -90,47 +75,38 @@ def points(words: list[str]) -> list[list[str]]:
     Raises:
         ConfigError: nothing to sweep over, or an option that all runs must share.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    parser = OverridesParser.create()
-    axes: list[list[str]] = []
     for word in words:
-        try:
-            override = parser.parse_override(word)
-        except HydraException:
-            if not is_text(split(word).key):  # a path such as ~/data is one value
-                raise ConfigError(f"{word!r} is no option; write key=a,b for several values") from None
-            axes.append([word])
-            continue
-        if not override.is_sweep_override():
-            axes.append([word])
-            continue
-        key = word.partition("=")[0]
-        if key.lstrip("+").split(".")[0] in ONE_SHAPE:
+        key = split(word).key
+        if key.split(".")[0] in ONE_SHAPE and len(alternatives(word)) > 1:
             raise ConfigError(f"{word}: all runs of a sweep share {key}; submit one sweep for each value")
-        axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-    if all(len(axis) == 1 for axis in axes):
+    listed = combinations(words)
+    if len(listed) == 1:
         raise ConfigError("nothing to sweep over; give an option several values, e.g. optim.lr=1e-4,2e-4")
-    return [list(point) for point in itertools.product(*axes)]
+    return listed
 
 
-def _submit(words: list[str], config_dirs: list[str], parallel: int) -> Path:
+def _submit(words: list[str], config_dirs: list[str], parallel: int) -> Path | None:
+    """The sweep's folder; None when a dry run has printed all there is to say."""
     given = {w.partition("=")[0]: w.partition("=")[2] for w in words}
     name = given.get("name") or f"sweep-{time.strftime('%Y%m%d-%H%M%S')}"
     rest = [w for w in words if w.partition("=")[0] != "name"]
     listed = points(rest)
     runs = [run_folder.ask([*p, f"name={name}-{i}"], config_dirs=config_dirs) for i, p in enumerate(listed)]
+    run_folder.tell_idle(runs)
     folder = runs[0].path.parent / ".sweeps" / name
     known = [r.name for r in runs if r.exists]
     if known or folder.exists():
         raise ConfigError(f"sweep {name!r} is there already ({folder}); give this one another name: name=…")
+    _refuse_twins(runs)
     swept = [[o for o in p if o not in set.intersection(*map(set, listed))] for p in listed]
     listing = [{"run": str(r.path), "overrides": o} for r, o in zip(runs, swept)]
     if runs[0].config.dry_run:
         for row in listing:
             print(f"# {row['run']}: {' '.join(row['overrides'])}")
-        raise _Shown
+        sys.stdout.flush()
+        checks.refuse_unstartable(runs, keep_index=False)
+        return None
+    checks.refuse_unstartable(runs, keep_index=True)
     for run in runs:
         run_folder.write(run)
     _written(folder, listing)
@@ -139,6 +115,17 @@ def _submit(words: list[str], config_dirs: list[str], parallel: int) -> Path:
     else:
         _to_slurm(folder, name, runs, parallel)
     return folder
+
+
+def _refuse_twins(runs: list[Run]) -> None:
+    """Raises ConfigError for two runs that would be the same: an option that is swept has no effect, or a value stands twice."""
+    known: dict[str, Run] = {}
+    for run in runs:
+        twin = known.setdefault(dump(run.config.model_copy(update={"name": None})), run)
+        if twin is not run:
+            raise ConfigError(
+                f"{run.name} and {twin.name} would be the same run; give each value once, and each option in one word"
+            )
 
 
 def _written(folder: Path, listing: list[dict[str, Any]]) -> None:

@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from multitrain.config import ConfigError, nearest
-from multitrain.config.arguments import MISTAKE, piped
-from multitrain.config.boundary import refused_by_system
-from multitrain.config.reading import shown
+from multitrain.config.arguments import MISTAKE, answered, piped
 
 FINISHED = 0
 
@@ -62,20 +60,7 @@ def _main(arguments: Sequence[str]) -> int:
 
         print(__version__)
         return FINISHED
-    try:
-        return _verb(arguments[0], arguments[1:])
-    except ConfigError as error:
-        for line in getattr(error, "details", ()):
-            print(line, file=sys.stderr)
-        print(f"multitrain: {shown(error, 2000)}", file=sys.stderr, flush=True)
-        return MISTAKE
-    except KeyboardInterrupt:
-        return 130
-    except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            raise
-        print(f"multitrain: {refused_by_system(error)}", file=sys.stderr)
-        return MISTAKE
+    return answered(lambda: _verb(arguments[0], arguments[1:]), "multitrain")
 
 
 def _verb(name: str, arguments: Sequence[str]) -> int:

@@ -17,9 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from multitrain.cluster import slurm
-from multitrain.config import ConfigError, config_folder, dump, validate
+from multitrain.cluster.exit_status import Exit
+from multitrain.config import ConfigError, compose, config_folder, dump, validate
+from multitrain.config.arguments import answered, piped, typed_words
 from multitrain.config.compose import forced
+from multitrain.config.overrides import NotListed, combinations, readable, split, value_of
+from multitrain.config.typed import refuse_typed
 
+MULTIRUN = ("-m", "--multirun")
 WAIT = 60.0
 """Seconds that a rank waits for rank 0 to write the run's configuration."""
 
@@ -28,13 +33,21 @@ class TrainingFailed(RuntimeError):
     """The ranks of a run have ended with an exit status that is not 0."""
 
 
-def main(arguments: list[str]) -> None:
-    """Compose with Hydra, with ``-m`` a job each; Hydra ends the process with status 1 when one has failed."""
-    import hydra
+def main(arguments: list[str]) -> int:
+    """Compose with Hydra, with ``-m`` a job each. The exit status: 0; 1 when a run has failed; 2 refused."""
+    return answered(lambda: _main(arguments))
 
+
+def _main(arguments: list[str]) -> int:
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    flags, words, folders = _parsed(arguments)
+    _refuse_points(words, folders, is_multirun=any(f in MULTIRUN for f in flags))
     folder = config_folder()
     groups = {p.name for p in folder.iterdir() if p.is_dir()}
-    words = [a if a.startswith("-") or "=" not in a else forced(a, groups) for a in arguments]
+    words = [readable(forced(w, groups)) for w in words]
     keys = {w.lstrip("+").partition("=")[0]: w.partition("=")[2] for w in words}
     name = keys.get("name") or f"sweep-{time.strftime('%Y%m%d-%H%M%S')}"
     runs = str(Path(keys.get("runs") or "runs").absolute())
@@ -45,8 +58,50 @@ def main(arguments: list[str]) -> None:
     warnings.filterwarnings(
         "ignore", message="(?s).*ConfigStore schema"
     )  # the plugin's own, whose defaults ours replace
-    sys.argv = [sys.argv[0], *words]
-    hydra.main(config_path=str(folder), config_name="config", version_base="1.3")(train_point)()
+    sys.argv = [sys.argv[0], *flags, *words]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints what a job raises itself, with the stack
+    try:
+        hydra.main(config_path=str(folder), config_name="config", version_base="1.3")(train_point)()
+    except TrainingFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return Exit.FAILED
+    except (HydraException, OmegaConfBaseException, RuntimeError) as error:  # the last: submitit's
+        raise ConfigError(
+            f"{' '.join(str(error).split())}; python launch/sweep.py does without Hydra's launcher"
+        ) from None
+    return Exit.FINISHED
+
+
+def _parsed(arguments: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Hydra's own flags with their values, the ``key=value`` words, and the folders of groups that the flags name."""
+    from hydra._internal.utils import get_args_parser
+
+    given, unknown = get_args_parser().parse_known_intermixed_args(arguments)
+    words: list[str] = typed_words([*unknown, *given.overrides])
+    flags = list(arguments)
+    for word in given.overrides:
+        flags.remove(word)
+    return flags, words, [given.config_dir] if given.config_dir else []
+
+
+def _refuse_points(words: list[str], folders: list[str], *, is_multirun: bool) -> None:
+    """Refuse on the command line what each run would refuse on its nodes.
+
+    Raises:
+        ConfigError: one line about the first run that cannot be.
+    """
+    for word in words:
+        if word.startswith("hydra.searchpath="):
+            found = value_of(split(word))
+            folders += [str(place).removeprefix("file://") for place in (found if isinstance(found, list) else [found])]
+    try:
+        points = combinations([w for w in words if not split(w).key.startswith("hydra")])
+    except NotListed:  # a sweeper of Hydra's picks the values; each job looks at its own
+        return
+    if len(points) > 1 and not is_multirun:
+        raise ConfigError("several values and no -m; add it for a job each, or give one value")
+    for point in points:
+        refuse_typed(point, compose(point, config_dirs=folders))
 
 
 def train_point(composed: Any) -> None:
@@ -65,6 +120,7 @@ def train_point(composed: Any) -> None:
     file = run / "config.yaml"
     place = slurm.rank_environment()
     if place["RANK"] == "0" and not file.exists():
+        refuse_typed(hydra.overrides.task, config)
         (run / "logs").mkdir(parents=True, exist_ok=True)
         temporary = run / ".config.yaml.tmp"
         temporary.write_text(dump(config))
@@ -108,4 +164,4 @@ def _train(run: Path, place: dict[str, str]) -> int:
 if __name__ == "__main__":
     from multitrain import sweep  # whose names are found again when a job unpickles them, unlike those of __main__
 
-    sweep.main(sys.argv[1:])
+    sys.exit(piped(lambda: sweep.main(sys.argv[1:])))

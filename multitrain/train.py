@@ -203,9 +203,10 @@ def _decide(config: RunConfig, run: Path, request: Request, job: str | None, sig
     except slurm.SlurmError as error:
         print(f"SLURM does not answer ({error}); the batch script asks it again", flush=True)
         return Decision(Action.COME_BACK, slurm.STEP_ENDED)
-    own = [s for s in restarts.starts(read(run / "events.jsonl")) if s.is_of(job, slurm.restart_count())]
+    history = restarts.starts(read(run / "events.jsonl"))
+    history.sort(key=lambda start: start.is_of(job, slurm.restart_count()))  # events of this start may not be the last
     ended = Ended(record or {"JobState": "CANCELLED"}, signals)
-    return requeue.decide(ended, own, config.cluster, went_well=True)
+    return requeue.decide(ended, history, config.cluster, went_well=True)
 
 
 def _requeue(

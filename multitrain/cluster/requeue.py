@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import re
 import shutil
 import signal
 import subprocess
@@ -49,12 +50,14 @@ class Action(enum.Enum):
 
 @dataclass(frozen=True)
 class Decision:
-    """`status`: the reason, as in the events. `reason`: details of an end. `exclude`: nodes that the next start leaves out."""
+    """`status`: the reason, as in the events. `reason`: details of an end. `exclude`: nodes that the next start leaves out. `readmit`:
+    nodes that an earlier start was made to leave out, and the next one may have again."""
 
     action: Action
     status: str
     reason: str | None = None
     exclude: tuple[str, ...] = ()
+    readmit: tuple[str, ...] = ()
 
     @property
     def event(self) -> str:
@@ -77,12 +80,22 @@ class Ended:
 
 
 def decide(ended: Ended, history: Sequence[Start], cluster: ClusterConfig, *, went_well: bool) -> Decision:
-    """Whether the job is requeued.
+    """Whether the job is requeued, and without which nodes: those on which it failed since it trained last. Exclusions of all
+    failures of a long run would leave a small cluster without nodes.
 
     Args:
         history: the starts since the run was last submitted; the last one is the one that ended.
         went_well: whether the run has ever made progress (:func:`multitrain.cluster.restarts.progressed`).
     """
+    decision = _decide(ended, history, cluster, went_well=went_well)
+    if decision.action != Action.COME_BACK:
+        return decision
+    exclude = restarts.nodes_to_exclude(history, went_well=went_well)
+    earlier = dict.fromkeys(node for start in history for node in start.excluded)
+    return replace(decision, exclude=exclude, readmit=tuple(node for node in earlier if node not in exclude))
+
+
+def _decide(ended: Ended, history: Sequence[Start], cluster: ClusterConfig, *, went_well: bool) -> Decision:
     last = history[-1] if history else Start(ended.restart, began=False)
     taken = slurm.taken_away(ended.job, ended.signals, restart=ended.restart, close=close_to_limit(cluster))
     is_back = taken == OPERATOR or (taken == PREEMPTED and _is_back(ended))
@@ -124,8 +137,7 @@ def _after_failure(
     reason = reason or restarts.refusal(history, *limits, went_well=went_well)
     if reason is not None:
         return Decision(Action.END, GAVE_UP, reason)
-    bad = [*last.bad_nodes, *(last.failed_nodes if went_well and not last.trained else ())]
-    return Decision(Action.COME_BACK, status, explained(int(ended.exit_status or 0)), tuple(dict.fromkeys(bad)))
+    return Decision(Action.COME_BACK, status, explained(int(ended.exit_status or 0)))
 
 
 def decide_evaluation(ended: Ended, cluster: ClusterConfig) -> Decision:
@@ -185,6 +197,7 @@ def come_back(
     job: str,
     cluster: ClusterConfig,
     exclude: Sequence[str] = (),
+    readmit: Sequence[str] = (),
     *,
     dependents: Collection[str] = (),
     retry: bool = False,
@@ -195,6 +208,7 @@ def come_back(
 
     Args:
         exclude: nodes that the next start leaves out.
+        readmit: nodes that were excluded earlier, and are not any more.
         dependents: jobs that may depend on the success of this one; they depend on its successor instead.
         retry: ask a controller that does not answer until it does.
 
@@ -204,10 +218,11 @@ def come_back(
     while True:
         try:
             if cluster.requeue == "resubmit":
-                return f"successor job {_successor(run, job, exclude, dependents)}"
+                return f"successor job {_successor(run, job, exclude, readmit, dependents)}"
+            listed = _listed(job, exclude, readmit)  # SLURM ends this process soon after the next line
             slurm.requeue(job)
-            if exclude:
-                _exclude(job, exclude)
+            if listed is not None:
+                _exclude(job, listed)
             return "requeued"
         except SlurmError as error:
             if not retry or not _transient(str(error)):
@@ -230,22 +245,57 @@ def _transient(said: str) -> bool:
     return not any(word.lower() in said.lower() for word in final)
 
 
-def _exclude(job: str, nodes: Sequence[str]) -> None:
-    """Exclude nodes from the job's next start, beside those that the user excluded. A failure is printed and otherwise ignored."""
+def _listed(job: str, exclude: Sequence[str], readmit: Sequence[str]) -> list[str] | None:
+    """The nodes that the job's next start leaves out; None if they stay as they are, or SLURM does not answer, which is printed."""
+    if not exclude and not readmit:
+        return None
     try:
-        before = slurm.show_job(job).get("ExcNodeList", "(null)")
-        listed = [before, *nodes] if before not in ("(null)", "") else list(nodes)
+        return _exclusions(slurm.show_job(job), exclude, readmit)
+    except SlurmError as error:
+        print(f"multitrain: the nodes {','.join(exclude)} could not be excluded: {error}", flush=True)
+        return None
+
+
+def _exclude(job: str, listed: Sequence[str]) -> None:
+    """Set the nodes that the job's next start leaves out. A failure is printed and otherwise ignored."""
+    try:
         slurm.control("update", f"jobid={job}", f"ExcNodeList={','.join(listed)}")
     except SlurmError as error:
-        print(f"multitrain: the nodes {','.join(nodes)} could not be excluded: {error}", flush=True)
+        print(f"multitrain: the nodes {','.join(listed)} could not be excluded: {error}", flush=True)
 
 
-def _as_submitted(job: str) -> list[str]:
-    """Options of `sbatch slurm/train.sh` that the run's own script may not have."""
+def _exclusions(job: Mapping[str, str], exclude: Sequence[str], readmit: Sequence[str]) -> list[str]:
+    """The nodes that the next start leaves out: those of the user, and `exclude`, unless too few would be left for the job.
+
+    Args:
+        job: SLURM's record of the job.
+
+    Raises:
+        SlurmError: SLURM does not answer.
+    """
+    before = slurm.host_names(job.get("ExcNodeList", ""))
+    users = [node for node in before if node not in (*readmit, *exclude)]
+    wanted = [*users, *exclude]
+    found = [slurm.nodes_of(partition) for partition in job.get("Partition", "").split(",") if partition]
+    needed = re.match(r"\d+", job.get("NumNodes", ""))
+    left = max((len(set(nodes) - set(wanted)) for nodes in found), default=None)
+    if left is None or needed is None or left >= int(needed.group()) or not exclude:
+        return wanted
+    print(
+        f"multitrain: without {','.join(exclude)} the partition would have {left} nodes, and the job needs {needed.group()}: they "
+        "are not excluded",
+        flush=True,
+    )
+    return users
+
+
+def _as_submitted(job: str, exclude: Sequence[str], readmit: Sequence[str]) -> list[str]:
+    """Options of `sbatch slurm/train.sh` that the run's own script may not have, and the nodes to leave out."""
     try:
         shown = slurm.show_job(job)
+        excluded = _exclusions(shown, exclude, readmit)
     except SlurmError:
-        return []
+        return [f"--exclude={','.join(exclude)}"] if exclude else []
     fields = {
         "partition": "Partition",
         "account": "Account",
@@ -257,15 +307,16 @@ def _as_submitted(job: str) -> list[str]:
         "licenses": "Licenses",
     }
     given = {option: shown.get(name, "") for option, name in fields.items()}
+    given["exclude"] = ",".join(excluded)
     return [f"--{option}={value}" for option, value in given.items() if value not in ("", "(null)", "N/A")]
 
 
-def _successor(run: Path, job: str, exclude: Sequence[str], dependents: Collection[str]) -> str:
+def _successor(run: Path, job: str, exclude: Sequence[str], readmit: Sequence[str], dependents: Collection[str]) -> str:
     """Submit the run's own batch script again, to start when this job has ended; the new job's id."""
     script = run / SCRIPT
     if not script.is_file():
         raise SlurmError(f"there is no {script}; submit the run again")
-    more = [*_as_submitted(job), *([f"--exclude={','.join(exclude)}"] if exclude else [])]
+    more = _as_submitted(job, exclude, readmit)
     command = ["sbatch", "--parsable", f"--dependency=afterany:{job}", *more, str(script)]
     try:
         done = subprocess.run(
@@ -318,7 +369,7 @@ def carry_out(
         write(decision.event, **facts, **({"reason": decision.reason} if decision.reason else {}))
         return True
     try:
-        done = come_back(run, job, cluster, decision.exclude, dependents=dependents, retry=retry)
+        done = come_back(run, job, cluster, decision.exclude, decision.readmit, dependents=dependents, retry=retry)
     except SlurmError as error:
         print(f"multitrain: the job was not put back into the queue: {error}", flush=True)
         write("requeue_failed", **facts, reason=str(error))

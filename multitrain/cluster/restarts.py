@@ -37,7 +37,8 @@ class Start:
     the status of its end; None: it died. `progress`: whether it wrote a checkpoint with more updates than any before. `final`:
     an error that a restart does not mend. `mistake`: the same, unless the run has trained well before. `trained`: whether it
     reached its first update. `failed_nodes`: nodes of the ranks that failed first. `bad_nodes`: nodes that preflight found.
-    `wanted`: the reason for a requeue that SLURM refused. `job`: the SLURM job. `began`: whether rank 0 wrote `begin`.
+    `excluded`: nodes that were left out of the next start. `wanted`: the reason for a requeue that SLURM refused. `job`: the
+    SLURM job. `began`: whether rank 0 wrote `begin`.
     """
 
     restart: int = 0
@@ -49,6 +50,7 @@ class Start:
     trained: bool = False
     failed_nodes: list[str] = field(default_factory=list)
     bad_nodes: list[str] = field(default_factory=list)
+    excluded: list[str] = field(default_factory=list)
     wanted: str | None = None
     job: str | None = None
     began: bool = True
@@ -88,6 +90,7 @@ def starts(events: Sequence[Mapping[str, Any]]) -> list[Start]:
         elif name in LAST and process not in by_process and _is_of_no_start(own, job, restart):
             ended = None if name == "ended" else str(event.get("status"))  # it died before it could begin
             found.append(Start(restart, ended=ended, job=job, began=False))
+            _note(found[-1], event)
         elif own is not None:
             _note(own, event)
     return found
@@ -113,6 +116,22 @@ def _note(own: Start, event: Mapping[str, Any]) -> None:
         own.wanted = str(event.get("status") or own.ended or "")
     elif name in ("requeue", "end") and own.ended is None:
         own.ended = str(event.get("status"))
+    if name == "requeue":
+        own.excluded += [str(node) for node in event.get("exclude") or ()]
+
+
+def nodes_to_exclude(history: Sequence[Start], *, went_well: bool) -> tuple[str, ...]:
+    """Nodes on which the last starts failed before they trained: since the last start that trained, in the order of the failures.
+
+    Args:
+        went_well: whether the run has ever made progress; else a failure is more likely the configuration's fault than the node's.
+    """
+    found: list[str] = []
+    for start in reversed(history):
+        if start.trained:
+            break
+        found = [*start.bad_nodes, *(start.failed_nodes if went_well else ()), *found]
+    return tuple(dict.fromkeys(found))
 
 
 def dependents(events: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -254,6 +254,24 @@ def control(*arguments: str) -> str:
     return _scontrol(*arguments)
 
 
+def host_names(nodes: str) -> list[str]:
+    """The names of a node list in SLURM's notation: ``gpu[07-08],fat1`` → ``gpu07``, ``gpu08``, ``fat1``.
+
+    Raises:
+        SlurmError: SLURM refused, or did not answer, three times.
+    """
+    return [] if nodes in ("", "(null)", "None") else _scontrol("show", "hostnames", nodes).split()
+
+
+def nodes_of(partition: str) -> list[str]:
+    """The names of a partition's nodes, whatever their state.
+
+    Raises:
+        SlurmError: SLURM refused, or did not answer, three times.
+    """
+    return host_names(fields(_scontrol("show", "partition", "-o", partition)).get("Nodes", ""))
+
+
 def cluster_name() -> str | None:
     """Name of the cluster of this machine; None where SLURM does not answer."""
     if "SLURM_CLUSTER_NAME" in os.environ:

@@ -6,12 +6,16 @@ import argparse
 import contextlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from multitrain.config.aliases import elsewhere
+from multitrain.config.boundary import refused_by_system
 from multitrain.config.errors import ConfigError
 from multitrain.config.overrides import tidy
+from multitrain.config.reading import shown
 
 Arguments = Sequence[str]
 MISTAKE = 2
@@ -111,6 +115,42 @@ def piped(main: Callable[[], int]) -> int:
         return 0
 
 
+def answered(run: Callable[[], int], name: str = "error") -> int:
+    """The exit status of `run`; what a user can mend by the text is one line on standard error, and status 2.
+
+    Args:
+        name: what the line starts with.
+    """
+    try:
+        return run()
+    except ConfigError as error:
+        for line in getattr(error, "details", ()):
+            print(line, file=sys.stderr)
+        print(f"{name}: {shown(error, 2000)}", file=sys.stderr, flush=True)
+        return MISTAKE
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        raise  # for `piped`
+    except OSError as error:
+        print(f"{name}: {refused_by_system(error)}", file=sys.stderr, flush=True)
+        return MISTAKE
+
+
+def typed_words(words: Sequence[str]) -> list[str]:
+    """The plain and ``key=value`` words of submit and sweep, without blanks around ``=``.
+
+    Raises:
+        ConfigError: one of them is a flag that there is not.
+    """
+    for word in words:
+        if word.startswith("-"):
+            hint = elsewhere(word)
+            remedy = f", e.g. {hint}" if hint else ", see --help"
+            raise ConfigError(f"unknown flag {shown(word, 80)!r}; options are key=value{remedy}")
+    return [tidy(word) for word in words]
+
+
 def whole_number(text: str) -> int:
     """A whole number from 1 up, for `type=`."""
     if not (text.isascii() and text.isdigit()) or len(text) > 18 or int(text) < 1:
@@ -126,4 +166,4 @@ def pair(text: str, option: str) -> tuple[str, str]:
     return name, value
 
 
-__all__ = ["MISTAKE", "Arguments", "Parser", "pair", "piped", "whole_number"]
+__all__ = ["MISTAKE", "Arguments", "Parser", "answered", "pair", "piped", "typed_words", "whole_number"]

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 
 from multitrain.config.aliases import elsewhere
 from multitrain.config.errors import ConfigError, nearest
-from multitrain.config.overrides import Override, apply, group_word, is_group, option_type, split
+from multitrain.config.overrides import Override, apply, group_word, in_quotes, is_group, option_type, split
 from multitrain.config.paths import expanded, find_run
 from multitrain.config.reading import DEEPEST, read_yaml, shown
 from multitrain.config.run import RunConfig
@@ -73,7 +73,7 @@ def compose_mapping(overrides: Sequence[str] = (), *, config_dirs: Sequence[str 
             set_here.append(override)
     if len(folders) > 1:
         scheme = checked_source()
-        chosen.append("hydra.searchpath=[" + ",".join(_quoted(f"{scheme}://{f}") for f in folders[1:]) + "]")
+        chosen.append("hydra.searchpath=[" + ",".join(in_quotes(f"{scheme}://{f}") for f in folders[1:]) + "]")
     at = ""
     try:
         composed = _composed(tuple(chosen)) if len(folders) == 1 else _compose_groups(chosen)
@@ -118,10 +118,6 @@ def config_folders(config_dirs: Sequence[str | Path]) -> list[Path]:
             raise ConfigError(f"--config-dir {given}: you may not read this folder; check its permissions")
         folders.append(folder)
     return folders
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 @functools.cache

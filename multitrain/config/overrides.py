@@ -6,6 +6,9 @@ commas mean something, reads numbers, lists and mappings.
 
 from __future__ import annotations
 
+import itertools
+import math
+import re
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
@@ -23,6 +26,8 @@ LONGEST_WORD = 20_000
 """Characters of one word."""
 DEEPEST_WORD = 20
 """Brackets inside each other in one word."""
+MOST_COMBINATIONS = 10_000
+"""Runs of one sweep."""
 _BRACKETS = {"[": "]", "{": "}", "(": ")"}
 
 
@@ -144,6 +149,71 @@ def value_of(override: Override) -> Any:
     return text
 
 
+class NotListed(ConfigError):
+    """Several values that only a sweeper of Hydra's can count, such as ``interval(0,1)``."""
+
+
+def alternatives(word: str) -> list[str]:
+    """The words that a typed one stands for: ``key=a,b`` for ``key=a`` and ``key=b``; else itself.
+
+    Raises:
+        ConfigError: no override, or no value.
+        NotListed: the values cannot be listed.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_override(word)
+    except HydraException:
+        if not is_text(split(word).key):  # a path such as ~/data is one value
+            raise ConfigError(f"{shown(word, 100)!r} is no option; write key=a,b for several values") from None
+        return [word]
+    if not parsed.is_sweep_override():
+        return [word]
+    try:
+        found = list(itertools.islice(parsed.sweep_string_iterator(), MOST_COMBINATIONS + 1))
+    except (HydraException, ValueError):
+        raise NotListed(f"{shown(word, 100)}: these values cannot be listed; write them out, key=a,b") from None
+    if not found:
+        raise ConfigError(f"{shown(word, 100)}: no value; write key=a,b for several values")
+    key = word.partition("=")[0]
+    return [f"{key}={value}" for value in found]
+
+
+def readable(word: str) -> str:
+    """A word in Hydra's grammar: a text that the grammar would refuse, such as ``data.root=(x``, stands in quotation marks."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(word)
+    except HydraException:
+        key, equals, text = word.partition("=")
+        return f"{key}{equals}{in_quotes(text)}" if equals and is_text(split(word).key) else word
+    return word
+
+
+def in_quotes(text: str) -> str:
+    """A text as a quoted value of Hydra's grammar, in which backslashes count before a quotation mark only."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
+
+
+def combinations(words: Sequence[str]) -> list[list[str]]:
+    """Every combination of the :func:`alternatives` of words, the last word's changing first.
+
+    Raises:
+        ConfigError: as there; or there are too many.
+    """
+    axes = [alternatives(word) for word in words]
+    if math.prod(map(len, axes)) > MOST_COMBINATIONS:
+        longest = max(words, key=lambda word: len(alternatives(word)))
+        raise ConfigError(
+            f"{shown(longest, 100)}: more than {MOST_COMBINATIONS} combinations in one sweep; give fewer values, or cut it in several"
+        )
+    return [list(point) for point in itertools.product(*axes)]
+
+
 def is_text(key: str) -> bool:
     """Whether an option is text by the schema, so that what is typed is taken as it stands."""
     kinds = _members(option_type(key)) - {type(None)}
@@ -244,4 +314,18 @@ def apply(config: Any, override: Override) -> None:
         del node[last]
 
 
-__all__ = ["Override", "apply", "group_word", "is_group", "is_text", "split", "tidy", "value_of"]
+__all__ = [
+    "NotListed",
+    "Override",
+    "alternatives",
+    "apply",
+    "combinations",
+    "group_word",
+    "in_quotes",
+    "is_group",
+    "is_text",
+    "readable",
+    "split",
+    "tidy",
+    "value_of",
+]

@@ -39,6 +39,8 @@ prints the whole configuration that the words make, and nothing else; `--cfg all
 
 Names of other codes (`batch_size`, `learning_rate`, `TRAIN.BATCH_SIZE`, `fp16`) are answered with the option here. Several values
 (`optim.lr=1e-4,2e-4`) are for `python launch/sweep.py`. Every `multitrain` verb takes the same words and `--config-dir`.
+A word that would change nothing beside the others (`cluster.partition=gpu` with `cluster=local`, `loss.scope=micro` without the informative
+loss) is refused with the remedy; a word that switches something off never is.
 """
 
 

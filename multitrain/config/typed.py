@@ -5,28 +5,13 @@ A stored configuration is never looked at here: a run that was submitted goes on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from multitrain.config.errors import ConfigError
 from multitrain.config.overrides import Override, split, value_of
 from multitrain.config.run import RunConfig
-
-WITHOUT_EFFECT: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
-    "epochs": (
-        lambda c: c.updates is not None,
-        "the run's length is updates={0.updates}; add updates=null, or leave it out",
-    ),
-    "optim.warmup_epochs": (
-        lambda c: c.optim.warmup_updates is not None,
-        "the warm-up is optim.warmup_updates={0.optim.warmup_updates}; add optim.warmup_updates=null, or leave it out",
-    ),
-    "data.temperature": (
-        lambda c: c.data.proportions != "temperature" and c.data.temperature != 1,
-        "data.proportions is {0.data.proportions}; add data.proportions=temperature, or leave it out",
-    ),
-}
-"""Options of which another one takes the place: when, and what to do."""
+from multitrain.config.without_effect import REPLACED, idle
 
 
 def refuse_typed(words: Sequence[str], config: RunConfig, before: RunConfig | None = None) -> None:
@@ -43,9 +28,8 @@ def refuse_typed(words: Sequence[str], config: RunConfig, before: RunConfig | No
     typed = {override.key: override for override in map(split, words)}
     for override in typed.values():
         _refuse_empty_mapping(override, config)
-    for option, (is_unused, why) in WITHOUT_EFFECT.items():
-        if option in typed and not typed[option].deletes and is_unused(config):
-            raise ConfigError(f"{typed[option].word}: changes nothing, since {why.format(config)}")
+        if override.key in REPLACED and (line := _idle(override, config)):
+            raise ConfigError(line)
     for name, weight in config.loss.dataset_weights.items():
         if weight < 0 and (before is None or before.loss.dataset_weights.get(name) != weight):
             raise ConfigError(
@@ -68,6 +52,27 @@ def _refuse_empty_mapping(override: Override, config: RunConfig) -> None:
         )
 
 
+def idle_words(words: Sequence[str], config: RunConfig) -> list[str]:
+    """One line about each word that changes nothing because of other options, with what to do; none about words that switch
+    something off.
+
+    Args:
+        words: overrides that are typed now.
+        config: what they make, with everything else.
+    """
+    typed = {override.key: override for override in map(split, words)}
+    return [line for override in typed.values() if (line := _idle(override, config))]
+
+
+def _idle(override: Override, config: RunConfig) -> str | None:
+    found = idle(override.key)
+    value = None if override.deletes else value_of(override)
+    if found is None or value is None or value is False or value in ([], {}):
+        return None
+    is_unused, why = found
+    return f"{override.word}: changes nothing, since {why.format(config)}" if is_unused(config) else None
+
+
 def _refuse_small_test_sides(config: RunConfig, before: RunConfig | None) -> None:
     crop = config.model.crop
     for name, dataset in config.data.datasets.items():
@@ -79,4 +84,4 @@ def _refuse_small_test_sides(config: RunConfig, before: RunConfig | None) -> Non
             )
 
 
-__all__ = ["WITHOUT_EFFECT", "refuse_typed"]
+__all__ = ["idle_words", "refuse_typed"]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from multitrain.errors import ConfigError
 
-class BatchShapeError(ValueError):
+
+class BatchShapeError(ConfigError):
     """An effective batch that does not divide; one line with the given values and the nearest that work."""
 
 

@@ -208,3 +208,33 @@ def test_a_clip_of_4k_takes_little_more_memory_than_its_decoder(tmp_path: Path) 
     floor, training, test = map(float, subprocess.run(command, capture_output=True, check=True).stdout.split())
     assert training - floor < 60
     assert test - floor < 60
+
+
+@pytest.mark.parametrize(("codec", "options"), [("libx265", {"x265-params": "log-level=error"}), ("libsvtav1", {})])
+def test_large_frames_of_10_bit_are_those_of_ffmpeg(
+    tmp_path: Path, small_is_large: None, codec: str, options: dict[str, str]
+) -> None:
+    """To within what the scalers of two versions differ by, as for small frames; by parts as well."""
+    import av
+
+    path = tmp_path / "a.mp4"
+    command = ["ffmpeg", "-v", "error", "-f", "lavfi", "-i", "testsrc2=s=320x240:r=25", "-frames:v", "4"]
+    flags = [word for name, value in options.items() for word in (f"-{name}", value)]
+    command += ["-pix_fmt", "yuv420p10le", "-c:v", codec, *flags, str(path)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip(f"this ffmpeg has no {codec}")
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].format.name == "yuv420p10le"
+    raw = subprocess.run(
+        ["ffmpeg", "-v", "error", "-i", str(path), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"],
+        capture_output=True, check=True,
+    ).stdout  # fmt: skip
+    theirs = np.frombuffer(raw, np.uint8).reshape(-1, 240, 320, 3)
+    with open_video(path) as video:
+        assert video.frame_count == len(theirs) == 4
+        for number, frame in video.pictures(range(4)):
+            assert isinstance(frame, Picture)
+            whole = pixels(frame)
+            assert np.abs(whole.astype(int) - theirs[number]).mean() <= 3.0
+            np.testing.assert_array_equal(part(frame, 50, 60, 100, 120), whole[50:150, 60:180])
+            del frame

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from launch import requeue
 from multitrain import lease
 from multitrain.cluster import restarts, slurm
 from multitrain.cluster.exit_status import Exit
-from multitrain.cluster.requeue import Action, Decision, Ended, decide
+from multitrain.cluster.requeue import Action, Decision, Ended, come_back, decide
 from multitrain.config import compose, dump
 from multitrain.records.events import Events, read
 
@@ -207,10 +208,62 @@ def test_the_node_that_failed_before_training_began_is_left_out(job: Job) -> Non
     assert decided(job, Exit.FAILED).exclude == (), "one that fails while it trains may do so anywhere"
 
 
+def test_a_node_is_allowed_again_once_the_run_has_trained_without_it(job: Job) -> None:
+    """Else the failures of weeks would leave a small cluster without nodes, and the job in the queue for ever."""
+    job.begin()
+    job.write("checkpoint", update=5)
+    job.write("rank_failed", rank=1, node="n7", exit_status=2)
+    job.write("requeue", status="failed", exclude=["n7"])
+    job.restart = 1
+    job.begin()
+    job.write("rank_failed", rank=0, node="n2", exit_status=2)
+    decision = decided(job, Exit.MISTAKE)
+    assert (decision.exclude, decision.readmit) == (("n7", "n2"), ()), "it has not trained since"
+    job.write("requeue", status="failed", exclude=["n7", "n2"])
+    job.restart = 2
+    job.begin()
+    job.write("resume", update=5)
+    decision = decided(job, Exit.FAILED)
+    assert (decision.exclude, decision.readmit) == ((), ("n7", "n2"))
+
+
+SCONTROL = """#!/bin/sh
+# Lines recorded from a controller (22.05.8), shortened.
+case "$*" in
+"show job"*) echo "JobId=1 JobName=a Partition=gpu NumNodes=2 ExcNodeList=n[8-9] JobState=RUNNING" ;;
+"show partition"*) echo "PartitionName=gpu Nodes=n[5-9] State=UP" ;;
+"show hostnames n[8-9]") printf 'n8\nn9\n' ;;
+"show hostnames n[5-9]") printf 'n5\nn6\nn7\nn8\nn9\n' ;;
+*) echo "$@" >> "$(dirname "$0")/asked" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("exclude", "readmit", "listed"),
+    [
+        (["n7"], [], "n8,n9,n7"),
+        (["n7"], ["n9"], "n8,n7"),
+        (["n7"], ["n8", "n9"], "n7"),
+        ([], ["n8", "n9"], ""),
+        (["n6", "n7"], [], "n8,n9"),
+    ],
+)
+def test_the_users_exclusions_stay_and_enough_nodes_are_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exclude: list[str], readmit: list[str], listed: str
+) -> None:
+    (tmp_path / "scontrol").write_text(SCONTROL)
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    cluster = compose(["experiment=k400"]).cluster
+    assert come_back(tmp_path, "1", cluster, exclude, readmit) == "requeued"
+    assert (tmp_path / "asked").read_text().splitlines() == ["requeue 1", f"update jobid=1 ExcNodeList={listed}"]
+
+
 def test_a_bad_node_of_preflight_is_left_out_and_that_is_bounded(job: Job) -> None:
-    for node in ("n1", "n2"):
+    for count, node in enumerate(("n1", "n2"), 1):
         job.write("preflight", nodes=[node], reasons=["its clock is wrong"])
-        assert decided(job, Exit.BAD_NODE).exclude == (node,)
+        assert decided(job, Exit.BAD_NODE).exclude == ("n1", "n2")[:count]
         assert job.ended(Exit.BAD_NODE)
         assert (job.last["event"], job.last["status"]) == ("requeue", "bad node")
     job.write("preflight", nodes=["n3"], reasons=["its clock is wrong"])

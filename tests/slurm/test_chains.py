@@ -89,7 +89,16 @@ def test_a_sweep_is_one_array_and_each_dataset_is_tested(cluster: Cluster, tiny_
     sweep = [sys.executable, "launch/sweep.py", "--config-dir", "tests/configs", "experiment=tiny", f"runs={tmp_path}"]
     broken = tmp_path / "no.pyth"
     broken.write_text("no weights")
-    options = ["name=s", "cluster.partition=low", "gpus=1", "updates=2", f"init_from=null,{broken}", "--wait", "--json"]
+    options = [
+        "name=s",
+        "cluster.partition=low",
+        "gpus=1",
+        "updates=2",
+        f"init_from=null,{broken}",
+        "cluster.check_data=false",
+        "--wait",
+        "--json",
+    ]
     said = call(tiny_data, *sweep, *options, expect=1)
     found = json.loads(said.splitlines()[-1])
     assert [r["state"] for r in found["runs"]] == ["finished", "failed"]

@@ -161,6 +161,12 @@ def test_a_node_on_which_the_runs_are_not_mounted_is_left_out(
         assert runs.back_in_queue(run, job, starts=2)["exclude"] == ["node2"]
         assert runs.cluster.job(job)["ExcNodeList"] == "node2"
         runs.cluster.start_now(job)
+        runs.reach(run, job, 4)
+        runs.cluster.run("scancel", "--signal=TERM", job)
+        assert "exclude" not in runs.back_in_queue(run, job, starts=3)
+        assert runs.cluster.job(job)["ExcNodeList"] == "(null)", "it has trained since: the node is allowed again"
+        runs.cluster.run("scontrol", "update", f"jobid={job}", "ExcNodeList=node2")
+        runs.cluster.start_now(job)
         runs.finish(run, job)
     runs.assert_same(run, reference)
 

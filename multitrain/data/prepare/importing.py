@@ -223,19 +223,25 @@ FORMATS: dict[str, tuple[Reader, str]] = {
 """By format: its reader, and the files that it takes."""
 
 VIDEO_ENDINGS = (
-    ".mp4",
-    ".avi",
-    ".webm",
-    ".mkv",
-    ".mov",
-    ".m4v",
-    ".mpg",
-    ".mpeg",
-    ".flv",
-    ".wmv",
-    ".3gp",
-    ".ts",
-    ".ogv",
+    *(".mp4", ".avi", ".webm", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp", ".ts", ".ogv"),
+    *(".mts", ".m2ts", ".m2t", ".vob", ".mxf", ".asf", ".f4v", ".3g2", ".ogm", ".divx", ".qt", ".mpe", ".m1v", ".m2v"),
+    *(
+        ".dv",
+        ".rm",
+        ".gif",
+        ".mjpeg",
+        ".mjpg",
+        ".264",
+        ".h264",
+        ".265",
+        ".h265",
+        ".hevc",
+        ".ivf",
+        ".obu",
+        ".y4m",
+        ".dav",
+        ".nut",
+    ),
 )
 """Suffixes of video files."""
 

@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import time
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from multitrain.cluster.exit_status import explained
 from multitrain.config import ConfigError
 from multitrain.data.decode import Video, VideoError, check_complete, open_video, scan_video
 from multitrain.data.decode.container import MAX_PIXELS, VIDEO_FORMATS, stream_index
@@ -182,8 +184,11 @@ class Resize:
         except subprocess.TimeoutExpired:
             raise VideoError(source, f"took longer than {self.timeout:g} s") from None
         said = _complaint(done.stderr, source)
+        if done.returncode < 0 or (done.returncode and not said):
+            killed = done.returncode in (-signal.SIGKILL, -signal.SIGTERM)
+            raise VideoError(source, f"ffmpeg {explained(done.returncode)}", transient=killed)
         if done.returncode:
-            raise VideoError(source, said or f"ffmpeg gave up (exit status {done.returncode})")
+            raise VideoError(source, said)
         return said
 
     def command(self, source: Path, part: Path, copy: Copy, stream: int, *, strict: bool) -> list[str]:

@@ -154,3 +154,25 @@ def test_what_cannot_be_read_or_written_is_one_line(
             said = printed(capsys)
             assert status == 2, (arguments, said)
             assert len(said.strip().splitlines()) == 1, said
+
+
+def test_a_folder_of_videos_is_looked_at_whole_whatever_container_a_camera_writes(tmp_path: Path) -> None:
+    """AVCHD camcorders (.MTS), DVDs (.VOB), broadcast (.mxf), recorders (.dav), raw streams: none is left out in silence."""
+    from multitrain.data.prepare.listing import found_below
+
+    videos = [
+        "00001.MTS",
+        "a.m2ts",
+        "VTS_01_1.VOB",
+        "a.mxf",
+        "a.dav",
+        "a.asf",
+        "a.3g2",
+        "a.gif",
+        "a.h265",
+        "a.mp4",
+        "a.rm",
+    ]
+    for name in (*videos, "a.srt", "a.csv", "a.jpg", "a.wav", ".hidden.mp4", "mts"):
+        (tmp_path / name).touch()
+    assert found_below(tmp_path) == sorted(videos)

@@ -1,0 +1,92 @@
+"""What a submission looks at before it writes anything: the places, the initial weights and the data of runs.
+
+Weights and data are looked at in a process of its own, since submitting does without torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch import run_folder
+from launch.complaint import complaint
+from launch.run_folder import ROOT, Run
+from multitrain.config import ConfigError, dump
+
+
+def refuse_unstartable(runs: Sequence[Run], *, keep_index: bool) -> None:
+    """Refuse runs that could not start; what several of them share is looked at once.
+
+    Args:
+        keep_index: whether the index of the annotation files is written where the run reads it, or thrown away.
+
+    Raises:
+        ConfigError: one line about the first of them that cannot start.
+    """
+    for run in runs:
+        run_folder.check_places(run)
+    for run in _distinct(runs, ("init_from", "interpolate_positions", "model", "data")):
+        _check_weights(run)
+    with contextlib.ExitStack() as stack:
+        thrown_away = None if keep_index else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for run in _distinct(runs, ("data", "eval", "then")):
+            if run.config.cluster.check_data:
+                _asked("multitrain.data.catalog", run, "--index", str(thrown_away or run.index))
+
+
+def _distinct(runs: Sequence[Run], options: Sequence[str]) -> list[Run]:
+    """The first run of each kind by these options."""
+    found: dict[str, Run] = {}
+    for run in runs:
+        found.setdefault(run.config.model_dump_json(include=set(options)), run)
+    return list(found.values())
+
+
+def _check_weights(run: Run) -> None:
+    """Initial weights that a run cannot start from are found here, not hours later on the nodes.
+
+    Raises:
+        ConfigError: there is nothing at `init_from`, it is of this run, it is damaged, or it does not fit the network.
+    """
+    path = run.config.init_from
+    if path is None or run.exists:
+        return
+    if run.path in (Path(path).absolute(), *Path(path).absolute().parents):
+        raise ConfigError(
+            f"init_from={path}: lies in this run's own folder; to resume the run leave init_from out, to start another from "
+            "it give that one another name (name=…)"
+        )
+    if not run.config.cluster.check_data:
+        return
+    if not os.path.exists(path):
+        raise ConfigError(
+            f"init_from={path}: no such file or folder; give a .pyth, a .safetensors, a run's or checkpoint's folder, or a run's name"
+        )
+    _asked("multitrain.commands.fits", run, said_first=f"init_from={path}: ")
+
+
+def _asked(module: str, run: Run, *arguments: str, said_first: str = "") -> None:
+    """Ask a module about the run's configuration.
+
+    Raises:
+        ConfigError: what it refuses, or how it died, in one line.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text(dump(run.config))
+        command = [sys.executable, "-m", module, str(file), *arguments]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        what = f"the check of {'the initial weights' if said_first else 'the data'} (python -m {module})"
+        skip = "submit where it has memory and its libraries, or without the check: cluster.check_data=false"
+        raise ConfigError(said_first + complaint(what, done.returncode, done.stderr, skip))
+    sys.stderr.write(done.stderr)
+
+
+__all__ = ["refuse_unstartable"]
