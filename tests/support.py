@@ -47,6 +47,7 @@ def write_video(path: Path, seed: int, frames: int = 12, size: tuple[int, int] =
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=30)
         stream.width, stream.height, stream.pix_fmt = size[0], size[1], "yuv420p"
+        stream.codec_context.thread_count = 1
         for t in range(frames):
             frame = av.VideoFrame.from_ndarray(np.roll(texture, 2 * t, axis=1), format="rgb24")
             container.mux(stream.encode(frame))
