@@ -18,6 +18,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import IO
 
 BLOCKED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -72,13 +73,24 @@ class Forked:
         return self.returncode
 
 
-def start(arguments: Sequence[str], environment: Mapping[str, str], out: int | None) -> Forked:
-    """``python ARGUMENTS`` with this environment; output to the descriptor `out`, or to a pipe of its own."""
+def start(
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    out: int | None,
+    folder: Path | None = None,
+    imported: tuple[str, ...] = IMPORTED,
+) -> Forked:
+    """``python ARGUMENTS`` with this environment in `folder`; output to the descriptor `out`, or to a pipe of its own.
+
+    It comes from the process, one for all that ask for the same, that has imported these modules.
+    """
     reader, writer = os.pipe()
     pipe, end = (None, out) if out is not None else os.pipe()
     assert end is not None
-    job = json.dumps({"arguments": list(arguments), "environment": dict(environment), "folder": os.getcwd()}).encode()
-    server = _server()
+    job = json.dumps(
+        {"arguments": list(arguments), "environment": dict(environment), "folder": str(folder or Path.cwd())}
+    ).encode()
+    server = _server(imported)
     socket.send_fds(server, [_SIZE.pack(len(job))], [end, writer])
     server.sendall(job)
     os.close(writer)
@@ -90,13 +102,13 @@ def start(arguments: Sequence[str], environment: Mapping[str, str], out: int | N
 
 
 @functools.cache
-def _server() -> socket.socket:
+def _server(imported: tuple[str, ...]) -> socket.socket:
     """The process that ranks are forked from, started once; it ends with this one."""
     ours, theirs = socket.socketpair()
     paths = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.path.dirname(os.path.abspath(__file__))]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-u", "-c", "import forked; forked.serve()", str(theirs.fileno())]
+    command = [sys.executable, "-u", "-c", "import forked; forked.serve()", str(theirs.fileno()), *imported]
     process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
     theirs.close()
     atexit.register(process.wait)
@@ -108,11 +120,10 @@ def serve() -> None:
     """In the server: returns never; in each rank: runs what was asked for, and ends as Python ends."""
     import importlib
 
-    for name in IMPORTED:
-        importlib.import_module(name)
-    from multitrain.engine import deepspeed
-
-    deepspeed._import_deepspeed()
+    for name in sys.argv[2:]:
+        module = importlib.import_module(name)
+        if name == "multitrain.engine.deepspeed":
+            module._import_deepspeed()
     connection = socket.socket(fileno=int(sys.argv[1]))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
