@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 help:
 	@echo "make demo   set up, train one small model on three datasets of real video files, evaluate it, write a report"
 	@echo "make test   set up, run the whole test suite, two tests at a time (make test WORKERS=0: one)"
-	@echo "make test-fast   the tests that start no ranks and no SLURM, for every edit"
+	@echo "make test-fast   for every edit: without the tests that start ranks, SLURM or machines, train, or decode many videos"
 	@echo "make bench       measure every figure at sizes that fit two cores, write benchmarks/README.md; under 25 minutes"
 	@echo "make bench-full  the same at the real sizes"
 	@echo "make lint   ruff, mypy and codespell, as in pre-commit"

@@ -135,7 +135,7 @@ def measure(data: Path, updates: int, validations: int, ranks: int) -> dict[str,
     with tempfile.TemporaryDirectory() as folder:
         run = write_run(Path(folder), data, updates, validations, ranks)
         log = Path(folder) / "log"
-        processes = start_ranks(["-m", "multitrain.train", str(run)], ranks, log=log)
+        processes = start_ranks(["-m", "multitrain.train", str(run)], ranks, log=log, anew=True)
         try:
             seen = watch(run, processes)
             codes = [process.wait(60) for process in processes]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,18 @@ def published(request: pytest.FixtureRequest) -> Path:
     return folder
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, write: Callable[[Path], Path]) -> Path:
+    """A folder that the first of pytest-xdist's workers fills, and that all of them read."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return write(factory.mktemp(name))
+    folder = factory.getbasetemp().parent / name
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.is_dir():
+            write(factory.mktemp(name)).rename(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def joint_pyth(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A joint model in the published layout: random weights, small hidden layers, the solver's options of a training run."""
@@ -47,18 +61,18 @@ def joint_pyth(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Playable files of unusual kinds, made here; beside them the developers' where they are there."""
+    """Playable files of unusual kinds, made here; beside them the developers' where they are there. Read only."""
     from material import write_odd
 
-    return write_odd(tmp_path_factory.mktemp("odd"))
+    return made_once(tmp_path_factory, "odd", write_odd)
 
 
 @pytest.fixture(scope="session")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Broken files, made here; beside them the developers' where they are there."""
+    """Broken files, made here; beside them the developers' where they are there. Read only."""
     from material import write_broken
 
-    return write_broken(tmp_path_factory.mktemp("broken"))
+    return made_once(tmp_path_factory, "broken", write_broken)
 
 
 @pytest.fixture(scope="session")
@@ -71,37 +85,18 @@ def shared() -> Path:
 
 
 LONG = (
-    *(
-        "slurm/",
-        "engine/test_resume",
-        "engine/test_stopping",
-        "engine/test_update",
-        "engine/test_refusing",
-        "engine/test_elastic",
-    ),
-    *(
-        "engine/test_slow",
-        "engine/test_requeue",
-        "engine/test_skips",
-        "engine/test_counts",
-        "engine/test_faults",
-        "fuzz/",
-    ),
-    *("launch/test_demo", "launch/test_supervisor", "launch/test_preflight", "launch/test_sweep", "launch/test_local"),
-    *(
-        "data/test_loader",
-        "evaluation/test_report",
-        "evaluation/test_broken",
-        "evaluation/test_predictor",
-        "model/test_co",
-    ),
-    *(
-        "launch/test_memory_estimate",
-        "evaluation/test_multi_label",
-        "evaluation/test_embed",
-        "test_packaging",
-        "data/test_decode",
-    ),
+    "slurm/",
+    "fuzz/",
+    "test_packaging",
+    *(f"engine/test_{name}" for name in ("counts", "elastic", "faults", "memory", "purge", "ref", "requeue", "resume")),
+    *(f"engine/test_{name}" for name in ("skips", "slow", "stopping", "store", "suspended", "update")),
+    *(f"launch/test_{name}" for name in ("demo", "dry_run", "hang", "hosts", "local", "memory_estimate", "preflight")),
+    *(f"launch/test_{name}" for name in ("supervisor", "sweep")),
+    *(f"data/test_{name}" for name in ("decode", "large", "loader", "packs")),
+    *(f"data/prepare/test_{name}" for name in ("commands", "nothing_destroyed", "whole")),
+    *(f"evaluation/test_{name}" for name in ("broken", "embed", "multi_label", "odd_videos", "predictor", "report")),
+    *(f"evaluation/test_{name}" for name in ("showing", "two_users")),
+    "model/test_co",
 )
 """Beginnings of the files whose tests start processes or train for seconds; `make test-fast` leaves them out."""
 
@@ -109,7 +104,8 @@ LONG = (
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks: `slow` tests run only when MULTITRAIN_SLOW=1; `long` ones are left out by `make test-fast`.
 
-    The tests on real controllers come first: they wait most, beside a worker that computes.
+    The tests on real controllers come first: they wait most, beside a worker that computes. The long ones are next, so that no
+    worker is left with one at the end.
     """
     for item in items:
         name = item.path.relative_to(ROOT / "tests").as_posix()
@@ -121,7 +117,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         beside = [item for item in items if "shared" in getattr(item, "fixturenames", ())]
         config.hook.pytest_deselected(items=beside)
         items[:] = [item for item in items if item not in beside]
-    items.sort(key=lambda item: not item.path.is_relative_to(ROOT / "tests/slurm"))
+    slurm = ROOT / "tests/slurm"
+    items.sort(key=lambda item: (not item.path.is_relative_to(slurm), item.get_closest_marker("long") is None))
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ MARK = "whole_"
 """Beginning of the names of the developers' files where they are linked beside the made ones."""
 _H264 = ["-c:v", "libx264", "-preset", "veryfast", "-pix_fmt", "yuv420p"]
 _PLAIN = [*_H264, "-g", "30"]
+_ONE_THREAD = ["-threads", "1"]  # libvpx's threads burn time where they wait for each other
 ODD: dict[str, tuple[str, list[str]]] = {
     "making_cake.mp4": ("mandelbrot=s=320x240:r=25", ["-t", "5", *_PLAIN]),
     "yoga.mp4": ("testsrc2=s=320x240:r=30", ["-t", "5", *_PLAIN]),
@@ -27,7 +28,10 @@ ODD: dict[str, tuple[str, list[str]]] = {
     ),
     "d_odd_341x255_vp9.webm": ("testsrc2=s=341x255:r=25", ["-t", "2", "-c:v", "libvpx-vp9", "-cpu-used", "8"]),
     "d_vp9.webm": ("testsrc2=s=192x128:r=25", ["-t", "2", "-c:v", "libvpx-vp9", "-cpu-used", "8"]),
-    "d_ssv2_like.webm": ("testsrc2=s=320x240:r=12", ["-t", "4", "-c:v", "libvpx"]),
+    "d_ssv2_like.webm": (
+        "testsrc2=s=320x240:r=12",
+        ["-t", "4", "-c:v", "libvpx", "-deadline", "realtime", "-cpu-used", "8"],
+    ),
     "hevc_10bit.mp4": (
         "mandelbrot=s=192x128:r=25,gblur=4",
         [
@@ -69,7 +73,8 @@ def names(folder: Path, *kinds: str) -> set[str]:
 
 
 def _ffmpeg(*words: str) -> None:
-    subprocess.run(["ffmpeg", "-v", "error", "-y", *words], check=True)
+    *others, out = words
+    subprocess.run(["ffmpeg", "-v", "error", "-y", "-filter_threads", "1", *others, *_ONE_THREAD, out], check=True)
 
 
 def _link(folder: Path, beside: str) -> None:

@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 
 from multitrain.config import RunConfig, dump, validate
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[1]
 
+Rank = subprocess.Popen[bytes] | forked.Forked
 MODEL = {
     "frames": 4,
     "crop": 64,
@@ -45,6 +47,7 @@ def write_video(path: Path, seed: int, frames: int = 12, size: tuple[int, int] =
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=30)
         stream.width, stream.height, stream.pix_fmt = size[0], size[1], "yuv420p"
+        stream.codec_context.thread_count = 1
         for t in range(frames):
             frame = av.VideoFrame.from_ndarray(np.roll(texture, 2 * t, axis=1), format="rgb24")
             container.mux(stream.encode(frame))
@@ -162,11 +165,19 @@ def free_port() -> int:
 
 
 def start_ranks(
-    arguments: Sequence[str], world_size: int, *, log: Path | None, environment: dict[str, str] | None = None
-) -> list[subprocess.Popen[bytes]]:
-    """One real process a rank: ``python ARGUMENTS``, output of all appended to `log`, or each to a pipe of its own."""
+    arguments: Sequence[str],
+    world_size: int,
+    *,
+    log: Path | None,
+    environment: dict[str, str] | None = None,
+    anew: bool = False,
+) -> list[Rank]:
+    """One real process a rank: ``python ARGUMENTS``, output of all appended to `log`, or each to a pipe of its own.
+
+    Unless they are to be started `anew`, they come from a process that has imported what ranks import: see `tests/forked.py`.
+    """
     port = str(free_port())
-    processes = []
+    processes: list[Rank] = []
     for rank in range(world_size):
         env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
         env |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
@@ -178,19 +189,25 @@ def start_ranks(
         }
         env |= environment or {}
         command = [sys.executable, "-u", *arguments]
-        with contextlib.nullcontext(subprocess.PIPE) if log is None else open(log, "ab") as out:
-            processes.append(
-                subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT, preexec_fn=_block_signals)
-            )
+        with contextlib.nullcontext(None) if log is None else open(log, "ab") as out:
+            if anew:
+                where = subprocess.PIPE if out is None else out
+                processes.append(
+                    subprocess.Popen(
+                        command, env=env, stdout=where, stderr=subprocess.STDOUT, preexec_fn=_block_signals
+                    )
+                )
+            else:
+                processes.append(forked.start(arguments, env, None if out is None else out.fileno()))
     return processes
 
 
 def _block_signals() -> None:
     """As the launcher does, so that a signal that comes before the rank's own handlers waits for them."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
+    signal.pthread_sigmask(signal.SIG_BLOCK, forked.BLOCKED)
 
 
-def wait(processes: Sequence[subprocess.Popen[bytes]], timeout: float = 800) -> list[int]:
+def wait(processes: Sequence[Rank], timeout: float = 800) -> list[int]:
     """Exit statuses; kills what is left when one fails or the time is up."""
     try:
         return [p.wait(timeout) for p in processes]
@@ -201,10 +218,10 @@ def wait(processes: Sequence[subprocess.Popen[bytes]], timeout: float = 800) -> 
                 p.wait()
 
 
-def train(run: Path, world_size: int, timeout: float = 800, expect: int = 0) -> None:
+def train(run: Path, world_size: int, timeout: float = 800, expect: int = 0, *, anew: bool = False) -> None:
     """Run `python -m multitrain.train RUN` on `world_size` ranks to its end."""
     log = run / "ranks.log"
-    codes = wait(start_ranks(["-m", "multitrain.train", str(run)], world_size, log=log), timeout)
+    codes = wait(start_ranks(["-m", "multitrain.train", str(run)], world_size, log=log, anew=anew), timeout)
     assert codes == [expect] * world_size, f"exit statuses {codes}\n{log.read_text()[-6000:]}"
 
 

@@ -268,12 +268,11 @@ def _stages(cfg: Mapping[str, Any], path: Path) -> tuple[tuple[int, ...], bool]:
                 "only networks that halve the grid and double channels and heads at the same blocks are supported"
             )
     ones = {b for b, s in strides.items() if s == (1, 1, 1)}
-    rest = set(range(depth)) - set(pooled)
-    if ones and ones != rest:
+    if ones and (depth > len(strides) or ones != set(range(depth)) - set(pooled)):
         raise ConfigError(
             f"{path}: MVIT.POOL_Q_STRIDE pools queries in some blocks only ({sorted(ones)[:4]} …); all or none is supported"
         )
-    everywhere = bool(_get(cfg, "MVIT.Q_POOL_ALL", False)) or (bool(rest) and ones == rest)
+    everywhere = bool(_get(cfg, "MVIT.Q_POOL_ALL", False)) or bool(ones)
     return pooled, everywhere
 
 

@@ -22,7 +22,8 @@ def test_two_ranks_resume_on_one_with_equal_moments_and_loss_scale(
     """fp16 begins with a scale that overflows, so that what is carried over is not what the run began with."""
     common = {"engine__loss_scale_start": 24, "updates": DONE + 2}
     run, _ = write_run(
-        tmp_path, settings(tiny_data, gpus=2, precision=before, data__workers=1, **common | {"updates": DONE})
+        tmp_path,
+        settings(tiny_data, gpus=2, micro_batch=8, precision=before, data__workers=1, **common | {"updates": DONE}),
     )
     train(run, 2)
     folder = ck.folder_of(run / "checkpoints", DONE)

@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 from engine.test_resume import events
 from engine.test_stopping import until
-from support import settings, start_ranks, wait, write_run
+from support import Rank, settings, start_ranks, wait, write_run
 
 from multitrain.engine import checkpoint as ck
 
@@ -67,7 +66,7 @@ def newest_of(job: Job) -> Path:
     return newest
 
 
-def send(processes: list[subprocess.Popen[bytes]], number: int) -> None:
+def send(processes: list[Rank], number: int) -> None:
     for process in processes:
         process.send_signal(number)
 

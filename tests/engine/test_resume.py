@@ -69,6 +69,9 @@ def interrupt(
 @pytest.fixture(scope="module", params=["fp32", pytest.param("bf16", marks=pytest.mark.slow), "fp16"])
 def reference(request: pytest.FixtureRequest, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The uninterrupted run of two ranks."""
+    if request.param == "fp32":
+        found: Path = request.getfixturevalue("fp32_reference")
+        return found
     return _uninterrupted(tiny_data, tmp_path_factory.mktemp(f"reference-{request.param}"), request.param)
 
 
@@ -140,7 +143,7 @@ def test_the_death_of_one_rank_ends_the_others(fp32_reference: Path, tmp_path: P
 
 def test_interrupted_before_the_first_update(fp32_reference: Path, tmp_path: Path) -> None:
     run = again(fp32_reference, tmp_path)
-    processes = start_ranks(["-m", "multitrain.train", str(run)], 2, log=run / "ranks.log")
+    processes = start_ranks(["-m", "multitrain.train", str(run)], 2, log=run / "ranks.log", anew=True)
     time.sleep(1.0)
     for p in processes:
         os.kill(p.pid, signal.SIGTERM)

@@ -96,7 +96,7 @@ def test_a_video_whose_decoding_never_ends_is_cut_off_told_of_and_replaced(
     tiny_data: Path, tmp_path: Path, stuck: str
 ) -> None:
     run, config = write_run(tmp_path, settings(tiny_data, updates=2, data__decode_timeout=4.0, data__workers=1))
-    train(run, 1)
+    train(run, 1, anew=True)  # its name is looked for below
     records = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
     catalogs = open_catalogs(config.data, "train", tmp_path / "index")
     plan = plan_of(load(run), catalogs)

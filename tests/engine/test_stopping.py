@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from engine.test_resume import events, metrics
-from support import settings, start_ranks, train, wait, write_run
+from support import Rank, settings, start_ranks, train, wait, write_run
 
 from multitrain.engine import checkpoint as ck
 from multitrain.engine.interruption import Interruption, Request
@@ -27,12 +26,12 @@ def run(tiny_data: Path, tmp_path: Path) -> Path:
     return write_run(tmp_path, settings(tiny_data, gpus=2, updates=UPDATES, **changes))[0]
 
 
-def start(run: Path, phase: str) -> list[subprocess.Popen[bytes]]:
+def start(run: Path, phase: str) -> list[Rank]:
     program = str(Path(__file__).with_name("phases.py"))
     return start_ranks([program, str(run), phase], 2, log=run / "ranks.log")
 
 
-def until(run: Path, phase: str, processes: list[subprocess.Popen[bytes]]) -> None:
+def until(run: Path, phase: str, processes: list[Rank]) -> None:
     deadline = time.monotonic() + 600
     while not list(run.glob(f"in-{phase}-*")):
         assert time.monotonic() < deadline, log(run)
