@@ -87,5 +87,5 @@ def test_videos_that_cannot_be_read_are_one_line(run: Path, tiny_data: Path, tmp
     mapping = settings(tiny_data, name="bad")
     mapping["data"]["datasets"] = only
     other = write_run(tmp_path, mapping)[0]
-    with pytest.raises(ConfigError, match="stand-ins"):
+    with pytest.raises(ConfigError, match="fallback videos"):
         bench.main(["--run", str(other), "--videos", "2"])
