@@ -1,4 +1,4 @@
-"""From a command line to running ranks: compose, check, write the run's folder, submit, return.
+"""Submit a run: compose its configuration, check it, write the run's folder, submit the job, return.
 
 python launch/submit.py nodes=2 gpus=8 experiment=k400_mit_ssv2
 """
@@ -27,7 +27,7 @@ from launch import dependent_jobs, memory_estimate, resume, run_folder
 from launch.rank import python_path
 from launch.run_folder import ROOT, Run
 from multitrain.config import ConfigError, dump
-from multitrain.config.aliases import elsewhere
+from multitrain.config.aliases import suggestion
 from multitrain.config.arguments import piped
 from multitrain.config.boundary import refused_by_system
 from multitrain.config.overrides import tidy
@@ -40,31 +40,31 @@ examples:
   python launch/submit.py nodes=4 name=first dry_run=true       print the sbatch script, submit nothing
   python launch/submit.py name=first cluster.partition=gpu cluster.account=lab cluster.time_limit=720
   python launch/submit.py experiment=ssv2 cluster=local gpus=2  on this machine, in the foreground
-  python launch/submit.py name=first then=eval                  and test it on every dataset when it is done
+  python launch/submit.py name=first then=eval                  and test it on every dataset when it has finished
   python launch/submit.py first                                 resume it, as it was submitted
   python launch/submit.py first nodes=8                         resume it on more nodes
 
 An option is key=value; every one is described in multitrain/config/, their defaults are in configs/.
-The same name again resumes a run: options add up, the last value of each counts.
+The same name again resumes a run: it keeps its earlier options, and the last value of each option counts.
 """
 
 
-SHOWN = ("job", "all")
-"""What `--cfg` prints: the configuration, or that with what follows from it."""
+CFG_MODES = ("job", "all")
+"""Values of `--cfg`: print the configuration, or also the values derived from it."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0 submitted or finished, 2 refused; of a local run also 75 (interrupted) or a failed rank's."""
+    """Submit a run; the exit code: 0 submitted or finished, 2 refused; for a local run also 75 (interrupted) or a failed rank's code."""
     options, words = _parser().parse_known_args(arguments)
-    _given[:] = sys.argv[1:] if arguments is None else arguments
+    _command_line[:] = sys.argv[1:] if arguments is None else arguments
     try:
         unknown = [w for w in words if w.startswith("-")]
         if unknown:
-            hint = elsewhere(unknown[0])
+            hint = suggestion(unknown[0])
             remedy = f", e.g. {hint}" if hint else ", see --help"
             raise ConfigError(f"unknown flag {unknown[0]!r}; options are key=value{remedy}")
-        if options.cfg not in (None, *SHOWN):  # the word after a bare --cfg
-            words, options.cfg = [options.cfg, *words], SHOWN[0]
+        if options.cfg not in (None, *CFG_MODES):  # the word after a bare --cfg
+            words, options.cfg = [options.cfg, *words], CFG_MODES[0]
         words = [tidy(word) for word in words]
         if options.cfg:
             return _show_config(words, options)
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config-dir", action="append", default=[], metavar="DIR", help="folder with config groups of your own"
+        "--config-dir", action="append", default=[], metavar="DIR", help="folder with your own config groups"
     )
     parser.add_argument(
         "--prepare",
@@ -106,10 +106,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cfg",
         nargs="?",
-        const=SHOWN[0],
+        const=CFG_MODES[0],
         metavar="job|all",
         help="print the composed configuration as YAML, submit nothing: `job` as RUN/config.yaml will have it, "
-        "`all` with what follows from it as well (folder, ranks, micro-batch, parameters)",
+        "`all` also with the values derived from it (folder, ranks, micro-batch, parameters)",
     )
     return parser
 
@@ -117,13 +117,13 @@ def _parser() -> argparse.ArgumentParser:
 def _submit(words: list[str], config_dirs: list[str]) -> int:
     if (code := _resume_by_its_own_code(words, config_dirs)) is not None:
         return code
-    run = run_folder.ask(words, config_dirs=config_dirs)
+    run = run_folder.compose_run(words, config_dirs=config_dirs)
     if run.config.cluster.kind == "slurm":
         from launch import slurm
 
         slurm.check(run.config)
         if hidden := slurm.foreign_variables():
-            print(f"note: not used, since the script says it all: {', '.join(hidden)} of this shell", file=sys.stderr)
+            print(f"note: these variables of the shell are ignored: {', '.join(hidden)}", file=sys.stderr)
     if run.config.dry_run:
         return _dry_run(run)
     if run.config.cluster.kind == "hosts" and run.config.cluster.node:
@@ -139,46 +139,48 @@ def _submit(words: list[str], config_dirs: list[str]) -> int:
 
 
 def _write_claimed(run: Run, claim: contextlib.ExitStack, job: str | None = None) -> None:
-    """Check and write the run's folder, holding its lease until `claim` is closed."""
+    """Check the run and write its folder; hold the run's lease until `claim` is closed."""
     resumed = run.exists
     if resumed:
         claim.enter_context(run_folder.claimed(run.path))
-        _refuse_active(run.path, but=job)
+        _refuse_active_job(run.path, but=job)
     run_folder.check_places(run)
     _check_weights(run)
     _check_data(run)
     run_folder.write(run)
     if not resumed:
         claim.enter_context(run_folder.claimed(run.path))
-        _refuse_active(run.path, but=job)  # another submission may have found the folder before it was claimed
+        _refuse_active_job(run.path, but=job)  # another submission may have found the folder before it was claimed
 
 
 def _resume_by_its_own_code(words: list[str], config_dirs: list[str]) -> int | None:
-    """When the command line resumes a run that has a `submit.py` of its own: the exit status of that; else None."""
+    """Call the run's own `submit.py` if the command line resumes a run that has one; its exit status, else None."""
     path = run_folder.folder(words, config_dirs)
     if path is None or path / "code" == ROOT or any(w.partition("=")[0] == "update_code" for w in words):
         return None
     if not (path / "code" / "launch" / "job.sh").is_file():
-        print(f"note: run {path.name!r} is of an older version; it goes on with the code of this one", file=sys.stderr)
+        print(
+            f"note: run {path.name!r} is from an older version; it resumes with the code of this one", file=sys.stderr
+        )
         return None
     for note in resume.changed_since(path, [w for w in words if "=" in w], config_dirs):
         print(f"note: {note}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    command = [sys.executable, str(path / "code" / "launch" / "submit.py"), *_given]
-    return _replaced_by(command, {**os.environ, "PYTHONPATH": python_path(path / "code")})
+    command = [sys.executable, str(path / "code" / "launch" / "submit.py"), *_command_line]
+    return _run_replacement(command, {**os.environ, "PYTHONPATH": python_path(path / "code")})
 
 
-_given: list[str] = []
+_command_line: list[str] = []
 """The command line of this process, for the run's own `submit.py`."""
 
 
-def _replaced_by(command: list[str], environment: dict[str, str]) -> int:
-    """Run a command in this one's place: signals reach it, and its exit status is returned."""
+def _run_replacement(command: list[str], environment: dict[str, str]) -> int:
+    """Run a command in place of this process: pass signals on to it, and return its exit status."""
     process = subprocess.Popen(command, env=environment)
 
     def pass_on(number: int, _: FrameType | None) -> None:
-        if number != signal.SIGINT:  # a terminal sends that to both
+        if number != signal.SIGINT:  # a terminal sends it to both
             process.send_signal(number)
 
     before = {n: signal.signal(n, pass_on) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
@@ -193,7 +195,7 @@ def _replaced_by(command: list[str], environment: dict[str, str]) -> int:
 def _dry_run(run: Run) -> int:
     print(f"# run    {run.path}{' (resumed)' if run.exists else ''}")
     print(f"# batch  {_batch(run)}")
-    print("\n".join(memory_estimate.lines(run.config, run.shape)))
+    print("\n".join(memory_estimate.summary_lines(run.config, run.shape)))
     if run.config.cluster.kind == "local":
         print(f"# ranks  {run.config.gpus} on this machine, one process each")
     else:
@@ -201,9 +203,7 @@ def _dry_run(run: Run) -> int:
 
         print(slurm.script(run.path, run.config))
         if run.config.then == "eval":
-            print(
-                f"# then   tests of {', '.join(run.config.data.datasets)}, one job each, after training has ended well"
-            )
+            print(f"# then   tests of {', '.join(run.config.data.datasets)}, one job each, after training has finished")
     sys.stdout.flush()
     run_folder.check_places(run)
     _check_weights(run)
@@ -213,8 +213,8 @@ def _dry_run(run: Run) -> int:
 
 
 def _show_config(words: list[str], options: argparse.Namespace) -> int:
-    """Print the configuration that the words make, and nothing else."""
-    run = run_folder.ask(words, config_dirs=options.config_dir)
+    """Print the configuration that the command line describes, and nothing else."""
+    run = run_folder.compose_run(words, config_dirs=options.config_dir)
     print(dump(run.config), end="")
     if options.cfg == "all":
         shape, classes = run.shape, [d.classes for d in run.config.data.datasets.values()]
@@ -252,12 +252,12 @@ def _to_slurm(run: Run, resumed: bool) -> int:
     print(f"follow  tail -F {log}")
     print(f"status  squeue -j {job};  multitrain status {run.path}")
     print(f"cancel  scancel {job}")
-    print(f"resume  {_again(run)}")
-    return _then(run, job)
+    print(f"resume  {_resume_command(run)}")
+    return _submit_tests(run, job)
 
 
-def _then(run: Run, job: str) -> int:
-    """The tests that follow the training. Refused ones leave the training in the queue."""
+def _submit_tests(run: Run, job: str) -> int:
+    """Submit the tests that follow the training; if SLURM refuses them, the training stays in the queue. The exit code."""
     if run.config.then != "eval":
         return 0
     try:
@@ -288,14 +288,14 @@ def _run_here(run: Run) -> int:
             return code
     code = hosts.run(run.path, run.config) if on_hosts else local.run(run.path, run.config, training(run.path))
     if code == local.INTERRUPTED:
-        print(f"resume  {_again(run)}")
+        print(f"resume  {_resume_command(run)}")
     if code == 0 and run.config.then == "eval" and not run.config.cluster.node:
         return dependent_jobs.run_here(run.path, run.config)
     return code
 
 
 def _prepare(words: list[str], config_dirs: list[str]) -> int:
-    """For `sbatch slurm/train.sh`: the run's folder, the same one again when SLURM has requeued the job."""
+    """For `sbatch slurm/train.sh`: prepare the run's folder and print its path; after a requeue, the same folder again."""
     from launch import slurm
     from multitrain.cluster.slurm import job_id
 
@@ -303,8 +303,8 @@ def _prepare(words: list[str], config_dirs: list[str]) -> int:
     words = [*words, *_allocated(words)]
     if (code := _resume_by_its_own_code(words, config_dirs)) is not None:
         return code
-    run = run_folder.ask(words, config_dirs=config_dirs, default_name=f"job{job}" if job else None)
-    if not (job and run.exists and job in run_folder.jobs(run.path)):  # else a requeued job: all is written
+    run = run_folder.compose_run(words, config_dirs=config_dirs, default_name=f"job{job}" if job else None)
+    if not (job and run.exists and job in run_folder.jobs(run.path)):  # otherwise requeued: the folder is complete
         with contextlib.ExitStack() as claim:
             _write_claimed(run, claim, job)
             slurm.write_script(run.path, run.config)
@@ -316,10 +316,10 @@ def _prepare(words: list[str], config_dirs: list[str]) -> int:
 
 
 def _allocated(words: list[str]) -> list[str]:
-    """`nodes` and `gpus` as `sbatch` was asked for them.
+    """The overrides `nodes` and `gpus` of the allocation that `sbatch` made.
 
     Raises:
-        ConfigError: they were typed as well, with other values.
+        ConfigError: they were also typed, with other values.
     """
     found = []
     for option, variable, flag in (
@@ -335,11 +335,11 @@ def _allocated(words: list[str]) -> list[str]:
     return found
 
 
-def _refuse_active(path: Path, but: str | None = None) -> None:
-    """Two jobs on one run would write over each other.
+def _refuse_active_job(path: Path, but: str | None = None) -> None:
+    """Refuse a run that another job trains or waits to train, since both would write to the same files.
 
     Raises:
-        ConfigError: names the job that waits or runs.
+        ConfigError: names the other job.
     """
     from launch import slurm
 
@@ -347,23 +347,23 @@ def _refuse_active(path: Path, but: str | None = None) -> None:
     for job, state in slurm.active(path, earlier[-20:]).items():
         raise ConfigError(
             f"run {path.name!r} is job {job} ({state.lower()}); cancel that first (scancel {job}), "
-            f"or take another name: name=…"
+            f"or choose another name: name=…"
         )
 
 
 def _check_weights(run: Run) -> None:
-    """Initial weights that a run cannot start from are found here, not hours later on the nodes.
+    """Check the initial weights now, instead of hours later on the nodes.
 
     Raises:
-        ConfigError: there is nothing at `init_from`, it is of this run, it is damaged, or it does not fit the network.
+        ConfigError: the file `init_from` does not exist, belongs to this run, is damaged, or does not fit the network.
     """
     path = run.config.init_from
     if path is None or run.exists:
         return
     if run.path in (Path(path).absolute(), *Path(path).absolute().parents):
         raise ConfigError(
-            f"init_from={path}: lies in this run's own folder; to resume the run leave init_from out, to start another from "
-            "it give that one another name (name=…)"
+            f"init_from={path}: lies in this run's own folder; to resume the run leave init_from out, to start another run from "
+            "it give that run another name (name=…)"
         )
     if not run.config.cluster.check_data:
         return
@@ -371,27 +371,27 @@ def _check_weights(run: Run) -> None:
         raise ConfigError(
             f"init_from={path}: no such file or folder; give a .pyth, a .safetensors, a run's or checkpoint's folder, or a run's name"
         )
-    _asked("multitrain.commands.fits", run, said_first=f"init_from={path}: ")
+    _run_check("multitrain.commands.fits", run, prefix=f"init_from={path}: ")
 
 
 def _check_data(run: Run, index: Path | None = None) -> None:
-    """Read the annotation files, and look for some of their videos.
+    """Read the annotation files, and check that some of their videos exist.
 
     Args:
-        index: folder for the index files; the run's own when not given.
+        index: folder for the index files; default: the run's own.
 
     Raises:
-        ConfigError: what is wrong with them, in one line.
+        ConfigError: says in one line what is wrong with them.
     """
     if run.config.cluster.check_data:
-        _asked("multitrain.data.catalog", run, "--index", str(index or run.index))
+        _run_check("multitrain.data.catalog", run, "--index", str(index or run.index))
 
 
-def _asked(module: str, run: Run, *arguments: str, said_first: str = "") -> None:
-    """Ask a module about the run's configuration in a process of its own, since it needs what submitting does without.
+def _run_check(module: str, run: Run, *arguments: str, prefix: str = "") -> None:
+    """Check the run's configuration with `module`, in a separate process, since it imports packages that submitting does not need.
 
     Raises:
-        ConfigError: what it refuses, in one line.
+        ConfigError: the last line that the module printed, after `prefix`.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"
@@ -400,9 +400,9 @@ def _asked(module: str, run: Run, *arguments: str, said_first: str = "") -> None
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"the check ended with exit code {done.returncode} ({module})"]
-        message = said[-1].removeprefix("error: ")
-        raise ConfigError(said_first + message)
+        output = done.stderr.strip().splitlines() or [f"the check ended with exit code {done.returncode} ({module})"]
+        message = output[-1].removeprefix("error: ")
+        raise ConfigError(prefix + message)
     sys.stderr.write(done.stderr)
 
 
@@ -413,7 +413,7 @@ def _batch(run: Run) -> str:
     return f"{counted(s.effective_batch, 'video')} an update = {where} × {videos} × {s.accumulation} accumulated"
 
 
-def _again(run: Run) -> str:
+def _resume_command(run: Run) -> str:
     """The command that resumes the run, from any folder."""
     return shlex.join(["python", f"{run.path}/code/launch/submit.py", str(run.path)])
 

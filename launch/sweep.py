@@ -1,7 +1,7 @@
-"""Many runs that differ in a few options, as one SLURM array; and how they came out, as a table.
+"""Submit many runs that differ in a few options, as one SLURM array; print their results as a table.
 
 python launch/sweep.py name=lr experiment=k400 optim.lr=1e-4,2e-4 seed=0,1
-python launch/sweep.py lr                        how the runs lr-0 … lr-3 are doing; exit status 1 when one has failed
+python launch/sweep.py lr                        state of the runs lr-0 … lr-3; exit status 1 when one has failed
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from multitrain.order.batch import BatchShapeError
 from multitrain.plot_style import table
 from multitrain.report.status import status
 
-FAILED = ("failed", "cancelled", "interrupted", "timeout", "out_of_memory", "node_fail", "boot_fail", "deadline")
-"""States that a run of a sweep does not leave by itself."""
-ONE_SHAPE = ("nodes", "gpus", "cluster", "name", "runs")
+FAILED_STATES = ("failed", "cancelled", "interrupted", "timeout", "out_of_memory", "node_fail", "boot_fail", "deadline")
+"""Final states of a run that did not succeed."""
+SHARED_OPTIONS = ("nodes", "gpus", "cluster", "name", "runs")
 """Options that all runs of an array share."""
 
 
-class _Shown(Exception):
-    """A dry run has printed all there is to say."""
+class _DryRunDone(Exception):
+    """A dry run has printed everything; nothing else is left to do."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0 submitted, or all is well; 1 a run has failed; 2 refused."""
+    """Submit a sweep or show one; the exit code: 0 submitted, or no run has failed; 1 a run has failed; 2 refused."""
     parser = argparse.ArgumentParser(
         prog="sweep.py", usage="python launch/sweep.py NAME | name=NAME key=a,b …", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
@@ -52,10 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--config-dir", action="append", default=[], metavar="DIR", help="folder with config groups of your own"
     )
     parser.add_argument(
-        "--wait", action="store_true", help="stay until all runs have ended; exit status 1 when one has failed"
+        "--wait", action="store_true", help="wait until all runs have ended; exit status 1 when one has failed"
     )
     parser.add_argument(
-        "--parallel", type=int, default=0, metavar="N", help="runs at once (default: as many as SLURM lets)"
+        "--parallel", type=int, default=0, metavar="N", help="runs at once (default: as many as SLURM allows)"
     )
     parser.add_argument("--json", action="store_true", help="the table as one JSON object")
     options, words = parser.parse_known_args(arguments)
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         if unknown:
             raise ConfigError(f"unknown flag {unknown[0]!r}; options are key=value, see --help")
         if len(words) == 1 and "=" not in words[0]:
-            folder = _known(words[0])
+            folder = _existing_sweep(words[0])
         else:
             folder = _submit(words, options.config_dir, options.parallel)
             if not options.wait and not _is_local(folder):
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         while options.wait and not _ended(folder):
             time.sleep(2)
         return _show(folder, as_json=options.json)
-    except _Shown:
+    except _DryRunDone:
         return 0
     except (ConfigError, BatchShapeError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
-def points(words: list[str]) -> list[list[str]]:
+def grid(words: list[str]) -> list[list[str]]:
     """The overrides of each run: every combination of the values of options that have several (``key=a,b``, ``range(…)``).
 
     Raises:
@@ -100,14 +100,14 @@ def points(words: list[str]) -> list[list[str]]:
             override = parser.parse_override(word)
         except HydraException:
             if not is_text(split(word).key):  # a path such as ~/data is one value
-                raise ConfigError(f"{word!r} is no option; write key=a,b for several values") from None
+                raise ConfigError(f"{word!r} is not an option; write key=a,b for several values") from None
             axes.append([word])
             continue
         if not override.is_sweep_override():
             axes.append([word])
             continue
         key = word.partition("=")[0]
-        if key.lstrip("+").split(".")[0] in ONE_SHAPE:
+        if key.lstrip("+").split(".")[0] in SHARED_OPTIONS:
             raise ConfigError(f"{word}: all runs of a sweep share {key}; submit one sweep for each value")
         axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
     if all(len(axis) == 1 for axis in axes):
@@ -119,21 +119,21 @@ def _submit(words: list[str], config_dirs: list[str], parallel: int) -> Path:
     given = {w.partition("=")[0]: w.partition("=")[2] for w in words}
     name = given.get("name") or f"sweep-{time.strftime('%Y%m%d-%H%M%S')}"
     rest = [w for w in words if w.partition("=")[0] != "name"]
-    listed = points(rest)
-    runs = [run_folder.ask([*p, f"name={name}-{i}"], config_dirs=config_dirs) for i, p in enumerate(listed)]
+    listed = grid(rest)
+    runs = [run_folder.compose_run([*p, f"name={name}-{i}"], config_dirs=config_dirs) for i, p in enumerate(listed)]
     folder = runs[0].path.parent / ".sweeps" / name
     known = [r.name for r in runs if r.exists]
     if known or folder.exists():
-        raise ConfigError(f"sweep {name!r} is there already ({folder}); give this one another name: name=…")
+        raise ConfigError(f"sweep {name!r} exists already ({folder}); give this one another name: name=…")
     swept = [[o for o in p if o not in set.intersection(*map(set, listed))] for p in listed]
     listing = [{"run": str(r.path), "overrides": o} for r, o in zip(runs, swept)]
     if runs[0].config.dry_run:
         for row in listing:
             print(f"# {row['run']}: {' '.join(row['overrides'])}")
-        raise _Shown
+        raise _DryRunDone
     for run in runs:
         run_folder.write(run)
-    _written(folder, listing)
+    _write_listing(folder, listing)
     if runs[0].config.cluster.kind == "local":
         _run_here(runs)
     else:
@@ -141,7 +141,7 @@ def _submit(words: list[str], config_dirs: list[str], parallel: int) -> Path:
     return folder
 
 
-def _written(folder: Path, listing: list[dict[str, Any]]) -> None:
+def _write_listing(folder: Path, listing: list[dict[str, Any]]) -> None:
     (folder / "logs").mkdir(parents=True)
     (folder / "runs.txt").write_text("".join(f"{row['run']}\n" for row in listing))
     (folder / "sweep.yaml").write_text(yaml.safe_dump(listing, sort_keys=False))
@@ -177,15 +177,15 @@ def _is_local(folder: Path) -> bool:
     return load(Path(_rows(folder)[0]["run"])).cluster.kind == "local"
 
 
-def _known(word: str) -> Path:
+def _existing_sweep(word: str) -> Path:
     for folder in (Path(word), Path("runs") / ".sweeps" / word):
         if (folder / "sweep.yaml").is_file():
             return folder
-    raise ConfigError(f"{word!r} is no sweep of runs/.sweeps; name={word} key=a,b starts one")
+    raise ConfigError(f"there is no sweep {word!r} in runs/.sweeps; name={word} key=a,b starts one")
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
-    """What is known of each run. One that never began and has no job any more was cancelled, or refused by SLURM."""
+    """The status of each run. A run that never began and has no job any more was cancelled, or refused by SLURM."""
     from launch import slurm
 
     rows = [{**row, **status(row["run"])} for row in read_yaml(folder / "sweep.yaml")]
@@ -198,13 +198,13 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def _ended(folder: Path) -> bool:
-    return all(row["state"] in ("finished", "stopped", *FAILED) for row in _rows(folder))
+    return all(row["state"] in ("finished", "stopped", *FAILED_STATES) for row in _rows(folder))
 
 
 def _show(folder: Path, *, as_json: bool) -> int:
-    """The table on standard output; 1 when a run has failed, else 0."""
+    """Print the table; 1 when a run has failed, else 0."""
     rows = _rows(folder)
-    failed = [row for row in rows if row["state"] in FAILED]
+    failed = [row for row in rows if row["state"] in FAILED_STATES]
     if as_json:
         kept = ("run", "overrides", "state", "update", "total_updates", "loss", "validation", "last_error")
         print(json.dumps({"runs": [{k: row.get(k) for k in kept} for row in rows], "failed": len(failed)}))

@@ -224,7 +224,7 @@ def test_the_same_command_typed_twice_says_so_and_harms_nothing(machines: Machin
     first, twin = (machines.start(waiting, 1) for _ in range(2))
     second = machines.start(waiting, 0)
     log = waiting / "logs" / "hosts-rank1.log"
-    said = "rank 1: another process is rank 1 of this start already: was the same command typed twice?"
+    said = "rank 1: another process already is rank 1 of this start: was the same command typed twice?"
     try:
         until(lambda: log.exists() and said in log.read_text(), [first, twin, second], waiting)
         assert not started(waiting, 0)

@@ -98,7 +98,7 @@ def test_deaths_count_where_nobody_could_say_anything(job: Job) -> None:
         job.begin()
     history = restarts.starts(read(job.folder / "events.jsonl"))
     assert restarts.refusal(history, 4, 2) is not None
-    assert restarts.deaths(history) == 3
+    assert restarts.count_crashes(history) == 3
     for _ in range(3):
         assert restarts.refusal(history[:2], 4, 2) is None
 
@@ -127,8 +127,8 @@ def test_restarts_in_place_are_no_deaths_of_the_job_but_must_get_on(job: Job) ->
     for number in range(2):
         job.begin(in_place=number + 1)
     history = restarts.starts(read(job.folder / "events.jsonl"))
-    assert restarts.deaths(history, in_place=3) == 0
-    assert restarts.deaths(history) == 1
+    assert restarts.count_crashes(history, in_place=3) == 0
+    assert restarts.count_crashes(history) == 1
     assert "brought no new checkpoint" in (restarts.refusal(history, 9, 2, in_place=3) or "")
 
 
@@ -271,7 +271,7 @@ def test_ranks_that_come_to_themselves_after_the_batch_script_put_the_job_back_a
     assert (start.restart, start.ended, start.trained) == (0, "time limit", True)
     put_back = Ended({"JobState": "PENDING", "Restarts": "1"}, [], restart=0)
     said = decide(put_back, [start], compose(["experiment=k400"]).cluster, went_well=True)
-    assert (said.action, said.status) == (Action.IS_BACK, "time limit")
+    assert (said.action, said.status) == (Action.ALREADY_REQUEUED, "time limit")
     job.restart += 1
     job.write("end", status="gave up", pid=99)
     job.begin()

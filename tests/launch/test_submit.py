@@ -75,7 +75,7 @@ def test_submitting_takes_under_two_seconds_and_no_torch(root: Path, tmp_path: P
         (["cluster.time_limit=1", "dry_run=true"], "cluster.lead_time=120"),
         (["cluster.sbatch.time=5", "dry_run=true"], "cluster.time_limit"),
         (["cluster.sbatch.open-mode=truncate", "dry_run=true"], "resuming relies on"),
-        (["cluster.memory_per_node=4G", "cluster.sbatch.mem-per-cpu=1G", "dry_run=true"], "SLURM takes one of them"),
+        (["cluster.memory_per_node=4G", "cluster.sbatch.mem-per-cpu=1G", "dry_run=true"], "SLURM accepts one of them"),
         (["cluster=local", "nodes=2"], "use nodes=1, or cluster=slurm"),
     ],
 )
@@ -169,7 +169,7 @@ def test_what_the_checkout_would_make_of_the_same_words_today_is_said(tmp_path: 
     assert changed_since(run.path, ["cluster=site"], ["mine"]) == []
     site.write_text("kind: slurm\npartition: new\n")
     (note, code) = changed_since(run.path, ["cluster=site"], ["mine"])
-    assert "cluster.partition is new there and old in the run" in note
+    assert "cluster.partition is now new and old in the run" in note
     assert "update_code=true" in code
     site.write_text("kind: [slurm\n")
     assert "the run keeps its own" in changed_since(run.path, ["cluster=site"], ["mine"])[0]
@@ -214,7 +214,7 @@ def test_another_plan_or_network_needs_another_name(change: str, option: str, be
     with pytest.raises(ConfigError) as refused:
         ask(["r", change])
     message = str(refused.value)
-    assert message.startswith(f"{option}: run 'r' has {before}, and {now} was asked for")
+    assert message.startswith(f"{option}: run 'r' has {before}, and {now} was requested")
     assert "name=" in message
     assert "\n" not in message
 
@@ -300,7 +300,7 @@ def test_a_resumed_run_goes_on_with_its_own_code_unless_told_otherwise(tmp_path:
     submit = [sys.executable, str(root / "launch" / "submit.py"), "r", "dry_run=true"]
     own = subprocess.run([*submit, "cluster=own"], capture_output=True, text=True, check=False)
     assert "#SBATCH --partition=frozen" in own.stdout
-    assert "note: the code of this checkout is not that of the run" in own.stderr
+    assert "note: the code of this checkout differs from the run" in own.stderr
     today = subprocess.run([*submit, "cluster=own", "update_code=true"], capture_output=True, text=True, check=False)
     assert (today.returncode, "there is no such cluster" in today.stderr) == (2, True)
 

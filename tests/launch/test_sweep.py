@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from launch.sweep import main, points
+from launch.sweep import grid, main
 from multitrain.config import ConfigError
 
 
 def test_points_are_all_combinations_in_order() -> None:
-    assert points(["optim.lr=0.0001,0.0002", "seed=range(2)", "updates=3"]) == [
+    assert grid(["optim.lr=0.0001,0.0002", "seed=range(2)", "updates=3"]) == [
         ["optim.lr=0.0001", "seed=0", "updates=3"],
         ["optim.lr=0.0001", "seed=1", "updates=3"],
         ["optim.lr=0.0002", "seed=0", "updates=3"],
@@ -21,7 +21,7 @@ def test_points_are_all_combinations_in_order() -> None:
 
 
 def test_a_path_with_signs_of_the_grammar_is_one_value_of_a_sweep() -> None:
-    assert points(["data.root=~/data (1)", "seed=1,2"]) == [["data.root=~/data (1)", f"seed={n}"] for n in (1, 2)]
+    assert grid(["data.root=~/data (1)", "seed=1,2"]) == [["data.root=~/data (1)", f"seed={n}"] for n in (1, 2)]
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_a_path_with_signs_of_the_grammar_is_one_value_of_a_sweep() -> None:
 )
 def test_what_cannot_be_swept_is_refused(words: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        points(words)
+        grid(words)
 
 
 def test_a_local_sweep_ends_with_the_table_and_a_failure_counts(

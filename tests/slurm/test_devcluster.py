@@ -46,7 +46,7 @@ WAITS = """
     while not signals:
         time.sleep(0.05)
     time.sleep(0.3)
-    reason = slurm.taken_away(slurm.show_job(slurm.job_id()), signals) if rank == 0 else None
+    reason = slurm.stop_reason(slurm.show_job(slurm.job_id()), signals) if rank == 0 else None
     reason = None if reason in (slurm.CANCELLED, slurm.OPERATOR) else reason
     report(signals=[signal.Signals(s).name for s in signals], reason=reason)
     if reason:
@@ -352,7 +352,7 @@ def test_train_sh_finds_its_run_again_after_a_requeue(
     cluster.wait(job, "PENDING")  # COMPLETING until its processes are gone
     left_out = cluster.run("scontrol", "show", "hostnames", cluster.job(job)["ExcNodeList"]).split()
     (away,) = {*left_out} - {"node3"}
-    assert f"{run}/job.sh is not to be read on {away}" in (board.parent / "out").read_text()
+    assert f"{run}/job.sh cannot be read on {away}" in (board.parent / "out").read_text()
     script.rename(run / "job.sh")
     cluster.start_now(job)
     cluster.wait(job, "COMPLETED")
