@@ -94,7 +94,7 @@ def test_a_rank_obeys_nobody_who_does_not_know_the_secret() -> None:
 def test_no_port_to_be_had_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         first = taken.getsockname()[1]
-        monkeypatch.setattr(channel, "PORTS", 1)
+        monkeypatch.setattr(channel, "MAX_PORTS", 1)
         with pytest.raises(ChannelError, match=f"no free port for the connections between ranks on .*: {first} "):
             Server(KEY, 2, first, loopback=True)
 
