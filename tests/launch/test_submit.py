@@ -13,7 +13,7 @@ import yaml
 
 from launch import run_folder
 from launch.resume import changed_since, merge
-from launch.run_folder import compose_run, claimed, write
+from launch.run_folder import claimed, compose_run, write
 from launch.snapshot import snapshot, sources
 from launch.submit import main
 from multitrain.config import ConfigError, load
@@ -45,10 +45,10 @@ def test_submitting_takes_under_two_seconds_and_no_torch(root: Path, tmp_path: P
         import resource, sys
         sys.path.insert(0, {str(root)!r})
         from launch import run_folder, slurm
-        from launch.run_folder import ask, write
+        from launch.run_folder import compose_run, write
         from launch.submit import main
         assert main(["nodes=2", "gpus=8", "name=x", "dry_run=true", "cluster.check_data=false"]) == 0
-        write(ask(["nodes=2", "gpus=8", "name=y"]))
+        write(compose_run(["nodes=2", "gpus=8", "name=y"]))
         import submitit
         heavy = {{"torch", "cv2", "av", "decord", "deepspeed", "matplotlib"}} & set(sys.modules)
         assert not heavy, heavy

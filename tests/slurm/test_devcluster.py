@@ -71,7 +71,7 @@ def submit(board: Path, body: str, *overrides: str, arguments: tuple[str, ...] =
     """Submit a job whose ranks run a few light lines; returns its id."""
     program = board.parent / "rank.py"
     program.write_text(textwrap.dedent(RANK) + textwrap.dedent(body))
-    run = run_folder.ask(["name=drill", "cluster=devcluster", "experiment=k400", *overrides])
+    run = run_folder.compose_run(["name=drill", "cluster=devcluster", "experiment=k400", *overrides])
     run_folder.write(run)
     return slurm.submit(run.path, run.config, (str(program), str(board), *arguments))
 
