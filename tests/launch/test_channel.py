@@ -177,7 +177,7 @@ def test_a_secret_of_somebody_else_is_refused(tmp_path: Path) -> None:
 
 def test_texts_cannot_steer_a_terminal() -> None:
     assert channel.text({"why": "a\x1b[2J\nb" + "x" * 900}, "why", 8) == "a?[2J?bx"
-    with pytest.raises(ValueError, match="no text"):
+    with pytest.raises(ValueError, match="not a text"):
         channel.text({"why": 5}, "why")
 
 
