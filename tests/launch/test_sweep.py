@@ -29,7 +29,7 @@ def test_a_path_with_signs_of_the_grammar_is_one_value_of_a_sweep() -> None:
     [
         (["seed=1"], "nothing to sweep over"),
         (["gpus=1,2"], "all runs of a sweep share gpus"),
-        (["seed=1,"], "is no option"),
+        (["seed=1,"], "is not an option"),
     ],
 )
 def test_what_cannot_be_swept_is_refused(words: list[str], said: str) -> None:
