@@ -352,7 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _shown(names: Sequence[str], runs: str, as_json: bool) -> str:
     folders = [resolve(name, runs) for name in names] or find(runs)
     if not folders:
-        raise ConfigError(f"{runs}: there are no runs here; name a run's folder, or the folder of runs with --runs DIR")
+        raise ConfigError(f"{runs}: holds no runs; name a run's folder, or the folder of runs with --runs DIR")
     rows = statuses(folders)
     if as_json:
         return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)

@@ -216,7 +216,7 @@ def test_all_runs_of_a_folder_are_shown_and_a_name_is_enough(
     assert capsys.readouterr().out.startswith("second\n")
     with pytest.raises(ConfigError, match="did you mean 'second'"):
         main(["secondd", *runs])
-    with pytest.raises(ConfigError, match="there are no runs here"):
+    with pytest.raises(ConfigError, match="holds no runs"):
         main(["--runs", str(tmp_path / "nowhere")])
 
 
