@@ -1,4 +1,4 @@
-"""From the rows of a preflight to what is wrong, with which node, and what to do about it."""
+"""Find problems in the rows of a preflight: what is wrong, with which node, and what to do about it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 
 from launch.node import ranges
 
-LEAST_SHM = 0.125
+MIN_SHM_GB = 0.125
 """GB free in /dev/shm below which NCCL does not start."""
-LITTLE_SHM = 1.0
-"""GB free in /dev/shm below which it becomes tight."""
-SKEWED, WRONG = 1.0, 30.0
-"""Seconds between clocks that confuse logs, and that confuse what is decided by them."""
-SLOW = 0.25
-"""Share of the median speed below which a node's disk, or link, counts as slow."""
-CROWDED = 2.0
-"""GB of a GPU's memory in use by other processes."""
-SMALL = 0.1
-"""GB/s below which a speed must be as well to be called slow: caches differ."""
+LOW_SHM_GB = 1.0
+"""GB free in /dev/shm below which a warning is printed."""
+CLOCK_WARNING_SECONDS, CLOCK_ERROR_SECONDS = 1.0, 30.0
+"""Seconds between two clocks from which on logs are confusing (a warning), and decisions by the clock are wrong (an error)."""
+SLOW_FRACTION = 0.25
+"""Fraction of the median speed below which a node's disk or link counts as slow."""
+GPU_IN_USE_GB = 2.0
+"""GB of a GPU's memory in use by other processes from which on a warning is printed."""
+SLOW_BELOW_GB_S = 0.1
+"""GB/s above which no speed counts as slow, since caches differ."""
 
 Row = Mapping[str, Any]
 COLUMNS = (
@@ -38,13 +38,13 @@ COLUMNS = (
     ("link_GB_s", "link_GB/s"),
     ("allreduce_GB_s", "allreduce_GB/s"),
 )
-"""Keys of a row and the heads of their columns; one without any value is left out."""
+"""Keys of a row and the titles of their columns; a column without any value is left out."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong. `node`: the one to leave out, None where no single one is to blame. `fatal`: a run would
-    not start, or would not be right; else it is only slower.
+    """One problem. `node`: the node to exclude; None where no single node is at fault. `fatal`: a run would not start, or would
+    be wrong; otherwise it would only be slower.
     """
 
     text: str
@@ -53,7 +53,7 @@ class Finding:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows as aligned text, one a rank."""
+    """The rows as aligned text, one line per rank."""
     columns = [
         (k, head) for k, head in COLUMNS if k in ("rank", "node", "gpu") or any(r.get(k) is not None for r in rows)
     ]
@@ -63,52 +63,54 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
 
 
-def judge(rows: Sequence[Row], *, gpus: int | None = None, cpus: int | None = None) -> list[Finding]:
-    """What is wrong with the nodes of these rows.
+def find_problems(rows: Sequence[Row], *, gpus: int | None = None, cpus: int | None = None) -> list[Finding]:
+    """The problems that the rows show.
 
     Args:
-        gpus: GPUs a node, where the run was given them.
-        cpus: cores a rank that the run asks for.
+        gpus: GPUs per node that the run asked SLURM for.
+        cpus: cores per rank that the run asks for.
     """
     found = [Finding(text, row["node"]) for row in rows for text in row["problems"]]
     found += _gpus(rows, gpus)
     found += _cpus(rows, cpus)
     for node, free in _by_node(rows, "shm_free_GB", min).items():
-        if free < LITTLE_SHM:
-            text = f"/dev/shm of {node} has {free} GB free; NCCL needs {LEAST_SHM} GB or more, 1 GB is comfortable"
-            found.append(Finding(text, node, fatal=free < LEAST_SHM))
-    for node, skew in _by_node(rows, "skew_ms", lambda v: max(v, key=abs)).items():
-        if abs(skew) > 1e3 * SKEWED:
-            text = (
-                f"the clock of {node} is {skew / 1e3:+.1f} s from the first node's; have it synchronised (chrony, ntp)"
-            )
-            found.append(Finding(text, node, fatal=abs(skew) > 1e3 * WRONG))
-    found += _odd(rows, lambda r: r["versions"], "has another version of")
-    shown = [r for r in rows if r.get("model")]  # where none is shown, that is said above
-    found += _odd(shown, lambda r: {k: r[k] for k in ("model", "driver") if r.get(k)}, "has another GPU")
-    for key, what in (("read_MB_s", "reads videos"), ("write_MB_s", "writes"), ("link_GB_s", "talks to other ranks")):
+        if free < LOW_SHM_GB:
+            text = f"/dev/shm of {node} has {free} GB free; NCCL needs {MIN_SHM_GB} GB or more, 1 GB is comfortable"
+            found.append(Finding(text, node, fatal=free < MIN_SHM_GB))
+    for node, offset in _by_node(rows, "skew_ms", lambda v: max(v, key=abs)).items():
+        if abs(offset) > 1e3 * CLOCK_WARNING_SECONDS:
+            text = f"the clock of {node} is {offset / 1e3:+.1f} s from the first node's; have it synchronised (chrony, ntp)"
+            found.append(Finding(text, node, fatal=abs(offset) > 1e3 * CLOCK_ERROR_SECONDS))
+    found += _differing_nodes(rows, lambda r: r["versions"], "has another version of")
+    shown = [r for r in rows if r.get("model")]  # a missing GPU is reported above
+    found += _differing_nodes(shown, lambda r: {k: r[k] for k in ("model", "driver") if r.get(k)}, "has another GPU")
+    for key, what in (
+        ("read_MB_s", "reads videos"),
+        ("write_MB_s", "writes"),
+        ("link_GB_s", "exchanges data with other ranks"),
+    ):
         found += _slow(rows, key, what)
     return list(dict.fromkeys(found))
 
 
-def absent(world: int, rows: Sequence[Row], nodes: Mapping[int, str], patience: float) -> list[Finding]:
-    """The ranks that gave no answer, by node (`nodes`: of a rank, where it is known)."""
+def missing_ranks(world: int, rows: Sequence[Row], nodes: Mapping[int, str], timeout: float) -> list[Finding]:
+    """The ranks that did not answer, one finding per node (`nodes`: node of each rank, as far as known)."""
     missing = sorted(set(range(world)) - {row["rank"] for row in rows})
     by_node: dict[str | None, list[int]] = {}
     for rank in missing:
         by_node.setdefault(nodes.get(rank), []).append(rank)
     return [
         Finding(
-            f"no word within {patience:g} s from rank{'s' if len(r) > 1 else ''} {ranges(r)}"
-            f"{f' on {node}' if node else ''}; look at the logs of these ranks",
+            f"rank{'s' if len(r) > 1 else ''} {ranges(r)}{f' on {node}' if node else ''} did not answer within {timeout:g} s; "
+            f"look at the log{'s' if len(r) > 1 else ''} of {'these ranks' if len(r) > 1 else 'this rank'}",
             node,
         )
         for node, r in by_node.items()
     ]
 
 
-def advice(findings: Sequence[Finding], rows: Sequence[Row]) -> str | None:
-    """The nodes to leave out, in SLURM's notation; None when none is to blame, or when it would be all."""
+def nodes_to_exclude(findings: Sequence[Finding], rows: Sequence[Row]) -> str | None:
+    """The nodes to exclude, in SLURM's notation; None when no node is at fault, or all of them are."""
     bad = sorted({f.node for f in findings if f.fatal and f.node})
     return ",".join(bad) if bad and {r["node"] for r in rows} - set(bad) else None
 
@@ -129,15 +131,15 @@ def _gpus(rows: Sequence[Row], gpus: int | None) -> list[Finding]:
             continue
         first = owners.setdefault((node, device), row["rank"])
         if first != row["rank"]:
-            text = f"ranks {first} and {row['rank']} share GPU {device} of {node}; use one task a GPU"
+            text = f"ranks {first} and {row['rank']} share GPU {device} of {node}; use one task per GPU"
             found.append(Finding(text))
-        if (row.get("used_GB") or 0.0) > CROWDED:
-            text = f"GPU {device} of {node} has {row['used_GB']} GB in use by somebody else"
+        if (row.get("used_GB") or 0.0) > GPU_IN_USE_GB:
+            text = f"other processes use {row['used_GB']} GB of GPU {device} of {node}"
             found.append(Finding(text, node, fatal=False))
-    blind = [row for row in rows if row["gpu"] == "none"]
-    if blind and len(blind) < len(rows):
-        for node in dict.fromkeys(r["node"] for r in blind):
-            own = ranges([r["rank"] for r in blind if r["node"] == node])
+    without_gpu = [row for row in rows if row["gpu"] == "none"]
+    if without_gpu and len(without_gpu) < len(rows):
+        for node in dict.fromkeys(r["node"] for r in without_gpu):
+            own = ranges([r["rank"] for r in without_gpu if r["node"] == node])
             found.append(Finding(f"ranks {own} on {node} see no GPU while others do", node))
     return found
 
@@ -158,8 +160,8 @@ def _cpus(rows: Sequence[Row], cpus: int | None) -> list[Finding]:
     return found
 
 
-def _odd(rows: Sequence[Row], values: Callable[[Row], Mapping[str, str]], what: str) -> list[Finding]:
-    """Nodes that differ from most; of two halves that differ, neither is to blame."""
+def _differing_nodes(rows: Sequence[Row], values: Callable[[Row], Mapping[str, str]], what: str) -> list[Finding]:
+    """Nodes whose values differ from the majority's; with two equal halves, no node is at fault."""
     found = []
     for key in dict.fromkeys(k for row in rows for k in values(row)):
         by_node = {row["node"]: values(row).get(key, "none") for row in rows}
@@ -178,11 +180,11 @@ def _slow(rows: Sequence[Row], key: str, what: str) -> list[Finding]:
         return []
     usual = statistics.median(speeds.values())
     unit = "GB/s" if "GB" in key else "MB/s"
-    small = SMALL * (1 if unit == "GB/s" else 1000)
+    small = SLOW_BELOW_GB_S * (1 if unit == "GB/s" else 1000)
     return [
         Finding(f"{node} {what} at {speed:g} {unit}, others at {usual:g} {unit}", node, fatal=False)
         for node, speed in speeds.items()
-        if speed < SLOW * usual and speed < small
+        if speed < SLOW_FRACTION * usual and speed < small
     ]
 
 

@@ -1,6 +1,6 @@
-"""What a submission looks at before it writes anything: the places, the initial weights and the data of runs.
+"""Checks before a submission writes anything: the folders, the initial weights and the data of runs.
 
-Weights and data are looked at in a process of its own, since submitting does without torch.
+A separate process checks weights and data, since submitting does not import torch.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch import run_folder
-from launch.complaint import complaint
+from launch.child_error import child_error
 from launch.run_folder import ROOT, Run
 from multitrain.config import ConfigError, dump
 
 
 def refuse_unstartable(runs: Sequence[Run], *, keep_index: bool) -> None:
-    """Refuse runs that could not start; what several of them share is looked at once.
+    """Refuse runs that could not start; what several of them share is checked once.
 
     Args:
         keep_index: whether the index of the annotation files is written where the run reads it, or thrown away.
@@ -36,7 +36,7 @@ def refuse_unstartable(runs: Sequence[Run], *, keep_index: bool) -> None:
         thrown_away = None if keep_index else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for run in _distinct(runs, ("data", "eval", "then")):
             if run.config.cluster.check_data:
-                _asked("multitrain.data.catalog", run, "--index", str(thrown_away or run.index))
+                _run_check("multitrain.data.catalog", run, "--index", str(thrown_away or run.index))
 
 
 def _distinct(runs: Sequence[Run], options: Sequence[str]) -> list[Run]:
@@ -48,18 +48,18 @@ def _distinct(runs: Sequence[Run], options: Sequence[str]) -> list[Run]:
 
 
 def _check_weights(run: Run) -> None:
-    """Initial weights that a run cannot start from are found here, not hours later on the nodes.
+    """Check the initial weights now, instead of hours later on the nodes.
 
     Raises:
-        ConfigError: there is nothing at `init_from`, it is of this run, it is damaged, or it does not fit the network.
+        ConfigError: the file `init_from` does not exist, belongs to this run, is damaged, or does not fit the network.
     """
     path = run.config.init_from
     if path is None or run.exists:
         return
     if run.path in (Path(path).absolute(), *Path(path).absolute().parents):
         raise ConfigError(
-            f"init_from={path}: lies in this run's own folder; to resume the run leave init_from out, to start another from "
-            "it give that one another name (name=…)"
+            f"init_from={path}: lies in this run's own folder; to resume the run leave init_from out, to start another run from "
+            "it give that run another name (name=…)"
         )
     if not run.config.cluster.check_data:
         return
@@ -67,14 +67,14 @@ def _check_weights(run: Run) -> None:
         raise ConfigError(
             f"init_from={path}: no such file or folder; give a .pyth, a .safetensors, a run's or checkpoint's folder, or a run's name"
         )
-    _asked("multitrain.commands.fits", run, said_first=f"init_from={path}: ")
+    _run_check("multitrain.commands.fits", run, prefix=f"init_from={path}: ")
 
 
-def _asked(module: str, run: Run, *arguments: str, said_first: str = "") -> None:
-    """Ask a module about the run's configuration.
+def _run_check(module: str, run: Run, *arguments: str, prefix: str = "") -> None:
+    """Check the run's configuration with `module`, in a separate process.
 
     Raises:
-        ConfigError: what it refuses, or how it died, in one line.
+        ConfigError: after `prefix`, the line with which the module refused it, or how the process died.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"
@@ -83,9 +83,9 @@ def _asked(module: str, run: Run, *arguments: str, said_first: str = "") -> None
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
-        what = f"the check of {'the initial weights' if said_first else 'the data'} (python -m {module})"
+        what = f"the check of {'the initial weights' if prefix else 'the data'} (python -m {module})"
         skip = "submit where it has memory and its libraries, or without the check: cluster.check_data=false"
-        raise ConfigError(said_first + complaint(what, done.returncode, done.stderr, skip))
+        raise ConfigError(prefix + child_error(what, done.returncode, done.stderr, skip))
     sys.stderr.write(done.stderr)
 
 

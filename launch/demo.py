@@ -1,8 +1,8 @@
-"""The main job, small, on this machine: make three little datasets, train on them jointly, test, report.
+"""Run a small version of the whole workflow here: generate three datasets, train on them jointly, test, write the report.
 
 python launch/demo.py [key=value …]
 
-What is there already is used: an interrupted demo goes on where it was, a finished one says so.
+Existing results are reused: an interrupted demo resumes, and a finished one is not repeated.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from multitrain.report.status import status
 
 ROOT = Path(__file__).resolve().parents[1]
 EFFECTIVE_BATCH = 16
-"""Of experiment=demo."""
+"""Effective batch of experiment=demo, in videos."""
 INTERRUPTED = 75
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0, or that of the step that did not succeed."""
+    """Run the demo; the exit code: 0, or that of the step that failed."""
     given = _parser().parse_args(arguments)
     began = time.monotonic()
     run = Path(given.runs) / given.name
@@ -50,25 +50,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(run: Path, data: str, overrides: Sequence[str]) -> int:
-    """Train, or go on training, through the launcher that a cluster uses; a finished run is left as it is."""
+    """Train, or resume training, through the launcher that a cluster uses; a finished run is left as it is."""
     if run.is_dir() and status(run)["state"] == "finished":
         print(f"\nTraining: {run} is finished and is used as it is. To start over: rm -r {run}")
         return 0
     words = ["cluster=local", "experiment=demo", f"name={run.name}", f"runs={run.parent}", f"data.root={data}"]
     code = _python("Training", "launch/submit.py", *words, *overrides)
     if code == INTERRUPTED:
-        print(f"interrupted; run the demo again to go on from the last checkpoint in {run}", file=sys.stderr)
+        print(f"interrupted; run the demo again to resume from the last checkpoint in {run}", file=sys.stderr)
     return code
 
 
 def _python(title: str, *command: str) -> int:
-    """Run a command of this project, as a user would type it; its exit code."""
+    """Run a command of this project as a user would type it, and return its exit code."""
     began = time.monotonic()
     print(f"\n{title}: python {' '.join(command)}", flush=True)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     script = [str(ROOT / command[0]), *command[1:]] if command[0].endswith(".py") else command
     with subprocess.Popen([sys.executable, *script], env=environment) as process:
-        # Ctrl-C reaches the command too, which saves and leaves; `subprocess.run` would kill it meanwhile.
+        # Ctrl-C also reaches the command, which saves and exits; `subprocess.run` would kill it before.
         before = {
             signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
             signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
@@ -81,14 +81,14 @@ def _python(title: str, *command: str) -> int:
 
 
 def _gpus() -> int:
-    """GPUs that torch can use here; asked in a process of its own, since launching does without torch."""
+    """Number of GPUs that torch can use here; counted in a separate process, since launching does not import torch."""
     code = "import torch; print(torch.cuda.device_count())"
     asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     return int(asked.stdout) if asked.returncode == 0 else 0
 
 
 def _shape(gpus: int) -> list[str]:
-    """Ranks, and all videos of a rank at once: one a GPU where there are some, else two on the CPU."""
+    """Overrides with one rank per GPU, or two on the CPU without GPUs, and the videos of a rank in one micro-batch."""
     if not gpus:
         return [f"micro_batch={EFFECTIVE_BATCH // 2}"]
     ranks = max(n for n in range(1, gpus + 1) if EFFECTIVE_BATCH % n == 0)
@@ -98,12 +98,14 @@ def _shape(gpus: int) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python launch/demo.py",
-        description="Make data, train, test and report: the main job, small, on this machine.",
+        description="Generate data, train, test and report: a small version of the whole workflow, on this machine.",
     )
     parser.add_argument("--name", default="demo", help="name of the run (default demo)")
     parser.add_argument("--runs", default="runs", help="folder of runs (default runs)")
     parser.add_argument("--data", default="demo", help="folder of the generated datasets (default demo)")
-    parser.add_argument("--fraction", type=float, default=1.0, help="share of the usual number of videos (default 1)")
+    parser.add_argument(
+        "--fraction", type=float, default=1.0, help="fraction of the usual number of videos (default 1)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options of the training, e.g. updates=200")
     return parser
 

@@ -1,4 +1,4 @@
-"""What follows a run: with ``then=eval`` the multi-view test of each of its datasets, once training has ended well."""
+"""Jobs that depend on a run: with ``then=eval`` the multi-view test of each of its datasets, after training has succeeded."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ def testing(run: Path, dataset: str) -> tuple[str, ...]:
 
 
 def submit(run: Path, config: RunConfig, job: str) -> dict[str, str]:
-    """Submit one test job a dataset, to start when `job` has ended with exit status 0; returns their ids by dataset.
+    """Submit one test job per dataset, to start when `job` has ended with exit status 0; returns their ids by dataset.
 
-    SLURM looks at the last end of `job`: one that goes back into the queue has not ended. Tests of a run that fails or is
-    cancelled are taken out of the queue by SLURM.
+    A job that is requeued has not ended for SLURM. SLURM removes the tests of a run that fails or is cancelled.
 
     Raises:
         ConfigError: SLURM refused a job.
@@ -26,9 +25,7 @@ def submit(run: Path, config: RunConfig, job: str) -> dict[str, str]:
 
     jobs = {}
     for dataset in config.data.datasets:
-        cluster = config.cluster.model_copy(
-            update={"nodelist": None}
-        )  # of the training's nodes, more than a test's one
+        cluster = config.cluster.model_copy(update={"nodelist": None})  # lists more nodes than the one of a test
         changes = {"name": f"{config.name}-test-{dataset}", "nodes": 1, "preflight": False, "cluster": cluster}
         test = config.model_copy(update=changes)
         jobs[dataset] = slurm.submit(run, test, testing(run, dataset), after=job)
@@ -37,7 +34,7 @@ def submit(run: Path, config: RunConfig, job: str) -> dict[str, str]:
 
 
 def run_here(run: Path, config: RunConfig) -> int:
-    """Test on this machine, dataset after dataset; the first exit status that is not 0, else 0."""
+    """Test the datasets on this machine, one after the other; the first exit status that is not 0, else 0."""
     from launch import local
 
     for dataset in config.data.datasets:

@@ -1,4 +1,4 @@
-"""Events that a launcher writes of a run, beside those of rank 0."""
+"""Write events of a run from a launcher, in addition to those of rank 0."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from multitrain.records.events import Events
 
 
 def record(run: Path, event: str, **fields: Any) -> None:
-    """Append an event to the run's, unless another start of the run has taken over; what cannot be written is said.
+    """Append an event to the run's events, unless another start of the run has taken over. A failure to write is printed.
 
-    This may be before the start's rank 0 has claimed the lease: then it is that of an earlier start, which must be over.
+    The rank 0 of this start may not have claimed the lease yet. Then the lease is that of an earlier start, which must be over.
     """
     try:
-        if (holder := _other(run)) is not None:
+        if (holder := _other_writer(run)) is not None:
             raise lease.LeaseLost(lease.held_by(run, holder))
         Events(run / "events.jsonl", restart=restart_count() if job_id() else None).write(event, **fields)
     except (lease.LeaseLost, OSError) as error:
         print(f"multitrain: {event} not written to {run}/events.jsonl: {error}", file=sys.stderr, flush=True)
 
 
-def _other(run: Path) -> lease.Holder | None:
-    """Who holds the run's lease, when it is not this start and not one that is known to be over."""
+def _other_writer(run: Path) -> lease.Holder | None:
+    """The holder of the run's lease, if that is another start which may still run; otherwise None."""
     holder, own = lease.live(run), lease.start_name(job_id(), restart_count())
     return None if holder is None or holder.start == own or lease.is_later(own, holder.start) else holder

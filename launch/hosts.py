@@ -1,12 +1,12 @@
-"""Ranks on several machines without SLURM: `cluster=hosts`.
+"""Run the ranks on several machines without SLURM: `cluster=hosts`.
 
-The same command is typed on every machine, each with its own `cluster.node`; or once, with `cluster.hosts`, and the other
-machines are reached through `ssh`, which calls
+The user types the same command on every machine, each with its own `cluster.node`; or once, with `cluster.hosts`. In that case
+`ssh` starts, on each of these machines,
 
 python -m launch.hosts RUN NODE ADDRESS:PORT
 
-there. Each machine runs one supervisor a rank (:mod:`launch.supervisor`). When ranks die they start again in place; when a machine
-is lost, the others wait for it to come back. A stop on any machine saves and ends all.
+Each machine runs one supervisor per rank (:mod:`launch.supervisor`). Ranks that die are restarted in place. When a machine is
+lost, the others wait until it is back. A stop request on any machine saves and stops the run on all of them.
 """
 
 from __future__ import annotations
@@ -28,41 +28,41 @@ from typing import IO
 
 from launch import channel
 from launch.child import die_with_parent
-from launch.local import devices, say, stop_requests
+from launch.local import devices, report, stop_requests
 from launch.rank import python_path, supervised, training
-from launch.supervisor import HELD_BACK, HUB_STATUS, JOIN_SECONDS
+from launch.supervisor import BLOCKED_SIGNALS, HUB_STATUS_VARIABLE, JOIN_TIMEOUT_VARIABLE
 from multitrain import lease
 from multitrain.cluster.exit_status import Exit
 from multitrain.config import ConfigError, RunConfig, load
 
-WAIT = 86400.0
+RENDEZVOUS_TIMEOUT = 86400.0
 """Seconds that a machine waits for the others."""
-AGAIN = 10.0
-"""Seconds after which a machine that `ssh` cannot reach is tried again; and from one start of ranks to the next, at least."""
-UNREACHED = 255
-"""What `ssh` ends with when the connection failed or was lost."""
+RETRY_SECONDS = 10.0
+"""Seconds until `ssh` is tried again for a machine that it cannot reach; also the least time between two starts of the ranks."""
+SSH_FAILED = 255
+"""Exit status of `ssh` when the connection failed or was lost."""
 FIRST_PORT, PORTS = 20000, 12000
 
 
 def run(folder: Path, config: RunConfig) -> int:
-    """Run the ranks of this machine, or with `cluster.hosts` those of all machines, to the end of the run in `folder`.
+    """Run the ranks of this machine, or with `cluster.hosts` those of all machines, until the run in `folder` ends.
 
-    SIGINT, SIGTERM or SIGHUP makes all ranks of all machines save and leave; a second one ends those of this machine hard.
+    The first SIGINT, SIGTERM or SIGHUP makes the ranks of all machines save and exit; a second one kills those of this machine.
 
     Returns:
-        0 when finished; 75 when interrupted and resumable; else the status of what failed.
+        0 when finished; 75 when interrupted and resumable; else the exit status of the rank that failed.
 
     Raises:
-        ConfigError: fewer GPUs than ranks, or a secret that is not ours.
+        ConfigError: fewer GPUs than ranks, or a secret that other users can read.
     """
     with stop_requests() as requests:
         if config.cluster.hosts and config.cluster.node is None:
-            return _everywhere(folder, config, requests)
-        return _here(folder, config, config.cluster.node or 0, rendezvous(folder, config), requests)
+            return _run_all_nodes(folder, config, requests)
+        return _run_node(folder, config, config.cluster.node or 0, rendezvous(folder, config), requests)
 
 
 def rendezvous(folder: Path, config: RunConfig) -> str:
-    """Where ranks meet: what was given, else the first of the hosts and a port that follows from the run's path."""
+    """The ADDRESS:PORT of rank 0: `cluster.rendezvous`, else the first host and a port derived from the run's path."""
     if config.cluster.rendezvous is not None:
         return config.cluster.rendezvous
     port = FIRST_PORT + int.from_bytes(channel.derived(b"", "port", str(folder))[:4], "big") % PORTS
@@ -77,34 +77,34 @@ def rank_log(folder: Path, rank: int) -> Path:
 # --------------------------------------------------------------------------------------------------------- this machine
 
 
-def _here(folder: Path, config: RunConfig, node: int, where: str, requests: list[int]) -> int:
-    """The ranks of machine `node`, started again as often as `cluster.max_restarts` allows."""
+def _run_node(folder: Path, config: RunConfig, node: int, where: str, requests: list[int]) -> int:
+    """Run the ranks of machine `node`, restarting them up to `cluster.max_restarts` times; the exit status."""
     try:
-        channel.secret(folder)  # said once here, and not by every supervisor
+        channel.secret(folder)  # report an error once here, instead of in every supervisor
     except channel.ChannelError as error:
         raise ConfigError(str(error)) from None
     for attempt in range(config.cluster.max_restarts + 1):
         if config.nodes > 1:
-            say(f"machine {node} of {config.nodes}: the ranks meet at {where}; waiting for all of them (Ctrl-C ends)")
+            report(f"machine {node} of {config.nodes}: waiting for all ranks to connect at {where} (Ctrl-C stops)")
         begun = time.monotonic()
         with _Supervisors(folder, config, node, where) as ranks:
             status = _watch(ranks, requests)
-        while Exit.restartable(status) and not requests and time.monotonic() - begun < AGAIN:
+        while Exit.restartable(status) and not requests and time.monotonic() - begun < RETRY_SECONDS:
             time.sleep(0.1)
         if requests or not Exit.restartable(status):
             return status
         if attempt < config.cluster.max_restarts:
-            say(
-                f"ranks ended with status {status}; all start again, from the newest checkpoint, once all machines are there"
+            report(
+                f"ranks ended with status {status}; all restart from the newest checkpoint once all machines are connected"
             )
-    say(
+    report(
         f"this was start {config.cluster.max_restarts + 1} (cluster.max_restarts={config.cluster.max_restarts}); see {folder}/logs"
     )
     return status
 
 
 class _Supervisors:
-    """The supervisors of this machine's ranks; as a context manager, none of them outlives it."""
+    """The supervisors of this machine's ranks; they end with the context at the latest."""
 
     def __init__(self, folder: Path, config: RunConfig, node: int, where: str) -> None:
         address, _, port = where.rpartition(":")
@@ -124,8 +124,8 @@ class _Supervisors:
             "OMP_NUM_THREADS": str(config.cluster.cpus_per_gpu),
             "PYTHONFAULTHANDLER": "1",
             "PYTHONPATH": python_path(folder / "code"),
-            JOIN_SECONDS: str(WAIT),
-            HUB_STATUS: "1",
+            JOIN_TIMEOUT_VARIABLE: str(RENDEZVOUS_TIMEOUT),
+            HUB_STATUS_VARIABLE: "1",
             lease.START: f"hosts {where}",
             **devices(config.gpus),
         }
@@ -143,7 +143,7 @@ class _Supervisors:
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
-                    preexec_fn=_prepare,
+                    preexec_fn=_prepare_process,
                 )
             self._processes.append(process)
 
@@ -156,16 +156,16 @@ class _Supervisors:
             process.wait()
 
     def status(self) -> int | None:
-        """Of all, once they have ended: the first that is not in order, else 75 when one was interrupted."""
+        """The joint exit status, once all have ended: the first failure, else 75 if one was interrupted, else 0."""
         codes = [process.poll() for process in self._processes]
         ended = [128 - code if code < 0 else code for code in codes if code is not None]
         if len(ended) < len(codes):
             return None
-        failed = [code for code in ended if not Exit.in_order(code)]
+        failed = [code for code in ended if not Exit.is_clean(code)]
         return failed[0] if failed else max(ended)
 
     def signal(self, number: int) -> None:
-        """To supervisors, ranks and what these have started, as SLURM does."""
+        """Send a signal to the supervisors, the ranks and their child processes, as SLURM does."""
         for process in self._processes:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, number)
@@ -182,10 +182,10 @@ class _Supervisors:
                 sys.stdout.flush()
 
 
-def _prepare() -> None:
-    """In a new process: end with this one; hold back the signals that must not end it while it still imports."""
+def _prepare_process() -> None:
+    """In a new process: end with the parent; block the signals that must not end it while it still imports."""
     die_with_parent()
-    signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
+    signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
 
 
 def _watch(ranks: _Supervisors, requests: list[int]) -> int:
@@ -195,9 +195,13 @@ def _watch(ranks: _Supervisors, requests: list[int]) -> int:
         if len(requests) > passed_on:
             passed_on = len(requests)
             if passed_on > 1:
-                say("ending the ranks of this machine now; the update in progress is lost, the last checkpoint stays")
+                report(
+                    "killing the ranks of this machine now; the update in progress is lost, the last checkpoint stays"
+                )
             else:
-                say("asked to stop: the ranks of all machines save and leave (once more to end those of this one hard)")
+                report(
+                    "stop requested: the ranks of all machines save and exit (a second signal kills those of this machine)"
+                )
             ranks.signal(signal.SIGKILL if passed_on > 1 else signal.SIGTERM)
         time.sleep(0.1)
     ranks.show()
@@ -205,14 +209,14 @@ def _watch(ranks: _Supervisors, requests: list[int]) -> int:
 
 
 def interface(address: str) -> str | None:
-    """The network interface of this machine through which it reaches `address`; None when that cannot be told (IPv6)."""
+    """The network interface through which this machine reaches `address`; None when it cannot be determined (IPv6)."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((address, 9))
         own = socket.inet_aton(probe.getsockname()[0])
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):
-                asked = struct.pack("256s", name.encode()[:15])
-                if fcntl.ioctl(probe.fileno(), 0x8915, asked)[20:24] == own:  # SIOCGIFADDR
+                request_buffer = struct.pack("256s", name.encode()[:15])
+                if fcntl.ioctl(probe.fileno(), 0x8915, request_buffer)[20:24] == own:  # SIOCGIFADDR
                     return name
         if own[0] == 127:
             return "lo"
@@ -222,8 +226,8 @@ def interface(address: str) -> str | None:
 # ---------------------------------------------------------------------------------------------------------- by ssh
 
 
-def _everywhere(folder: Path, config: RunConfig, requests: list[int]) -> int:
-    """All machines, through `ssh`; what they print is shown behind their names."""
+def _run_all_nodes(folder: Path, config: RunConfig, requests: list[int]) -> int:
+    """Run the ranks of all machines through `ssh`; their output is shown after their names."""
     where = rendezvous(folder, config)
     machines = [_Remote(folder, config, node, host, where) for node, host in enumerate(config.cluster.hosts)]
     passed_on = 0
@@ -231,40 +235,40 @@ def _everywhere(folder: Path, config: RunConfig, requests: list[int]) -> int:
         while any(machine.status is None for machine in machines):
             if len(requests) > passed_on:
                 passed_on = len(requests)
-                say(
-                    "asked to stop: the ranks of all machines save and leave"
+                report(
+                    "stop requested: the ranks of all machines save and exit"
                     if passed_on == 1
-                    else "ending all ranks now"
+                    else "killing all ranks now"
                 )
                 for machine in machines:
-                    machine.ask("stop" if passed_on == 1 else "kill")
+                    machine.send("stop" if passed_on == 1 else "kill")
             for machine in machines:
-                machine.look(again=not requests)
+                machine.poll(retry=not requests)
             time.sleep(0.1)
     finally:
         for machine in machines:
-            machine.leave()
+            machine.disconnect()
     statuses = [machine.status for machine in machines if machine.status is not None]
-    failed = [status for status in statuses if not Exit.in_order(status)]
+    failed = [status for status in statuses if not Exit.is_clean(status)]
     return failed[0] if failed else max(statuses)
 
 
 class _Remote:
-    """One machine, through `ssh`: the end of its input means to stop there as well."""
+    """One machine, reached through `ssh`. The end of its standard input also stops it."""
 
     def __init__(self, folder: Path, config: RunConfig, node: int, host: str, where: str) -> None:
         python = config.cluster.python or shlex.quote(sys.executable)
         code, run_ = shlex.quote(str(folder / "code")), shlex.quote(str(folder))
         missing = shlex.quote(
-            f"error: there is no {folder}/code on {host}; cluster.hosts needs a folder that all machines see"
+            f"error: there is no {folder}/code on {host}; cluster.hosts needs a folder that all machines share"
         )
         self._line = (
             f"cd {code} 2>/dev/null || {{ echo {missing} >&2; exit {int(Exit.MISTAKE)}; }}; "
             f"PYTHONPATH={code} exec {python} -u -m launch.hosts {run_} {node} {shlex.quote(where)}"
         )
         self._host = host
-        self._left = config.cluster.max_restarts
-        self._again_at: float | None = None
+        self._retries_left = config.cluster.max_restarts
+        self._retry_at: float | None = None
         self.status: int | None = None
         self._start()
 
@@ -281,34 +285,34 @@ class _Remote:
         self._copy = threading.Thread(target=_copy, args=(self._process.stdout, self._host), daemon=True)
         self._copy.start()
 
-    def ask(self, word: str) -> None:
-        """Say `stop` or `kill`."""
+    def send(self, word: str) -> None:
+        """Send `stop` or `kill`."""
         assert self._process.stdin is not None
         with contextlib.suppress(OSError, ValueError):
             self._process.stdin.write(f"{word}\n".encode())
             self._process.stdin.flush()
 
-    def look(self, *, again: bool) -> None:
-        """Note how it has ended; one that was lost is tried `again`."""
+    def poll(self, *, retry: bool) -> None:
+        """Record the exit status of a machine that has ended; with `retry`, connect again to one that was lost."""
         if self.status is not None:
             return
-        if self._again_at is not None:
-            if not again:
+        if self._retry_at is not None:
+            if not retry:
                 self.status = int(Exit.FAILED)
-            elif time.monotonic() >= self._again_at:
-                self._again_at = None
+            elif time.monotonic() >= self._retry_at:
+                self._retry_at = None
                 self._start()
             return
         code = self._process.poll()
-        if code == UNREACHED and again and self._left > 0:
-            self._left -= 1
-            self._again_at = time.monotonic() + AGAIN
-            say(f"{self._host} is not to be reached; trying again in {AGAIN:.0f} s")
+        if code == SSH_FAILED and retry and self._retries_left > 0:
+            self._retries_left -= 1
+            self._retry_at = time.monotonic() + RETRY_SECONDS
+            report(f"{self._host} cannot be reached; trying again in {RETRY_SECONDS:.0f} s")
         elif code is not None:
             self._copy.join(5.0)
             self.status = 128 - code if code < 0 else code
 
-    def leave(self) -> None:
+    def disconnect(self) -> None:
         """End the connection."""
         if self._process.poll() is None:
             self._process.terminate()
@@ -323,8 +327,8 @@ def _copy(lines: IO[bytes], host: str) -> None:
 
 
 @contextlib.contextmanager
-def _asked_by_input(requests: list[int]) -> Iterator[None]:
-    """While the context lasts, the words of the machine that has started this one become stop requests."""
+def _stop_requests_from_stdin(requests: list[int]) -> Iterator[None]:
+    """While the context lasts, turn the lines that the launching machine sends on standard input into stop requests."""
 
     def read() -> None:
         for line in sys.stdin:
@@ -336,17 +340,17 @@ def _asked_by_input(requests: list[int]) -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None, exit_: Callable[[int], None] = os._exit) -> None:
-    """Run one machine's ranks, at the other end of `ssh`."""
+    """Run the ranks of one machine; `ssh` calls this there."""
     folder, node, where = sys.argv[1:] if arguments is None else arguments
     try:
-        with stop_requests() as requests, _asked_by_input(requests):
-            status = _here(Path(folder), load(Path(folder)), int(node), where, requests)
+        with stop_requests() as requests, _stop_requests_from_stdin(requests):
+            status = _run_node(Path(folder), load(Path(folder)), int(node), where, requests)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         status = int(Exit.MISTAKE)
     with contextlib.suppress(OSError):
         sys.stdout.flush()
-    exit_(status)  # a thread still waits for input
+    exit_(status)  # a thread still reads standard input
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What rank 0's supervisor decides for all ranks. No processes, no sockets: events in, instructions out."""
+"""Restart decisions of rank 0's supervisor for all ranks: events in, messages to all supervisors out. No processes, no sockets."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 
 from multitrain.cluster.exit_status import Exit
 
-REJOIN = 60.0
-"""Seconds within which all ranks must have ended, to be started again."""
+REJOIN_SECONDS = 60.0
+"""Seconds within which all ranks must have ended to be started again."""
 
 
 class Hub:
-    """Decides when ranks start, start again, and end.
+    """Decides when all ranks start, restart and end.
 
     Args:
-        size: ranks.
-        restarts: starts after the first inside this start of the job, at most.
-        clock: seconds.
+        size: number of ranks.
+        restarts: limit of restarts within this start of the job.
+        clock: returns seconds.
     """
 
     def __init__(self, size: int, restarts: int, clock: Callable[[], float]) -> None:
@@ -26,59 +26,61 @@ class Hub:
         self._clock = clock
         self.attempt = 0
         self._ended: set[int] = set()
-        self._in_order: set[int] = set()
+        self._clean: set[int] = set()
         self._deadline: float | None = None
-        self._over = False
+        self._final = False
 
     def rank_ended(self, rank: int, code: int, stopping: bool, text: str) -> dict[str, Any] | None:
-        """The rank has ended with `code`, in words `text`; what all are to be told.
+        """Record the exit of a rank; the message to all supervisors, or None.
 
         Args:
-            stopping: whether a stop signal has come.
+            code: exit code of the rank; negative for a signal.
+            stopping: whether a stop signal has arrived.
+            text: description of the exit, as the predicate of ``rank 3 ``.
         """
         self._ended.add(rank)
-        if Exit.in_order(code):
-            self._in_order.add(rank)
-        died, ending = not Exit.in_order(code), self._deadline is not None
-        last = self.attempt >= self._restarts or stopping or bool(self._in_order) or not Exit.restartable(code)
+        if Exit.is_clean(code):
+            self._clean.add(rank)
+        died, ending = not Exit.is_clean(code), self._deadline is not None
+        last = self.attempt >= self._restarts or stopping or bool(self._clean) or not Exit.restartable(code)
         if last if died else ending:
             return self.give_up(f"rank {rank} {text}", code)
-        if len(self._ended) == self._size and not self._in_order and not self._over:
+        if len(self._ended) == self._size and not self._clean and not self._final:
             self.attempt += 1
             self._ended, self._deadline = set(), None
-            return {"do": "start", "attempt": self.attempt}
+            return {"action": "start", "attempt": self.attempt}
         if died and not ending:
-            self._deadline = self._clock() + REJOIN
+            self._deadline = self._clock() + REJOIN_SECONDS
             again = f"restart {self.attempt + 1} of {self._restarts} inside the allocation"
-            return {"do": "stop", "why": f"rank {rank} {text}; {again}"}
+            return {"action": "stop_ranks", "reason": f"rank {rank} {text}; {again}"}
         return None
 
     def supervisor_lost(self, rank: int) -> dict[str, Any] | None:
-        """The rank's supervisor is gone."""
+        """Record that the connection to a rank's supervisor was lost; the message to all supervisors, or None."""
         if self.finished(rank):
             return None
         self._ended.add(rank)
         return self.give_up(f"the supervisor of rank {rank} is gone")
 
     def finished(self, rank: int) -> bool:
-        """Whether the rank has ended for good, so that its supervisor may leave."""
-        return rank in self._in_order or (self._over and rank in self._ended)
+        """Whether the rank will not be started again, so that its supervisor may exit."""
+        return rank in self._clean or (self._final and rank in self._ended)
 
-    def overdue(self) -> dict[str, Any] | None:
-        """What to tell when the ranks have not ended in time."""
+    def check_timeout(self) -> dict[str, Any] | None:
+        """The message to all supervisors when not all ranks ended in time; otherwise None."""
         if self._deadline is None or self._clock() < self._deadline:
             return None
-        return self.give_up(f"not all ranks ended within {REJOIN:.0f} s")
+        return self.give_up(f"not all ranks ended within {REJOIN_SECONDS:.0f} s")
 
-    def give_up(self, why: str, status: int = Exit.FAILED) -> dict[str, Any] | None:
-        """End all, once; `status`: of the rank that is the reason."""
+    def give_up(self, reason: str, status: int = Exit.FAILED) -> dict[str, Any] | None:
+        """The message that ends all ranks for good, once, and then None; `status`: exit status of the rank that is the cause."""
         self._deadline = None
-        if self._over:
+        if self._final:
             return None
-        self._over = True
-        return {"do": "end", "why": why, "status": int(status)}
+        self._final = True
+        return {"action": "shut_down", "reason": reason, "status": int(status)}
 
     @property
     def done(self) -> bool:
-        """Whether all ranks have ended, for good."""
-        return len(self._ended) == self._size and (self._over or len(self._in_order) == self._size)
+        """Whether all ranks have ended and will not be started again."""
+        return len(self._ended) == self._size and (self._final or len(self._clean) == self._size)

@@ -1,10 +1,10 @@
-# What a batch script of a job does around its steps; sourced by it, from the run's own copy of the code.
+# Functions and settings of a job's batch script around its steps; the script sources this file from the run's own code.
 #
 #   run       the run's folder
 #   python    the Python command of the ranks, as an array of words
 #   task      "evaluate" for a test of the run's weights; training otherwise
 
-# For SLURM's commands: an element of an array by both numbers, since SLURM_JOB_ID of the last one names the whole array.
+# The job for SLURM's commands: a task of an array by both numbers, since SLURM_JOB_ID of its last task names the whole array.
 this_job=$SLURM_JOB_ID
 [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || this_job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 
@@ -13,21 +13,21 @@ log=$(readlink /dev/fd/2)                     # of this script and of srun
 log_before=$(stat -c %s "$log" 2>/dev/null) # what earlier starts of the job wrote
 export PYTHONFAULTHANDLER=1
 
-# Ranks start with the stop signals held back, so that none can kill one that is still importing (needs coreutils 8.31).
+# Ranks start with the stop signals blocked, so that no signal kills a rank that still imports (needs coreutils 8.31).
 hold='env --block-signal=TERM,INT,USR1,USR2'
 $hold true 2>/dev/null || hold=
 
-# Of the shell that submitted; the tasks' own come from srun.
+# Drop the variables of the shell that submitted; srun sets those of each task.
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT SLURM_TIME_FORMAT SLURM_CLUSTERS
 unset "${!SQUEUE_@}" "${!SCONTROL_@}" "${!SCANCEL_@}" "${!SACCT_@}"
 [ -z "${SLURM_MEM_PER_NODE:-}" ] || unset SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU
-# srun does not inherit --cpus-per-task since 22.05. The job's own value counts: sbatch --cpus-per-task=4 slurm/train.sh
+# Since 22.05 srun does not inherit --cpus-per-task; pass on the job's value, e.g. of sbatch --cpus-per-task=4 slurm/train.sh
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
-# job_record: what the controller says of this job; nothing when it does not answer.
+# job_record: the controller's record of this job; nothing when it does not answer.
 job_record() { scontrol show job -o "$this_job" 2>/dev/null; }
 
-# srun in the background, so that this script acts on a signal at once; its exit status is srun's.
+# srun: run it in the background, so that this script handles a signal at once; the exit status is srun's.
 srun() {
     local step status again
     command srun "$@" &
@@ -37,49 +37,49 @@ srun() {
         status=$?
         [ "$status" -gt 128 ] && kill -0 "$step" 2>/dev/null || break # a signal to this script ended the wait
     done
-    wait "$step" 2>/dev/null # the same once more, for a signal that came as srun ended
+    wait "$step" 2>/dev/null # wait once more: a signal may have arrived as srun ended
     again=$?
     [ "$again" -eq 127 ] || status=$again
     return "$status"
 }
 
-# A signal to this script alone asks for a checkpoint; the ranks get those of preemption and cancellation themselves.
-# At its time limit the job has seconds left, whatever the ranks do: it goes back into the queue now.
+# on_signal NAME: request a checkpoint, since a signal may reach this script alone; preemption and cancellation signal the ranks too.
+# At the time limit the job has only seconds left, whatever the ranks do: requeue it now.
 on_signal() {
     signals="$signals $1"
     [ "${task:-}" = evaluate ] || [ -L "$run/SAVE" ] || touch "$run/SAVE" 2>/dev/null
-    if [ "$1" = TERM ] && job_record | grep -q ' Reason=TimeLimit '; then come_back 143 --early; fi
+    if [ "$1" = TERM ] && job_record | grep -q ' Reason=TimeLimit '; then requeue_if_due 143 --early; fi
 }
 for name in TERM INT USR1 USR2; do
     # shellcheck disable=SC2064
     trap "on_signal $name" "$name"
 done
-trap 'signals="$signals HUP"' HUP # else `scancel --signal=HUP --full` ends script and ranks at once, and nothing brings the job back
+trap 'signals="$signals HUP"' HUP # otherwise `scancel --signal=HUP --full` ends script and ranks, and nothing requeues the job
 
-# come_back STATUS [--early]: asks the one place that decides, which puts the job back when it is to come back.
-come_back() {
+# requeue_if_due STATUS [--early]: call launch/requeue.py, which decides whether the job is requeued and requeues it.
+requeue_if_due() {
     local record
     record=$(job_record)
     PYTHONSAFEPATH=1 $hold "${python[@]}" -m launch.requeue "$run" "$1" ${2:-} ${task:+--task "$task"} --signals "$signals" \
         --record "$record" --failed-on "$(failed_on)"
     case $? in
     0) return ;;
-    69) ;; # it is to come back, and there is no scontrol where Python is
+    69) ;; # requeue it here: there is no scontrol where Python runs
     70)
         scancel "$this_job"
         return
         ;;
-    *) # Python cannot run on this node, or SLURM ends this script since the job is back in the queue
+    *) # Python cannot run on this node, or SLURM ends this script because the job is requeued
         record=$(job_record)
-        case $record in '' | *' JobState=RUNNING '*) elsewhere ;; esac
+        case $record in '' | *' JobState=RUNNING '*) requeue_without_this_node ;; esac
         return
         ;;
     esac
-    put_back
+    requeue_job
 }
 
-# failed_on: the node on which srun could not start a task, else the one whose task ended first with an exit status of its
-# own, as srun reported in this start. Ranks that could not start have reported it nowhere else.
+# failed_on: the node on which srun could not start a task, else the node of the first task that failed by itself, from srun's
+# messages of this start. Ranks that could not start are reported nowhere else.
 failed_on() {
     local said node task
     said=$(tail -c "+$((${log_before:-0} + 1))" "$log" 2>/dev/null)
@@ -95,9 +95,9 @@ failed_on() {
     fi
 }
 
-# elsewhere: requeue without this node. Where that did not help on three nodes (eight, if the run has made progress),
-# it is not the node: the job ends (is held).
-elsewhere() {
+# requeue_without_this_node: after three nodes that failed alike the cause is not the node, and the job ends; a run with progress
+# is held after eight.
+requeue_without_this_node() {
     local seen=$run/logs/$SLURM_JOB_ID.nodes tried out
     out=$(job_record | sed -n 's/.* ExcNodeList=\([^( ][^ ]*\).*/\1/p')
     out=${out:+$out,}$SLURMD_NODENAME
@@ -107,20 +107,20 @@ elsewhere() {
         tried=$(scontrol show hostnames "$out" | wc -l)
     fi
     if [ ! -s "$run/metrics.jsonl" ] && [ "$tried" -ge 3 ]; then
-        echo "multitrain: ${python[*]} does not run on $tried nodes ($seen): the job does not come back" >&2
+        echo "multitrain: ${python[*]} does not run on $tried nodes ($seen): the job is not requeued" >&2
         return
     fi
-    echo "multitrain: ${python[*]} does not run on $SLURMD_NODENAME: the job comes back without this node" >&2
-    put_back "$out"
+    echo "multitrain: ${python[*]} does not run on $SLURMD_NODENAME: the job is requeued without this node" >&2
+    requeue_job "$out"
     if [ "$tried" -ge 8 ]; then
         echo "multitrain: it does not run on $tried nodes ($seen); the job is held: scontrol release $this_job" >&2
         $hold scontrol hold "$this_job"
     fi
 }
 
-# put_back [NODES]: into the queue, or a successor that starts when this job has ended, without some nodes; a controller
-# that does not answer is asked until this script is ended.
-put_back() {
+# requeue_job [NODES]: requeue the job, or submit a successor that starts when this job has ended, without these nodes. While the
+# controller does not answer, try again until SLURM ends this script.
+requeue_job() {
     local said again=(scontrol requeue "$this_job")
     if grep -q '^  requeue: resubmit' "$run/config.yaml" 2>/dev/null; then
         again=(sbatch "--dependency=afterany:$this_job" ${1:+"--exclude=$1"} "$run/job.sh")
@@ -129,7 +129,7 @@ put_back() {
         case $said in
         *'Unable to contact'* | *'imed out'* | *busy* | *'emporar'*) sleep 5 ;;
         *)
-            echo "multitrain: the job could not be put back into the queue: $said" >&2
+            echo "multitrain: the job could not be requeued: $said" >&2
             return
             ;;
         esac
@@ -137,8 +137,8 @@ put_back() {
     [ -z "${1:-}" ] || [ "${again[0]}" = sbatch ] || $hold scontrol update "jobid=$this_job" "excnodelist=$1"
 }
 
-# finish STATUS: the end of the script.
+# finish STATUS: requeue the job if it is due, and exit.
 finish() {
-    come_back "$1"
+    requeue_if_due "$1"
     exit "$1"
 }

@@ -1,4 +1,4 @@
-"""Ranks as processes of this machine: what SLURM and `srun` do on a cluster, for one machine."""
+"""Run the ranks as processes of this machine, as SLURM and `srun` do on a cluster."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
 
-from launch.child import PATIENCE, AwakeClock, Pulse, prepare
+from launch.child import EXIT_TIMEOUT, AwakeClock, Heartbeat, prepare_process
 from launch.rank import python_path, training
 from multitrain import lease
-from multitrain.cluster.exit_status import Exit, explained, killed_for_memory
+from multitrain.cluster.exit_status import Exit, describe_exit, killed_for_memory
 from multitrain.cluster.restarts import IN_PLACE
 from multitrain.cluster.slurm import free_port
 from multitrain.cluster.supervised import PULSE_FD, STORE_KEY
 from multitrain.config import ConfigError, RunConfig
 
 INTERRUPTED = Exit.INTERRUPTED
-"""Exit code of a rank, and of a run, that saved and can be resumed."""
+"""Exit code of a rank, or of a run, that has saved and can be resumed."""
 
-TAIL = 20
+TAIL_LINES = 20
 """Lines of a failed rank's log that are shown."""
 
 
-def say(text: str) -> None:
-    """A line on standard error, as far as that takes one."""
+def report(text: str) -> None:
+    """Print a line on standard error; a failure to write is ignored."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 
@@ -43,15 +43,16 @@ def run(
     config: RunConfig,
     arguments: tuple[str, ...] | None = None,
     *,
-    say: Callable[[str], None] = say,
+    report: Callable[[str], None] = report,
 ) -> int:
-    """Run all ranks of the run in `folder` to their end, rank 0's output on the terminal.
+    """Run all ranks of the run in `folder` until they end, and show the output of rank 0.
 
-    SIGINT or SIGTERM is passed on once, as SIGTERM, so that the ranks save and leave; a second one ends them hard. When a
-    rank fails, the others are ended too, and all start again, `cluster.restarts_in_place` times at most.
+    The first SIGINT or SIGTERM is passed on as SIGTERM, so that the ranks save and exit; a second one kills them. When a rank
+    fails, the others are ended too, and all start again, at most `cluster.restarts_in_place` times.
 
     Args:
-        arguments: of the Python that each rank becomes; training when not given.
+        arguments: arguments of Python for each rank; default: those that train the run.
+        report: called with each line for the user.
 
     Returns:
         0 when finished; 75 when interrupted and resumable; else the exit code of the rank that failed first.
@@ -78,13 +79,13 @@ def run(
             place = {**common, "MASTER_PORT": str(free_port()), IN_PLACE: str(attempt)}
             place[STORE_KEY] = secrets.token_hex(32)
             with _Ranks(command, folder, place, config.gpus) as ranks:
-                code = _watch(ranks, requests, say)
+                code = _watch(ranks, requests, report)
             if requests or not Exit.restartable(code) or attempt == restarts:
                 return code
             if not (folder / "code").is_dir():
-                say(f"{folder} is not there any more: bring it back, or resume the run from where it lies now")
+                report(f"{folder} does not exist any more: move it back, or resume the run from its new path")
                 return code
-            say(f"restart {attempt + 1} of {restarts}, from the newest checkpoint")
+            report(f"restart {attempt + 1} of {restarts}, from the newest checkpoint")
     raise AssertionError("unreachable")
 
 
@@ -94,25 +95,25 @@ def rank_log(folder: Path, rank: int = 0) -> Path:
 
 
 class _Ranks:
-    """The processes of a run; as a context manager, none of them outlives it."""
+    """The processes of a run; they end with the context at the latest."""
 
     def __init__(self, command: Sequence[str], folder: Path, common: dict[str, str], count: int) -> None:
         self.logs = [rank_log(folder, rank) for rank in range(count)]
         self.logs[0].parent.mkdir(exist_ok=True)
         shown = self.logs[0].stat().st_size if self.logs[0].exists() else 0
-        self._written: list[BinaryIO] = []  # the logs, open for reading: the run's folder may be moved away
+        self._log_files: list[BinaryIO] = []  # the logs, open for reading: the run's folder may be moved away
         self.processes: list[subprocess.Popen[bytes]] = []
         self.reasons: dict[int, str] = {}
-        """Ranks that were killed here because they gave no sign of life."""
+        """Why a rank was killed here, by rank: it did not respond."""
         self._clock = AwakeClock()
-        self._pulses = [Pulse(self._clock) for _ in range(count)]
+        self._heartbeats = [Heartbeat(self._clock) for _ in range(count)]
         self.killed_before = killed_for_memory()
         for rank, log in enumerate(self.logs):
             environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            pulse = self._pulses[rank]
-            environment[PULSE_FD] = str(pulse.write_end)
+            heartbeat = self._heartbeats[rank]
+            environment[PULSE_FD] = str(heartbeat.write_end)
             with open(log, "ab") as output:
-                self._written.append(log.open("rb"))
+                self._log_files.append(log.open("rb"))
                 process = subprocess.Popen(
                     command,
                     cwd=folder / "code",
@@ -121,28 +122,28 @@ class _Ranks:
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,  # Ctrl-C reaches the launcher only, which passes it on once
-                    preexec_fn=prepare,
-                    pass_fds=(pulse.write_end,),
+                    preexec_fn=prepare_process,
+                    pass_fds=(heartbeat.write_end,),
                 )
-            pulse.started()
+            heartbeat.started()
             self.processes.append(process)
-        self._written[0].seek(shown)
+        self._log_files[0].seek(shown)
 
     def __enter__(self) -> _Ranks:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.kill()
-        for pulse in self._pulses:
-            pulse.close()
-        for log in self._written:
+        for heartbeat in self._heartbeats:
+            heartbeat.close()
+        for log in self._log_files:
             log.close()
 
-    def watch(self) -> None:
-        """Kill a rank that gives no sign of life. To be called often."""
+    def check(self) -> None:
+        """Kill a rank that does not respond. Call it often."""
         self._clock()
-        for rank, (process, pulse) in enumerate(zip(self.processes, self._pulses)):
-            if process.poll() is None and (reason := pulse.watch(process)) is not None:
+        for rank, (process, heartbeat) in enumerate(zip(self.processes, self._heartbeats)):
+            if process.poll() is None and (reason := heartbeat.check(process)) is not None:
                 self.reasons.setdefault(rank, reason)
 
     def codes(self) -> list[int | None]:
@@ -151,13 +152,13 @@ class _Ranks:
         return [128 - c if c is not None and c < 0 else c for c in codes]
 
     def terminate(self) -> None:
-        """SIGTERM to the ranks, not to their workers."""
+        """Send SIGTERM to the ranks, not to their workers."""
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """SIGKILL to the ranks and everything they started."""
+        """Send SIGKILL to the ranks and all their child processes."""
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -165,64 +166,64 @@ class _Ranks:
 
     def show(self) -> None:
         """Copy what rank 0 wrote since the last call to the terminal."""
-        if new := self._written[0].read():
-            with contextlib.suppress(OSError):  # it may go to a file on a disk that is full
+        if new := self._log_files[0].read():
+            with contextlib.suppress(OSError):  # standard output may be a file on a full disk
                 sys.stdout.buffer.write(new)
                 sys.stdout.flush()
 
     def tail(self, rank: int) -> str:
         """The last lines of a rank's log."""
-        log = self._written[rank]
+        log = self._log_files[rank]
         log.seek(max(0, log.seek(0, os.SEEK_END) - 20_000))
         lines = log.read().decode(errors="replace").splitlines()
-        return "\n".join(f"    {line}" for line in lines[-TAIL:])
+        return "\n".join(f"    {line}" for line in lines[-TAIL_LINES:])
 
 
-def _watch(ranks: _Ranks, requests: list[int], say: Callable[[str], None]) -> int:
-    """Wait for the ranks; returns the exit code of the run."""
+def _watch(ranks: _Ranks, requests: list[int], report: Callable[[str], None]) -> int:
+    """Wait for the ranks, and return the exit code of the run."""
     passed_on = 0
     while None in (codes := ranks.codes()):
         ranks.show()
-        ranks.watch()
-        failed = [rank for rank, code in enumerate(codes) if code is not None and not Exit.in_order(code)]
+        ranks.check()
+        failed = [rank for rank, code in enumerate(codes) if code is not None and not Exit.is_clean(code)]
         if failed:
-            return _end_after_failure(ranks, failed[0], say)
+            return _end_after_failure(ranks, failed[0], report)
         if len(requests) > passed_on:
             passed_on = len(requests)
             if passed_on > 1:
-                say("ending all ranks now; the update in progress is lost, the last checkpoint stays")
+                report("killing all ranks now; the update in progress is lost, the last checkpoint stays")
                 ranks.kill()
             else:
-                say("asked to stop: the ranks save and leave (once more to end them hard)")
+                report("stop requested: the ranks save and exit (a second signal kills them)")
                 ranks.terminate()
         time.sleep(0.05)
     ranks.show()
-    failed = [rank for rank, code in enumerate(codes) if code is not None and not Exit.in_order(code)]
+    failed = [rank for rank, code in enumerate(codes) if code is not None and not Exit.is_clean(code)]
     if failed and passed_on > 1:
         return 128 + requests[0]
     if failed:
-        return _end_after_failure(ranks, failed[0], say)
+        return _end_after_failure(ranks, failed[0], report)
     return Exit.INTERRUPTED if Exit.INTERRUPTED in codes else Exit.FINISHED
 
 
-def _end_after_failure(ranks: _Ranks, rank: int, say: Callable[[str], None]) -> int:
+def _end_after_failure(ranks: _Ranks, rank: int, report: Callable[[str], None]) -> int:
     code = ranks.codes()[rank] or 1
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + EXIT_TIMEOUT
     ranks.terminate()
     while None in ranks.codes() and time.monotonic() < deadline:
         time.sleep(0.05)
     ranks.kill()
     ranks.show()
     if rank != 0:  # rank 0's log is on the terminal already
-        say(f"last lines of rank {rank}:\n{ranks.tail(rank)}")
-    text = ranks.reasons.get(rank) or explained(code, ranks.killed_before)
-    say(f"rank {rank} {text}; its log: {ranks.logs[rank]}")
+        report(f"last lines of rank {rank}:\n{ranks.tail(rank)}")
+    text = ranks.reasons.get(rank) or describe_exit(code, ranks.killed_before)
+    report(f"rank {rank} {text}; its log: {ranks.logs[rank]}")
     return code
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """A list that grows by every SIGINT, SIGTERM or SIGHUP while the context lasts."""
+    """A list to which every SIGINT, SIGTERM or SIGHUP is appended while the context lasts."""
     received: list[int] = []
 
     def note(number: int, _: FrameType | None) -> None:
@@ -238,13 +239,13 @@ def stop_requests() -> Iterator[list[int]]:
 
 
 def devices(ranks: int) -> dict[str, str]:
-    """CUDA_VISIBLE_DEVICES with one GPU a rank, the rank's own being number LOCAL_RANK; nothing on a machine without GPUs.
+    """CUDA_VISIBLE_DEVICES with one GPU per rank, the rank's own GPU at index LOCAL_RANK; empty on a machine without GPUs.
 
     Raises:
-        ConfigError: some GPUs, but fewer than ranks.
+        ConfigError: there are GPUs, but fewer than ranks.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = [g for g in visible.split(",") if g] if visible is not None else _installed()
+    gpus = [g for g in visible.split(",") if g] if visible is not None else _installed_gpus()
     if not gpus:
         return {}
     if len(gpus) < ranks:
@@ -254,7 +255,7 @@ def devices(ranks: int) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[:ranks])}
 
 
-def _installed() -> list[str]:
+def _installed_gpus() -> list[str]:
     """The numbers of this machine's GPUs, as `nvidia-smi` lists them; none without it."""
     try:
         done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)

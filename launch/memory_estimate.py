@@ -1,8 +1,8 @@
-"""What a run will need, said before it is submitted: memory of a GPU, and clips that a CPU core has to deliver.
+"""Estimate the needs of a run before it is submitted: memory per GPU, and clips per second from each CPU core.
 
-Nothing is measured here. Bytes of a clip were counted for the published networks (`footprint.json`, written by
-``python -m benchmarks.footprint``), and follow from tokens × channels, block by block; the loader's clips per core,
-measured by ``python -m benchmarks.loader``, are scaled by frames.
+Nothing is measured here. The bytes per clip were counted for the published networks (`footprint.json`, written by
+``python -m benchmarks.footprint``) and scale with tokens × channels, block by block. The loader's clips per core, measured by
+``python -m benchmarks.loader``, scale with the number of frames.
 """
 
 from __future__ import annotations
@@ -19,51 +19,51 @@ from multitrain.order.batch import BatchShape
 from multitrain.text import counted
 
 GB = 1e9
-CONTEXT = 0.8 * GB
-"""CUDA's context and its libraries' work space; an estimate, for no count sees it."""
-ROOM = 0.92
-"""Share of a GPU's memory that a forecast may fill: the allocator cannot use every byte."""
-SMALL = 0.05
-"""Work of a clip ÷ that of the default network below which the time of a step does not follow from it."""
-FULL_PRECISION = 1.7
-"""Activations in fp32 ÷ in bf16: most double, masks and statistics do not."""
+CUDA_CONTEXT_BYTES = 0.8 * GB
+"""Bytes of CUDA's context and of the workspaces of its libraries; an estimate, since torch does not count them."""
+USABLE_MEMORY_FRACTION = 0.92
+"""Fraction of a GPU's memory that an estimate may fill: the allocator cannot use every byte."""
+MIN_RELATIVE_WORK = 0.05
+"""Work per clip, relative to the default network, below which it does not determine the time of a step."""
+FP32_FACTOR = 1.7
+"""Bytes of activations in fp32 ÷ bytes in bf16: most double, masks and statistics do not."""
 
 _FACTS: dict[str, Any] = json.loads(Path(__file__).with_name("footprint.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What one GPU and its cores have to hold and to do."""
+    """The estimated needs of one GPU and its CPU cores."""
 
     clips: int
     """Clips in a micro-batch of one GPU."""
     clip_bytes: float
-    """Activations of one clip at the peak of a step."""
+    """Bytes of the activations of one clip at the peak of a step."""
     fixed_bytes: float
-    """Weights, gradients, this rank's share of the optimizer, buffers, and CUDA's own."""
+    """Bytes of weights, gradients, this rank's shard of the optimizer, buffers, and CUDA itself."""
     gpu_clips: float
-    """Clips a second that a GPU is expected to train on; a guess for networks much smaller than the published ones."""
+    """Clips per second that a GPU is expected to train on; a guess for networks much smaller than the published ones."""
     core_clips: float
-    """Clips a second that one core makes."""
+    """Clips per second that one core decodes and augments."""
 
     @property
     def bytes(self) -> float:
-        """Peak memory of a GPU."""
+        """Peak memory of a GPU, in bytes."""
         return self.fixed_bytes + self.clips * self.clip_bytes
 
 
 def forecast(config: RunConfig, shape: BatchShape) -> Forecast:
-    """The forecast of a run whose updates are cut as `shape` says."""
+    """The estimate for a run whose effective batch is split as in `shape`."""
     model, clips = config.model, shape.micro_batch * config.augment.copies
     size = work(model) / work(ModelConfig())
     clip = clip_bytes(model, config.activation_checkpointing)
     if config.precision == "fp32":
-        clip *= FULL_PRECISION
+        clip *= FP32_FACTOR
     clip += 3 * model.frames * model.crop**2 * (4 + 4 + 1)  # as float32, its mixing partner, and as uint8
     count = parameters(model, [d.classes or 400 for d in config.data.datasets.values()])
     buckets = 2 * min(config.engine.bucket_elements, count)
     low = 0 if config.precision == "fp32" else 2
-    fixed = count * (4 + 4 + low) + 12 * count / shape.world_size + 4 * buckets + CONTEXT
+    fixed = count * (4 + 4 + low) + 12 * count / shape.world_size + 4 * buckets + CUDA_CONTEXT_BYTES
     return Forecast(
         clips=clips,
         clip_bytes=clip,
@@ -73,80 +73,84 @@ def forecast(config: RunConfig, shape: BatchShape) -> Forecast:
     )
 
 
-def lines(config: RunConfig, shape: BatchShape) -> list[str]:
-    """The forecast as comment lines for a person; warnings last, each with what to do."""
+def summary_lines(config: RunConfig, shape: BatchShape) -> list[str]:
+    """The estimate as comment lines for the user; warnings come last, each with a remedy."""
     f, cluster = forecast(config, shape), config.cluster
     cores = counted(cluster.cpus_per_gpu, "core")
     needed = f.gpu_clips / cluster.cpus_per_gpu
-    holder = "rank" if on_cpus(config) else "GPU"
-    said = [
-        f"# memory {f.bytes / GB:.1f} GB a {holder} at the peak, predicted: {counted(f.clips, 'clip')} × {f.clip_bytes / GB:.2f} GB "
+    device = "rank" if on_cpus(config) else "GPU"
+    notes = [
+        f"# memory {f.bytes / GB:.1f} GB per {device} at the peak, estimated: {counted(f.clips, 'clip')} × {f.clip_bytes / GB:.2f} GB "
         f"+ {f.fixed_bytes / GB:.1f} GB (activation_checkpointing={config.activation_checkpointing})"
     ]
-    made = f"a core makes about {f.core_clips:.0f} (multitrain data bench measures yours)"
+    made = f"a core delivers about {f.core_clips:.0f} (multitrain data bench measures yours)"
     if on_cpus(config):
-        return [*said, f"# loader the ranks compute on CPU cores, slower than clips are made: {made}", *here(config)]
-    if cluster.gpu_clips is None and work(config.model) < SMALL * work(ModelConfig()):
         return [
-            *said,
+            *notes,
+            f"# loader the ranks compute on CPU cores, which is slower than loading: {made}",
+            *local_notes(config),
+        ]
+    if cluster.gpu_clips is None and work(config.model) < MIN_RELATIVE_WORK * work(ModelConfig()):
+        return [
+            *notes,
             *_memory_warning(config, f),
             f"# loader no estimate for so small a network; {made}",
-            *here(config),
+            *local_notes(config),
         ]
-    where = "" if cluster.gpu_clips else ", estimated; cluster.gpu_clips=N says better"
-    said.append(
-        f"# loader {needed:.1f} clips a second from each of {cores} a GPU, which trains on {f.gpu_clips:.0f} a second"
+    where = "" if cluster.gpu_clips else ", estimated; set cluster.gpu_clips=N if you know it"
+    notes.append(
+        f"# loader {needed:.1f} clips/s from each of {cores} per GPU, which trains on {f.gpu_clips:.0f} clips/s"
         f"{where}; {made}"
     )
-    said += _memory_warning(config, f)
+    notes += _memory_warning(config, f)
     if needed > f.core_clips:
-        said.append(
+        notes.append(
             f"# warning: {cores} cannot feed a GPU; use cluster.cpus_per_gpu={math.ceil(f.gpu_clips / f.core_clips)}, "
             "or videos that decode faster (docs/performance.md)"
         )
-    return said + here(config)
+    return notes + local_notes(config)
 
 
 def on_cpus(config: RunConfig) -> bool:
-    """Whether the ranks will compute on CPU cores, as far as this machine can know."""
+    """Whether the ranks will compute on CPU cores, as far as this machine shows."""
     if config.cluster.kind == "local":
         return not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg"))
     return config.cluster.gpu_request == "none"
 
 
-def here(config: RunConfig) -> list[str]:
-    """What this machine cannot give a run with ``cluster=local``, a comment line each."""
+def local_notes(config: RunConfig) -> list[str]:
+    """Comment lines about what a run with ``cluster=local`` lacks on this machine; empty for other clusters."""
     if config.cluster.kind != "local":
         return []
     cores = len(os.sched_getaffinity(0))
     loaders = config.gpus * config.data.workers
-    said = []
+    notes = []
     if on_cpus(config):
-        said.append(
+        notes.append(
             f"# note: no GPU on this machine: {counted(config.gpus, 'rank')} {'trains' if config.gpus == 1 else 'train'} "
             f"on its {counted(cores, 'core')}"
         )
     if loaders + config.gpus > max(cores, config.gpus + 1):
         fits = max(0, (cores - config.gpus) // config.gpus)
-        said.append(
+        notes.append(
             f"# warning: {counted(config.gpus, 'rank')} × data.workers={config.data.workers} = {loaders} loader processes on "
             f"{counted(cores, 'core')}; "
             f"use data.workers={max(1, fits)}" + (f" and gpus={max(1, cores // 2)}" if config.gpus > cores else "")
         )
-    return said
+    return notes
 
 
 def _memory_warning(config: RunConfig, f: Forecast) -> list[str]:
     memory = config.cluster.gpu_memory
-    if memory is None or f.bytes <= ROOM * memory * GB:
+    if memory is None or f.bytes <= USABLE_MEMORY_FRACTION * memory * GB:
         return []
     return [f"# warning: {f.bytes / GB:.1f} GB do not fit cluster.gpu_memory={memory:g} GB; {_smaller(config, f)}"]
 
 
 def _smaller(config: RunConfig, f: Forecast) -> str:
-    """What would fit."""
+    """The options with which the run would fit."""
     assert config.cluster.gpu_memory is not None
-    free = ROOM * config.cluster.gpu_memory * GB - f.fixed_bytes
+    free = USABLE_MEMORY_FRACTION * config.cluster.gpu_memory * GB - f.fixed_bytes
     group, copies = config.group, config.augment.copies
     fits = int(free / f.clip_bytes / copies) // group * group if free > 0 else 0
     remedies = [f"micro_batch={fits} or less"] if fits else []
@@ -157,18 +161,18 @@ def _smaller(config: RunConfig, f: Forecast) -> str:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the activations of one clip follow from."""
+    """The sizes from which the activations of one clip are computed."""
 
     inputs: int
     """Bytes of the clip and of every block's input, which all modes keep: fp32 up to the first stage change, then bf16."""
     outputs: int
-    """Tokens × channels of the blocks' outputs, summed: so much is kept of what is inside the blocks."""
+    """Tokens × channels of the blocks' outputs, summed; the activations kept inside the blocks are proportional to it."""
     largest: int
-    """Tokens × channels of the largest block: so much is alive while its gradient is computed."""
+    """Tokens × channels of the largest block; the memory of its backward pass is proportional to it."""
 
 
 def clip_bytes(model: ModelConfig, activation_checkpointing: str) -> float:
-    """Activations of one clip in bf16 at the peak of a training step."""
+    """Bytes of the activations of one clip in bf16 at the peak of a training step."""
     per_output, at_peak = _FACTS["bytes"][activation_checkpointing]
     size = sizes(model)
     return float(size.inputs + per_output * size.outputs + at_peak * size.largest)
@@ -189,12 +193,12 @@ def sizes(model: ModelConfig) -> Sizes:
 
 
 def work(model: ModelConfig) -> float:
-    """Tokens × channels summed over the blocks, which time grows with."""
+    """Tokens × channels summed over the blocks; the time of a step grows with it."""
     return sum(tokens * max(d_in, d_out) for tokens, d_in, d_out in _blocks(model))
 
 
 def _blocks(model: ModelConfig) -> list[tuple[int, int, int]]:
-    """Of each block: tokens that it reads, and channels in and out."""
+    """For each block: input tokens, input channels, output channels."""
     dim, found = model.width, []
     for block in range(model.depth):
         out = 2 * dim if block in model.stages else dim
@@ -204,7 +208,7 @@ def _blocks(model: ModelConfig) -> list[tuple[int, int, int]]:
 
 
 def _grid(model: ModelConfig, block: int) -> int:
-    """Side of the grid of tokens that a block reads; a side that cannot be halved is rounded up, as the model does."""
+    """Side of a block's grid of input tokens; an odd side is rounded up when it is halved, as in the model."""
     side = model.crop // 4
     for stage in model.stages:
         side = -(-side // 2) if stage < block else side
@@ -212,7 +216,7 @@ def _grid(model: ModelConfig, block: int) -> int:
 
 
 def parameters(model: ModelConfig, classes: list[int]) -> int:
-    """Parameters of the network with a head for each dataset."""
+    """Number of parameters of the network with a head for each dataset."""
     head = model.width // model.heads
     count = model.width * (3 * 3 * 7 * 7 + 1) + (model.crop // 4) ** 2 * model.width + model.frames // 2 * model.width
     for _, d_in, d_out in _blocks(model):

@@ -1,4 +1,4 @@
-"""What one process can find out about the node it runs on: GPUs, CPUs, memory, disks, libraries. Standard library only."""
+"""Inspect the node of this process: GPUs, CPUs, memory, disks, libraries. Standard library only."""
 
 from __future__ import annotations
 
@@ -15,45 +15,45 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-WRITTEN = 16 << 20
+WRITE_BYTES = 16 << 20
 """Bytes written to measure the speed of the run's folder."""
 
-READ = 32 << 20
-"""Bytes of video files read at most to measure the speed of their folder."""
+MAX_READ_BYTES = 32 << 20
+"""Limit of bytes of video files read to measure the speed of their folder."""
 
-LITTLE = 1 << 20
-"""Bytes read below which a speed says nothing."""
+MIN_READ_BYTES = 1 << 20
+"""Fewer bytes than this give no speed: the measurement would be noise."""
 
 READ_SECONDS = 2.0
-"""Seconds that reading takes at most."""
+"""Limit of the time for reading, in seconds."""
 
-SEEN_FILES = 400
-"""Video files looked at, of which each rank reads its own share."""
+MAX_LISTED_FILES = 400
+"""Limit of video files listed; each rank reads its own share of them."""
 
 LIBRARIES = ("multitrain", "torch", "deepspeed", "numpy", "av", "decord", "opencv-python-headless", "nvidia-nccl-cu12")
 """Packages whose versions must be the same on all nodes."""
 
 
 def name(environment: Mapping[str, str] = os.environ) -> str:
-    """The node's name as SLURM uses it (virtual nodes share a host name)."""
+    """The node's name in SLURM, else its host name (virtual nodes share a host name)."""
     return environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def look(place: Mapping[str, str], folder: Path, videos: Sequence[str] = ()) -> dict[str, Any]:
-    """The row of this rank. What fails is a text under ``problems``, not an exception.
+def collect(rank_env: Mapping[str, str], folder: Path, videos: Sequence[str] = ()) -> dict[str, Any]:
+    """The preflight row of this rank. A check that fails adds a text to ``problems`` and raises nothing.
 
     Args:
-        place: of the rank: RANK, LOCAL_RANK.
-        folder: the run's; the first rank of a node times a write, an fsync and a rename there.
+        rank_env: RANK and LOCAL_RANK of the rank.
+        folder: the run's folder; the first rank of a node times a write, an fsync and a rename there.
         videos: folders of video files, from which every rank reads.
     """
     problems: list[str] = []
     cores = sorted(os.sched_getaffinity(0))
-    first = os.environ.get("SLURM_LOCALID", place["LOCAL_RANK"]) == "0"
+    first = os.environ.get("SLURM_LOCALID", rank_env["LOCAL_RANK"]) == "0"
     row: dict[str, Any] = {
-        "rank": int(place["RANK"]),
+        "rank": int(rank_env["RANK"]),
         "node": name(),
-        **gpu(int(place["LOCAL_RANK"])),
+        **gpu(int(rank_env["LOCAL_RANK"])),
         "cpus": len(cores),
         "cores": os.cpu_count(),
         "affinity": ranges(cores),
@@ -72,7 +72,7 @@ def look(place: Mapping[str, str], folder: Path, videos: Sequence[str] = ()) -> 
     speeds: list[float] = []
     for root in videos:
         try:
-            speed_of_root = read_speed(Path(root), int(place["RANK"]))
+            speed_of_root = read_speed(Path(root), int(rank_env["RANK"]))
             speeds += [speed_of_root] if speed_of_root is not None else []
         except OSError as error:
             problems.append(f"cannot read videos in {root} ({error.strerror or error}); is it mounted there?")
@@ -82,16 +82,16 @@ def look(place: Mapping[str, str], folder: Path, videos: Sequence[str] = ()) -> 
 
 
 def gpu(index: int) -> dict[str, Any]:
-    """The GPU that a rank uses which is to take number `index` of those it can see.
+    """The part of a row about the GPU with this index among the visible ones.
 
-    ``gpu``: number and, where `nvidia-smi` tells it, the beginning of its UUID; "none" without one. ``gpus``: how many the
-    node shows to the rank. ``missing``: numbers that CUDA_VISIBLE_DEVICES has and `nvidia-smi` has not. ``model``,
-    ``driver``, ``used_GB``: of the rank's own GPU.
+    ``gpu``: its number and, if `nvidia-smi` lists it, the beginning of its UUID; "none" without a GPU. ``gpus``: number of GPUs
+    that the rank can see. ``missing``: numbers that are in CUDA_VISIBLE_DEVICES, but not in the output of `nvidia-smi`.
+    ``model``, ``driver``, ``used_GB``: of this GPU.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     granted = [d for d in visible.split(",") if d] if visible is not None else None
     known = _installed()
-    if known is None:  # no nvidia-smi: believe what was granted
+    if known is None:  # no nvidia-smi: trust CUDA_VISIBLE_DEVICES
         device = granted[index] if granted and index < len(granted) else "none"
         return {"gpu": device, "gpus": len(granted or ()), "missing": [], "model": "", "driver": "", "used_GB": None}
     here = granted if granted is not None else [g["index"] for g in known.values() if g["index"].isdigit()]
@@ -125,14 +125,14 @@ def _installed() -> dict[str, dict[str, str]] | None:
         done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
     except FileNotFoundError:
         return None
-    except (OSError, subprocess.TimeoutExpired):  # it is there and does not work, and neither do the GPUs
+    except (OSError, subprocess.TimeoutExpired):  # it is installed and fails, so the GPUs do not work either
         return {}
     rows = [dict(zip(fields, line.split(", "))) for line in done.stdout.splitlines() if line.count(", ") >= 4]
     return {row[key]: row for row in rows for key in ("index", "uuid")}
 
 
 def versions() -> dict[str, str]:
-    """Python, the kernel and the libraries that are installed."""
+    """Versions of Python and of the installed :data:`LIBRARIES`."""
     found = {"python": platform.python_version()}
     for package in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -141,12 +141,12 @@ def versions() -> dict[str, str]:
 
 
 def write_speed(folder: Path) -> tuple[float, float]:
-    """Bytes a second of writing one file to disk in `folder`, and the seconds of an fsynced rename, as a checkpoint does."""
+    """Write a file to `folder` as a checkpoint does: bytes per second including fsync, and seconds of a durable rename."""
     block = os.urandom(1 << 20)
     file, path = tempfile.mkstemp(dir=folder, prefix=".preflight-")
     try:
         begin = time.perf_counter()
-        for _ in range(WRITTEN // len(block)):
+        for _ in range(WRITE_BYTES // len(block)):
             os.write(file, block)
         os.fsync(file)
         written = time.perf_counter()
@@ -158,18 +158,19 @@ def write_speed(folder: Path) -> tuple[float, float]:
                 os.fsync(directory)
         finally:
             os.close(directory)
-        return WRITTEN / (written - begin), time.perf_counter() - written
+        return WRITE_BYTES / (written - begin), time.perf_counter() - written
     finally:
         os.close(file)
         os.unlink(path)
 
 
 def read_speed(root: Path, rank: int) -> float | None:
-    """Bytes a second of reading files below `root`, others for each rank, past the page cache where the system allows;
-    None for so few bytes that it says nothing.
+    """Bytes per second of reading files below `root`, past the page cache where the system allows it; other files for each rank.
+
+    None when there are too few bytes for a measurement.
 
     Raises:
-        OSError: the folder is not there, or has no file in it.
+        OSError: the folder does not exist, or holds no file.
     """
     files = _some_files(root)
     if not files:
@@ -181,27 +182,27 @@ def read_speed(root: Path, rank: int) -> float | None:
         descriptor = os.open(file, os.O_RDONLY)
         try:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            while total < READ and (piece := os.read(descriptor, 1 << 20)):
+            while total < MAX_READ_BYTES and (piece := os.read(descriptor, 1 << 20)):
                 total += len(piece)
         finally:
             os.close(descriptor)
-        if total >= READ or time.perf_counter() - begin > READ_SECONDS:
+        if total >= MAX_READ_BYTES or time.perf_counter() - begin > READ_SECONDS:
             break
-    return total / (time.perf_counter() - begin) if total >= LITTLE else None
+    return total / (time.perf_counter() - begin) if total >= MIN_READ_BYTES else None
 
 
 def _some_files(root: Path) -> list[str]:
-    """Up to SEEN_FILES files below `root`, in a fixed order, without walking all of it."""
+    """Up to MAX_LISTED_FILES files below `root`, in a fixed order, without walking the whole tree."""
     found: list[str] = []
     folders = [str(root)]
-    while folders and len(found) < SEEN_FILES:
+    while folders and len(found) < MAX_LISTED_FILES:
         with os.scandir(folders.pop(0)) as entries:
-            for entry in sorted(entries, key=lambda e: e.name)[:SEEN_FILES]:
+            for entry in sorted(entries, key=lambda e: e.name)[:MAX_LISTED_FILES]:
                 if entry.is_dir():
                     folders.append(entry.path)
                 elif entry.is_file():
                     found.append(entry.path)
-    return found[:SEEN_FILES]
+    return found[:MAX_LISTED_FILES]
 
 
 def ranges(numbers: Sequence[int]) -> str:

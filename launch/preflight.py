@@ -1,13 +1,13 @@
-"""Look at the nodes before a run depends on them: one light process a GPU, a table, and the bad node by name.
+"""Check the nodes before a run depends on them: one light process per GPU, a table, and the name of each bad node.
 
-multitrain preflight [--dir DIR]                 this machine, one process a GPU
+multitrain preflight [--dir DIR]                 this machine, one process per GPU
 srun multitrain preflight --dir DIR              every rank of an allocation
 python launch/submit.py … preflight=true         before the run starts, in the same job
 
-Each rank looks at its own GPU, cores, shared memory, disks and libraries, and tells rank 0 through an authenticated connection,
-which compares their clocks as well. With --collective, processes beside them then all-reduce through NCCL (gloo without GPUs).
-Exit status: 0 all is well (or only slower than it could be); 5 a node cannot work, and others can; 1 something else is wrong;
-2 a wrong option; 75 a stop signal came. For the folder of a run, what ends it is in the run's events as well.
+Each rank checks its own GPU, cores, shared memory, disks and libraries, and reports to rank 0 over an authenticated connection.
+Rank 0 also compares the clocks. With --collective, one more process per rank then joins an all-reduce through NCCL (gloo
+without GPUs). Exit status: 0 no problem, or only slow parts; 5 a node cannot work, and others can; 1 another problem; 2 a wrong
+option; 75 a stop signal arrived. If DIR is the folder of a run, fatal problems are also recorded in the run's events.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ from typing import Any
 from launch import assess, channel, node
 from launch.assess import Finding
 from launch.channel import Channel, ChannelError, Server
-from launch.complaint import complaint
+from launch.child_error import child_error
 from launch.events import record
 from multitrain.cluster.exit_status import Exit
 from multitrain.cluster.slurm import STOP_SIGNALS, free_port, in_step, job_id, rank_environment, restart_count
 from multitrain.cluster.supervised import STORE_KEY
 
-PATIENCE = 120.0
-"""Seconds that every step of it may take."""
-PINGS = 5
-"""Questions after the time, of which the one answered fastest counts."""
+TIMEOUT = 120.0
+"""Seconds that each step of the preflight may take."""
+CLOCK_PROBES = 5
+"""Clock requests to each rank; the one with the shortest round trip counts."""
 Row = dict[str, Any]
 
 
 class Interrupted(BaseException):
-    """A stop signal has come; nothing that handles errors goes on."""
+    """A stop signal arrived. A BaseException, so that no error handler catches it."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table on rank 0; the exit status, see above."""
+    """Run the preflight, print the table on rank 0, and return the exit status (see the module's docstring)."""
     given = _parser().parse_args(arguments)
     try:
         _stop_at_once()
@@ -70,17 +70,17 @@ def _main(given: argparse.Namespace, arguments: Sequence[str]) -> int:
     if "RANK" not in os.environ and not in_step():
         ranks = given.ranks or node.gpus_here() or 1
         if ranks > 1:
-            return _here(ranks, arguments)
-    place = rank_environment()
-    with _key(given.dir, place) as key:
-        if place["RANK"] != "0":
-            return follow(place, key, given.patience)
-        result = lead(place, key, _wanted(given), given.patience)
+            return _run_locally(ranks, arguments)
+    rank_env = rank_environment()
+    with _key(given.dir, rank_env) as key:
+        if rank_env["RANK"] != "0":
+            return follow(rank_env, key, given.timeout)
+        result = lead(rank_env, key, _request(given), given.timeout)
     print(json.dumps(result.as_json(), indent=1) if given.json else assess.table(result.rows), flush=True)
     for finding in result.findings:
         print(f"preflight: {'' if finding.fatal else 'warning: '}{finding.text}", file=sys.stderr)
-    if (bad := assess.advice(result.findings, result.rows)) and in_step():
-        print(f"preflight: leave it out with cluster.exclude={bad} (sbatch --exclude={bad})", file=sys.stderr)
+    if (bad := assess.nodes_to_exclude(result.findings, result.rows)) and in_step():
+        print(f"preflight: exclude it with cluster.exclude={bad} (sbatch --exclude={bad})", file=sys.stderr)
     fatal = [f for f in result.findings if f.fatal]
     if not fatal:
         return Exit.FINISHED
@@ -91,7 +91,7 @@ def _main(given: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def _stop_at_once() -> None:
-    """Whatever it is doing, a stop signal ends a preflight; the launcher has held back those that came until now."""
+    """Let a stop signal end the preflight at any moment, and unblock the signals that the launcher has blocked until now."""
 
     def stop(number: int, _: FrameType | None) -> None:
         for again in stops:
@@ -105,24 +105,25 @@ def _stop_at_once() -> None:
 
 
 @contextlib.contextmanager
-def _key(folder: Path, place: dict[str, str]) -> Iterator[bytes]:
-    """By which the ranks of this preflight know each other: from the run's secret, or from one in `folder` for as long as it
-    lasts.
+def _key(folder: Path, rank_env: dict[str, str]) -> Iterator[bytes]:
+    """The key with which the ranks of this preflight authenticate each other.
+
+    It is derived from the run's secret. Where `folder` is not a run's, rank 0 keeps a secret there until the preflight ends.
 
     Raises:
-        ChannelError: there is none.
+        ChannelError: there is no secret, or it cannot be read.
     """
     start = job_id() or "", str(restart_count()), os.environ.get("SLURM_STEP_ID", "")
-    if place["WORLD_SIZE"] == "1":
+    if rank_env["WORLD_SIZE"] == "1":
         yield secrets.token_bytes(32)
-    elif channel.SECRET in os.environ or (folder / "config.yaml").is_file():
+    elif channel.SECRET_VARIABLE in os.environ or (folder / "config.yaml").is_file():
         yield channel.derived(channel.secret(folder), "preflight", *start)
     else:
-        path = folder / f".preflight-{'.'.join(start)}.{place['MASTER_PORT']}"
+        path = folder / f".preflight-{'.'.join(start)}.{rank_env['MASTER_PORT']}"
         try:
             yield channel.derived(channel.secret_of(path), "preflight", *start)
         finally:
-            if place["RANK"] == "0":
+            if rank_env["RANK"] == "0":
                 path.unlink(missing_ok=True)
 
 
@@ -135,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path.cwd(),
         metavar="DIR",
-        help="folder whose writing is timed; of a run: its configuration says what it needs (default: this one)",
+        help="folder in which a write is timed; if it is a run's, its configuration sets what is checked (default: this one)",
     )
     parser.add_argument(
         "--videos", action="append", default=[], metavar="DIR", help="folder of video files to read from"
@@ -145,21 +146,29 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const="always",
         choices=("always", "gpu", "never"),
-        help="all-reduce with torch as well; gpu: only where `nvidia-smi` shows GPUs (default for a run)",
+        help="run an all-reduce with torch as well; gpu: only where `nvidia-smi` shows GPUs (default for a run)",
     )
     parser.add_argument(
         "--ranks", type=int, metavar="N", help="processes on this machine, outside a job (default: its GPUs)"
     )
     parser.add_argument(
-        "--patience", type=float, default=PATIENCE, metavar="S", help=f"seconds a step (default {PATIENCE:g})"
+        "--timeout",
+        "--patience",
+        type=float,
+        default=TIMEOUT,
+        metavar="S",
+        help=f"seconds that a step may take (default {TIMEOUT:g}); --patience is the older name",
     )
     parser.add_argument("--json", action="store_true", help="rows and findings as one JSON object")
     return parser
 
 
 @dataclass
-class Wanted:
-    """What rank 0 tells the others to look at."""
+class Request:
+    """What each rank has to check; rank 0 sends it to the others.
+
+    `gpus`: GPUs per node, `cpus`: cores per rank that the run asks for; None: not checked.
+    """
 
     folder: str
     videos: list[str]
@@ -170,108 +179,108 @@ class Wanted:
 
 @dataclass
 class Result:
-    """All rows, in the order of ranks, and what is wrong."""
+    """The rows of all ranks, in the order of ranks, and the problems found."""
 
     rows: list[Row] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        """For `--json`."""
+        """The result as `--json` prints it."""
         return {
             "ok": not any(f.fatal for f in self.findings),
             "rows": self.rows,
             "findings": [asdict(f) for f in self.findings],
-            "exclude": assess.advice(self.findings, self.rows),
+            "exclude": assess.nodes_to_exclude(self.findings, self.rows),
         }
 
 
-def _wanted(given: argparse.Namespace) -> Wanted:
-    """From the command line, and from the configuration of the run whose folder it names."""
+def _request(given: argparse.Namespace) -> Request:
+    """The request that follows from the command line and from the configuration of the run in `--dir`, if there is one."""
     videos = [str(Path(v).absolute()) for v in given.videos]
-    wanted = Wanted(str(given.dir.absolute()), videos, given.collective or "never")
+    request = Request(str(given.dir.absolute()), videos, given.collective or "never")
     if (given.dir / "config.yaml").is_file():
         from multitrain.config import load
 
         config = load(given.dir)
-        wanted.videos += sorted({d.videos for d in config.data.datasets.values()})
-        wanted.cpus = config.cluster.cpus_per_gpu
-        wanted.gpus = config.gpus if config.cluster.kind == "local" or config.cluster.gpu_request != "none" else None
-        wanted.collective = given.collective or "gpu"
-    return wanted
+        request.videos += sorted({d.videos for d in config.data.datasets.values()})
+        request.cpus = config.cluster.cpus_per_gpu
+        request.gpus = config.gpus if config.cluster.kind == "local" or config.cluster.gpu_request != "none" else None
+        request.collective = given.collective or "gpu"
+    return request
 
 
 # ------------------------------------------------------------------------------------------------------- rank 0 and the rest
 
 
-def lead(place: dict[str, str], key: bytes, wanted: Wanted, patience: float = PATIENCE) -> Result:
-    """Rank 0: gather all ranks, their clocks, their rows, and the result of the all-reduce.
+def lead(rank_env: dict[str, str], key: bytes, request: Request, timeout: float = TIMEOUT) -> Result:
+    """Run the preflight on rank 0: connect all ranks, compare clocks, collect the rows, and run the all-reduce.
 
     Raises:
-        ChannelError: no port can be had.
+        ChannelError: no port is free.
     """
-    world = int(place["WORLD_SIZE"])
-    links, nodes = _gather(place, key, world, time.monotonic() + patience)
-    skews = {rank: _skew(link, patience) for rank, link in links.items()}
+    world = int(rank_env["WORLD_SIZE"])
+    links, nodes = _gather(rank_env, key, world, time.monotonic() + timeout)
+    offsets = {rank: _clock_offset(link, timeout) for rank, link in links.items()}
     for link in links.values():
-        link.send(do="look", folder=wanted.folder, videos=wanted.videos)
-    rows = {0: node.look(place, Path(wanted.folder), wanted.videos) | {"skew_ms": 0.0}}
-    rows |= {r: row for r, answer in _answers(links, time.monotonic() + patience).items() if (row := _row(answer, r))}
-    for rank, skew in skews.items():
-        if rank in rows and skew is not None:
-            rows[rank]["skew_ms"] = skew
+        link.send(action="check_node", folder=request.folder, videos=request.videos)
+    rows = {0: node.collect(rank_env, Path(request.folder), request.videos) | {"skew_ms": 0.0}}
+    rows |= {r: row for r, answer in _replies(links, time.monotonic() + timeout).items() if (row := _row(answer, r))}
+    for rank, offset in offsets.items():
+        if rank in rows and offset is not None:
+            rows[rank]["skew_ms"] = offset
     ordered = [rows[rank] for rank in sorted(rows)]
-    silent = assess.absent(world, ordered, {**_planned(world), **nodes}, patience)
-    findings = silent + assess.judge(ordered, gpus=wanted.gpus, cpus=wanted.cpus)
+    unanswered = assess.missing_ranks(world, ordered, {**_planned_nodes(world), **nodes}, timeout)
+    findings = unanswered + assess.find_problems(ordered, gpus=request.gpus, cpus=request.cpus)
     real = all(row["driver"] for row in ordered)
-    if wanted.collective == "always" or (wanted.collective == "gpu" and real):
+    if request.collective == "always" or (request.collective == "gpu" and real):
         if any(f.fatal for f in findings):
-            findings.append(Finding("the all-reduce was left out because of this"))
+            findings.append(Finding("the all-reduce was skipped because of this"))
         else:
-            findings += _collective(links, place, key, rows, patience)
-            findings += [f for f in assess.judge(ordered) if f not in findings]
+            findings += _collective(links, rank_env, key, rows, timeout)
+            findings += [f for f in assess.find_problems(ordered) if f not in findings]
     for link in links.values():
-        link.send(do="end")
+        link.send(action="done")
     return Result(ordered, findings)
 
 
-def follow(place: dict[str, str], key: bytes, patience: float = PATIENCE) -> int:
-    """Every other rank: do what rank 0 says until it says that this was all.
+def follow(rank_env: dict[str, str], key: bytes, timeout: float = TIMEOUT) -> int:
+    """Run the preflight on another rank: answer the requests of rank 0 until it sends `done`.
 
     Raises:
-        ChannelError: rank 0 is not to be reached.
+        ChannelError: rank 0 cannot be reached.
     """
-    rank = int(place["RANK"])
+    rank = int(rank_env["RANK"])
     link = channel.connect(
         key,
-        place["MASTER_ADDR"],
-        int(place["MASTER_PORT"]),
-        time.monotonic() + patience,
+        rank_env["MASTER_ADDR"],
+        int(rank_env["MASTER_PORT"]),
+        time.monotonic() + timeout,
         {"rank": rank, "node": node.name()},
         pause=lambda: time.sleep(random.uniform(0.02, 0.1)),
     )
-    while (message := link.wait(time.monotonic() + 4 * patience)) is not None and message.get("do") != "end":
-        if message.get("do") == "time":
+    while (message := link.wait(time.monotonic() + 4 * timeout)) is not None and message.get("action") != "done":
+        if message.get("action") == "clock":
             link.send(time=time.time())
-        elif message.get("do") == "look":
+        elif message.get("action") == "check_node":
             videos = [v for v in message.get("videos") or [] if isinstance(v, str)]
-            link.send(**node.look(place, Path(str(message.get("folder"))), videos))
-        elif message.get("do") == "collective":
+            link.send(**node.collect(rank_env, Path(str(message.get("folder"))), videos))
+        elif message.get("action") == "collective":
             salt, port = str(message.get("salt")), channel.integer(message, "port", 1, 65535)
-            link.send(**_all_reduce(place, channel.derived(key, "store", salt), port, patience))
+            link.send(**_all_reduce(rank_env, channel.derived(key, "store", salt), port, timeout))
     if message is None:
-        print(f"preflight: rank {rank} on {node.name()}: rank 0 has left", file=sys.stderr)
+        print(f"preflight: rank {rank} on {node.name()}: the connection to rank 0 was closed", file=sys.stderr)
         return Exit.FAILED
     return Exit.FINISHED
 
 
 def _gather(
-    place: dict[str, str], key: bytes, world: int, deadline: float
+    rank_env: dict[str, str], key: bytes, world: int, deadline: float
 ) -> tuple[dict[int, Channel], dict[int, str]]:
-    """Connections to the other ranks, those that come in time, and their nodes."""
+    """The connections to the ranks that arrive before `deadline`, and the names of their nodes."""
     nodes: dict[int, str] = {}
     if world == 1:
         return {}, nodes
-    server = Server(key, world, int(place["MASTER_PORT"]), loopback=place.get("LOCAL_WORLD_SIZE") == str(world))
+    server = Server(key, world, int(rank_env["MASTER_PORT"]), loopback=rank_env.get("LOCAL_WORLD_SIZE") == str(world))
     while len(server.channels) < world - 1 and time.monotonic() < deadline:
         for rank, message in server.poll(min(1.0, max(0.01, deadline - time.monotonic()))):
             if message is not None and isinstance(message.get("node"), str):
@@ -280,27 +289,27 @@ def _gather(
     return dict(sorted(server.channels.items())), nodes
 
 
-TEXTS = ("node", "gpu", "affinity", "model", "driver")
-NUMBERS = ("gpus", "cpus", "cores", "shm_free_GB", "used_GB", "read_MB_s", "write_MB_s", "rename_ms")
-LISTS = ("missing", "problems")
+TEXT_FIELDS = ("node", "gpu", "affinity", "model", "driver")
+NUMBER_FIELDS = ("gpus", "cpus", "cores", "shm_free_GB", "used_GB", "read_MB_s", "write_MB_s", "rename_ms")
+LIST_FIELDS = ("missing", "problems")
 
 
 def _row(answer: channel.Message, rank: int) -> Row | None:
-    """The row that rank `rank` has sent; None when it is none."""
+    """The row in the reply of rank `rank`, checked; None when it is not a valid row."""
     versions = answer.get("versions")
-    lists = [answer.get(name) for name in LISTS]
+    lists = [answer.get(name) for name in LIST_FIELDS]
     if not isinstance(versions, dict) or any(not isinstance(found, list) for found in lists):
         return None
     row: Row = {
         "rank": rank,
         "versions": {channel.printable(k): channel.printable(str(v)) for k, v in versions.items()},
     }
-    row |= {name: [channel.printable(str(text)) for text in answer[name][:100]] for name in LISTS}
+    row |= {name: [channel.printable(str(text)) for text in answer[name][:100]] for name in LIST_FIELDS}
     try:
-        row |= {name: channel.text(answer, name) for name in TEXTS}
+        row |= {name: channel.text(answer, name) for name in TEXT_FIELDS}
     except ValueError:
         return None
-    for name in NUMBERS:
+    for name in NUMBER_FIELDS:
         value = answer.get(name)
         if value is not None and type(value) not in (int, float):
             return None
@@ -308,30 +317,30 @@ def _row(answer: channel.Message, rank: int) -> Row | None:
     return row
 
 
-def _skew(link: Channel, patience: float) -> float | None:
-    """Milliseconds that the rank's clock is ahead of ours, to half the time that the fastest of some questions took."""
+def _clock_offset(link: Channel, timeout: float) -> float | None:
+    """Milliseconds by which the rank's clock is ahead of this one, exact to half the shortest round trip of a few requests."""
     best: tuple[float, float] | None = None
-    told: Any
-    for _ in range(PINGS):
-        begin, asked = time.perf_counter(), time.time()
-        link.send(do="time")
-        told = (link.wait(time.monotonic() + patience) or {}).get("time")
+    remote: Any
+    for _ in range(CLOCK_PROBES):
+        begin, sent = time.perf_counter(), time.time()
+        link.send(action="clock")
+        remote = (link.wait(time.monotonic() + timeout) or {}).get("time")
         taken = time.perf_counter() - begin
-        if type(told) not in (int, float):
+        if type(remote) not in (int, float):
             break
         if best is None or taken < best[0]:
-            best = taken, told - asked - taken / 2
+            best = taken, remote - sent - taken / 2
     return None if best is None else round(1e3 * best[1], 2)
 
 
-def _answers(links: dict[int, Channel], deadline: float) -> dict[int, Row]:
-    """What the ranks answer; those that do not are left out."""
+def _replies(links: dict[int, Channel], deadline: float) -> dict[int, Row]:
+    """The replies of the ranks; ranks that do not reply are missing."""
     answers = {rank: link.wait(deadline) for rank, link in links.items()}
     return {rank: answer for rank, answer in answers.items() if answer is not None}
 
 
-def _planned(world: int) -> dict[int, str]:
-    """The node that SLURM has placed each rank on, where that can be told: ranks in blocks, as `srun` does by default."""
+def _planned_nodes(world: int) -> dict[int, str]:
+    """The node of each rank, if `srun` placed the ranks in blocks (its default); empty where the nodes are unknown."""
     if not in_step():
         return {}
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
@@ -349,18 +358,18 @@ def _planned(world: int) -> dict[int, str]:
 
 
 def _collective(
-    links: dict[int, Channel], place: dict[str, str], key: bytes, rows: dict[int, Row], patience: float
+    links: dict[int, Channel], rank_env: dict[str, str], key: bytes, rows: dict[int, Row], timeout: float
 ) -> list[Finding]:
-    """All ranks all-reduce; their speeds go into their rows."""
+    """Run the all-reduce on all ranks, and add their speeds to their rows."""
     port, salt = free_port(), secrets.token_hex(16)
     for link in links.values():
-        link.send(do="collective", port=port, salt=salt)
-    answers = {0: _all_reduce(place, channel.derived(key, "store", salt), port, patience)}
-    answers |= _answers(links, time.monotonic() + patience + 30.0)
+        link.send(action="collective", port=port, salt=salt)
+    answers = {0: _all_reduce(rank_env, channel.derived(key, "store", salt), port, timeout)}
+    answers |= _replies(links, time.monotonic() + timeout + 30.0)
     findings = []
     for rank, row in rows.items():
         answer = answers.get(rank, {"error": "no answer"})
-        row |= {name: answer[name] for name in SPEEDS if type(answer.get(name)) in (int, float)}
+        row |= {name: answer[name] for name in SPEED_FIELDS if type(answer.get(name)) in (int, float)}
         if "error" in answer:
             said = channel.printable(str(answer["error"]))
             text = f"the all-reduce failed on rank {rank} on {row['node']}: {said}"
@@ -368,24 +377,24 @@ def _collective(
     return findings
 
 
-SPEEDS = ("allreduce_GB_s", "link_GB_s")
+SPEED_FIELDS = ("allreduce_GB_s", "link_GB_s")
 
 
-def _all_reduce(place: dict[str, str], key: bytes, port: int, patience: float) -> dict[str, Any]:
-    """What `multitrain.engine.bandwidth` says, in a process of its own: this one does without torch, and outlives a hang."""
-    arguments = [place[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")]
-    command = [sys.executable, "-m", "multitrain.engine.bandwidth", *arguments, str(port), str(patience)]
-    environment = {**os.environ, **place, "MASTER_PORT": str(port), STORE_KEY: key.hex()}
-    environment.pop(channel.SECRET, None)
+def _all_reduce(rank_env: dict[str, str], key: bytes, port: int, timeout: float) -> dict[str, Any]:
+    """The output of `multitrain.engine.bandwidth`, run in a separate process: this one needs no torch, and survives a hang."""
+    arguments = [rank_env[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")]
+    command = [sys.executable, "-m", "multitrain.engine.bandwidth", *arguments, str(port), str(timeout)]
+    environment = {**os.environ, **rank_env, "MASTER_PORT": str(port), STORE_KEY: key.hex()}
+    environment.pop(channel.SECRET_VARIABLE, None)
     try:
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=patience + 30.0, check=False
+            command, env=environment, capture_output=True, text=True, timeout=timeout + 30.0, check=False
         )
     except subprocess.TimeoutExpired:
-        return {"error": f"no end within {patience + 30.0:g} s"}
+        return {"error": f"it did not end within {timeout + 30.0:g} s"}
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
-        return {"error": complaint("its process", done.returncode, done.stderr, "see its log, and dmesg there")}
+        return {"error": child_error("its process", done.returncode, done.stderr, "see its log, and dmesg there")}
     answer: dict[str, Any] = json.loads(lines[-1])
     return answer
 
@@ -393,10 +402,10 @@ def _all_reduce(place: dict[str, str], key: bytes, port: int, patience: float) -
 # --------------------------------------------------------------------------------------------------------- this machine
 
 
-def _here(ranks: int, arguments: Sequence[str]) -> int:
-    """Outside a job: one process a GPU of this machine; the exit code of rank 0."""
+def _run_locally(ranks: int, arguments: Sequence[str]) -> int:
+    """Outside a job: run one process per GPU of this machine, and return the exit code of rank 0."""
     common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-    common |= {"MASTER_PORT": str(free_port()), channel.SECRET: secrets.token_hex(32)}
+    common |= {"MASTER_PORT": str(free_port()), channel.SECRET_VARIABLE: secrets.token_hex(32)}
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "launch.preflight", *arguments],

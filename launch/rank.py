@@ -1,4 +1,4 @@
-"""What submitit calls on every rank: it becomes the training process, and submitit is gone.
+"""The callable that submitit runs on every rank: it replaces its process by the training process.
 
 python -m launch.rank RUN ARGUMENTS-OF-PYTHON …      the same without submitit, for the run's own batch script
 """
@@ -19,20 +19,20 @@ def training(run: Path) -> tuple[str, ...]:
 
 
 def supervised(run: Path, arguments: tuple[str, ...], restarts: int) -> tuple[str, ...]:
-    """The arguments of Python that run `arguments` under :mod:`launch.supervisor`, with so many restarts in place."""
+    """The arguments of Python that run `arguments` under :mod:`launch.supervisor`, with up to `restarts` restarts in place."""
     return ("-m", "launch.supervisor", str(run), str(restarts), *arguments)
 
 
 class Rank:
     """Replaces the calling process by ``python -u ARGUMENTS``, run from the snapshot of the code.
 
-    This is what the pickle of a job holds, and all of it: a requeued job runs the same pickle again, so nothing in it may
-    depend on how far the run has come. Since the process is replaced, none of submitit's signal handlers survive: they
-    ignore SIGTERM, call `checkpoint()` in every forked child, and requeue from whichever process comes first.
+    The pickle of a job holds this object and nothing else. A requeued job runs the same pickle again, so nothing in it may
+    depend on the progress of the run. Replacing the process removes submitit's signal handlers, which ignore SIGTERM, call
+    `checkpoint()` in every forked child, and requeue the job from whichever process comes first.
 
     Args:
         run: the run's folder; the process starts in its ``code/``.
-        arguments: of Python, e.g. those of :func:`training`.
+        arguments: arguments of Python, e.g. those of :func:`training`.
     """
 
     def __init__(self, run: Path, arguments: tuple[str, ...]) -> None:
@@ -40,12 +40,12 @@ class Rank:
         self.arguments = arguments
 
     def __call__(self) -> None:
-        block_stop_signals()  # kept over exec; the rank unblocks them once its handlers stand
+        block_stop_signals()  # exec keeps the mask; the rank unblocks them once its handlers are installed
         for name in (*STOP_SIGNALS, signal.SIGCONT):
-            signal.signal(name, signal.SIG_DFL)  # exec resets handlers, but not what is ignored
+            signal.signal(name, signal.SIG_DFL)  # exec resets handlers, but keeps ignored signals ignored
         code = os.path.join(self.run, "code")
         os.chdir(code)
-        inherited = {k: v for k, v in os.environ.items() if k not in DIST_ENV_VARS}  # of the shell that submitted
+        inherited = {k: v for k, v in os.environ.items() if k not in DIST_ENV_VARS}  # set in the shell that submitted
         environment = {**inherited, **rank_environment(inherited), "PYTHONPATH": python_path(code)}
         sys.stdout.flush()
         sys.stderr.flush()

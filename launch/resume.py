@@ -1,4 +1,4 @@
-"""What a run keeps when it is submitted again, and what newly typed words change."""
+"""The configuration of a resumed run: the saved one, changed by newly typed options."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from launch.snapshot import ROOT, digest, snapshot
 from multitrain.config import ConfigError, RunConfig, compose, leaves, load, validate
 from multitrain.config.reading import parse_yaml
 
-FREE = re.compile(
+MUTABLE_DATA_OPTIONS = re.compile(
     r"data\.(root|index|workers|prefetch|skip_cap|decoder|decode_timeout)"
     r"|data\.datasets\..+\.(annotations|videos|class_names|temporal_views|spatial_views|test_short_side)"
 )
-"""Options under `data` that a resumed run may change: where files lie, how fast they are read, how testing looks at them.
-Whether other files hold the same videos is checked by the run itself, by content."""
+"""Options under `data` that a resumed run may change: the paths of files, how fast they are read, the views of a test.
+The run itself checks by content whether other files hold the same videos."""
 
-ONCE = ("name", "runs", "dry_run", "from_scratch", "update_code")
-"""Options of one submission, or known otherwise; not part of what was typed for the run."""
+SUBMISSION_OPTIONS = ("name", "runs", "dry_run", "from_scratch", "update_code")
+"""Options of a single submission, which are not kept for the run."""
 
 PATH_OPTIONS = re.compile(r"init_from|data\.(root|index)|data\.datasets\..+\.(annotations|videos|class_names)")
 """Options that are paths."""
 
 
 def merge(lists: Sequence[Sequence[str]]) -> list[str]:
-    """Overrides of several submissions as one list: for each option, and each config group, the last one counts."""
+    """Merge the overrides of several submissions: for each option, and each config group, the last value counts."""
     last: dict[str, str] = {}
     for override in (o for overrides in lists for o in overrides):
         last.pop(key(override), None)
@@ -36,19 +36,19 @@ def merge(lists: Sequence[Sequence[str]]) -> list[str]:
 
 
 def options(*lists: Sequence[str]) -> list[str]:
-    """The merged overrides without the run's name and folder, which are known otherwise."""
+    """The merged overrides without the run's name and folder."""
     return [o for o in merge(lists) if key(o) not in ("name", "runs")]
 
 
-def _new_words(typed: Sequence[str], earlier: Sequence[str]) -> list[str]:
-    """What was typed now and does not stand in the earlier submissions in the same words."""
+def _new_overrides(typed: Sequence[str], earlier: Sequence[str]) -> list[str]:
+    """The overrides in `typed` that are not in `earlier`."""
     known = set(options(earlier))
     return [o for o in options(typed) if o not in known]
 
 
-def new_words(path: Path, typed: Sequence[str]) -> list[str]:
-    """What was typed now for a run that exists and does not stand in an earlier submission in the same words."""
-    return _new_words(typed, merge([entry["overrides"] for entry in history(path)]))
+def new_overrides(path: Path, typed: Sequence[str]) -> list[str]:
+    """The overrides that no earlier submission of the run has in the same form."""
+    return _new_overrides(typed, merge([entry["overrides"] for entry in history(path)]))
 
 
 def key(override: str) -> str:
@@ -56,7 +56,11 @@ def key(override: str) -> str:
 
 
 def history(path: Path) -> list[dict[str, Any]]:
-    """What was typed for a run so far, one entry a submission."""
+    """The content of the run's ``overrides.yaml``, one entry per submission.
+
+    Raises:
+        ConfigError: the file is missing or damaged.
+    """
     file = path / "overrides.yaml"
     try:
         entries = parse_yaml(file.read_text(), file) or []
@@ -65,7 +69,7 @@ def history(path: Path) -> list[dict[str, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} cannot be read ({' '.join(str(error).split())}); restore it") from None
     if not isinstance(entries, list) or not all(isinstance(e, dict) and _lists(e) for e in entries):
-        raise ConfigError(f"{file} is no list of what was typed (overrides, config_dirs); restore it")
+        raise ConfigError(f"{file} is not a list of submissions (overrides, config_dirs); restore it")
     return [{**entry, "overrides": [str(o) for o in entry["overrides"]]} for entry in entries]
 
 
@@ -74,24 +78,29 @@ def _lists(entry: dict[str, Any]) -> bool:
 
 
 Flat = dict[tuple[str, ...], Any]
-"""A configuration as leaves by path; names of datasets may hold dots."""
+"""A configuration as values by path; a path is a tuple, since names of datasets may contain dots."""
 
 
-def resumed(saved: RunConfig, path: Path, typed: list[str], config_dirs: Sequence[str]) -> tuple[RunConfig, list[str]]:
-    """The configuration of a resumed run: as saved, and what newly typed options change.
+def resumed_config(
+    saved: RunConfig, path: Path, typed: list[str], config_dirs: Sequence[str]
+) -> tuple[RunConfig, list[str]]:
+    """The configuration of a resumed run, and all its folders of config groups: the saved one, changed by newly typed options.
 
-    What they change is the difference of two compositions, with and without them, so that neither an edited YAML file,
-    nor another working folder, nor another `MULTITRAIN_DATA` changes a run behind its owner's back. A word that stands in
-    an earlier submission already changes nothing.
+    The changes are the difference between two compositions, with and without the new options. So neither an edited YAML file, nor
+    another working folder, nor another `MULTITRAIN_DATA` changes a run unnoticed. An override of an earlier submission changes
+    nothing.
+
+    Raises:
+        ConfigError: an option is wrong.
     """
     submissions = history(path)
     dirs = _config_dirs(submissions, config_dirs)
     result = leaves(saved)
     earlier = merge([entry["overrides"] for entry in submissions])
-    new = _new_words(typed, earlier)
+    new = _new_overrides(typed, earlier)
     if not new:
-        return placed(result, path), dirs
-    frozen = [_frozen(path, i, d) for i, d in enumerate(dirs)]
+        return with_absolute_paths(result, path), dirs
+    frozen = [_frozen_config_dir(path, i, d) for i, d in enumerate(dirs)]
     before = leaves(compose(options(earlier), config_dirs=frozen))
     now = leaves(compose(options(earlier, new), config_dirs=frozen))
     named = {key(o) for o in new}
@@ -102,17 +111,17 @@ def resumed(saved: RunConfig, path: Path, typed: list[str], config_dirs: Sequenc
             result[leaf] = now[leaf]
         elif leaf not in now:
             result.pop(leaf, None)
-    return placed(result, path), dirs
+    return with_absolute_paths(result, path), dirs
 
 
-def _frozen(path: Path, number: int, folder: str) -> str:
-    """The run's own copy of a folder with config groups, where its code is what resumes it."""
+def _frozen_config_dir(path: Path, number: int, folder: str) -> str:
+    """The run's own copy of a folder with config groups, if the run's own code resumes it; otherwise the folder itself."""
     copy = ROOT / "config_dirs" / str(number)
     return str(copy) if path / "code" == ROOT and copy.is_dir() else folder
 
 
 def changed_since(path: Path, typed: Sequence[str], config_dirs: Sequence[str]) -> list[str]:
-    """What this checkout would make of the run's first commands today that the run does not; a line each.
+    """Differences between this checkout and the run, one line each: of the configuration that its overrides give today, and of the code.
 
     The run keeps its own values and its own code.
     """
@@ -127,20 +136,18 @@ def changed_since(path: Path, typed: Sequence[str], config_dirs: Sequence[str]) 
         else:
             notes += _differences(leaves(load(path)), today, [entry["overrides"] for entry in submissions])
     if digest(path / "code") != _digest_here(path):
-        notes.append(
-            "the code of this checkout is not that of the run, which keeps its own; update_code=true takes this one"
-        )
+        notes.append("the code of this checkout differs from the run's; the run keeps its own, unless update_code=true")
     return notes
 
 
 def _differences(own: Flat, today: Flat, typed: Sequence[Sequence[str]]) -> list[str]:
     named = {key(o) for o in options(*typed)}
     differ = [
-        f"{'.'.join(leaf)} is {today[leaf]} there and {own[leaf]} in the run"
+        f"{'.'.join(leaf)} is now {today[leaf]} and {own[leaf]} in the run"
         for leaf in today
         if leaf in own
         and own[leaf] != today[leaf]
-        and leaf[0] not in ONCE
+        and leaf[0] not in SUBMISSION_OPTIONS
         and ".".join(leaf) not in named
         and not PATH_OPTIONS.fullmatch(".".join(leaf))
         and leaf != ("data", "root")
@@ -151,25 +158,29 @@ def _differences(own: Flat, today: Flat, typed: Sequence[Sequence[str]]) -> list
     more = f" (and {len(differ) - 3} more)" if len(differ) > 3 else ""
     return [
         f"the configuration of this checkout has changed since: {', '.join(differ[:3])}{more}; the run keeps its own, "
-        "type the option to change it"
+        "type an option to change it"
     ]
 
 
 def _config_dirs(submissions: Sequence[Mapping[str, Any]], more: Sequence[str] = ()) -> list[str]:
-    """The folders with config groups of the user's own of all submissions, each once, in the order of a snapshot."""
+    """The folders with the user's own config groups of all submissions, each once, in the order of the snapshot."""
     return list(dict.fromkeys([*(d for entry in submissions for d in entry.get("config_dirs", [])), *more]))
 
 
 def _digest_here(path: Path) -> str:
-    """What the digest of the run's snapshot would be if it were taken now."""
+    """The digest that a new snapshot of the code would have for this run."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "code"
         snapshot(copy, _config_dirs(history(path)))
         return digest(copy)
 
 
-def placed(flat: Flat, path: Path) -> RunConfig:
-    """The configuration with its name, and with absolute paths, since ranks run in another folder."""
+def with_absolute_paths(flat: Flat, path: Path) -> RunConfig:
+    """The validated configuration with the run's name and with absolute paths, since ranks run in another folder.
+
+    Raises:
+        ConfigError: a value is wrong.
+    """
     nested: dict[str, Any] = {}
     for leaf, value in flat.items():
         if value is not None and PATH_OPTIONS.fullmatch(".".join(leaf)):
@@ -185,18 +196,18 @@ def placed(flat: Flat, path: Path) -> RunConfig:
 
 
 def refuse_another_run(name: str, saved: RunConfig, config: RunConfig) -> None:
-    """Refuse to go on with other videos, another order of them, or another network.
+    """Refuse to resume with other videos, another order of them, or another network.
 
     Raises:
         ConfigError: names the option, both values, and the remedy.
     """
-    before, now = _fixed(saved), _fixed(config)
+    before, now = _frozen_options(saved), _frozen_options(config)
     changed = [k for k in {**before, **now} if before.get(k, "absent") != now.get(k, "absent")]
     if changed:
         k = changed[0]
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise ConfigError(
-            f"{k}: run {name!r} has {before.get(k, 'absent')}, and {now.get(k, 'absent')} was asked for{more}; "
+            f"{k}: run {name!r} has {before.get(k, 'absent')}, and {now.get(k, 'absent')} was requested{more}; "
             f"that is another run: give it another name (name=…), or leave {k} as it is"
         )
 
@@ -206,18 +217,18 @@ def refuse_another_start(path: Path, saved: RunConfig, config: RunConfig) -> Non
     started = any((path / "checkpoints").glob("update-*"))
     if started and config.init_from not in (saved.init_from, None):
         raise ConfigError(
-            f"init_from: run {path.name!r} has checkpoints and goes on from the newest; initial weights are for new runs: "
+            f"init_from: run {path.name!r} has checkpoints and resumes from the newest; initial weights are for new runs: "
             "give it another name (name=…), or leave init_from out to resume"
         )
 
 
-def _fixed(config: RunConfig) -> dict[str, Any]:
-    """The options that a resumed run must keep: seed, effective batch, mix group, model, and the data's plan."""
+def _frozen_options(config: RunConfig) -> dict[str, Any]:
+    """The options that a resumed run must keep: seed, effective batch, mix group, model, and the order of the data."""
     kept = {".".join(leaf): value for leaf, value in leaves(config).items() if leaf[0] in ("data", "model")}
     return {
         "seed": config.seed,
         "effective_batch": config.effective_batch,
         "data.datasets": ", ".join(config.data.datasets),
-        **{name: value for name, value in kept.items() if not FREE.fullmatch(name)},
+        **{name: value for name, value in kept.items() if not MUTABLE_DATA_OPTIONS.fullmatch(name)},
         "augment.mix_group": config.group,
     }

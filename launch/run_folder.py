@@ -1,17 +1,17 @@
-"""The folder of a run: chosen once, written whole or not at all, and found again when the run is resumed.
+"""The folder of a run: chosen once, written completely or not at all, and found again when the run is resumed.
 
 RUNS/NAME/config.yaml      the whole configuration, paths absolute
-          overrides.yaml   what was typed, one entry a submission
+          overrides.yaml   the overrides that were typed, one entry per submission
           code/            the code that the ranks run, and that resumes the run
           class_names/     the names of each dataset's classes
           job.sh           the batch script
-          env.txt          Python, packages, git revision, one entry a submission
-          events.jsonl     submissions first; then what the run itself tells
+          env.txt          Python, packages, git revision, one entry per submission
+          events.jsonl     first the submissions, then the events of the run itself
           lease/           which start of the run may write
-          logs/            one file a rank
+          logs/            one file per rank
 
-From its submission on a run reads this folder only. Submitting it again is done by its own code, so that a checkout that was
-edited, moved or deleted changes nothing; `update_code=true` takes the code of the checkout.
+From its submission on a run reads this folder only. Its own code also submits it again, so that edits to the checkout, or its
+removal, change nothing; `update_code=true` replaces the run's code by that of the checkout.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pathlib import Path
 import yaml
 
 from launch import resume
-from launch.resume import ONCE, Flat, key, options
+from launch.resume import SUBMISSION_OPTIONS, Flat, key, options
 from launch.snapshot import ROOT, digest, environment, snapshot
 from multitrain import lease
 from multitrain.cluster import slurm
@@ -44,26 +44,26 @@ from multitrain.files import TEMPORARY, refuse_run, replace_text
 from multitrain.order.batch import BatchShape, solve
 from multitrain.records.events import Events, read
 
-JOBS = ".jobs"
-"""Folder beside the runs: for each job of `slurm/train.sh` a file with the run's folder, which its later starts read."""
+JOBS_FOLDER = ".jobs"
+"""Folder beside the runs with one file per job of `slurm/train.sh`: the path of the run's folder, for later starts of the job."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as asked for: what is there already, and what is to be written."""
+    """The run that a command line describes, before anything is written."""
 
     path: Path
     """The run's folder."""
     config: RunConfig
-    """Its whole configuration; paths absolute."""
+    """Its complete configuration, with absolute paths."""
     shape: BatchShape
-    """How an update is cut into micro-batches."""
+    """How the effective batch is split into micro-batches."""
     typed: list[str]
     """The overrides of this submission."""
     config_dirs: list[str] = field(default_factory=list)
-    """Folders with config groups of the user's own."""
+    """Folders with the user's own config groups."""
     from_scratch: bool = False
-    """Whether to start over a run whose checkpoints are gone."""
+    """Whether to start a run whose checkpoints are gone from the beginning."""
     update_code: bool = False
     """Whether to resume with the code of this checkout."""
     idle: list[str] = field(default_factory=list)
@@ -85,34 +85,34 @@ class Run:
         return Path(self.config.data.index or self.path.parent / ".index")
 
 
-# --------------------------------------------------------------------------------------------------- from words to a run
+# ---------------------------------------------------------------------------------------------- from arguments to a run
 
 
-def ask(words: Sequence[str], *, config_dirs: Sequence[str] = (), default_name: str | None = None) -> Run:
-    """The run that a command line asks for. Writes nothing.
+def compose_run(words: Sequence[str], *, config_dirs: Sequence[str] = (), default_name: str | None = None) -> Run:
+    """The run that a command line describes. Writes nothing.
 
     Args:
-        words: overrides ``key=value``, and at most one plain word: the name or folder of a run that exists.
-        config_dirs: folders with config groups of the user's own.
-        default_name: the run's name where no `name=` is given; default: experiment and time.
+        words: overrides ``key=value``, and at most one plain word: the name or folder of an existing run.
+        config_dirs: folders with the user's own config groups.
+        default_name: the run's name without `name=`; default: experiment and time.
 
     Raises:
-        ConfigError: one line.
+        ConfigError: an option is wrong, or does not fit the existing run; the message is one line.
         BatchShapeError: the effective batch does not divide among the GPUs.
     """
     typed = [w for w in words if "=" in w or w.startswith("~")]
     path = _folder(typed, [w for w in words if w not in typed], config_dirs, default_name)
     saved = load(path) if (path / "config.yaml").is_file() else None
     if saved:
-        config, dirs = resume.resumed(saved, path, typed, config_dirs)
-        new = resume.new_words(path, typed)
+        config, dirs = resume.resumed_config(saved, path, typed, config_dirs)
+        new = resume.new_overrides(path, typed)
         refuse_typed(new, config, saved)
         resume.refuse_another_run(path.name, saved, config)
         resume.refuse_another_start(path, saved, config)
     else:
         dirs = list(config_dirs)
         refuse_run(path, run=path.parent)
-        config = resume.placed(leaves(compose(options(typed), config_dirs=dirs)), path)
+        config = resume.with_absolute_paths(leaves(compose(options(typed), config_dirs=dirs)), path)
         new = options(typed)
         refuse_typed(new, config)
     flags = {"from_scratch": config.from_scratch, "update_code": config.update_code}
@@ -135,7 +135,11 @@ def tell_idle(runs: Sequence[Run]) -> None:
 
 
 def _refuse_single_clips(config: RunConfig, shape: BatchShape) -> None:
-    """The informative loss with `scope=micro` looks at the clips that all ranks hold at once: one has no variance."""
+    """Refuse the informative loss with `scope=micro` if the ranks together hold one clip at a time, which has no variance.
+
+    Raises:
+        ConfigError: names the options to change.
+    """
     held = shape.micro_batch * config.augment.copies * shape.world_size
     if config.loss.informative_weight > 0 and config.loss.scope == "micro" and held < 2:
         raise ConfigError(
@@ -145,10 +149,10 @@ def _refuse_single_clips(config: RunConfig, shape: BatchShape) -> None:
 
 
 def check_places(run: Run) -> None:
-    """Refuse a new run where its folder, or that of its index, cannot be made. Leaves nothing.
+    """Refuse a new run if its folder, or the folder of its index, cannot be created. Leaves no file behind.
 
     Raises:
-        ConfigError: names the option.
+        ConfigError: names the option to change.
     """
     if run.exists:
         return
@@ -162,15 +166,15 @@ def check_places(run: Run) -> None:
             os.rmdir(tempfile.mkdtemp(prefix=TEMPORARY, dir=above))
         except OSError as error:
             raise ConfigError(
-                f"{option}={place}: no folder can be made in {above} ({error.strerror}); choose {option}=FOLDER"
+                f"{option}={place}: no folder can be created in {above} ({error.strerror}); choose {option}=FOLDER"
             ) from None
 
 
 def folder(words: Sequence[str], config_dirs: Sequence[str] = ()) -> Path | None:
-    """The folder of the run that a command line resumes; None when it starts a new one.
+    """The folder of the run that a command line resumes; None when it starts a new run.
 
     Raises:
-        ConfigError: a plain word names no run.
+        ConfigError: a plain word is not the name of a run.
     """
     typed = [w for w in words if "=" in w or w.startswith("~")]
     plain = [w for w in words if w not in typed]
@@ -181,15 +185,15 @@ def folder(words: Sequence[str], config_dirs: Sequence[str] = ()) -> Path | None
 
 
 def _folder(typed: list[str], plain: list[str], config_dirs: Sequence[str], default_name: str | None) -> Path:
-    """The run's folder: of the run that a plain word names, or of the `name` that was typed, or a new one."""
-    given = {key(o): _bare(o.partition("=")[2].strip()) for o in typed}
+    """The run's folder: from the plain word, else from `name=`, else from the default name of a new run."""
+    given = {key(o): _unquoted(o.partition("=")[2].strip()) for o in typed}
     usual = read_yaml(config_folder() / "config.yaml").get("runs", "runs")
     runs = Path(given.get("runs") or usual).absolute()
     name = None if given.get("name") in (None, "", "null") else given["name"]
     if plain:
         folder = _existing(plain, runs)
         if name not in (None, folder.name):
-            raise ConfigError(f"name={name} and the run {folder.name!r} are two names; give one")
+            raise ConfigError(f"name={name} contradicts the name of the run {folder.name!r}; give one of them")
         return folder
     if name is None:
         config = compose(resume.merge([typed]), config_dirs=config_dirs)
@@ -199,27 +203,27 @@ def _folder(typed: list[str], plain: list[str], config_dirs: Sequence[str], defa
             f"name={shown(name, 80)} cannot be a folder name; give the folder of runs as runs=…, and a name without '/'"
         )
     try:
-        return runs / check_run_name(name, _ROOM)
+        return runs / check_run_name(name, _NAME_OVERHEAD)
     except ValueError as error:
         raise ConfigError(f"name: {error}") from None
 
 
 def _beside(folder: Path, name: str, process: int) -> Path:
-    """Where a process puts together what becomes the run's folder: the longest name that is made of a run's."""
+    """The temporary folder in which a process writes a run's folder; the longest file name derived from a run's name."""
     return folder / f".{name}.new-{process}"
 
 
-_ROOM = len(_beside(Path(), "", 9_999_999).name)
-"""Bytes that it has more than the run's name."""
+_NAME_OVERHEAD = len(_beside(Path(), "", 9_999_999).name)
+"""Bytes by which that file name is longer than the run's name."""
 
 
-def _bare(text: str) -> str:
-    """A value without the quotation marks around it; one mark alone is part of it."""
+def _unquoted(text: str) -> str:
+    """The value without its enclosing quotation marks; a single mark is part of the value."""
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
 
 
 def _existing(plain: list[str], runs: Path) -> Path:
-    """The folder of the run that the plain words of a command line name."""
+    """The folder of the run that a plain word names. Raises ConfigError: there is no such run, or there are several words."""
     folder = Path(plain[0]) if (Path(plain[0]) / "overrides.yaml").is_file() else runs / plain[0]
     if len(plain) == 1 and (folder / "config.yaml").is_file():
         return folder.absolute()
@@ -227,23 +231,23 @@ def _existing(plain: list[str], runs: Path) -> Path:
 
 
 def _no_run(word: str, runs: Path) -> str:
-    """That a plain word names no run, and what to type."""
+    """The message for a plain word that is not the name of a run, with what to type instead."""
     if (value := example_of(word)) is not None:
         return f"{word!r} is an option, which needs a value; write {word}={value}"
     known = [p.parent.name for p in runs.glob("*/config.yaml")]
     remedies = [nearest(word, known)] if known else []
     try:
-        remedies.append(f"name={check_run_name(word, _ROOM)} starts a new run")
+        remedies.append(f"name={check_run_name(word, _NAME_OVERHEAD)} starts a new run")
     except ValueError:
         remedies.append("name=NAME starts a new run")
     return f"{shown(repr(word), 80)} is neither an option (key=value) nor a run in {runs}; {'; '.join(remedies)}"
 
 
 def _refuse_wrong_start(run: Run) -> None:
-    """Starting over is for runs whose checkpoints are gone; others are not thrown away, and these do not start over unasked.
+    """Refuse to start a run with checkpoints from the beginning, or, without `from_scratch`, a run that has lost its checkpoints.
 
     Raises:
-        ConfigError: the run is new, or has checkpoints; or it has lost them and `from_scratch` was not typed.
+        ConfigError: `from_scratch` was typed for a run that is new or has checkpoints; or the run has lost them without it.
     """
     if not run.from_scratch:
         if run.exists:
@@ -263,10 +267,10 @@ def _refuse_wrong_start(run: Run) -> None:
 
 @contextlib.contextmanager
 def claimed(path: Path) -> Iterator[None]:
-    """Hold the lease of a run that exists, while its folder is written and its job is submitted.
+    """Hold the lease of an existing run while its folder is written and its job is submitted.
 
     Raises:
-        ConfigError: the run is going on, or is being submitted, elsewhere; says where.
+        ConfigError: another start trains or submits the run; the message says where.
     """
     job, restart = slurm.job_id(), slurm.restart_count()
     try:
@@ -291,16 +295,16 @@ def _how_to_end(path: Path) -> str:
     state = lease.newest(path)
     holder = state.holder if state else None
     if holder is not None and lease.is_copy(path, holder):
-        return ", or take another name: name=…"
+        return ", or choose another name: name=…"
     how = "" if holder is None else f" (scancel {holder.job})" if holder.job else f" (touch {path}/STOP)"
-    return f"; end that first{how}, or take another name: name=…"
+    return f"; stop that first{how}, or choose another name: name=…"
 
 
 def write(run: Run) -> None:
-    """Create the run's folder, or bring that of a resumed run up to date.
+    """Create the run's folder, or update that of a resumed run.
 
-    A new folder appears complete or not at all. The snapshot of a resumed run stays, unless it is of a version that this
-    one cannot resume, or `update_code` asks for this checkout's.
+    A new folder appears complete or not at all. A resumed run keeps its snapshot of the code, unless this version cannot resume it,
+    or `update_code` requests the code of this checkout.
 
     Raises:
         ConfigError: the folder cannot be written, or another submission of the same name was faster.
@@ -319,24 +323,24 @@ def write(run: Run) -> None:
             snapshot(new / "code", run.config_dirs)
             (new / "logs").mkdir()
             run.path.parent.mkdir(parents=True, exist_ok=True)
-            _appear(new, run.path)
+            _publish(new, run.path)
     except OSError as error:
         raise ConfigError(f"cannot write {error.filename or run.path}: {error.strerror}; choose runs=FOLDER") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
 
-FIRST_HOST = 30.0
-"""Seconds that another machine of `cluster=hosts` waits for what the first one writes, where they share the folder of runs."""
+FIRST_HOST_TIMEOUT = 30.0
+"""Seconds that the other machines of `cluster=hosts` wait for the first one to write the run's folder, if they share it."""
 
 
 def wait_for_first_host(run: Run) -> None:
-    """On the other machines: the run's folder as machine 0 writes it, or one of its own where they share no folder.
+    """On the other machines: wait until machine 0 has written the run's folder; without a shared folder, write it here.
 
     Raises:
         ConfigError: the folder cannot be written.
     """
-    deadline = time.monotonic() + FIRST_HOST
+    deadline = time.monotonic() + FIRST_HOST_TIMEOUT
     while time.monotonic() < deadline:
         with contextlib.suppress(ConfigError):
             if _machine_independent(load(run.path)) == _machine_independent(run.config):
@@ -350,20 +354,20 @@ def _machine_independent(config: RunConfig) -> Flat:
     return {leaf: v for leaf, v in leaves(config).items() if leaf not in own and leaf[-1] != "class_names"}
 
 
-def _appear(new: Path, path: Path) -> None:
+def _publish(new: Path, path: Path) -> None:
     try:
         new.rename(path)
     except OSError as error:
         if not path.exists():
             raise
         raise ConfigError(
-            f"{path} is there already ({error.strerror}): another submission was faster, or the folder is no run's; "
-            "submit again to resume that run, or take another name: name=…"
+            f"{path} exists already ({error.strerror}): another submission was faster, or it is not the folder of a run; "
+            "submit again to resume that run, or choose another name: name=…"
         ) from None
 
 
 def _with_own_class_names(run: Run, folder: Path) -> RunConfig:
-    """The configuration with the run's own copies of the files with class names, which go to `folder`."""
+    """Copy the files with class names to `folder`; the configuration with the paths of the copies."""
     datasets = {}
     for name, dataset in run.config.data.datasets.items():
         file = _names_of(dataset.class_names, dataset.annotations, dataset.classes)
@@ -377,7 +381,7 @@ def _with_own_class_names(run: Run, folder: Path) -> RunConfig:
 
 
 def _names_of(given: str | None, annotations: str, classes: int | None) -> Path | None:
-    """The file with the names of a dataset's classes; None where there is none that fits."""
+    """The file with the names of a dataset's classes; None when no file has as many names as the dataset has classes."""
     if given is not None:
         return Path(given) if Path(given).is_file() else None
     if classes is None or find_class_names(Path(annotations), classes) is None:
@@ -390,7 +394,7 @@ def _names_of(given: str | None, annotations: str, classes: int | None) -> Path 
 
 
 def remove(run: Run) -> None:
-    """Take back the folder of a new run that could not be submitted."""
+    """Delete the folder of a new run that could not be submitted."""
     shutil.rmtree(run.path, ignore_errors=True)
 
 
@@ -409,8 +413,8 @@ def record(run: Run, *, cluster: str, job: str | None = None) -> None:
 
 
 def record_job(run: Path, job: str) -> None:
-    """Remember which run a job of `slurm/train.sh` prepared, for its later starts."""
-    pointer = run.parent / JOBS / job
+    """Record the run that a job of `slurm/train.sh` prepared, for later starts of the job."""
+    pointer = run.parent / JOBS_FOLDER / job
     try:
         pointer.parent.mkdir(exist_ok=True)
         replace_text(pointer, f"{run}\n")
@@ -419,14 +423,14 @@ def record_job(run: Path, job: str) -> None:
 
 
 def jobs(path: Path) -> list[str]:
-    """The ids of the SLURM jobs that a run has had, oldest first."""
+    """The ids of all SLURM jobs of a run, oldest first."""
     return list(dict.fromkeys(str(e["job"]) for e in read(path / "events.jsonl") if e.get("job")))
 
 
 def _replace(run: Run, new: Path) -> None:
     path = run.path
     (path / "logs").mkdir(exist_ok=True)
-    for name in ("STOP", "SAVE"):  # of a start that died before it saw it
+    for name in ("STOP", "SAVE"):  # left by a start that died before it read them
         (path / name).unlink(missing_ok=True)
     if (new / "class_names").is_dir():
         if (path / "class_names").is_symlink():
@@ -450,7 +454,7 @@ def _overrides_text(run: Run) -> str:
     entry = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "directory": os.getcwd(),
-        "overrides": [o for o in run.typed if key(o) not in ONCE],
+        "overrides": [o for o in run.typed if key(o) not in SUBMISSION_OPTIONS],
         "config_dirs": run.config_dirs,
     }
     history = resume.history(run.path) if run.exists else []

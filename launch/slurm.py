@@ -1,4 +1,4 @@
-"""From a run's folder to a SLURM job. The only file that imports submitit."""
+"""Submit the job of a run's folder to SLURM. The only file that imports submitit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from multitrain.files import replace_text
 if TYPE_CHECKING:
     from submitit import SlurmExecutor
 
-OURS = {
+MANAGED_SBATCH_OPTIONS = {
     "nodes": "nodes",
     "ntasks-per-node": "gpus",
     "ntasks": "nodes and gpus",
@@ -41,20 +41,20 @@ OURS = {
     "exclude": "cluster.exclude",
     "job-name": "name",
 }
-"""`sbatch` options that have an option of their own here."""
+"""`sbatch` options that this project sets, with its own option for each."""
 
-FIXED = ("output", "error", "open-mode", "requeue", "no-requeue", "array")
-"""`sbatch` options that resuming relies on."""
+RESERVED_SBATCH_OPTIONS = ("output", "error", "open-mode", "requeue", "no-requeue", "array")
+"""`sbatch` options that a user cannot change, since resuming relies on them."""
 
-COMMENT = "multitrain run "
-"""What the comment of a job of `slurm/train.sh` begins with; the run's folder follows."""
+JOB_COMMENT_PREFIX = "multitrain run "
+"""Beginning of the comment of a job of `slurm/train.sh`; the run's folder follows."""
 
-JOB = "launch/job.sh"
-"""In the snapshot of the code: what a batch script does around its steps."""
+JOB_SCRIPT_LIBRARY = "launch/job.sh"
+"""Shell functions for batch scripts, in the snapshot of the code."""
 
 
 def script(run: Path, config: RunConfig, arguments: tuple[str, ...] | None = None) -> str:
-    """The sbatch script of a job; needs no SLURM on this machine. submitit adds nothing to it when it submits.
+    """The sbatch script of a job, exactly as submitit submits it; needs no SLURM on this machine.
 
     Raises:
         ConfigError: submitit is not installed, or options of `cluster` contradict each other.
@@ -64,9 +64,9 @@ def script(run: Path, config: RunConfig, arguments: tuple[str, ...] | None = Non
 
 
 def write_script(run: Path, config: RunConfig) -> Path:
-    """Write the run's own batch script: what a successor job runs, and `slurm/train.sh` inside its own allocation.
+    """Write the run's own batch script, for successor jobs and for `slurm/train.sh`; returns its path.
 
-    It is :func:`script`, but that the ranks are named on its command line, so that it can be submitted by hand.
+    It differs from :func:`script` in that its command line has the arguments of the ranks, so that it can be submitted by hand.
     """
     executor = _executor(run, config, checked=False)
     command = shlex.join(
@@ -82,18 +82,18 @@ def submit(run: Path, config: RunConfig, arguments: tuple[str, ...] | None = Non
     """Submit the job of the run in folder `run`; returns its id.
 
     Args:
-        arguments: of the Python that each rank becomes, for a test of the run's weights; training when not given.
-        after: id of a job that must have ended with exit status 0 before this one starts; if it fails, SLURM removes this one.
+        arguments: arguments of Python for each rank of a test of the run's weights; default: those that train the run.
+        after: id of a job that must end with exit status 0 before this one starts; if it fails, SLURM removes this one.
 
     Raises:
-        ConfigError: SLURM refused the job, in its own words.
+        ConfigError: SLURM refused the job; the message is SLURM's.
     """
     executor = _executor(run, config, checked=True, task="train" if arguments is None else "evaluate")
     if after is not None:
         more = {"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"}
         executor.update_parameters(additional_parameters=executor.parameters["additional_parameters"] | more)
     ranks = arguments or supervised(run, training(run), config.cluster.restarts_in_place)
-    with _sbatch():
+    with _submission_errors():
         return str(executor.submit(Rank(run, ranks)).job_id)
 
 
@@ -101,11 +101,11 @@ def submit_array(folder: Path, name: str, runs: Sequence[tuple[Path, RunConfig]]
     """Submit the jobs of several runs of one shape as one array called `name`; returns their ids, ``123_0`` and so on.
 
     Args:
-        folder: for logs and pickles; ``runs.txt`` in it has the runs' folders, one a line.
-        parallel: runs at once; 0 for as many as SLURM lets.
+        folder: for logs and pickles; its ``runs.txt`` lists the runs' folders, one per line.
+        parallel: limit of runs at once; 0: as many as SLURM allows.
 
     Raises:
-        ConfigError: SLURM refused the array, in its own words.
+        ConfigError: SLURM refused the array; the message is SLURM's.
     """
     config = runs[0][1].model_copy(update={"name": name})
     executor = _executor(folder, config, checked=True)
@@ -119,32 +119,31 @@ def submit_array(folder: Path, name: str, runs: Sequence[tuple[Path, RunConfig]]
         additional_parameters=executor.parameters["additional_parameters"] | {"output": f"{logs}/%A_%a.log"},
     )
     ranks = [Rank(run, supervised(run, training(run), c.cluster.restarts_in_place)) for run, c in runs]
-    with _sbatch():
+    with _submission_errors():
         with executor.batch():
             jobs = [executor.submit(rank) for rank in ranks]
         return [str(job.job_id) for job in jobs]
 
 
 @contextlib.contextmanager
-def _sbatch() -> Iterator[None]:
-    """Around what submitit submits. Raises ConfigError: SLURM refused the job, in its own words."""
+def _submission_errors() -> Iterator[None]:
+    """Turn submitit's errors into a ConfigError with SLURM's message, and hide the shell's SLURM variables meanwhile."""
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    with _own_environment(), contextlib.redirect_stderr(io.StringIO()):  # submitit repeats there what it raises
+    with _clean_environment(), contextlib.redirect_stderr(io.StringIO()):  # submitit also prints what it raises
         try:
             yield
         except (FailedJobError, FailedSubmissionError) as error:
-            said = [
+            messages = [
                 line.partition("error: ")[2] for line in str(error).splitlines() if line.startswith("sbatch: error: ")
             ]
-            raise ConfigError("SLURM refused the job: " + "; ".join(said or str(error).split("\n"))) from None
+            raise ConfigError("SLURM refused the job: " + "; ".join(messages or str(error).split("\n"))) from None
 
 
 def active(run: Path, jobs: list[str]) -> dict[str, str]:
-    """Those of the jobs that a run has had that wait, run or end right now, with their state.
+    """The jobs among `jobs` that wait, run or are completing now, with their states.
 
-    An id may have been used again where a cluster was set up anew: a job counts when its name, its output or its command
-    is of this run.
+    A cluster that was set up anew may reuse ids: a job counts only if its name, output, command or comment belongs to this run.
 
     Raises:
         ConfigError: SLURM does not answer.
@@ -158,7 +157,7 @@ def active(run: Path, jobs: list[str]) -> dict[str, str]:
         )
     except subprocess.TimeoutExpired:
         raise ConfigError("SLURM does not answer (squeue, 20 s); try again later") from None
-    if done.returncode and "Invalid job id" not in done.stderr:  # that is how it says that all are long over
+    if done.returncode and "Invalid job id" not in done.stderr:  # SLURM has forgotten all of these jobs
         raise ConfigError(f"SLURM does not answer ({' '.join(done.stderr.split())}); try again later")
     listed = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if line.strip())
     return {job: state for job, state in listed.items() if _is_of_run(job, run)}
@@ -170,21 +169,25 @@ def _is_of_run(job: str, run: Path) -> bool:
     except SlurmError:
         return True
     name, output = shown.get("JobName", ""), shown.get("StdOut", "")
-    paths = (shown.get("Command", "").partition(" ")[0], output, shown.get("Comment", "").removeprefix(COMMENT))
-    of_this_name = run.name == name or ("ArrayJobId" in shown and run.name.startswith(f"{name}-"))  # of a sweep
+    paths = (
+        shown.get("Command", "").partition(" ")[0],
+        output,
+        shown.get("Comment", "").removeprefix(JOB_COMMENT_PREFIX),
+    )
+    of_this_name = run.name == name or ("ArrayJobId" in shown and run.name.startswith(f"{name}-"))  # a run of a sweep
     return of_this_name or any(p == str(run) or p.startswith(f"{run}/") for p in paths) or name == "multitrain"
 
 
 def rank_log(run: Path, job: str, rank: int = 0) -> Path:
-    """The log of one rank, appended to by every start of the job."""
+    """The log of one rank; every start of the job appends to it."""
     return run / "logs" / f"{job}-rank{rank}.log"
 
 
 def check(config: RunConfig) -> None:
-    """Refuse what SLURM would refuse later, or would run wrongly.
+    """Refuse options that SLURM would refuse later, or that would make a job run wrongly.
 
     Raises:
-        ConfigError: one line.
+        ConfigError: names the option, and what to do.
     """
     cluster = config.cluster
     if cluster.lead_time >= 60 * cluster.minutes:
@@ -194,13 +197,13 @@ def check(config: RunConfig) -> None:
         )
     for option in cluster.sbatch:
         name = option.replace("_", "-")
-        if name in OURS:
-            raise ConfigError(f"cluster.sbatch has {option!r}, which has an option of its own: {OURS[name]}")
-        if name in FIXED:
+        if name in MANAGED_SBATCH_OPTIONS:
+            raise ConfigError(f"cluster.sbatch has {option!r}; set it with {MANAGED_SBATCH_OPTIONS[name]} instead")
+        if name in RESERVED_SBATCH_OPTIONS:
             raise ConfigError(f"cluster.sbatch has {option!r}, which resuming relies on; leave it out")
         if name.startswith("mem-per-") and cluster.memory_per_node:
             raise ConfigError(
-                f"cluster.sbatch has {option!r} and cluster.memory_per_node is set; SLURM takes one of them"
+                f"cluster.sbatch has {option!r} and cluster.memory_per_node is set; SLURM accepts one of them"
             )
     if not shutil.which("sbatch") and not config.dry_run:
         raise ConfigError("this machine has no SLURM (no sbatch); submit from a login node, or use cluster=local")
@@ -213,7 +216,7 @@ def _executor(run: Path, config: RunConfig, *, checked: bool, task: str = "train
         raise ConfigError("submitit is not installed; pip install 'multitrain[slurm]', or use cluster=local") from None
 
     class AnywhereExecutor(SlurmExecutor):
-        """One that does not insist on an `srun` in reach, to print scripts."""
+        """An executor that prints scripts without an installed `srun`."""
 
         @classmethod
         def affinity(cls) -> int:
@@ -228,19 +231,23 @@ def _executor(run: Path, config: RunConfig, *, checked: bool, task: str = "train
 
 
 def _python(config: RunConfig) -> str:
-    """The Python command of the ranks; in a job of `slurm/train.sh` the one that the script was given."""
+    """The Python command of the ranks; in a job of `slurm/train.sh` that of MULTITRAIN_PYTHON."""
     given = os.environ.get("MULTITRAIN_PYTHON") if "SLURM_JOB_ID" in os.environ else None
     return config.cluster.python or shlex.quote(given or sys.executable)
 
 
 def _parameters(run: Path, config: RunConfig, task: str) -> dict[str, Any]:
-    """submitit's parameters of a job: one task a GPU, warned before the limit, requeued, one log a rank."""
+    """submitit's parameters of a job: one task per GPU, a warning before the time limit, requeueing, one log per rank."""
     cluster = config.cluster
     setup = [f"run={shlex.quote(str(run))}"]
     setup += [f"python=({_python(config)})"]
     setup += ["task=evaluate"] if task == "evaluate" else []
-    setup += ['export PYTHONPATH="$run/code${PYTHONPATH:+:$PYTHONPATH}"', f'. "$run/code/{JOB}"', *cluster.setup]
-    setup += ["export PYTHONSAFEPATH=1"]  # python -m would look for modules in the submit directory first: the checkout
+    setup += [
+        'export PYTHONPATH="$run/code${PYTHONPATH:+:$PYTHONPATH}"',
+        f'. "$run/code/{JOB_SCRIPT_LIBRARY}"',
+        *cluster.setup,
+    ]
+    setup += ["export PYTHONSAFEPATH=1"]  # without it, python -m would import from the submit directory: the checkout
     if config.preflight:
         step = shlex.join(["srun", "--kill-on-bad-exit=1", *cluster.srun_args])
         setup.append(f'{step} $hold {_python(config)} -u -m launch.preflight --dir "$run" || finish $?')
@@ -267,18 +274,21 @@ def _parameters(run: Path, config: RunConfig, task: str) -> dict[str, Any]:
         ],
         "stderr_to_stdout": True,
         "wckey": None,
-        "additional_parameters": _more(cluster, config.gpus) | {"output": f"{_in_script(str(run))}/logs/%j.log"},
+        "additional_parameters": _extra_sbatch_options(cluster, config.gpus)
+        | {"output": f"{_in_script(str(run))}/logs/%j.log"},
     }
 
 
 def _in_script(path: str) -> str:
-    """A path in an option of SLURM that replaces ``%j`` and the like."""
+    """A path for an option of SLURM in which ``%`` has a meaning (``%j``)."""
     return path.replace("%", "%%")
 
 
-def _more(cluster: ClusterConfig, gpus: int) -> dict[str, Any]:
-    """`sbatch` options that submitit has no name for, or spells in its own way."""
-    back = "requeue" if cluster.requeue == "requeue" else "no-requeue"  # else SLURM would requeue beside the successor
+def _extra_sbatch_options(cluster: ClusterConfig, gpus: int) -> dict[str, Any]:
+    """`sbatch` options that submitit does not have, or spells differently."""
+    back = (
+        "requeue" if cluster.requeue == "requeue" else "no-requeue"
+    )  # otherwise SLURM would requeue the job in addition to its successor
     more: dict[str, Any] = {back: True, "signal": f"USR2@{cluster.lead_time}"}
     kind = f"{cluster.gpu_type}:{gpus}" if cluster.gpu_type else str(gpus)
     if cluster.gpu_request == "gres":
@@ -295,15 +305,15 @@ def _more(cluster: ClusterConfig, gpus: int) -> dict[str, Any]:
 
 
 def foreign_variables(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """The variables of this shell that would change the script that was printed, and are not passed on."""
-    if "SLURM_JOB_ID" in environment:  # inside a job SLURM itself has set dozens of them
+    """The variables of this shell that would change what the printed script does, and are therefore not passed on."""
+    if "SLURM_JOB_ID" in environment:  # inside a job SLURM itself sets dozens of them
         return sorted(k for k in environment if k.startswith("SBATCH_"))
     return sorted(k for k in environment if SUBMISSION.match(k))
 
 
 @contextlib.contextmanager
-def _own_environment() -> Iterator[None]:
-    """submitit submits in this process's own environment: the variables that do not belong into it are hidden meanwhile."""
+def _clean_environment() -> Iterator[None]:
+    """Remove SLURM's variables from the environment while the context lasts, since submitit submits with this process's environment."""
     hidden = {k: v for k, v in os.environ.items() if SUBMISSION.match(k)}
     try:
         for name in hidden:

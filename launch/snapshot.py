@@ -1,4 +1,4 @@
-"""The code of a run: a copy of the checkout's, which every start of the run uses; and the environment, as text."""
+"""Copy the checkout's code into a run's folder, which every start of the run uses; describe the environment as text."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from pathlib import Path
 from multitrain.config import ConfigError, config_folder
 
 ROOT = Path(__file__).resolve().parents[1]
-"""Of the checkout, or of the run's own code."""
-CODE = ("multitrain", "launch", "configs", "slurm", "pyproject.toml")
-LARGEST = 1 << 20
-"""Bytes of one file of a snapshot."""
+"""Root of the checkout, or of the run's own code."""
+SNAPSHOT_PATHS = ("multitrain", "launch", "configs", "slurm", "pyproject.toml")
+MAX_FILE_BYTES = 1 << 20
+"""Largest file of a snapshot, in bytes."""
 
 
 def snapshot(target: Path, config_dirs: Sequence[str] = ()) -> None:
-    """Copy the code to `target`: what git tracks, and new Python, shell and YAML files that it does not ignore; without git, all
-    sources. No hidden file, and nothing behind a link.
+    """Copy the code to `target`: files that git tracks, and new Python, shell and YAML files that it does not ignore; without git,
+    all source files. Hidden files and links are left out.
 
-    The user's own config groups go to ``target/config_dirs/0``, ``1`` … Of them only the groups that have a name of a
-    shipped one are copied: the folder may hold anything else.
+    The user's own config groups go to ``target/config_dirs/0``, ``1`` … Only groups with the name of a shipped group are copied,
+    since the folder may hold anything else.
 
     Raises:
         ConfigError: a file is too large for code.
@@ -45,9 +45,9 @@ def snapshot(target: Path, config_dirs: Sequence[str] = ()) -> None:
 
 
 def _copy(file: Path, copy: Path) -> None:
-    if (size := file.stat().st_size) > LARGEST:
+    if (size := file.stat().st_size) > MAX_FILE_BYTES:
         raise ConfigError(
-            f"{file} has {size / 1e6:.1f} MB, and the snapshot of the code takes files up to {LARGEST / 1e6:.1f} MB: "
+            f"{file} has {size / 1e6:.1f} MB, and the snapshot of the code accepts files up to {MAX_FILE_BYTES / 1e6:.1f} MB: "
             "move it out of the code, or add it to .gitignore"
         )
     copy.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def _copy(file: Path, copy: Path) -> None:
 
 
 def _plain_files(folder: Path, pattern: str) -> list[Path]:
-    """The files below `folder`: no link, nothing hidden, nothing below either."""
+    """The files below `folder`, without links, hidden files, and the content of linked or hidden folders."""
     if folder.is_symlink() or not folder.is_dir():
         return []
     found = [p for p in folder.glob(pattern) if p.is_file() and not p.is_symlink() and not p.name.startswith(".")]
@@ -67,14 +67,16 @@ def _plain_files(folder: Path, pattern: str) -> list[Path]:
 
 def sources() -> list[Path]:
     """The files of a snapshot, relative to the root of the checkout."""
-    tracked = _git("ls-files", "--cached", "-z", "--", *CODE)
+    tracked = _git("ls-files", "--cached", "-z", "--", *SNAPSHOT_PATHS)
     if tracked:
-        new = _git("ls-files", "--others", "--exclude-standard", "-z", "--", *CODE) or ""
+        new = _git("ls-files", "--others", "--exclude-standard", "-z", "--", *SNAPSHOT_PATHS) or ""
         files = [Path(name) for name in tracked.split("\0") if name]
         files += [Path(n) for n in new.split("\0") if n.endswith((".py", ".sh", ".yaml")) and "/." not in f"/{n}"]
     else:
         found = [
-            p for name in CODE for p in ([ROOT / name] if (ROOT / name).is_file() else _plain_files(ROOT / name, "*"))
+            p
+            for name in SNAPSHOT_PATHS
+            for p in ([ROOT / name] if (ROOT / name).is_file() else _plain_files(ROOT / name, "*"))
         ]
         kept = (p for p in found if p.suffix in (".py", ".yaml", ".toml", ".typed", ".txt", ".json", ".sh", ""))
         files = [p.relative_to(ROOT) for p in kept]

@@ -1,4 +1,4 @@
-"""From a command line to running ranks: compose, check, write the run's folder, submit, return.
+"""Submit a run: compose its configuration, check it, write the run's folder, submit the job, return.
 
 python launch/submit.py nodes=2 gpus=8 experiment=k400_mit_ssv2
 """
@@ -36,30 +36,30 @@ examples:
   python launch/submit.py nodes=4 name=first dry_run=true       print the sbatch script, submit nothing
   python launch/submit.py name=first cluster.partition=gpu cluster.account=lab cluster.time_limit=720
   python launch/submit.py experiment=ssv2 cluster=local gpus=2  on this machine, in the foreground
-  python launch/submit.py name=first then=eval                  and test it on every dataset when it is done
+  python launch/submit.py name=first then=eval                  and test it on every dataset when it has finished
   python launch/submit.py first                                 resume it, as it was submitted
   python launch/submit.py first nodes=8                         resume it on more nodes
 
 An option is key=value; every one is described in multitrain/config/, their defaults are in configs/.
-The same name again resumes a run: options add up, the last value of each counts.
+The same name again resumes a run: it keeps its earlier options, and the last value of each option counts.
 """
 
 
-SHOWN = ("job", "all")
-"""What `--cfg` prints: the configuration, or that with what follows from it."""
+CFG_MODES = ("job", "all")
+"""Values of `--cfg`: print the configuration, or also the values derived from it."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0 submitted or finished, 2 refused; of a local run also 75 (interrupted) or a failed rank's."""
+    """Submit a run; the exit code: 0 submitted or finished, 2 refused; for a local run also 75 (interrupted) or a failed rank's code."""
     options, words = _parser().parse_known_args(arguments)
-    _given[:] = sys.argv[1:] if arguments is None else arguments
+    _command_line[:] = sys.argv[1:] if arguments is None else arguments
     return answered(lambda: _main(words, options))
 
 
 def _main(words: list[str], options: argparse.Namespace) -> int:
     words = typed_words(words)
-    if options.cfg not in (None, *SHOWN):  # the word after a bare --cfg
-        words, options.cfg = [tidy(options.cfg), *words], SHOWN[0]
+    if options.cfg not in (None, *CFG_MODES):  # the word after a bare --cfg
+        words, options.cfg = [tidy(options.cfg), *words], CFG_MODES[0]
     if options.cfg:
         return _show_config(words, options)
     return _prepare(words, options.config_dir) if options.prepare else _submit(words, options.config_dir)
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config-dir", action="append", default=[], metavar="DIR", help="folder with config groups of your own"
+        "--config-dir", action="append", default=[], metavar="DIR", help="folder with your own config groups"
     )
     parser.add_argument(
         "--prepare",
@@ -92,10 +92,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cfg",
         nargs="?",
-        const=SHOWN[0],
+        const=CFG_MODES[0],
         metavar="job|all",
         help="print the composed configuration as YAML, submit nothing: `job` as RUN/config.yaml will have it, "
-        "`all` with what follows from it as well (folder, ranks, micro-batch, parameters)",
+        "`all` also with the values derived from it (folder, ranks, micro-batch, parameters)",
     )
     return parser
 
@@ -103,14 +103,14 @@ def _parser() -> argparse.ArgumentParser:
 def _submit(words: list[str], config_dirs: list[str]) -> int:
     if (code := _resume_by_its_own_code(words, config_dirs)) is not None:
         return code
-    run = run_folder.ask(words, config_dirs=config_dirs)
+    run = run_folder.compose_run(words, config_dirs=config_dirs)
     run_folder.tell_idle([run])
     if run.config.cluster.kind == "slurm":
         from launch import slurm
 
         slurm.check(run.config)
         if hidden := slurm.foreign_variables():
-            print(f"note: not used, since the script says it all: {', '.join(hidden)} of this shell", file=sys.stderr)
+            print(f"note: these variables of the shell are ignored: {', '.join(hidden)}", file=sys.stderr)
     if run.config.dry_run:
         return _dry_run(run)
     if run.config.cluster.kind == "hosts" and run.config.cluster.node:
@@ -126,44 +126,46 @@ def _submit(words: list[str], config_dirs: list[str]) -> int:
 
 
 def _write_claimed(run: Run, claim: contextlib.ExitStack, job: str | None = None) -> None:
-    """Check and write the run's folder, holding its lease until `claim` is closed."""
+    """Check the run and write its folder; hold the run's lease until `claim` is closed."""
     resumed = run.exists
     if resumed:
         claim.enter_context(run_folder.claimed(run.path))
-        _refuse_active(run.path, but=job)
+        _refuse_active_job(run.path, but=job)
     checks.refuse_unstartable([run], keep_index=True)
     run_folder.write(run)
     if not resumed:
         claim.enter_context(run_folder.claimed(run.path))
-        _refuse_active(run.path, but=job)  # another submission may have found the folder before it was claimed
+        _refuse_active_job(run.path, but=job)  # another submission may have found the folder before it was claimed
 
 
 def _resume_by_its_own_code(words: list[str], config_dirs: list[str]) -> int | None:
-    """When the command line resumes a run that has a `submit.py` of its own: the exit status of that; else None."""
+    """Call the run's own `submit.py` if the command line resumes a run that has one; its exit status, else None."""
     path = run_folder.folder(words, config_dirs)
     if path is None or path / "code" == ROOT or any(w.partition("=")[0] == "update_code" for w in words):
         return None
     if not (path / "code" / "launch" / "job.sh").is_file():
-        print(f"note: run {path.name!r} is of an older version; it goes on with the code of this one", file=sys.stderr)
+        print(
+            f"note: run {path.name!r} is from an older version; it resumes with the code of this one", file=sys.stderr
+        )
         return None
     for note in resume.changed_since(path, [w for w in words if "=" in w], config_dirs):
         print(f"note: {note}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    command = [sys.executable, str(path / "code" / "launch" / "submit.py"), *_given]
-    return _replaced_by(command, {**os.environ, "PYTHONPATH": python_path(path / "code")})
+    command = [sys.executable, str(path / "code" / "launch" / "submit.py"), *_command_line]
+    return _run_replacement(command, {**os.environ, "PYTHONPATH": python_path(path / "code")})
 
 
-_given: list[str] = []
+_command_line: list[str] = []
 """The command line of this process, for the run's own `submit.py`."""
 
 
-def _replaced_by(command: list[str], environment: dict[str, str]) -> int:
-    """Run a command in this one's place: signals reach it, and its exit status is returned."""
+def _run_replacement(command: list[str], environment: dict[str, str]) -> int:
+    """Run a command in place of this process: pass signals on to it, and return its exit status."""
     process = subprocess.Popen(command, env=environment)
 
     def pass_on(number: int, _: FrameType | None) -> None:
-        if number != signal.SIGINT:  # a terminal sends that to both
+        if number != signal.SIGINT:  # a terminal sends it to both
             process.send_signal(number)
 
     before = {n: signal.signal(n, pass_on) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
@@ -178,7 +180,7 @@ def _replaced_by(command: list[str], environment: dict[str, str]) -> int:
 def _dry_run(run: Run) -> int:
     print(f"# run    {run.path}{' (resumed)' if run.exists else ''}")
     print(f"# batch  {_batch(run)}")
-    print("\n".join(memory_estimate.lines(run.config, run.shape)))
+    print("\n".join(memory_estimate.summary_lines(run.config, run.shape)))
     if run.config.cluster.kind == "local":
         print(f"# ranks  {run.config.gpus} on this machine, one process each")
     else:
@@ -186,17 +188,15 @@ def _dry_run(run: Run) -> int:
 
         print(slurm.script(run.path, run.config))
         if run.config.then == "eval":
-            print(
-                f"# then   tests of {', '.join(run.config.data.datasets)}, one job each, after training has ended well"
-            )
+            print(f"# then   tests of {', '.join(run.config.data.datasets)}, one job each, after training has finished")
     sys.stdout.flush()
     checks.refuse_unstartable([run], keep_index=False)
     return 0
 
 
 def _show_config(words: list[str], options: argparse.Namespace) -> int:
-    """Print the configuration that the words make, and nothing else."""
-    run = run_folder.ask(words, config_dirs=options.config_dir)
+    """Print the configuration that the command line describes, and nothing else."""
+    run = run_folder.compose_run(words, config_dirs=options.config_dir)
     print(dump(run.config), end="")
     if options.cfg == "all":
         shape, classes = run.shape, [d.classes for d in run.config.data.datasets.values()]
@@ -234,12 +234,12 @@ def _to_slurm(run: Run, resumed: bool) -> int:
     print(f"follow  tail -F {log}")
     print(f"status  squeue -j {job};  multitrain status {run.path}")
     print(f"cancel  scancel {job}")
-    print(f"resume  {_again(run)}")
-    return _then(run, job)
+    print(f"resume  {_resume_command(run)}")
+    return _submit_tests(run, job)
 
 
-def _then(run: Run, job: str) -> int:
-    """The tests that follow the training. Refused ones leave the training in the queue."""
+def _submit_tests(run: Run, job: str) -> int:
+    """Submit the tests that follow the training; if SLURM refuses them, the training stays in the queue. The exit code."""
     if run.config.then != "eval":
         return 0
     try:
@@ -270,14 +270,14 @@ def _run_here(run: Run) -> int:
             return code
     code = hosts.run(run.path, run.config) if on_hosts else local.run(run.path, run.config, training(run.path))
     if code == local.INTERRUPTED:
-        print(f"resume  {_again(run)}")
+        print(f"resume  {_resume_command(run)}")
     if code == 0 and run.config.then == "eval" and not run.config.cluster.node:
         return dependent_jobs.run_here(run.path, run.config)
     return code
 
 
 def _prepare(words: list[str], config_dirs: list[str]) -> int:
-    """For `sbatch slurm/train.sh`: the run's folder, the same one again when SLURM has requeued the job."""
+    """For `sbatch slurm/train.sh`: prepare the run's folder and print its path; after a requeue, the same folder again."""
     from launch import slurm
     from multitrain.cluster.slurm import job_id
 
@@ -285,9 +285,9 @@ def _prepare(words: list[str], config_dirs: list[str]) -> int:
     words = [*words, *_allocated(words)]
     if (code := _resume_by_its_own_code(words, config_dirs)) is not None:
         return code
-    run = run_folder.ask(words, config_dirs=config_dirs, default_name=f"job{job}" if job else None)
+    run = run_folder.compose_run(words, config_dirs=config_dirs, default_name=f"job{job}" if job else None)
     run_folder.tell_idle([run])
-    if not (job and run.exists and job in run_folder.jobs(run.path)):  # else a requeued job: all is written
+    if not (job and run.exists and job in run_folder.jobs(run.path)):  # otherwise requeued: the folder is complete
         with contextlib.ExitStack() as claim:
             _write_claimed(run, claim, job)
             slurm.write_script(run.path, run.config)
@@ -299,10 +299,10 @@ def _prepare(words: list[str], config_dirs: list[str]) -> int:
 
 
 def _allocated(words: list[str]) -> list[str]:
-    """`nodes` and `gpus` as `sbatch` was asked for them.
+    """The overrides `nodes` and `gpus` of the allocation that `sbatch` made.
 
     Raises:
-        ConfigError: they were typed as well, with other values.
+        ConfigError: they were also typed, with other values.
     """
     found = []
     for option, variable, flag in (
@@ -318,11 +318,11 @@ def _allocated(words: list[str]) -> list[str]:
     return found
 
 
-def _refuse_active(path: Path, but: str | None = None) -> None:
-    """Two jobs on one run would write over each other.
+def _refuse_active_job(path: Path, but: str | None = None) -> None:
+    """Refuse a run that another job trains or waits to train, since both would write to the same files.
 
     Raises:
-        ConfigError: names the job that waits or runs.
+        ConfigError: names the other job.
     """
     from launch import slurm
 
@@ -330,7 +330,7 @@ def _refuse_active(path: Path, but: str | None = None) -> None:
     for job, state in slurm.active(path, earlier[-20:]).items():
         raise ConfigError(
             f"run {path.name!r} is job {job} ({state.lower()}); cancel that first (scancel {job}), "
-            f"or take another name: name=…"
+            f"or choose another name: name=…"
         )
 
 
@@ -341,7 +341,7 @@ def _batch(run: Run) -> str:
     return f"{counted(s.effective_batch, 'video')} an update = {where} × {videos} × {s.accumulation} accumulated"
 
 
-def _again(run: Run) -> str:
+def _resume_command(run: Run) -> str:
     """The command that resumes the run, from any folder."""
     return shlex.join(["python", f"{run.path}/code/launch/submit.py", str(run.path)])
 

@@ -1,7 +1,7 @@
-"""Many runs that differ in a few options, as one SLURM array; and how they came out, as a table.
+"""Submit many runs that differ in a few options, as one SLURM array; print their results as a table.
 
 python launch/sweep.py name=lr experiment=k400 optim.lr=1e-4,2e-4 seed=0,1
-python launch/sweep.py lr                        how the runs lr-0 … lr-3 are doing; exit status 1 when one has failed
+python launch/sweep.py lr                        state of the runs lr-0 … lr-3; exit status 1 when one has failed
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from multitrain.config.reading import read_yaml
 from multitrain.plot_style import table
 from multitrain.report.status import status
 
-FAILED = ("failed", "cancelled", "interrupted", "timeout", "out_of_memory", "node_fail", "boot_fail", "deadline")
-"""States that a run of a sweep does not leave by itself."""
-ONE_SHAPE = ("nodes", "gpus", "cluster", "name", "runs")
+FAILED_STATES = ("failed", "cancelled", "interrupted", "timeout", "out_of_memory", "node_fail", "boot_fail", "deadline")
+"""Final states of a run that did not succeed."""
+SHARED_OPTIONS = ("nodes", "gpus", "cluster", "name", "runs")
 """Options that all runs of an array share."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0 submitted, or all is well; 1 a run has failed; 2 refused."""
+    """Submit a sweep or show one; the exit code: 0 submitted, or no run has failed; 1 a run has failed; 2 refused."""
     parser = argparse.ArgumentParser(
         prog="sweep.py", usage="python launch/sweep.py NAME | name=NAME key=a,b …", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
@@ -45,10 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--config-dir", action="append", default=[], metavar="DIR", help="folder with config groups of your own"
     )
     parser.add_argument(
-        "--wait", action="store_true", help="stay until all runs have ended; exit status 1 when one has failed"
+        "--wait", action="store_true", help="wait until all runs have ended; exit status 1 when one has failed"
     )
     parser.add_argument(
-        "--parallel", type=int, default=0, metavar="N", help="runs at once (default: as many as SLURM lets)"
+        "--parallel", type=int, default=0, metavar="N", help="runs at once (default: as many as SLURM allows)"
     )
     parser.add_argument("--json", action="store_true", help="the table as one JSON object")
     options, words = parser.parse_known_args(arguments)
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _main(words: list[str], options: argparse.Namespace) -> int:
     words = typed_words(words)
     if len(words) == 1 and "=" not in words[0]:
-        folder = _known(words[0])
+        folder = _existing_sweep(words[0])
     else:
         submitted = _submit(words, options.config_dir, options.parallel)
         if submitted is None or not (options.wait or _is_local(submitted)):
@@ -69,7 +69,7 @@ def _main(words: list[str], options: argparse.Namespace) -> int:
     return _show(folder, as_json=options.json)
 
 
-def points(words: list[str]) -> list[list[str]]:
+def grid(words: list[str]) -> list[list[str]]:
     """The overrides of each run: every combination of the values of options that have several (``key=a,b``, ``range(…)``).
 
     Raises:
@@ -77,7 +77,7 @@ def points(words: list[str]) -> list[list[str]]:
     """
     for word in words:
         key = split(word).key
-        if key.split(".")[0] in ONE_SHAPE and len(alternatives(word)) > 1:
+        if key.split(".")[0] in SHARED_OPTIONS and len(alternatives(word)) > 1:
             raise ConfigError(f"{word}: all runs of a sweep share {key}; submit one sweep for each value")
     listed = combinations(words)
     if len(listed) == 1:
@@ -90,14 +90,14 @@ def _submit(words: list[str], config_dirs: list[str], parallel: int) -> Path | N
     given = {w.partition("=")[0]: w.partition("=")[2] for w in words}
     name = given.get("name") or f"sweep-{time.strftime('%Y%m%d-%H%M%S')}"
     rest = [w for w in words if w.partition("=")[0] != "name"]
-    listed = points(rest)
-    runs = [run_folder.ask([*p, f"name={name}-{i}"], config_dirs=config_dirs) for i, p in enumerate(listed)]
+    listed = grid(rest)
+    runs = [run_folder.compose_run([*p, f"name={name}-{i}"], config_dirs=config_dirs) for i, p in enumerate(listed)]
     run_folder.tell_idle(runs)
     folder = runs[0].path.parent / ".sweeps" / name
     known = [r.name for r in runs if r.exists]
     if known or folder.exists():
-        raise ConfigError(f"sweep {name!r} is there already ({folder}); give this one another name: name=…")
-    _refuse_twins(runs)
+        raise ConfigError(f"sweep {name!r} exists already ({folder}); give this one another name: name=…")
+    _refuse_equal_runs(runs)
     swept = [[o for o in p if o not in set.intersection(*map(set, listed))] for p in listed]
     listing = [{"run": str(r.path), "overrides": o} for r, o in zip(runs, swept)]
     if runs[0].config.dry_run:
@@ -109,7 +109,7 @@ def _submit(words: list[str], config_dirs: list[str], parallel: int) -> Path | N
     checks.refuse_unstartable(runs, keep_index=True)
     for run in runs:
         run_folder.write(run)
-    _written(folder, listing)
+    _write_listing(folder, listing)
     if runs[0].config.cluster.kind == "local":
         _run_here(runs)
     else:
@@ -117,18 +117,18 @@ def _submit(words: list[str], config_dirs: list[str], parallel: int) -> Path | N
     return folder
 
 
-def _refuse_twins(runs: list[Run]) -> None:
+def _refuse_equal_runs(runs: list[Run]) -> None:
     """Raises ConfigError for two runs that would be the same: an option that is swept has no effect, or a value stands twice."""
     known: dict[str, Run] = {}
     for run in runs:
-        twin = known.setdefault(dump(run.config.model_copy(update={"name": None})), run)
-        if twin is not run:
+        equal = known.setdefault(dump(run.config.model_copy(update={"name": None})), run)
+        if equal is not run:
             raise ConfigError(
-                f"{run.name} and {twin.name} would be the same run; give each value once, and each option in one word"
+                f"{run.name} and {equal.name} would be the same run; give each value once, and each option in one word"
             )
 
 
-def _written(folder: Path, listing: list[dict[str, Any]]) -> None:
+def _write_listing(folder: Path, listing: list[dict[str, Any]]) -> None:
     (folder / "logs").mkdir(parents=True)
     (folder / "runs.txt").write_text("".join(f"{row['run']}\n" for row in listing))
     (folder / "sweep.yaml").write_text(yaml.safe_dump(listing, sort_keys=False))
@@ -164,15 +164,15 @@ def _is_local(folder: Path) -> bool:
     return load(Path(_rows(folder)[0]["run"])).cluster.kind == "local"
 
 
-def _known(word: str) -> Path:
+def _existing_sweep(word: str) -> Path:
     for folder in (Path(word), Path("runs") / ".sweeps" / word):
         if (folder / "sweep.yaml").is_file():
             return folder
-    raise ConfigError(f"{word!r} is no sweep of runs/.sweeps; name={word} key=a,b starts one")
+    raise ConfigError(f"there is no sweep {word!r} in runs/.sweeps; name={word} key=a,b starts one")
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
-    """What is known of each run. One that never began and has no job any more was cancelled, or refused by SLURM."""
+    """The status of each run. A run that never began and has no job any more was cancelled, or refused by SLURM."""
     from launch import slurm
 
     rows = [{**row, **status(row["run"])} for row in read_yaml(folder / "sweep.yaml")]
@@ -185,13 +185,13 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def _ended(folder: Path) -> bool:
-    return all(row["state"] in ("finished", "stopped", *FAILED) for row in _rows(folder))
+    return all(row["state"] in ("finished", "stopped", *FAILED_STATES) for row in _rows(folder))
 
 
 def _show(folder: Path, *, as_json: bool) -> int:
-    """The table on standard output; 1 when a run has failed, else 0."""
+    """Print the table; 1 when a run has failed, else 0."""
     rows = _rows(folder)
-    failed = [row for row in rows if row["state"] in FAILED]
+    failed = [row for row in rows if row["state"] in FAILED_STATES]
     if as_json:
         kept = ("run", "overrides", "state", "update", "total_updates", "loss", "validation", "last_error")
         print(json.dumps({"runs": [{k: row.get(k) for k in kept} for row in rows], "failed": len(failed)}))

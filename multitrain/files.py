@@ -1,14 +1,14 @@
 """Files that appear complete or not at all, and output folders in which no foreign file is touched.
 
-Guarantee 9: no command deletes or overwrites a file that it did not create itself. Every command that writes where a user says
-goes through :class:`OutputFolder` (or :func:`output_file`, for a single file). It knows what it made by a record in the folder,
-``.multitrain-files.jsonl``: one line a file, with its size and a digest, written before the file appears, so that a command
-killed at any instant recognises its own files afterwards. A file that is not in the record, or was changed since, is in the
-way: an error names it.
+Guarantee 9: no command deletes or overwrites a file that it did not create itself. Every command that writes to a path of the
+user's goes through :class:`OutputFolder` (or :func:`output_file`, for a single file). A record in the folder,
+``.multitrain-files.jsonl``, lists the files that the command made: one line per file, with its size and a digest. The line is
+written before the file appears, so that a command killed at any instant recognises its own files afterwards. A file that is not in
+the record, or was changed since, is in the way: an error names it.
 
 `replacing` is for files that belong to the caller by construction (in a run's folder, under the name of a digest).
 
-New files get the mode and the group that the system gives to a new file there (umask, setgid, default ACL), whatever a library
+New files get the mode and the group that the system gives to a new file there (umask, setgid, default ACL), whatever the library
 that wrote them has set. Standard library only.
 """
 
@@ -30,20 +30,22 @@ from multitrain.errors import ConfigError
 from multitrain.text import printable, quoted
 
 RECORD = ".multitrain-files"
-"""Beginning of the names of records: ``.multitrain-files.jsonl``, and one a user where that one belongs to another user."""
+"""Beginning of the names of records: ``.multitrain-files.jsonl``, and one per user where that file belongs to another user."""
 
 TEMPORARY = ".multitrain-"
-"""Beginning of the names of files in the making."""
+"""Beginning of the names of temporary files."""
 
-_WHOLE = 8 << 20  # bytes up to which a file's digest is of all of it; of a longer one, of three parts
-_PART = 1 << 20
+_FULL_DIGEST_BYTES = (
+    8 << 20
+)  # bytes up to which the digest covers the whole file; for a longer one it covers three parts
+_PART_BYTES = 1 << 20
 
 Stamp = dict[str, Any]
-"""What a file is recognised by: ``bytes`` and ``digest``; by its size alone where an earlier version noted no digest."""
+"""Identifies a file: ``bytes`` and ``digest``; an earlier version recorded the size alone."""
 
 
 class InTheWayError(ConfigError):
-    """Something that the command did not create stands where it has to write. The message names it."""
+    """A file that the command did not create is where it has to write. The message names the file."""
 
 
 # ------------------------------------------------------------------------------------------------------ single files
@@ -51,26 +53,26 @@ class InTheWayError(ConfigError):
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; what the block writes there takes its place, unless the block raises.
+    """A temporary path beside `path`; the file that the block writes there replaces `path`, unless the block raises.
 
-    Readers see the old file or the new one. Whatever stands at `path` is replaced: for files that a user names, take
-    `output_file` or `OutputFolder`. Not made durable: see `engine/checkpoint.py` for what has to outlive a crash.
+    Readers see the old file or the new one. Any file at `path` is replaced: for paths that a user names, use `output_file` or
+    `OutputFolder`. The file is not synced: see `engine/checkpoint.py` for files that must survive a crash.
     """
-    with _in_the_making(path.parent) as new:
+    with _temporary_file(path.parent) as new:
         yield new.path
-        new.settle()
+        new.restore_mode()
         os.replace(new.path, path)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """The file's text, in UTF-8; names that are not go out as they came in (surrogateescape)."""
+    """Replace the file's content by `text` in UTF-8; bytes of names that are not UTF-8 stay as they are (surrogateescape)."""
     with replacing(path) as temporary:
         temporary.write_bytes(_encoded(text))
 
 
 @contextmanager
 def output_file(path: Path, maker: str, sources: Iterable[Path] = ()) -> Iterator[Path]:
-    """`OutputFolder.writing` for one file that a user has named; folders above it are made.
+    """`OutputFolder.writing` for one file that a user names; missing parent folders are created.
 
     Raises:
         ConfigError: as `OutputFolder`.
@@ -80,17 +82,17 @@ def output_file(path: Path, maker: str, sources: Iterable[Path] = ()) -> Iterato
 
 
 def check_output(path: Path, maker: str, sources: Iterable[Path | str] = ()) -> None:
-    """Refuse now what `output_file` would refuse after the work is done. Raises ConfigError."""
+    """Refuse in advance what `output_file` would refuse after the work is done. Raises ConfigError."""
     OutputFolder(path.parent, maker, sources).check(path.name)
 
 
 def refuse_run(path: Path | str, run: Path | str | None = None, *, whole: bool = True) -> None:
-    """Refuse an output that is, or lies in, a run's folder, its folder of checkpoints or a checkpoint, links followed.
+    """Refuse an output that is, or lies in, a run's folder, its folder of checkpoints or a checkpoint. Links are followed.
 
     Args:
         path: the output; it need not exist.
-        run: a run whose folder may hold the output, though not what the run itself writes there.
-        whole: False lets every run's folder hold it in the same way: figures and tables beside a run's own files.
+        run: a run whose folder may hold the output, except among the files and folders that the run itself writes.
+        whole: False: every run's folder may hold the output in the same way (plots and tables beside the run's own files).
 
     Raises:
         InTheWayError: names the run, or the part of it.
@@ -98,7 +100,7 @@ def refuse_run(path: Path | str, run: Path | str | None = None, *, whole: bool =
     own = None if run is None else os.path.realpath(run)
     resolved = Path(os.path.realpath(path))
     for place in (resolved, *resolved.parents):
-        with contextlib.suppress(OSError):  # a folder that we may not look into
+        with contextlib.suppress(OSError):  # a folder without read permission
             what = _part_of_run(place)
             if what is not None and not (what == "run" and (str(place) == own or not whole)):
                 raise InTheWayError(
@@ -107,17 +109,17 @@ def refuse_run(path: Path | str, run: Path | str | None = None, *, whole: bool =
                 )
 
 
-_RUNS_OWN = {"code", "lease", "logs", "tensorboard"}
-"""Folders that a run writes beside its checkpoints."""
+_RUN_FOLDERS = {"code", "lease", "logs", "tensorboard"}
+"""Folders that a run writes, besides its checkpoints."""
 
 
 def _part_of_run(place: Path) -> str | None:
-    """What of a run a folder is, by the files in it."""
+    """Which part of a run a folder is, according to the files in it; None if it is none."""
     if all((place / name).exists() for name in ("manifest.json", "model.safetensors")):
         return "checkpoint"
     if place.name == "checkpoints" and (_is_run(place.parent) or next(place.glob("update-*"), None) is not None):
         return "folder of checkpoints"
-    if place.name in _RUNS_OWN and _is_run(place.parent):
+    if place.name in _RUN_FOLDERS and _is_run(place.parent):
         return "part of a run"
     return "run" if _is_run(place) else None
 
@@ -128,7 +130,11 @@ def _is_run(place: Path) -> bool:
 
 
 def refuse_same(outputs: Mapping[str, Path | str | None]) -> None:
-    """Two options of a command that name one file, over whatever links, are a ConfigError. `outputs`: by option."""
+    """Refuse two options of a command that name the same file, with links resolved. `outputs`: paths by option.
+
+    Raises:
+        ConfigError: names both options.
+    """
     seen: dict[str, str] = {}
     for option, path in outputs.items():
         if path is None:
@@ -142,7 +148,7 @@ def remove_tree(folder: Path, inside: Path) -> None:
     """Delete a folder that lies below `inside`, without following any link.
 
     Raises:
-        ConfigError: `folder` is a link, or lies elsewhere; nothing is deleted then.
+        ConfigError: `folder` is a link, or is not below `inside`; nothing is deleted then.
         OSError: it cannot be deleted.
     """
     root, parent = os.path.realpath(inside), os.path.realpath(folder.parent)
@@ -157,20 +163,20 @@ def remove_tree(folder: Path, inside: Path) -> None:
 
 
 class OutputFolder:
-    """A folder that a command writes into: it replaces and deletes what the same command made there, and nothing else.
+    """A folder that a command writes to. It replaces and deletes files that the same command made there, and no others.
 
-    Names are relative to the folder. A name that leads out of it, or over a link below it, is refused; the folder itself may be
-    reached over links.
+    Names are relative to the folder. A name that leads out of the folder, or through a link below it, is refused; the path of the
+    folder itself may contain links.
 
     Args:
-        root: the folder; made with the first file.
-        maker: the command, e.g. ``data resize``: what another one made is foreign to it.
-        sources: files and folders that are read: no output may be one of them or lie below one (unless the whole output
+        root: the folder; created with the first file.
+        maker: the command, e.g. ``data resize``; files that another command made are foreign.
+        sources: files and folders that the command reads: no output may be one of them or lie below one (unless the whole output
             folder does).
-        known: stamps that something else than the record holds for a name, e.g. a journal.
+        known: returns the stamps of a name that are kept outside the record, e.g. in a journal.
 
     Raises:
-        ConfigError: the folder cannot be one, is one of the sources, or lies in a checkpoint or among a run's own files.
+        ConfigError: `root` is not a folder, is one of the sources, or lies in a checkpoint or among a run's own files.
     """
 
     def __init__(
@@ -182,21 +188,21 @@ class OutputFolder:
     ) -> None:
         _refuse_nul(os.fspath(root))
         self.root, self.maker, self._known = Path(os.path.realpath(root)), maker, known
-        self._sources = {os.path.realpath(s) for s in sources if "\0" not in os.fspath(s)}  # else no file
+        self._sources = {os.path.realpath(s) for s in sources if "\0" not in os.fspath(s)}  # with NUL it is no file
         self._record = _Record(self.root, maker)
         refuse_run(self.root, whole=False)
         if str(self.root) in self._sources:
-            raise InTheWayError(f"{root} is what {maker} reads; choose another folder for what it writes")
+            raise InTheWayError(f"{root} is the input of {maker}; choose another folder for its output")
         try:
             if not stat.S_ISDIR(self.root.stat().st_mode):
-                raise InTheWayError(f"{root} is no folder; choose another place")
+                raise InTheWayError(f"{root} is not a folder; choose another place")
         except FileNotFoundError:
             pass
         except OSError as error:
-            raise _cannot(self.root, error) from None
+            raise _write_error(self.root, error) from None
 
     def target(self, name: str | Path) -> Path:
-        """Where `name` is, whether or not there is anything. Raises ConfigError for a name that leads elsewhere."""
+        """The path of `name`, which need not exist. Raises ConfigError for a name that leads out of the folder."""
         text = os.fspath(name)
         _refuse_nul(text)
         normal = os.path.normpath(text)
@@ -204,7 +210,7 @@ class OutputFolder:
             raise ConfigError(f"{quoted(text)} leads out of {self.root}; give a name inside it")
         path = self.root / normal
         if path.name.startswith((RECORD, TEMPORARY)):
-            raise ConfigError(f"{quoted(text)}: {path.name} is a name that multitrain needs itself; choose another")
+            raise ConfigError(f"{quoted(text)}: {path.name} is a name that multitrain reserves; choose another")
         for part in (*reversed(path.parents), path):
             if _is_below(part, self.root) and part != self.root and os.path.islink(part):
                 raise InTheWayError(
@@ -214,13 +220,13 @@ class OutputFolder:
         return path
 
     def check(self, name: str | Path, recognise: Callable[[bytes], bool] | None = None) -> Path:
-        """Where `name` is, when it may be written: nothing is there, or what this command made.
+        """The path of `name`, if it may be written: there is no file, or one that this command made.
 
         Args:
-            recognise: whether a file of which the record knows nothing was made by an earlier version, by its content.
+            recognise: decides from the content of a file that is not in the record whether an earlier version made it.
 
         Raises:
-            InTheWayError: something else is there.
+            InTheWayError: there is another file.
         """
         path = self.target(name)
         try:
@@ -228,10 +234,10 @@ class OutputFolder:
         except (FileNotFoundError, NotADirectoryError):
             return path
         except OSError as error:
-            raise _cannot(path, error) from None
+            raise _write_error(path, error) from None
         if not stat.S_ISREG(found.st_mode):
             raise InTheWayError(
-                f"{printable(str(path))} is in the way: it is no file; move it away, or choose another output"
+                f"{printable(str(path))} is in the way: it is not a regular file; move it away, or choose another output"
             )
         if not (self._is_own(path) or (recognise and not self._stamps(path) and recognise(path.read_bytes()))):
             raise InTheWayError(
@@ -241,69 +247,69 @@ class OutputFolder:
         return path
 
     def is_own(self, name: str | Path) -> bool:
-        """Whether `name` is a file that this command made, as it made it. Raises ConfigError as `target`."""
+        """Whether `name` is a file that this command made and that is unchanged. Raises ConfigError as `target`."""
         path = self.target(name)
         return path.is_file() and self._is_own(path)
 
     def folder(self, name: str | Path) -> Path:
-        """The folder `name`, made when missing. Raises ConfigError."""
+        """The folder `name`, created if it is missing. Raises ConfigError."""
         path = self.target(name)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _cannot(path, error) from None
+            raise _write_error(path, error) from None
         return path
 
     @contextmanager
     def writing(self, name: str | Path) -> Iterator[Path]:
-        """A temporary path; what the block writes there becomes the file `name`, unless the block raises.
+        """A temporary path; the file that the block writes there becomes `name`, unless the block raises.
 
         Raises:
-            ConfigError: something foreign is in the way (before the block runs), or the folder cannot be written.
+            ConfigError: a foreign file is in the way (before the block runs), or the folder cannot be written.
         """
         path = self.check(name)
         self._make_parents(path)
         with contextlib.ExitStack() as stack:
             try:
-                new = stack.enter_context(_in_the_making(path.parent))
+                new = stack.enter_context(_temporary_file(path.parent))
             except OSError as error:
-                raise _cannot(path, error) from None
+                raise _write_error(path, error) from None
             yield new.path
-            new.settle()
+            new.restore_mode()
             self.place(new.path, name)
 
     def write_bytes(self, name: str | Path, content: bytes, recognise: Callable[[bytes], bool] | None = None) -> Path:
-        """The file `name` with this content; a file that has this content already is left alone. Returns its path.
+        """Write the file `name`, unless it already has this content. Returns its path.
 
         Args:
-            recognise: whether a file that the record does not know was made by an earlier version, by its content.
+            recognise: decides from the content of a file that is not in the record whether an earlier version made it.
 
         Raises:
             ConfigError: as `writing`.
         """
         path = self.target(name)
         try:
-            there = path.read_bytes() if path.is_file() else None
+            existing = path.read_bytes() if path.is_file() else None
         except OSError as error:
-            raise _cannot(path, error) from None
-        if there == content:
+            raise _write_error(path, error) from None
+        if existing == content:
             return path
-        if there is not None and recognise is not None and not self._is_own(self.check(name, recognise)):
+        if existing is not None and recognise is not None and not self._is_own(self.check(name, recognise)):
             self.adopt(name)
         with self.writing(name) as temporary:
             temporary.write_bytes(content)
         return path
 
     def write_text(self, name: str | Path, text: str, recognise: Callable[[bytes], bool] | None = None) -> Path:
-        """`write_bytes` of the text in UTF-8; names that are not UTF-8 go out as they came in (surrogateescape)."""
+        """`write_bytes` with the text in UTF-8; bytes of names that are not UTF-8 stay as they are (surrogateescape)."""
         return self.write_bytes(name, _encoded(text), recognise)
 
     def place(self, temporary: Path, name: str | Path, note: Callable[[Stamp], None] | None = None) -> Path:
-        """Move a finished file to `name`: noted first, then moved, so that a kill between the two loses nothing.
+        """Record a finished file, then move it to `name`, so that a kill between the two loses nothing.
 
         Args:
-            temporary: on the same file system.
-            note: keeps the stamp instead of the record; `known` has to give it back.
+            temporary: the finished file, on the same file system.
+            note: stores the stamp instead of the record; `known` has to return it later.
 
         Raises:
             ConfigError: as `writing`.
@@ -313,11 +319,11 @@ class OutputFolder:
         self._make_parents(path)
         try:
             (note or (lambda made: self._record.add(self._name(path), made)))(stamp(temporary))
-            while not _move(temporary, path, replace=known):  # another process has been quicker
+            while not _move(temporary, path, replace=known):  # another process was faster
                 self.check(name)
                 known = True
         except OSError as error:
-            raise _cannot(path, error) from None
+            raise _write_error(path, error) from None
         return path
 
     def is_recorded(self, name: str | Path) -> bool:
@@ -325,9 +331,9 @@ class OutputFolder:
         return bool(self._stamps(self.target(name)))
 
     def adopt(self, name: str | Path) -> None:
-        """Note a file of which the record knows nothing as made by this command: by an earlier version, which kept none.
+        """Record a file that an earlier version of this command made, which kept no record.
 
-        One that was changed after it was noted stays foreign.
+        A file that is in the record, but was changed since, stays foreign.
 
         Raises:
             ConfigError: as `target`, or the record cannot be written.
@@ -337,14 +343,14 @@ class OutputFolder:
             self._record.add(self._name(path), stamp(path))
 
     def remove(self, name: str | Path) -> bool:
-        """Delete a file that this command made; whether there was one. Raises InTheWayError for one that it did not."""
+        """Delete a file that this command made; returns whether there was one. Raises InTheWayError for any other file."""
         path = self.check(name)
         try:
             path.unlink()
         except FileNotFoundError:
             return False
         except OSError as error:
-            raise _cannot(path, error) from None
+            raise _write_error(path, error) from None
         return True
 
     def _name(self, path: Path) -> str:
@@ -367,7 +373,7 @@ class OutputFolder:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _cannot(path, error) from None
+            raise _write_error(path, error) from None
 
     def _refuse_source(self, path: Path) -> None:
         for part in (path, *path.parents):
@@ -378,7 +384,7 @@ class OutputFolder:
 
 
 class _Record:
-    """What a folder's files are recognised by, for one maker; read as far as it has grown since the last look."""
+    """The stamps of the files that one maker made in a folder; each call reads what was appended since the last one."""
 
     def __init__(self, folder: Path, maker: str) -> None:
         self._maker = maker
@@ -389,7 +395,7 @@ class _Record:
         self._read_to: dict[str, int] = {}
 
     def of(self, name: str) -> list[Stamp]:
-        """The stamps of a file, of all the times that it was made."""
+        """The stamps of a file, one for each time that it was made."""
         if self._others is None:  # once: the folder may hold a million files
             self._others = sorted(set(self._folder.glob(f"{RECORD}-*.jsonl")) - {*self._mine})
         for file in (*self._mine, *self._others):
@@ -412,7 +418,7 @@ class _Record:
                     self._stamps.setdefault(str(entry["name"]), []).append(entry)
 
     def add(self, name: str, made: Stamp) -> None:
-        """Note a file; raises ConfigError when that cannot be."""
+        """Append a file's stamp to the record. Raises ConfigError when the record cannot be written."""
         line = (
             b"\n" + json.dumps({"name": name, "by": self._maker, **made}).encode() + b"\n"
         )  # ends a torn line, if any
@@ -422,35 +428,35 @@ class _Record:
             except PermissionError:
                 continue  # another user's
             except OSError as error:
-                raise _cannot(self._folder, error) from None
+                raise _write_error(self._folder, error) from None
             with open(handle, "ab", buffering=0) as out:
                 out.write(line)
             return
-        raise _cannot(self._folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+        raise _write_error(self._folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
 def stamp(path: Path) -> Stamp:
-    """What a file is recognised by: its size, and a digest of its content (of three parts of a file above 8 MiB)."""
+    """The stamp of a file: its size, and a digest of its content (of three parts of it for a file above 8 MiB)."""
     digest = hashlib.blake2b(digest_size=16)
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        for start in (0,) if size <= _WHOLE else (0, (size - _PART) // 2, size - _PART):
+        for start in (0,) if size <= _FULL_DIGEST_BYTES else (0, (size - _PART_BYTES) // 2, size - _PART_BYTES):
             file.seek(start)
-            digest.update(file.read(_WHOLE if size <= _WHOLE else _PART))
+            digest.update(file.read(_FULL_DIGEST_BYTES if size <= _FULL_DIGEST_BYTES else _PART_BYTES))
     return {"bytes": size, "digest": digest.hexdigest()}
 
 
 # ------------------------------------------------------------------------------------------------------------- parts
 
 
-class _New(NamedTuple):
-    """A file in the making, and the mode and group that the system gave it."""
+class _Temporary(NamedTuple):
+    """A temporary file, and the mode and group that the system gave it."""
 
     path: Path
     mode: int
     group: int
 
-    def settle(self) -> None:
+    def restore_mode(self) -> None:
         """Undo the mode and group that a library has given the file, where that is allowed."""
         now = self.path.lstat()
         with contextlib.suppress(PermissionError):
@@ -461,26 +467,28 @@ class _New(NamedTuple):
 
 
 @contextmanager
-def _in_the_making(folder: Path) -> Iterator[_New]:
-    """A new, empty file beside what it is to become; gone after the block, unless it got its name."""
+def _temporary_file(folder: Path) -> Iterator[_Temporary]:
+    """A new, empty temporary file in `folder`; deleted after the block, unless it was moved."""
     path = folder / f"{TEMPORARY}{os.urandom(8).hex()}.tmp"
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     found = os.fstat(handle)
     os.close(handle)
     try:
-        yield _New(path, stat.S_IMODE(found.st_mode), found.st_gid)
+        yield _Temporary(path, stat.S_IMODE(found.st_mode), found.st_gid)
     finally:
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
 
 
 def _move(temporary: Path, path: Path, *, replace: bool) -> bool:
-    """Give `temporary` its name; False when something has it, unless that is to be replaced (or the disk has no hard links)."""
+    """Move `temporary` to `path`. Without `replace`, False when `path` exists (on a disk without hard links it is replaced)."""
     if not replace:
         try:
             os.link(temporary, path)
         except FileExistsError:
-            if not os.path.samefile(temporary, path):  # else the answer of a server was lost, and it was asked again
+            if not os.path.samefile(
+                temporary, path
+            ):  # the same file: the server's reply was lost, and the request repeated
                 return False
         except OSError:
             replace = True
@@ -492,17 +500,17 @@ def _move(temporary: Path, path: Path, *, replace: bool) -> bool:
 
 
 def _is_below(path: Path | str, folder: Path | str) -> bool:
-    """Whether `path` is `folder` or lies in it, by their names."""
+    """Whether `path` is `folder` or lies in it, judged by the paths alone."""
     return str(path) == str(folder) or str(path).startswith(str(folder).rstrip(os.sep) + os.sep)
 
 
 def _refuse_nul(text: str) -> None:
     if "\0" in text:
-        raise ConfigError(f"{quoted(text)} holds a NUL character, which no file's name can")
+        raise ConfigError(f"{quoted(text)} contains a NUL character, which no file name may contain")
 
 
-def _cannot(path: Path, error: OSError) -> ConfigError:
-    """What the system refused; `path` is what a user knows of, in place of a file in the making or a record."""
+def _write_error(path: Path, error: OSError) -> ConfigError:
+    """The error for a file that cannot be written; `path` is named in place of a temporary file or a record."""
     named = None if error.filename is None else Path(os.fsdecode(error.filename))
     at = path if named is None or named.name.startswith(TEMPORARY) else named
     return ConfigError(f"{printable(str(at))}: cannot be written ({error.strerror or error}); choose another output")

@@ -1,14 +1,14 @@
-"""One writer a run: a lease in the run's folder, with a generation number that only grows.
+"""One writer per run: a lease in the run's folder, with a generation number that only grows.
 
-``RUN/lease/00000003.json`` names the holder of generation 3; ``00000003.over`` is empty while the lease is held, and says
-who took it over, or that it was released, after that. A start of the run claims the next generation by creating its file
-exclusively, which NFS and Lustre do without locks, and then marks the one before. The holder reads its own ``.over`` file
-before each write; it opens the file anew, which makes NFS ask the server. So a start that stood still for hours learns that
-it was replaced before it writes another byte.
+``RUN/lease/00000003.json`` names the holder of generation 3. ``00000003.over`` is empty while the lease is held; after that it
+says which start took the lease over, or that it was released. A start of the run claims the next generation by creating its file
+exclusively, which works on NFS and Lustre without locks, and then writes the ``.over`` file of the previous one. The holder reads
+its own ``.over`` file before each write, and opens it each time, so that NFS asks the server. A start that was suspended for hours
+therefore finds that it was replaced before it writes another byte.
 
-A holder shows that it lives by a counter in its file. Others compare the counter over time by their own clock, since clocks
-of machines differ. They take over at once when the holder is known to be gone: its process has ended on this machine, or
-SLURM says that its job is over or was started again.
+The holder increments a counter in its file as a heartbeat. Others watch the counter by their own clock, since the clocks of
+machines differ. They take over at once when the holder has certainly ended: its process on this machine has ended, or SLURM
+reports that its job has ended or was restarted.
 
 Standard library only.
 """
@@ -31,36 +31,36 @@ from typing import Any
 
 FOLDER = "lease"
 HEARTBEAT = 5.0
-"""Seconds between two steps of the holder's counter."""
+"""Seconds between two increments of the holder's counter."""
 SILENT = 60.0
-"""Seconds without a step after which a holder of unknown state counts as gone."""
+"""Seconds without an increment after which a holder of unknown state counts as dead."""
 PATIENCE = 30.0
-"""Seconds that a start waits for a holder that lives: it may be about to save and end."""
+"""Seconds that a start waits for a live holder, which may be about to save and end."""
 LOST = 4
-"""Exit status of a process whose lease was taken over, and of a start that could not have it."""
+"""Exit status of a process whose lease was taken over, and of a start that could not claim it."""
 START = "MULTITRAIN_START"
-"""Environment variable: the name of a start, where a launcher other than SLURM gives it to all ranks."""
+"""Environment variable: the name of a start, which a launcher other than SLURM sets for all ranks."""
 
 _NAME = re.compile(r"(\d{8})\.json$")
-_COUNTER = 16
-_KEPT = 3
+_COUNTER_DIGITS = 16
+_KEPT_GENERATIONS = 3
 
 
 class LeaseHeld(Exception):
-    """Another start of the run holds its lease; the message says which, where and since when."""
+    """Another start of the run holds its lease; the message names the start, its machine and the time."""
 
 
 class LeaseUnusable(Exception):
-    """A file or a link lies where the folder of the run's leases belongs; the message says which, and what to do."""
+    """A file or a link is where the folder of the run's leases should be; the message names it, and says what to do."""
 
 
 class LeaseLost(BaseException):
-    """Another start of the run has taken over. Nothing may be written any more; no handler of errors may go on."""
+    """Another start of the run has taken over, and this one must not write any more. A BaseException, so that no handler catches it."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lease. `start`: the start of the run that it belongs to. `restart`: of the SLURM job `job` of `cluster`."""
+    """The process that holds a lease. `start`: name of its start of the run. `restart`: number of the start of SLURM job `job`."""
 
     start: str
     job: str | None
@@ -70,14 +70,14 @@ class Holder:
     user: str
     pid: int
     machine: str
-    """Boot and process namespace, within which a process id means something."""
+    """Boot id and process namespace, within which a process id is unique."""
     began: str
-    """When the process began, in the kernel's ticks: process ids are used again."""
+    """Start time of the process, in the kernel's ticks, since process ids are reused."""
     since: str
     folder: str | None = None
-    """The run's folder as the holder sees it; other machines may have it elsewhere."""
+    """The run's folder on the holder's machine; other machines may mount it at another path."""
     inode: int | None = None
-    """Of that folder's `lease`, by which a copy of the folder is told from the folder itself."""
+    """Inode of that folder's `lease`, which distinguishes the folder from a copy of it."""
 
     def __str__(self) -> str:
         job = f"job {self.job}{f' (restart {self.restart})' if self.restart else ''}, " if self.job else ""
@@ -95,11 +95,11 @@ class State:
 
 
 Alive = Callable[[Holder], "bool | None"]
-"""Whether the job of a holder runs; None when unknown."""
+"""Returns whether the job of a holder runs; None when unknown."""
 
 
 def newest(run: Path) -> State | None:
-    """The newest generation of the run's lease; None when it never had one."""
+    """The newest generation of the run's lease; None if the run never had a lease."""
     folder = run / FOLDER
     try:
         found = [int(match.group(1)) for name in os.listdir(folder) if (match := _NAME.fullmatch(name))]
@@ -114,16 +114,16 @@ def newest(run: Path) -> State | None:
 
 
 def live(run: Path, alive: Alive | None = None, *, watch: float = 0.0) -> Holder | None:
-    """Who holds the run's lease now; None when it is free, or its holder is gone.
+    """The holder of the run's lease; None when the lease is free, or its holder has ended.
 
     Args:
-        alive: what SLURM says of the holder's job.
-        watch: seconds to look at the counter of a holder of unknown state.
+        alive: whether the holder's job runs, according to SLURM.
+        watch: seconds to watch the counter of a holder of unknown state.
     """
     state = newest(run)
     if state is None or state.over or state.holder is None:
         return None
-    known = _lives(state.holder, alive)
+    known = _is_alive(state.holder, alive)
     deadline = time.monotonic() + watch
     while known is None and time.monotonic() < deadline:
         time.sleep(min(0.5, watch))
@@ -149,24 +149,24 @@ def acquire(
 
     Args:
         run: the run's folder.
-        job, restart: the SLURM job of this process, and how often it was started before.
-        alive: what SLURM says of another holder's job.
-        patience: seconds to wait for a holder that lives.
-        silent: seconds without a step of its counter after which a holder of unknown state is gone.
-        pause: waits for so many seconds, several times while another start holds the lease; what it raises ends the wait.
-        say: takes one line when the lease has to be waited for.
+        job, restart: the SLURM job of this process, and the number of its earlier starts.
+        alive: whether another holder's job runs, according to SLURM.
+        patience: seconds to wait for a live holder.
+        silent: seconds without an increment of its counter after which a holder of unknown state counts as dead.
+        pause: sleeps for a number of seconds; called repeatedly while another start holds the lease. An exception ends the wait.
+        say: called with one line if this process has to wait for the lease.
 
     Raises:
         LeaseHeld: another start holds it.
-        LeaseUnusable: what lies in its place is no folder of leases.
+        LeaseUnusable: the path of the folder of leases is a file or a link.
         OSError: the folder cannot be written.
     """
-    me = _myself(run, job, restart)
+    me = _this_process(run, job, restart)
     began = time.monotonic()
     seen: tuple[int, str] | None = None
     changed, waiting = began, False
     while True:
-        _refuse_foreign(run / FOLDER)
+        _refuse_file_or_link(run / FOLDER)
         state = newest(run)
         if state is None or _free(state, me, alive):
             if (claimed := _claim(run, state, me)) is not None:
@@ -177,7 +177,7 @@ def acquire(
             seen, changed = (state.generation, state.counter), time.monotonic()
         else:
             moved = False
-        known = True if moved else _lives(state.holder, alive) if state.holder else None
+        known = True if moved else _is_alive(state.holder, alive) if state.holder else None
         now = time.monotonic()
         if known is None and now - changed >= silent:
             if (claimed := _claim(run, state, me)) is not None:
@@ -192,17 +192,17 @@ def acquire(
 
 
 def held_by(run: Path, holder: Holder | None) -> str:
-    """One line that says who holds the run, and, if the folder was copied while the run trained, what to do with the copy."""
+    """One line that names the holder of the run and, if the folder was copied while the run trained, says what to do with the copy."""
     if holder is None or not is_copy(run, holder):
         return f"run {run.name!r} is held by {holder}"
     return (
-        f"{run} is a copy of {holder.folder}, made while {holder} trained it: that run goes on; to train the copy, delete "
+        f"{run} is a copy of {holder.folder}, made while {holder} trained it: that run continues; to train the copy, delete "
         f"{run / FOLDER}"
     )
 
 
 def is_copy(run: Path, holder: Holder) -> bool:
-    """Whether the run's folder is a copy of the one that the holder claimed: neither its path nor its inode are the same."""
+    """Whether the run's folder is a copy of the one that the holder claimed: its path and its inode both differ."""
     if holder.folder is None or holder.inode is None:  # a start of an earlier version
         return False
     return holder.folder != str(run.resolve()) and holder.inode != _inode(run)
@@ -219,12 +219,13 @@ def start_name(job: str | None, restart: int, environment: Mapping[str, str] = o
         return "torchrun " + " ".join(environment.get(name, "") for name in names)
     if environment.get("WORLD_SIZE", "1") != "1":  # placed by hand, or by another launcher
         return f"ranks at {environment.get('MASTER_ADDR', '')}:{environment.get('MASTER_PORT', '')}"
-    return f"process {os.getpid()} on {socket.gethostname()} {_began(os.getpid())}"
+    return f"process {os.getpid()} on {socket.gethostname()} {_start_ticks(os.getpid())}"
 
 
 def is_later(start: str, other: str) -> bool:
-    """Whether two names are of one SLURM job, and the first of a later start: what the other one held is over, though it
-    could not say so, and rank 0 of the later one may not have claimed the lease yet.
+    """Whether `start` is a later start of the same SLURM job as `other`.
+
+    Then the lease of `other` is over, although it was not released, and rank 0 of `start` may not have claimed the next one yet.
     """
     names = [re.fullmatch(r"job (.+)\.(\d+)", name) for name in (start, other)]
     (job, number), (other_job, other_number) = ((m.group(1), int(m.group(2))) if m else ("", 0) for m in names)
@@ -232,22 +233,22 @@ def is_later(start: str, other: str) -> bool:
 
 
 class Guard:
-    """Whether a process of a start may still write to its run.
+    """Checks whether a process of a start may still write to its run.
 
     Args:
         run: the run's folder.
-        start: name of the start; other starts' leases end it.
-        generation: of the lease that the start's rank 0 has claimed, once it is known.
+        start: name of the start; a lease of any other start ends it.
+        generation: generation of the lease that the start's rank 0 has claimed, once it is known.
     """
 
     def __init__(self, run: Path, start: str, generation: int | None = None) -> None:
         self.run = run
         self.start = start
         self.generation = generation
-        self.pid: int | None = None  # of the process that has claimed the lease, in that process
+        self.pid: int | None = None  # set in the process that has claimed the lease
 
     def check(self) -> None:
-        """Return while this start is the run's writer.
+        """Return if this start is the run's writer.
 
         Raises:
             LeaseLost: another start has claimed the lease.
@@ -261,7 +262,9 @@ class Guard:
                 raise LeaseLost(f"run {self.run.name!r}: the lease of this start is over: {over}")
             holder = _state(self.run / FOLDER, self.generation).holder
             own = (self.start, self.pid or (holder and holder.pid))
-            if holder is not None and (holder.start, holder.pid) != own:  # the folder was removed, and counted anew
+            if (
+                holder is not None and (holder.start, holder.pid) != own
+            ):  # the folder was removed, and the generations restarted
                 raise LeaseLost(held_by(self.run, holder))
             return
         state = newest(self.run)
@@ -271,15 +274,16 @@ class Guard:
             raise LeaseLost(held_by(self.run, state.holder))
 
     def follow(self, generation: int | None, start: str) -> None:
-        """From now on it is this generation, which rank 0 has claimed for this start, that must not be over."""
+        """From now on check this generation, which rank 0 has claimed for this start."""
         self.generation, self.start = generation, start
 
 
 class Lease(Guard):
-    """A claimed lease; its counter runs in a thread until :meth:`release`.
+    """A claimed lease; a thread increments its counter until :meth:`release`.
 
     Args:
-        file: open file of the holder, whose counter is written in place.
+        file: descriptor of the holder's file.
+        offset: position of the counter in the file, in bytes.
     """
 
     def __init__(self, run: Path, start: str, generation: int, file: int, offset: int) -> None:
@@ -288,19 +292,19 @@ class Lease(Guard):
         self._file = file
         self._offset = offset
         self._end = threading.Event()
-        self.on_lost: Callable[[str], None] = _leave
-        """Called by the thread when it finds that the lease was taken over; ends the process."""
-        threading.Thread(target=self._show_life, name="lease", daemon=True).start()
+        self.on_lost: Callable[[str], None] = _exit_process
+        """Called by the thread when the lease was taken over; by default it ends the process."""
+        threading.Thread(target=self._heartbeat, name="lease", daemon=True).start()
 
     def release(self) -> None:
-        """Give the lease back. Twice is fine; one that was taken over stays with its new holder."""
+        """Release the lease. Idempotent; a lease that was taken over stays with its new holder."""
         if self._end.is_set():
             return
         self._end.set()
         assert self.generation is not None
         with contextlib.suppress(OSError, LeaseLost):
             self.check()
-            _mark(self.run / FOLDER, self.generation, "released")
+            _record_end(self.run / FOLDER, self.generation, "released")
 
     def __enter__(self) -> Lease:
         return self
@@ -308,19 +312,19 @@ class Lease(Guard):
     def __exit__(self, *_: object) -> None:
         self.release()
 
-    def _show_life(self) -> None:
+    def _heartbeat(self) -> None:
         count = 0
         while not self._end.wait(HEARTBEAT):
             count += 1
             try:
-                os.pwrite(self._file, f"{count:0{_COUNTER}d}".encode(), self._offset)
+                os.pwrite(self._file, f"{count:0{_COUNTER_DIGITS}d}".encode(), self._offset)
                 os.fsync(self._file)
                 self.check()
             except LeaseLost as lost:
                 if not self._end.is_set():
                     self.on_lost(str(lost))
                 return
-            except OSError:  # a disk that does not answer now: the next step says more
+            except OSError:  # the disk does not answer now: try again at the next increment
                 continue
         os.close(self._file)
 
@@ -329,7 +333,7 @@ _guard: Guard | None = None
 
 
 def guarded(guard: Guard | None) -> None:
-    """From now on :func:`verify` asks this guard: the one run that this process writes to."""
+    """Set the guard that :func:`verify` checks: that of the one run to which this process writes."""
     global _guard
     _guard = guard
 
@@ -340,7 +344,7 @@ def current() -> Guard | None:
 
 
 def verify(path: Path) -> None:
-    """Before a byte is written to `path`: whether this process may.
+    """Check that this process may write to `path`. Call it before each write.
 
     Raises:
         LeaseLost: `path` lies in the run of this process, and another start has taken that over.
@@ -352,16 +356,16 @@ def verify(path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ on the disk
 
 
-def _refuse_foreign(folder: Path) -> None:
-    """Raises LeaseUnusable: a link, behind which files of other runs would be deleted, or a file."""
+def _refuse_file_or_link(folder: Path) -> None:
+    """Refuse a file, and a link, through which files of other runs would be deleted. Raises LeaseUnusable."""
     if folder.is_symlink():
         raise LeaseUnusable(f"{folder} is a link, which is not followed; remove it")
     if folder.exists() and not folder.is_dir():
-        raise LeaseUnusable(f"{folder} is no folder; move it away")
+        raise LeaseUnusable(f"{folder} is not a folder; move it away")
 
 
 def _claim(run: Path, before: State | None, me: Holder) -> Lease | None:
-    """The lease of the next generation, unless another start was faster."""
+    """Claim the next generation; None if another start was faster."""
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
     generation = before.generation + 1 if before else 1
@@ -372,21 +376,21 @@ def _claim(run: Path, before: State | None, me: Holder) -> Lease | None:
     except FileExistsError:
         return None
     try:
-        os.write(file, text + b"0" * _COUNTER + b"\n")
+        os.write(file, text + b"0" * _COUNTER_DIGITS + b"\n")
         os.fsync(file)
         os.close(os.open(folder / f"{generation:08d}.over", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666))
-    except OSError:  # a full disk: an empty claim would hold up the next start
+    except OSError:  # a full disk: an empty claim would delay the next start
         (folder / f"{generation:08d}.json").unlink(missing_ok=True)
         os.close(file)
         raise
-    for earlier in range(max(1, generation - _KEPT), generation):
+    for earlier in range(max(1, generation - _KEPT_GENERATIONS), generation):
         if (folder / f"{earlier:08d}.json").exists() and not _read(folder / f"{earlier:08d}.over"):
-            _mark(folder, earlier, f"taken over by {me}")
-    _forget(folder, generation - _KEPT)
+            _record_end(folder, earlier, f"taken over by {me}")
+    _delete_up_to(folder, generation - _KEPT_GENERATIONS)
     return Lease(run, me.start, generation, file, len(text))
 
 
-def _forget(folder: Path, newest_gone: int) -> None:
+def _delete_up_to(folder: Path, newest_gone: int) -> None:
     """Delete the files of generations up to this one."""
     for name in os.listdir(folder):
         if re.fullmatch(r"\d{8}\.(json|over)", name) and int(name[:8]) <= newest_gone:
@@ -394,8 +398,8 @@ def _forget(folder: Path, newest_gone: int) -> None:
                 (folder / name).unlink()
 
 
-def _mark(folder: Path, generation: int, text: str) -> None:
-    """Say that a generation is over, unless that was said before."""
+def _record_end(folder: Path, generation: int, text: str) -> None:
+    """Record in its ``.over`` file why a generation is over, unless a reason is already recorded."""
     path = folder / f"{generation:08d}.over"
     if _read(path):
         return
@@ -430,16 +434,16 @@ def _read(path: Path) -> str | None:
         return None
 
 
-# ------------------------------------------------------------------------------------------------------- who is who
+# --------------------------------------------------------------------------------------------------------- identity
 
 
-def _myself(run: Path, job: str | None, restart: int) -> Holder:
+def _this_process(run: Path, job: str | None, restart: int) -> Holder:
     with contextlib.suppress(KeyError, OSError):
-        return _described(run, job, restart, getpass.getuser())
-    return _described(run, job, restart, str(os.getuid()))
+        return _holder_of(run, job, restart, getpass.getuser())
+    return _holder_of(run, job, restart, str(os.getuid()))
 
 
-def _described(run: Path, job: str | None, restart: int, user: str) -> Holder:
+def _holder_of(run: Path, job: str | None, restart: int, user: str) -> Holder:
     pid = os.getpid()
     return Holder(
         start=start_name(job, restart),
@@ -450,7 +454,7 @@ def _described(run: Path, job: str | None, restart: int, user: str) -> Holder:
         user=user,
         pid=pid,
         machine=_machine(),
-        began=_began(pid),
+        began=_start_ticks(pid),
         since=time.strftime("%Y-%m-%d %H:%M:%S"),
         folder=str(run.resolve()),
     )
@@ -464,20 +468,20 @@ def _free(state: State, me: Holder, alive: Alive | None) -> bool:
         return False
     same_job = me.job is not None and (me.job, me.cluster) == (state.holder.job, state.holder.cluster)
     if same_job and state.holder.restart < me.restart:
-        return True  # SLURM starts a job again only where the start before is over, or lost
-    return _lives(state.holder, alive) is False
+        return True  # SLURM restarts a job only after its previous start has ended, or its node is lost
+    return _is_alive(state.holder, alive) is False
 
 
-def _lives(holder: Holder, alive: Alive | None) -> bool | None:
-    """Whether the holder lives; None when nothing here can tell."""
+def _is_alive(holder: Holder, alive: Alive | None) -> bool | None:
+    """Whether the holder's process runs; None when it cannot be determined here."""
     if holder.machine == _machine():
-        return _began(holder.pid) == holder.began
+        return _start_ticks(holder.pid) == holder.began
     return alive(holder) if alive is not None and holder.job is not None else None
 
 
 def _machine() -> str:
     parts = []
-    for path, read in (("/proc/sys/kernel/random/boot_id", _boot), ("/proc/self/ns/pid", os.readlink)):
+    for path, read in (("/proc/sys/kernel/random/boot_id", _boot_id), ("/proc/self/ns/pid", os.readlink)):
         try:
             parts.append(read(path))
         except OSError:
@@ -489,12 +493,12 @@ def _inode(run: Path) -> int:
     return os.stat(run / FOLDER).st_ino
 
 
-def _boot(path: str) -> str:
+def _boot_id(path: str) -> str:
     return Path(path).read_text().strip()
 
 
-def _began(pid: int) -> str:
-    """The tick at which a process began; empty when there is none, or only its remains."""
+def _start_ticks(pid: int) -> str:
+    """Start time of a process, in ticks; empty if there is none, or only a zombie."""
     try:
         rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -502,15 +506,15 @@ def _began(pid: int) -> str:
     return "" if rest[0] in "ZX" else rest[19]
 
 
-def _leave(reason: str) -> None:
-    """End this process at once, without writing anything but one line to its log."""
+def _exit_process(reason: str) -> None:
+    """End this process at once; write nothing but one line to its log."""
     with contextlib.suppress(OSError):
         os.write(2, f"multitrain: {reason}; this process ends\n".encode())
     os._exit(LOST)
 
 
 def as_json(state: State | None) -> dict[str, Any] | None:
-    """For readers of a run: who holds it."""
+    """The lease as a JSON object for readers of a run; None if it has no holder."""
     return None if state is None or state.holder is None else {**asdict(state.holder), "over": state.over}
 
 

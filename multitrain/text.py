@@ -1,4 +1,4 @@
-"""Text from strangers (paths, class names, library messages), made safe to print and to put into a csv file."""
+"""Make untrusted text (paths, class names, library messages) safe to print and to write to a csv file."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from collections.abc import Iterable
 _UNPRINTABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
 )
-"""Control characters, marks that change the direction of writing, line separators, bytes that are no UTF-8."""
+"""Control characters, marks that change the writing direction, line separators, bytes that are not UTF-8."""
 
 _FORMULA = re.compile(r"[=@\t\r]|[-+](?=.*[(|!=@])", re.DOTALL)
-"""How a cell begins that a spreadsheet computes. A leading ``-`` or ``+`` alone (video ids, numbers) calls nothing."""
+"""Beginning of a cell that a spreadsheet evaluates. A leading ``-`` or ``+`` alone (video ids, numbers) is harmless."""
 
 _MARKDOWN = re.compile(r"[\\`|<>&\[\]]")
 _ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
 
 
 def printable(text: str) -> str:
-    """`text` on one line, with everything that a terminal would obey written as an escape (``\\x1b``, ``\\n``, ``\\u202e``).
+    """`text` on one line, with characters that control a terminal as escapes (``\\x1b``, ``\\n``, ``\\u202e``).
 
-    A byte that is no UTF-8 (a surrogate, as `os.fsdecode` gives it) is written as that byte, e.g. ``\\xe9``.
+    A byte that is not UTF-8 (a surrogate from `os.fsdecode`) is written as that byte, e.g. ``\\xe9``.
     """
     return _UNPRINTABLE.sub(_escaped, text)
 
@@ -33,7 +33,7 @@ def counted(number: int, what: str) -> str:
 
 
 def quoted(text: str, length: int = 200) -> str:
-    """`text` for an error message: printable, in quotation marks, its middle left out beyond `length` characters."""
+    """`text` for an error message: printable and in quotation marks; beyond `length` characters its middle is left out."""
     shown = printable(text)
     half = length // 2
     return f"'{shown if len(shown) <= length else f'{shown[:half]}…{shown[-half:]}'}'"
@@ -48,9 +48,9 @@ def _escaped(match: re.Match[str]) -> str:
 
 
 def cell(value: object) -> object:
-    """`value` as a cell of a csv file: printable, and never a formula (an apostrophe goes before what would be one).
+    """`value` as a cell of a csv file: printable, and never a formula (an apostrophe precedes what would be one).
 
-    Numbers stay as they are. A text that begins with ``-`` or ``+`` stays too, unless it could call something.
+    Numbers stay as they are. A text that begins with ``-`` or ``+`` also stays, unless a spreadsheet could evaluate it.
     """
     if not isinstance(value, str):
         return value
@@ -58,7 +58,7 @@ def cell(value: object) -> object:
 
 
 def csv_text(rows: Iterable[Iterable[object]]) -> str:
-    """Rows as the text of a csv file, every one on a line of its own; every cell goes through :func:`cell`."""
+    """Rows as the text of a csv file, one per line; every cell goes through :func:`cell`."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     for row in rows:
@@ -67,7 +67,7 @@ def csv_text(rows: Iterable[Iterable[object]]) -> str:
 
 
 def markdown(text: str) -> str:
-    """`text` for a Markdown document: printable, and nothing in it is a tag, a table's border, a link or code."""
+    """`text` for a Markdown document: printable, with tags, table borders, links and code escaped."""
     return _MARKDOWN.sub(lambda match: _ENTITIES.get(match[0]) or f"\\{match[0]}", printable(text))
 
 

@@ -171,7 +171,7 @@ def _leave(config: RunConfig, run: Path, trainer: Trainer, request: Request, int
     job = slurm.job_id()
     signals = [s for rank in world.gather(interruption.signals) for s in rank]
     decision: Decision = world.broadcast(_decide(config, run, request, job, signals) if world.is_main else None)
-    comes_back = decision.action == Action.COME_BACK
+    comes_back = decision.action == Action.REQUEUE
     if request == Request.NONE:
         recorder.event("end", update=trainer.completed, status="finished")
         recorder.write(f"finished after {trainer.completed} updates")
@@ -202,7 +202,7 @@ def _decide(config: RunConfig, run: Path, request: Request, job: str | None, sig
         record = requeue.job_record(job)
     except slurm.SlurmError as error:
         print(f"SLURM does not answer ({error}); the batch script asks it again", flush=True)
-        return Decision(Action.COME_BACK, slurm.STEP_ENDED)
+        return Decision(Action.REQUEUE, slurm.STEP_ENDED)
     history = restarts.starts(read(run / "events.jsonl"))
     history.sort(key=lambda start: start.is_of(job, slurm.restart_count()))  # events of this start may not be the last
     ended = Ended(record or {"JobState": "CANCELLED"}, signals)

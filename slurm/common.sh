@@ -1,22 +1,22 @@
-# Shared by the scripts in this folder, which are given to sbatch: sourced, never run.
+# Functions of the batch scripts in this folder, which source this file.
 
 if [ -z "${SLURM_JOB_ID:-}" ]; then
     echo "error: this is a job script; give it to sbatch: sbatch $0 …" >&2
     exit 2
 fi
 
-# Of the environment that sbatch was called in; else the checkout's own.
+# The Python of the environment in which sbatch was called, else that of the checkout's virtual environment.
 python=${MULTITRAIN_PYTHON:-python}
 if [ -z "${MULTITRAIN_PYTHON:-}${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x "$home/.venv/bin/python" ]; then
     python=$home/.venv/bin/python
 fi
 
-# srun does not inherit --cpus-per-task since 22.05.
+# Since 22.05 srun does not inherit --cpus-per-task.
 step=(srun --kill-on-bad-exit=1 "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}")
 
-# evaluate DATASET CHECKPOINT [key=value …]: multi-view scores of one dataset's test split. A restart skips the videos that
-# are scored already, so a job that is preempted or runs out of time simply comes back. The three scripts write into one
-# folder a checkpoint, whose table.txt has the datasets that are finished, and their average.
+# evaluate DATASET CHECKPOINT [key=value …]: multi-view scores of one dataset's test split. A restart skips the videos that already
+# have scores, so a job that is preempted or reaches its time limit is requeued. The three scripts write to one folder per
+# checkpoint, whose table.txt lists the finished datasets and their average.
 evaluate() {
     local dataset=$1 checkpoint=${2:-} out
     if [ -z "$checkpoint" ]; then

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Multi-view test on Kinetics-400, 5 clips × 1 crop a video:
+# Multi-view test on Kinetics-400, 5 clips × 1 crop per video:
 #
 #   sbatch slurm/eval_k400.sh CHECKPOINT [key=value …]
 #   sbatch --nodes=2 --partition=gpu slurm/eval_k400.sh runs/first

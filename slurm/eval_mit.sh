@@ -1,5 +1,5 @@
 #!/bin/bash
-# Multi-view test on Moments-in-Time, 2 clips × 3 crops a video:
+# Multi-view test on Moments-in-Time, 2 clips × 3 crops per video:
 #
 #   sbatch slurm/eval_mit.sh CHECKPOINT [key=value …]
 #   sbatch --nodes=2 --partition=gpu slurm/eval_mit.sh runs/first

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Multi-view test on Something-Something-v2, 1 clip × 3 crops a video:
+# Multi-view test on Something-Something-v2, 1 clip × 3 crops per video:
 #
 #   sbatch slurm/eval_ssv2.sh CHECKPOINT [key=value …]
 #   sbatch --nodes=2 --partition=gpu slurm/eval_ssv2.sh runs/first

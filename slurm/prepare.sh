@@ -1,13 +1,14 @@
 #!/bin/bash
-# Data preparation as a SLURM array: the tasks share the files among them.
+# Prepare data as a SLURM array, whose tasks divide the files among them.
 #
 #   sbatch --array=0-15 slurm/prepare.sh resize /data/k400 /data/k400_320p --fast-decode
 #   sbatch --array=0-15 slurm/prepare.sh pack /data/k400_320p /data/k400_packed --annotations k400
 #   sbatch --array=0-15 slurm/prepare.sh check data=ssv2 data.root=/datasets --out checked
 #
-# What follows is a verb of `multitrain data` and its arguments. The last task of `check` to end writes the table, that of `pack` the index. A task that
-# is preempted or runs out of time comes back and goes on; so does the whole array when it is submitted again. Nothing is written
-# outside the folder of copies or findings, and nothing in it replaced that the same verb did not make (docs/data.md).
+# The arguments are a verb of `multitrain data` and its arguments. The last task of `check` to end writes the table, the last one
+# of `pack` the index. A task that is preempted or reaches its time limit is requeued and resumes; the whole array resumes when it
+# is submitted again. The tasks write only to the folder of copies or findings, and replace only files that the same verb has
+# created there (docs/data.md).
 #
 #SBATCH --job-name=prepare
 #SBATCH --ntasks=1
@@ -30,17 +31,17 @@ case ${1:-} in
     *) echo "usage: sbatch [--array=0-N] slurm/prepare.sh check|resize|pack|unpack …" >&2; exit 2 ;;
 esac
 
-# Tasks count from the array's first; without --array there is one.
+# Tasks are numbered from the array's first one; without --array there is one task.
 first=${SLURM_ARRAY_TASK_MIN:-0}
 shard=$((${SLURM_ARRAY_TASK_ID:-0} - first))/$((${SLURM_ARRAY_TASK_MAX:-0} - first + 1))
 verb=$1
 shift
 run=$verb
-task=evaluate # like a test, it goes on where it was
+task=evaluate # requeued like a test, since it resumes where it stopped
 . "$home/launch/job.sh"
 export PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH}
 "${step[@]}" $hold "$python" -u -m multitrain.cli data "$verb" "$@" --shard "$shard" --workers "${SLURM_CPUS_PER_TASK:-1}"
 status=$?
-# 1: all done, and some files are wrong. That is a finding, named in the table, and not a failure of the job.
+# 1: all files were processed, and some are wrong. The table names them; the job itself has not failed.
 [ "$status" -ne 1 ] || exit 0
 finish "$status"

@@ -168,10 +168,10 @@ def test_what_is_read_is_never_written(tmp_path: Path) -> None:
     (tmp_path / "videos").mkdir()
     (tmp_path / "list.csv").write_text("x")
     sources = [tmp_path / "videos", tmp_path / "list.csv"]
-    with pytest.raises(InTheWayError, match="is what one reads"):
+    with pytest.raises(InTheWayError, match="is the input of one"):
         OutputFolder(tmp_path / "videos", "one", sources)
     (tmp_path / "link").symlink_to(tmp_path / "videos")
-    with pytest.raises(InTheWayError, match="is what one reads"):
+    with pytest.raises(InTheWayError, match="is the input of one"):
         OutputFolder(tmp_path / "link", "one", sources)
     around = OutputFolder(tmp_path, "one", sources)
     for name in ("videos/new.mp4", "videos/below/new.mp4", "list.csv", "x/../videos/v.mp4"):
@@ -195,9 +195,9 @@ def test_a_folder_or_pipe_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     os.mkfifo(tmp_path / "p")
     for name in ("a", "p"):
-        with pytest.raises(InTheWayError, match=f"/{name} is in the way: it is no file"):
+        with pytest.raises(InTheWayError, match=f"/{name} is in the way: it is not a regular file"):
             OutputFolder(tmp_path, "one").write_text(name, "x")
-    with pytest.raises(ConfigError, match="is no folder"):
+    with pytest.raises(ConfigError, match="is not a folder"):
         OutputFolder(tmp_path / "p", "one")
     (tmp_path / "file").write_text("x")
     with pytest.raises(ConfigError, match="cannot be written"):

@@ -269,7 +269,7 @@ def test_what_is_no_folder_of_leases_is_named_with_the_remedy(run: Path, tmp_pat
     place = run / "lease"
     place.write_text("mine") if what == "a file" else place.symlink_to(tmp_path)
     with pytest.raises(
-        lease.LeaseUnusable, match=f"{place} is (no folder; move|a link, which is not followed; remove)"
+        lease.LeaseUnusable, match=f"{place} is (not a folder; move|a link, which is not followed; remove)"
     ):
         acquire(run, patience=0)
     assert lease.newest(run) is None

@@ -1,4 +1,4 @@
-"""Interrupt runs at random moments, at least `--count` times, and show that nothing is left of it.
+"""Interrupt runs at random moments, at least `--count` times, and check that the results do not change.
 
 python benchmarks/drills/campaign.py                         100 interruptions of local processes
 python benchmarks/drills/campaign.py --backend controller    each kind twice, on a real SLURM controller
@@ -35,7 +35,7 @@ MODULES: dict[str, ModuleType] = {"local": local, "controller": controller}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table; 0 when every run ended like the uninterrupted one and no promise was broken."""
+    """Run the campaign and print the table; 0 when every run ended like the uninterrupted one and kept every guarantee."""
     given = _parser().parse_args(arguments)
     backend = MODULES[given.backend]
     if reason := backend.refusal():

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 from benchmarks import results
 from benchmarks.drills.kinds import KINDS, Controlled, Kind, matching
 from benchmarks.drills.run import write_data
-from benchmarks.drills.strikes_controller import EVERY, NODES, WAYS, Stage
+from benchmarks.drills.strikes_controller import EVERY, NODES, WAYS, JobUnderTest
 from tests.slurm.drill import Runs, reason_to_skip, started
 
 RESULTS = results.FOLDER / "drills_controller.json"
@@ -105,77 +105,77 @@ def strike_all(
     runs: Runs, kinds: Sequence[tuple[Kind, str]], seed: int, shape: tuple[int, int], keep: Callable[[Outcome], None]
 ) -> Outcome:
     """One run, struck by each of the kinds."""
-    stage = Stage(runs, "drilled", way=kinds[0][1], shape=shape)
+    target = JobUnderTest(runs, "drilled", way=kinds[0][1], shape=shape)
     records: list[Record] = []
     try:
-        stage.submit(*of(kinds[0][0]).options)
+        target.submit(*of(kinds[0][0]).options)
         for number, (kind, way) in enumerate(kinds):
-            if (of(kind).options, way) != (stage.options, stage.way):
-                stage.stop()
-                stage.way = way
-                stage.submit(*of(kind).options)
-            records.append({"way": way, **strike(stage, kind, random.Random(f"{seed}-{number}"))})
+            if (of(kind).options, way) != (target.options, target.way):
+                target.stop()
+                target.way = way
+                target.submit(*of(kind).options)
+            records.append({"way": way, **inject(target, kind, random.Random(f"{seed}-{number}"))})
             print(_line(records[-1]), flush=True)
-            keep(Outcome(records, stage.position(), f"{BROKE_OFF}: it was ended", len(kinds)))
-        updates = stage.stop()
-        return Outcome(records, updates, _difference(runs, stage, updates), len(kinds))
+            keep(Outcome(records, target.position(), f"{BROKE_OFF}: it was ended", len(kinds)))
+        updates = target.stop()
+        return Outcome(records, updates, _difference(runs, target, updates), len(kinds))
     except (AssertionError, subprocess.SubprocessError) as error:
-        print(f"\n{error}\n\n{stage.last_words()}", flush=True)
-        return Outcome(records, stage.position(), f"{BROKE_OFF}: {str(error).splitlines()[0]}", len(kinds))
+        print(f"\n{error}\n\n{target.last_words()}", flush=True)
+        return Outcome(records, target.position(), f"{BROKE_OFF}: {str(error).splitlines()[0]}", len(kinds))
 
 
-def strike(stage: Stage, kind: Kind, chance: random.Random) -> Record:
+def inject(target: JobUnderTest, kind: Kind, chance: random.Random) -> Record:
     """One interruption, and the way back; the run is submitted again where its job does not come by itself."""
-    cluster, runs, does = stage.cluster, stage.runs, of(kind)
-    runs.reach(stage.folder, stage.job, stage.position() + chance.randint(1, EVERY + 4))
+    cluster, runs, does = target.cluster, target.runs, of(kind)
+    runs.reach(target.folder, target.job, target.position() + chance.randint(1, EVERY + 4))
     time.sleep(chance.uniform(0, 1))
-    restarts = int(cluster.job(stage.job).get("Restarts", "0"))
-    before, events, saving = stage.position(), len(runs.events(stage.folder)), stage.saving
-    does.strike(stage, chance)
-    struck = len(runs.events(stage.folder))  # a strike of two parts may let the run start in between
+    restarts = int(cluster.job(target.job).get("Restarts", "0"))
+    before, events, saving = target.position(), len(runs.events(target.folder)), target.saving
+    does.inject(target, chance)
+    struck = len(runs.events(target.folder))  # an injection of two parts may let the run start in between
     begin, moment = time.monotonic(), time.time()
     asked, furthest, how, left = 0.0, before, "", 0.0
 
     def over() -> str:
         nonlocal asked, furthest, how, left
-        started = [e for e in runs.events(stage.folder)[struck:] if e["event"] in ("start", "resume")]
-        furthest = furthest if started else max(furthest, stage.position())
+        started = [e for e in runs.events(target.folder)[struck:] if e["event"] in ("start", "resume")]
+        furthest = furthest if started else max(furthest, target.position())
         if time.monotonic() > asked + 0.3:
-            asked, how = time.monotonic(), how or _how(cluster.job(stage.job), restarts)
-            left = left or (0.0 if stage.processes() else time.monotonic() - begin)
+            asked, how = time.monotonic(), how or _how(cluster.job(target.job), restarts)
+            left = left or (0.0 if target.processes() else time.monotonic() - begin)
         if started and not how:
             return "in place"
-        if WENT_ON in does.ways and not how and stage.position() >= before + 3:
+        if WENT_ON in does.ways and not how and target.position() >= before + 3:
             return WENT_ON
         return how if how and left else ""
 
     cluster.until(over, f"the end of what '{kind.name}' struck at update {before}", seconds=240, pause=0.03)
     gone = time.monotonic()
-    how = how or ("in place" if stage.resumed(events) is not None else WENT_ON)
-    state = cluster.job(stage.job)
-    waits = stage.seconds_until(state.get("EligibleTime")) if how == "requeued" else 0.0
+    how = how or ("in place" if target.resumed(events) is not None else WENT_ON)
+    state = cluster.job(target.job)
+    waits = target.seconds_until(state.get("EligibleTime")) if how == "requeued" else 0.0
     if how == "requeued":
-        if "TimeLimit" in state and state["TimeLimit"] != stage.LIMIT:
-            cluster.run("scontrol", "update", f"jobid={stage.job}", f"TimeLimit={stage.LIMIT}")
-        cluster.start_now(stage.job)
+        if "TimeLimit" in state and state["TimeLimit"] != target.LIMIT:
+            cluster.run("scontrol", "update", f"jobid={target.job}", f"TimeLimit={target.LIMIT}")
+        cluster.start_now(target.job)
     elif how not in ("in place", WENT_ON):
         time.sleep(STAYS_AWAY)
-        how = how if cluster.job(stage.job)["JobState"] == how else "back from the dead"
+        how = how if cluster.job(target.job)["JobState"] == how else "back from the dead"
         gone += STAYS_AWAY
         begin += STAYS_AWAY
-        stage.submit(*stage.options)
-    runs.reach(stage.folder, stage.job, 0)
+        target.submit(*target.options)
+    runs.reach(target.folder, target.job, 0)
     resumed: int | None = furthest
     if how != WENT_ON:
-        cluster.until(lambda: stage.resumed(events) is not None, "the next start", seconds=180)
-        resumed = stage.resumed(events)
+        cluster.until(lambda: target.resumed(events) is not None, "the next start", seconds=180)
+        resumed = target.resumed(events)
     assert resumed is not None
-    cluster.until(lambda: stage.position() > furthest, f"an update after {furthest}", seconds=180)
+    cluster.until(lambda: target.position() > furthest, f"an update after {furthest}", seconds=180)
     further = time.monotonic() - begin
-    does.undo(stage)
-    runs.reach(stage.folder, stage.job, stage.position() + 1)
+    does.undo(target)
+    runs.reach(target.folder, target.job, target.position() + 1)
     lost = furthest - resumed
-    said = runs.events(stage.folder)[events:]
+    said = runs.events(target.folder)[events:]
     stopped = [datetime.fromisoformat(e["time"]).timestamp() - moment for e in said if e["event"] == "signal"]
     returned = how in ("requeued", "in place", WENT_ON)
     return {
@@ -202,14 +202,14 @@ def _how(job: dict[str, str], restarts: int) -> str:
     return state if state in OVER else ""
 
 
-def _difference(runs: Runs, stage: Stage, updates: int) -> str:
+def _difference(runs: Runs, target: JobUnderTest, updates: int) -> str:
     """What distinguishes the run from an undisturbed one after `updates` updates; '' when nothing does."""
-    reference = Stage(runs, "undisturbed", shape=stage.shape)
+    reference = JobUnderTest(runs, "undisturbed", shape=target.shape)
     reference.submit(f"checkpoint.every={updates}")
     runs.reach(reference.folder, reference.job, updates + 1, seconds=120 + 5 * updates)
     reference.stop()
     try:
-        runs.assert_same(stage.folder, reference.folder, updates)
+        runs.assert_same(target.folder, reference.folder, updates)
     except (AssertionError, OSError) as error:
         return f"the run DIFFERS from the undisturbed one: {error}"
     return ""

@@ -1,4 +1,4 @@
-"""The kinds of interruption: one list, with what each does on each backend and what it may cost there."""
+"""The kinds of interruption: for each one the fault on each backend, and the number of updates that it may lose there."""
 
 from __future__ import annotations
 
@@ -11,45 +11,45 @@ from benchmarks.drills import run as local_run
 from benchmarks.drills import strikes_controller as far
 from benchmarks.drills import strikes_local as here
 from benchmarks.drills.inside.sitecustomize import EXCEPTION
-from benchmarks.drills.strikes_controller import Stage
-from benchmarks.drills.strikes_local import Hit
+from benchmarks.drills.strikes_controller import JobUnderTest
+from benchmarks.drills.strikes_local import Fault
 
 BACKENDS = ("local", "controller")
-"""Processes of this machine (`cluster=local`); jobs of a real SLURM controller."""
+"""Local processes (`cluster=local`), and jobs of a real SLURM controller."""
 
 
 @dataclass(frozen=True)
 class Local:
-    """What a kind does to local processes.
+    """A fault of local processes.
 
-    `hit` strikes. `may_lose`: completed updates that it may cost. `after`, when the run has ended, before it is submitted
-    again. `passes`: whether the run may go on without ending. `undo` takes back what would outlast the strike. `moment` is
-    the first update from `at` on at which it makes sense. `last`: whether it comes at the end of a run.
+    `inject`: injects the fault. `may_lose`: completed updates that it may lose. `after`: called when the run has ended, before it is
+    submitted again. `passes`: whether the run may continue without ending. `undo`: reverts lasting effects of the fault. `moment`:
+    the first update from `at` on at which the fault applies. `last`: whether it is injected at the end of a run.
     """
 
-    hit: Hit
+    inject: Fault
     may_lose: int = 0
     passes: bool = False
-    after: Hit | None = None
-    undo: Hit | None = None
+    after: Fault | None = None
+    undo: Fault | None = None
     moment: Callable[[int], int] = lambda at: at
     last: bool = False
 
 
 @dataclass(frozen=True)
 class Controlled:
-    """What a kind does to a job.
+    """A fault of a SLURM job.
 
-    `may_lose`: completed updates that it may cost, and `EVERY` more when it struck while a checkpoint was being written.
-    `ways`: how the job may come back, or, for one that must not, how it may end. `options`: what the run is submitted with.
-    `undo`, once the run is further, takes back what outlasts the strike.
+    `may_lose`: completed updates that it may lose, plus `EVERY` if it was injected while a checkpoint was being written. `ways`: how
+    the job may be restarted or, for a fault that ends it, how it may end. `options`: options of the submission. `undo`: reverts
+    lasting effects of the fault, once the run has made progress.
     """
 
-    strike: Callable[[Stage, random.Random], None]
+    inject: Callable[[JobUnderTest, random.Random], None]
     may_lose: int = 0
     ways: tuple[str, ...] = ("requeued",)
     options: tuple[str, ...] = ()
-    undo: Callable[[Stage], None] = lambda stage: None
+    undo: Callable[[JobUnderTest], None] = lambda target: None
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Kind:
 
     @property
     def backends(self) -> tuple[str, ...]:
-        """Where it can be tried."""
+        """The backends on which it can be tried."""
         return tuple(b for b in BACKENDS if getattr(self, b) is not None)
 
 
@@ -156,6 +156,6 @@ full" and "damaged checkpoint" counts one checkpoint that could not be written, 
 
 
 def matching(backend: str, words: str = "") -> list[Kind]:
-    """The kinds of a backend whose names hold one of `words`, which commas separate; all for none."""
+    """The kinds of a backend whose names contain one of the comma-separated `words`; all without words."""
     wanted = [w.strip().lower() for w in words.split(",")]
     return [k for k in KINDS.values() if backend in k.backends and any(w in k.name.lower() for w in wanted)]

@@ -23,7 +23,7 @@ from benchmarks.drills.run import (
     LOSS_TOLERANCE,
     MIXED_TOLERANCE,
     UPDATES,
-    Hung,
+    RunHung,
     TinyRun,
     differences,
     small_disk,
@@ -170,13 +170,13 @@ def one_run(
     reference: TinyRun,
 ) -> tuple[list[Record], Record]:
     """One run, struck once by each of `kinds` on its way."""
-    own_disk = any(of(kind).hit is fill_the_disk for kind in kinds)
+    own_disk = any(of(kind).inject is fill_the_disk for kind in kinds)
     records: list[Record] = []
     trouble: list[str] = []
     worst = float("inf")
     with small_disk(folder / f"disk-{number}") if own_disk else _folder(folder / "runs") as mounted:
         runs = folder / (f"disk-{number}" if own_disk else "runs")
-        kinds = [k if mounted or of(k).hit is not fill_the_disk else KINDS["quota (EFBIG)"] for k in kinds]
+        kinds = [k if mounted or of(k).inject is not fill_the_disk else KINDS["quota (EFBIG)"] for k in kinds]
         run = TinyRun(runs, f"drill-{number}", data, {} if precision == MIXED else {"precision": precision})
         step = (UPDATES - 5) / max(1, len(kinds))
         try:
@@ -189,12 +189,12 @@ def one_run(
                         break  # it was faster than the drill
                     trouble.append(f"it ended at update {run.position()} before '{kind.name}': {_last_words(run)}")
                     break
-                records.append({"run": number, **strike(run, kind, chance, shapes)})
+                records.append({"run": number, **run_drill(run, kind, chance, shapes)})
                 print(_line(records[-1]), flush=True)
             run.until(lambda: not run.running, "its end", 600)
             if run.code() != 0:
                 trouble.append(f"it ended with exit code {run.code()}: {_last_words(run)}")
-        except Hung as error:
+        except RunHung as error:
             trouble.append(str(error))
         finally:
             run.end()
@@ -212,15 +212,15 @@ def one_run(
     return records, {**result, "differences": trouble, "loss_difference": worst}
 
 
-def strike(run: TinyRun, kind: Kind, chance: random.Random, shapes: Shapes) -> Record:
+def run_drill(run: TinyRun, kind: Kind, chance: random.Random, shapes: Shapes) -> Record:
     """One interruption: strike, wait until the run has ended or gone on, submit it again, wait until it is further."""
     local = of(kind)
     time.sleep(chance.uniform(0, 0.6))
     before, starts, phase = run.position(), run.count("start", "resume"), run.phase()
     struck, seen = time.monotonic(), len(run.records("events.jsonl"))
     stated: Record = {"kind": kind.name, "world": run.world, "phase": phase, "update": before}
-    local.hit(run, chance)
-    hit = time.monotonic()
+    local.inject(run, chance)
+    injected_at = time.monotonic()
     furthest = before
 
     def settled() -> bool:
@@ -269,7 +269,7 @@ def strike(run: TinyRun, kind: Kind, chance: random.Random, shapes: Shapes) -> R
         "told": told,
         "again": "submitted" if ended else "in place" if run.count("start", "resume") > starts else "went on",
         "code": code,
-        "stop_seconds": round(stopped - hit, 2) if ended else None,
+        "stop_seconds": round(stopped - injected_at, 2) if ended else None,
         "back_seconds": round(time.monotonic() - struck, 2),
         "lost": lost,
         "kept": kept,

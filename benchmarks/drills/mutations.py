@@ -1,4 +1,4 @@
-"""Take the fixes that the guarantees rest on out, one after the other, and see that a test fails.
+"""Remove the fixes that the guarantees depend on, one after the other, and check that a test fails each time.
 
 python benchmarks/drills/mutations.py                    all of them
 python benchmarks/drills/mutations.py --only "requeue"   those whose words, file, page or tests hold these words
@@ -34,7 +34,7 @@ LIST = Path(__file__).with_name("mutations.yaml")
 PAGE = ROOT / "docs" / "guarantees" / "mutations.md"
 COPIED = ("multitrain", "launch", "tests", "configs", "slurm", "benchmarks", "pyproject.toml", "Makefile")
 LIMIT = 150
-"""Seconds that one test may take: without a fix it may hang."""
+"""Timeout of one test, in seconds: without the fix it may hang."""
 
 HEAD = """# What the tests notice
 
@@ -53,7 +53,7 @@ tests are there is part of the test suite as well. What each puts in place of a 
 
 @dataclass(frozen=True)
 class Mutation:
-    """One fix taken out.
+    """One fix that is removed.
 
     `what`: the fix, in words. `guarantee`: the page that promises it. `file`: where it is. `before`: its text, there once.
     `after`: what stands there without it. `tests`: ids of pytest, the quickest first; one of them must fail.
@@ -67,12 +67,12 @@ class Mutation:
     tests: tuple[str, ...]
 
     def holds(self, words: Sequence[str]) -> bool:
-        """Whether one of `words` is in it somewhere; true when there are none."""
+        """Whether a field of the mutation contains one of `words`; True without words."""
         said = " ".join((self.what, self.file, self.guarantee, *self.tests)).lower()
         return not words or any(w.lower() in said for w in words)
 
-    def rotten(self, tree: Path) -> str | None:
-        """Why it cannot be applied to `tree`; None when it can."""
+    def problem(self, tree: Path) -> str | None:
+        """The reason why it cannot be applied to `tree`; None if it can."""
         path = tree / self.file
         count = path.read_text().count(self.before) if path.is_file() else 0
         return (
@@ -83,7 +83,7 @@ class Mutation:
 
 
 def mutations() -> list[Mutation]:
-    """All of them, in the order of the pages."""
+    """All mutations, in the order of the list."""
     listed = yaml.safe_load(LIST.read_text())
     return [
         Mutation(guarantee=page, **row | {"tests": tuple(row["tests"])})
@@ -93,7 +93,7 @@ def mutations() -> list[Mutation]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Try them and print the table; 0 when all were noticed."""
+    """Try the mutations and print the table; 0 when a test failed for each of them."""
     parser = argparse.ArgumentParser(prog="mutations.py", description=__doc__, formatter_class=_Verbatim)
     only = "those whose words, file, page or tests hold these words; may be given more than once"
     parser.add_argument("--only", metavar="WORDS", action="append", default=[], help=only)
@@ -105,8 +105,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not chosen:
         print(f"error: no mutation to try holds {' or '.join(given.only) or 'anything'}", file=sys.stderr)
         return 2
-    rotten = {m: reason for m in chosen if (reason := m.rotten(ROOT))}
-    for mutation, reason in rotten.items():
+    problem = {m: reason for m in chosen if (reason := m.problem(ROOT))}
+    for mutation, reason in problem.items():
         print(f"ROTTEN     {mutation.what}: {reason}", flush=True)
     noticed: dict[Mutation, str] = {}
     with copy() as tree:
@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"error: these tests must pass before anything is taken out\n{said[-6000:]}", file=sys.stderr)
             return 1
         for mutation in chosen:
-            if mutation in rotten:
+            if mutation in problem:
                 continue
             began = time.monotonic()
             found = tried(tree, mutation)
@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 @contextmanager
 def copy() -> Iterator[Path]:
-    """A copy of what the tests need, in a temporary folder; material beside the checkout stays in reach."""
+    """A temporary copy of the files that the tests need; the folder `shared` beside the checkout stays accessible."""
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         tree = Path(folder) / "tree"
         tree.mkdir()
@@ -151,7 +151,7 @@ def copy() -> Iterator[Path]:
 
 
 def tried(tree: Path, mutation: Mutation) -> str | None:
-    """Apply it, run its tests, take it back; the id of the test that failed, None when none did.
+    """Apply a mutation, run its tests and revert it; the id of the test that failed, None when none did.
 
     Raises:
         SystemExit: its tests could not be run at all.
@@ -172,7 +172,7 @@ def tried(tree: Path, mutation: Mutation) -> str | None:
 
 
 def run(tree: Path, tests: Sequence[str]) -> tuple[int, str]:
-    """pytest's exit status and output; no process of these tests is left, whatever a mutation has made of it."""
+    """Run tests; pytest's exit status and output. All processes of the tests are ended, even if a mutation makes them hang."""
     options = [
         f"--basetemp={tree.parent / 'tmp'}",
         "-x",
@@ -197,7 +197,7 @@ def run(tree: Path, tests: Sequence[str]) -> tuple[int, str]:
 
 
 def table(chosen: Sequence[Mutation], noticed: dict[Mutation, str]) -> str:
-    """One line a mutation: what was taken out, the test, whether it noticed."""
+    """One line per mutation: the removed fix, the test, and whether the test failed."""
     rows = [("taken out", "test", "noticed")]
     for m in chosen:
         rows.append((m.what, noticed.get(m, ", ".join(m.tests)).rpartition("::")[2], "yes" if m in noticed else "NO"))
@@ -206,14 +206,14 @@ def table(chosen: Sequence[Mutation], noticed: dict[Mutation, str]) -> str:
 
 
 def seen_before() -> dict[Mutation, str]:
-    """The test that noticed each mutation, as far as the page says."""
+    """The test that failed for each mutation, according to the existing page."""
     rows = re.findall(r"^\| (.*?) \| `.*?` \| `(.*)` \|$", PAGE.read_text(), re.MULTILINE)
     tests = {what: test.replace("\\|", "|") for what, test in rows}
     return {m: tests[m.what] for m in mutations() if m.what in tests}
 
 
 def page(noticed: dict[Mutation, str]) -> str:
-    """`docs/guarantees/mutations.md`."""
+    """The text of `docs/guarantees/mutations.md`."""
     parts = [HEAD]
     listed = mutations()
     for guarantee in dict.fromkeys(m.guarantee for m in listed):

@@ -1,4 +1,4 @@
-"""One tiny run of real processes: started by the user's own command, looked at and struck from outside."""
+"""A tiny run of real processes for the drills: start it with the user's own command, observe it and interrupt it from outside."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ ROOT = Path(__file__).resolve().parents[2]
 UPDATES = 40
 """Length of a drilled run."""
 EVERY = 4
-"""Updates between two checkpoints: the most that a hard death may cost."""
+"""Updates between two checkpoints: a hard kill may lose at most these."""
 VALIDATED = 10
 """Updates between two validations."""
 HANG_LIMIT = 30
 """Seconds without progress after which a rank counts as hung."""
 PATIENCE = 180.0
-"""Seconds after which a run that neither ends nor goes on counts as hung."""
+"""Seconds after which a run that neither ends nor makes progress counts as hung."""
 
 
-class Hung(RuntimeError):
-    """The run did not do what was waited for."""
+class RunHung(RuntimeError):
+    """The run did not reach the expected state in time."""
 
 
 def newest_update(run: Path) -> int:
-    """Updates of the newest whole checkpoint of a run; 0 without one."""
+    """Updates of the newest complete checkpoint of a run; 0 without one."""
     whole = (f for f in ck.listed(run / "checkpoints") if ck.verify(f) is None)
     return next((int(f.name.split("-")[1]) for f in whole), 0)
 
@@ -88,7 +88,7 @@ class TinyRun:
             )
 
     def submit_again(self, **changes: Any) -> subprocess.CompletedProcess[str]:
-        """Submit the run once more, beside what may be running, and wait for the end of that."""
+        """Submit the run once more, even while it runs, and wait for the end of the command."""
         words = [f"{key}={value}" for key, value in {"runs": self.runs, **changes}.items()]
         command = [sys.executable, "launch/submit.py", self.name, *words]
         return subprocess.run(
@@ -96,7 +96,7 @@ class TinyRun:
         )
 
     def end(self) -> None:
-        """End what is left of it, hard."""
+        """Kill all its remaining processes."""
         for pid in [self.launcher.pid] if self.launcher and self.launcher.poll() is None else []:
             os.kill(pid, signal.SIGKILL)
         if self.launcher:
@@ -107,7 +107,7 @@ class TinyRun:
 
     @property
     def running(self) -> bool:
-        """Whether the launcher lives."""
+        """Whether the launcher runs."""
         return self.launcher is not None and self.launcher.poll() is None
 
     def code(self) -> int | None:
@@ -121,14 +121,14 @@ class TinyRun:
         return 0
 
     def records(self, file: str) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl` or `events.jsonl`; a torn last one left out."""
+        """The records of `metrics.jsonl` or `events.jsonl`, without a torn last line."""
         with contextlib.suppress(FileNotFoundError):
             lines = (self.folder / file).read_text().split("\n")[:-1]
             return [json.loads(line) for line in lines if line.strip()]
         return []
 
     def count(self, *events: str) -> int:
-        """How many of these events the run has written."""
+        """Number of these events that the run has written."""
         return sum(e["event"] in events for e in self.records("events.jsonl"))
 
     def resumed_at(self) -> int:
@@ -137,11 +137,11 @@ class TinyRun:
         return int(starts[-1]["update"])
 
     def newest(self) -> int:
-        """Updates of the newest checkpoint that is whole, looked for from outside; 0 without one."""
+        """Updates of the newest complete checkpoint, found from outside; 0 without one."""
         return newest_update(self.folder)
 
     def failed_saves(self) -> int:
-        """Periodic saves in a row, the last ones, that did not succeed."""
+        """Number of consecutive periodic saves up to the last one that failed."""
         saves = [e["event"] for e in self.records("events.jsonl") if e["event"].startswith("checkpoint")]
         count = 0
         while saves and saves.pop() == "checkpoint_failed":
@@ -150,7 +150,7 @@ class TinyRun:
 
     @property
     def began(self) -> bool:
-        """Whether the newest start has told that it began."""
+        """Whether the newest start has written its `begin` event."""
         return self.count("start", "resume") > self._starts
 
     def saving(self) -> bool:
@@ -160,7 +160,7 @@ class TinyRun:
         return False
 
     def phase(self) -> str:
-        """What the run is doing: starting, saving, evaluating or updating."""
+        """The current phase of the run: starting, saving, evaluating or updating."""
         if not self.began:
             return "starting"
         if self.saving():
@@ -171,7 +171,7 @@ class TinyRun:
         return "evaluating" if due and not done and last["event"] != "end" else "updating"
 
     def ranks(self) -> dict[int, int]:
-        """Process ids of the ranks that live, by rank."""
+        """Process ids of the running ranks, by rank."""
         found: dict[int, tuple[int, int]] = {}
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -188,7 +188,7 @@ class TinyRun:
         return dict(sorted(own.items()))
 
     def workers(self, rank: int) -> list[int]:
-        """Process ids of everything that a rank has started: one that only forks, then the loader's workers.
+        """Process ids of all child processes of a rank: first the fork server, then the loader's workers.
 
         Not of a child between fork and exec: frozen there, it would hold its parent for ever, which no stalled loader does.
         """
@@ -213,11 +213,11 @@ class TinyRun:
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
-                raise Hung(f"{self.name}: not within {seconds:g} s: {what}")
+                raise RunHung(f"{self.name}: not within {seconds:g} s: {what}")
             time.sleep(pause)
 
     def reach(self, update: int) -> bool:
-        """Wait until so many updates are recorded; False when the run ended before."""
+        """Wait until `update` updates are recorded; False if the run ended before."""
         self.until(lambda: self.position() >= update or not self.running, f"update {update}")
         return self.running
 
@@ -241,7 +241,7 @@ MIXED_TOLERANCE = 0.05
 def differences(
     run: TinyRun, reference: TinyRun, *, exact: bool, tolerance: float = LOSS_TOLERANCE
 ) -> tuple[list[str], float]:
-    """What distinguishes a finished run from the uninterrupted one, and the largest relative difference of a loss."""
+    """Differences of a finished run from the uninterrupted one, and the largest relative difference of a loss."""
     ours, theirs = run.records("metrics.jsonl"), reference.records("metrics.jsonl")
     found = []
     if [m["update"] for m in ours] != list(range(UPDATES)):
@@ -261,7 +261,7 @@ def differences(
 
 
 def write_data(folder: Path) -> Path:
-    """Three little datasets of real video files."""
+    """Write three small datasets of real video files."""
     from tests.support import write_dataset
 
     for seed, (name, videos, classes) in enumerate([("stride", 14, 5), ("segment", 10, 3), ("with.dot", 8, 4)]):
@@ -271,7 +271,7 @@ def write_data(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: str = "24m") -> Any:
-    """`folder` as a file system of its own, of `size`, where mounting is allowed; yields whether it is one."""
+    """Mount a separate file system of `size` at `folder`, if mounting is allowed; yields whether it is mounted."""
     folder.mkdir(parents=True, exist_ok=True)
     mounted = (
         os.geteuid() == 0

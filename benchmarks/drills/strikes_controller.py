@@ -33,7 +33,7 @@ NODES = 4
 """Nodes of the cluster; a run of two of them can come back while both are missing."""
 
 
-class Stage:
+class JobUnderTest:
     """A run on the cluster, and its job."""
 
     LIMIT = "00:20:00"
@@ -123,101 +123,101 @@ class Stage:
         return f"{self.runs.log(self.folder)}\n--- events\n{events}\n--- job\n{job}"
 
 
-def evict(stage: Stage, chance: random.Random) -> None:
-    stage.cluster.evict(nodes=NODES)
+def evict(target: JobUnderTest, chance: random.Random) -> None:
+    target.cluster.evict(nodes=NODES)
 
 
-def warn(stage: Stage, chance: random.Random) -> None:
-    stage.cluster.run("scancel", "--signal=USR2", stage.job)
+def warn(target: JobUnderTest, chance: random.Random) -> None:
+    target.cluster.run("scancel", "--signal=USR2", target.job)
 
 
-def cancel(stage: Stage, chance: random.Random) -> None:
-    stage.cluster.run("scancel", stage.job)
+def cancel(target: JobUnderTest, chance: random.Random) -> None:
+    target.cluster.run("scancel", target.job)
 
 
-def end_the_step(stage: Stage, chance: random.Random) -> None:
+def end_the_step(target: JobUnderTest, chance: random.Random) -> None:
     """SIGTERM to the ranks alone, as from a node that shuts down; the job itself goes on."""
-    stage.cluster.run("scancel", "--signal=TERM", stage.step())
+    target.cluster.run("scancel", "--signal=TERM", target.step())
 
 
-def limit(stage: Stage, chance: random.Random) -> None:
+def limit(target: JobUnderTest, chance: random.Random) -> None:
     """The controller is given another limit for the job that runs; the warning and the rest are SLURM's own."""
-    stage.cluster.run("scontrol", "update", f"jobid={stage.job}", f"TimeLimit={minutes(stage) + 2}")
+    target.cluster.run("scontrol", "update", f"jobid={target.job}", f"TimeLimit={minutes(target) + 2}")
 
 
-def minutes(stage: Stage) -> int:
+def minutes(target: JobUnderTest) -> int:
     """Whole minutes that this start of the job has run."""
-    elapsed = stage.cluster.run("squeue", "--noheader", "--format=%M", f"--jobs={stage.job}").strip().split(":")
+    elapsed = target.cluster.run("squeue", "--noheader", "--format=%M", f"--jobs={target.job}").strip().split(":")
     return int(elapsed[-2]) + 60 * (int(elapsed[-3]) if len(elapsed) > 2 else 0)
 
 
-def limit_that_is_past(stage: Stage, chance: random.Random) -> None:
+def limit_that_is_past(target: JobUnderTest, chance: random.Random) -> None:
     """A limit that is over already: SLURM sends its warning and SIGTERM at once, and SIGKILL comes after KillWait."""
-    stage.cluster.until(lambda: minutes(stage) >= 1, "a minute of running", seconds=90)
-    stage.cluster.run("scontrol", "update", f"jobid={stage.job}", f"TimeLimit={minutes(stage)}")
+    target.cluster.until(lambda: minutes(target) >= 1, "a minute of running", seconds=90)
+    target.cluster.run("scontrol", "update", f"jobid={target.job}", f"TimeLimit={minutes(target)}")
 
 
-def lose_a_node(stage: Stage, chance: random.Random) -> None:
+def lose_a_node(target: JobUnderTest, chance: random.Random) -> None:
     """slurmd, its steps and all tasks die at once; the controller has to find out."""
-    stage.node = chance.choice(stage.nodes())
-    send(stage.cluster.on_node(stage.node), signal.SIGKILL)
+    target.node = chance.choice(target.nodes())
+    send(target.cluster.on_node(target.node), signal.SIGKILL)
 
 
-def silence_a_node(stage: Stage, chance: random.Random) -> None:
+def silence_a_node(target: JobUnderTest, chance: random.Random) -> None:
     """Nothing on the node answers, and no connection closes, as when its network is gone."""
-    stage.node = chance.choice(stage.nodes())
-    send(stage.cluster.on_node(stage.node), signal.SIGSTOP)
+    target.node = chance.choice(target.nodes())
+    send(target.cluster.on_node(target.node), signal.SIGSTOP)
 
 
-def start_slurmd(stage: Stage) -> None:
-    stage.cluster.start_slurmd(stage.node)
-    wait_for_the_node(stage)
+def start_slurmd(target: JobUnderTest) -> None:
+    target.cluster.start_slurmd(target.node)
+    wait_for_the_node(target)
 
 
-def thaw(stage: Stage) -> None:
+def thaw(target: JobUnderTest) -> None:
     """The network is there again, and with it the ranks of a start that is long over; the next start runs already."""
-    left = stage.cluster.on_node(stage.node)
+    left = target.cluster.on_node(target.node)
     send(left, signal.SIGCONT)
-    wait_for_the_node(stage)
-    tasks = set(left) & set(ranks_of_all_starts(stage.folder))
+    wait_for_the_node(target)
+    tasks = set(left) & set(ranks_of_all_starts(target.folder))
     gone = "the end of the start of before"
-    stage.cluster.until(lambda: not tasks & set(ranks_of_all_starts(stage.folder)), gone, seconds=90)
+    target.cluster.until(lambda: not tasks & set(ranks_of_all_starts(target.folder)), gone, seconds=90)
     # Its `srun` may end the step of the next start, which has the same name: that one must then come back once more.
     with contextlib.suppress(AssertionError):
-        stage.cluster.until(
-            lambda: stage.cluster.job(stage.job)["JobState"] == "PENDING", "another requeue", seconds=20
+        target.cluster.until(
+            lambda: target.cluster.job(target.job)["JobState"] == "PENDING", "another requeue", seconds=20
         )
-        stage.cluster.start_now(stage.job)
+        target.cluster.start_now(target.job)
 
 
-def wait_for_the_node(stage: Stage) -> None:
+def wait_for_the_node(target: JobUnderTest) -> None:
     """Until SLURM uses the node again; also one that it has drained, since a step there waited too long for its dead `srun`.
 
     Like an administrator, who does not wait until SLURM asks a node again that it has given up: that can take minutes.
     """
-    drained = stage.cluster.run(
+    drained = target.cluster.run(
         "sinfo", "--noheader", "--partition=low", "--Node", "--states=drain", "--format=%N"
     ).split()
-    for node in set(drained) - {stage.node}:
-        stage.cluster.run("scontrol", "update", f"nodename={node}", "state=resume")
+    for node in set(drained) - {target.node}:
+        target.cluster.run("scontrol", "update", f"nodename={node}", "state=resume")
 
     def there() -> bool:
-        state = stage.cluster.run("sinfo", "--noheader", "--partition=low", f"--nodes={stage.node}", "--format=%T")
+        state = target.cluster.run("sinfo", "--noheader", "--partition=low", f"--nodes={target.node}", "--format=%T")
         if state.startswith("down"):
-            stage.cluster.run("scontrol", "update", f"nodename={stage.node}", "state=resume")
+            target.cluster.run("scontrol", "update", f"nodename={target.node}", "state=resume")
         return state.strip() in ("idle", "mixed", "allocated")
 
-    stage.cluster.until(there, f"{stage.node} to come back", seconds=120)
+    target.cluster.until(there, f"{target.node} to come back", seconds=120)
 
 
-def kill_the_batch_script(stage: Stage, chance: random.Random) -> None:
-    script = batch_script(stage.job)
+def kill_the_batch_script(target: JobUnderTest, chance: random.Random) -> None:
+    script = batch_script(target.job)
     assert script is not None, "no batch script was found"
     send([script], signal.SIGKILL)
 
 
-def kill_a_rank(stage: Stage, chance: random.Random) -> None:
-    send([chance.choice(list(ranks(stage.folder).values()))], signal.SIGKILL)
+def kill_a_rank(target: JobUnderTest, chance: random.Random) -> None:
+    send([chance.choice(list(ranks(target.folder).values()))], signal.SIGKILL)
 
 
 def is_frozen(pid: int) -> bool:
@@ -226,130 +226,132 @@ def is_frozen(pid: int) -> bool:
     return False
 
 
-def signal_job(*arguments: str) -> Callable[[Stage, random.Random], None]:
+def signal_job(*arguments: str) -> Callable[[JobUnderTest, random.Random], None]:
     """``scancel`` with these arguments and the job."""
-    return lambda stage, chance: stage.cluster.run("scancel", *arguments, stage.job) and None
+    return lambda target, chance: target.cluster.run("scancel", *arguments, target.job) and None
 
 
-def cancel_the_step(stage: Stage, chance: random.Random) -> None:
+def cancel_the_step(target: JobUnderTest, chance: random.Random) -> None:
     """`scancel JOB.STEP`: the ranks are killed, the job goes on."""
-    stage.cluster.run("scancel", stage.step())
+    target.cluster.run("scancel", target.step())
 
 
-def evict_without_grace(stage: Stage, chance: random.Random) -> None:
+def evict_without_grace(target: JobUnderTest, chance: random.Random) -> None:
     """Evicted from a partition whose GraceTime is 0."""
-    stage.cluster.run("scontrol", "update", "partitionname=low", "GraceTime=0")
-    stage.cluster.evict(nodes=NODES)
+    target.cluster.run("scontrol", "update", "partitionname=low", "GraceTime=0")
+    target.cluster.evict(nodes=NODES)
 
 
-def grace_again(stage: Stage) -> None:
+def grace_again(target: JobUnderTest) -> None:
     """The partition's usual grace time."""
-    stage.cluster.run("scontrol", "update", "partitionname=low", "GraceTime=15")
+    target.cluster.run("scontrol", "update", "partitionname=low", "GraceTime=15")
 
 
-def edit_the_checkout(stage: Stage, chance: random.Random) -> None:
+def edit_the_checkout(target: JobUnderTest, chance: random.Random) -> None:
     """While the job waits to come back, its checkout is edited for the next experiment, half edited, or deleted."""
-    _evict_and_wait(stage)
-    yaml = stage.checkout / "tests" / "configs" / "experiment" / "tiny.yaml"
+    _evict_and_wait(target)
+    yaml = target.checkout / "tests" / "configs" / "experiment" / "tiny.yaml"
     way = chance.choice(("edited", "half", "deleted"))
     if way == "edited":
         yaml.write_text(yaml.read_text().replace("1.0e-3", "9.0e-3"))
     elif way == "half":
         for name in ("launch/submit.py", "launch/__init__.py", "multitrain/cluster/slurm.py", "slurm/train.sh"):
-            (stage.checkout / name).write_text("<<<<<<< a merge that is not finished\n")
+            (target.checkout / name).write_text("<<<<<<< a merge that is not finished\n")
     else:
-        shutil.rmtree(stage.checkout)
+        shutil.rmtree(target.checkout)
 
 
-def restore_the_checkout(stage: Stage) -> None:
+def restore_the_checkout(target: JobUnderTest) -> None:
     """As it was, for the next submission."""
-    copied_checkout(stage.checkout)
+    copied_checkout(target.checkout)
 
 
-def start_a_twin(stage: Stage, chance: random.Random) -> None:
+def start_a_twin(target: JobUnderTest, chance: random.Random) -> None:
     """The run is submitted once more while it goes on, which must be refused."""
-    done = stage.runs.ask(stage.name, *chance.choice(((), ("cluster=local", "nodes=1"))))
+    done = target.runs.ask(target.name, *chance.choice(((), ("cluster=local", "nodes=1"))))
     assert done.returncode == 2, f"a second start was not refused: {done.stdout}{done.stderr}"
-    assert f"job {stage.job}" in done.stderr, done.stderr
+    assert f"job {target.job}" in done.stderr, done.stderr
 
 
-def take_the_controller_away(stage: Stage, chance: random.Random) -> None:
+def take_the_controller_away(target: JobUnderTest, chance: random.Random) -> None:
     """slurmctld is down for a while, as at an upgrade, when a supervisor is killed."""
-    victim = chance.choice(list(supervisors(stage.folder).values()))
-    with stage.cluster.controller_away():
+    victim = chance.choice(list(supervisors(target.folder).values()))
+    with target.cluster.controller_away():
         send([victim], signal.SIGKILL)
         time.sleep(chance.uniform(5, 25))
 
 
-def freeze_until_the_limit(stage: Stage, chance: random.Random) -> None:
+def freeze_until_the_limit(target: JobUnderTest, chance: random.Random) -> None:
     """A rank, or all of its node, stands still when the time limit arrives."""
-    number, rank = chance.choice(list(ranks(stage.folder).items()))
-    send([rank, *([supervisors(stage.folder)[number]] if chance.random() < 0.5 else [])], signal.SIGSTOP)
-    stage.cluster.ends_in(stage.job, chance.uniform(1, 20))
+    number, rank = chance.choice(list(ranks(target.folder).items()))
+    send([rank, *([supervisors(target.folder)[number]] if chance.random() < 0.5 else [])], signal.SIGSTOP)
+    target.cluster.ends_in(target.job, chance.uniform(1, 20))
 
 
-def end_what_stands_still(stage: Stage) -> None:
+def end_what_stands_still(target: JobUnderTest) -> None:
     """Nothing else ends processes that are frozen."""
-    send([pid for pid in ranks_of_all_starts(stage.folder) if is_frozen(pid)], signal.SIGKILL)
+    send([pid for pid in ranks_of_all_starts(target.folder) if is_frozen(pid)], signal.SIGKILL)
 
 
-def suspend(stage: Stage, chance: random.Random) -> None:
+def suspend(target: JobUnderTest, chance: random.Random) -> None:
     """`scontrol suspend` for longer than a rank may hang."""
-    stage.cluster.run("scontrol", "suspend", stage.job)
+    target.cluster.run("scontrol", "suspend", target.job)
     time.sleep(HANG_LIMIT + 5)
-    stage.cluster.run("scontrol", "resume", stage.job)
+    target.cluster.run("scontrol", "resume", target.job)
 
 
-def purge(stage: Stage, chance: random.Random) -> None:
+def purge(target: JobUnderTest, chance: random.Random) -> None:
     """The checkpoints are gone at one start, which must not train, and are there at the next."""
-    _one_start_without(stage, stage.folder / "checkpoints")
+    _one_start_without(target, target.folder / "checkpoints")
 
 
-def lose_the_mount(stage: Stage, chance: random.Random) -> None:
+def lose_the_mount(target: JobUnderTest, chance: random.Random) -> None:
     """The videos are gone at one start."""
-    _one_start_without(stage, stage.runs.data)
+    _one_start_without(target, target.runs.data)
 
 
-def _one_start_without(stage: Stage, path: Path) -> None:
-    restarts = _evict_and_wait(stage)
+def _one_start_without(target: JobUnderTest, path: Path) -> None:
+    restarts = _evict_and_wait(target)
     away = path.rename(path.with_name("away"))
-    before = stage.position()
-    stage.cluster.start_now(stage.job)
-    stage.cluster.until(lambda: _restarts(stage) > restarts, f"the end of a start without {path}", seconds=180)
-    assert stage.position() == before, f"it has trained without {path}"
+    before = target.position()
+    target.cluster.start_now(target.job)
+    target.cluster.until(lambda: _restarts(target) > restarts, f"the end of a start without {path}", seconds=180)
+    assert target.position() == before, f"it has trained without {path}"
     away.rename(path)
 
 
-def preempt_preflight(stage: Stage, chance: random.Random) -> None:
+def preempt_preflight(target: JobUnderTest, chance: random.Random) -> None:
     """Evicted twice: while it trains, and while the next start looks at its nodes."""
-    restarts = _evict_and_wait(stage)
-    stage.cluster.start_now(stage.job)
+    restarts = _evict_and_wait(target)
+    target.cluster.start_now(target.job)
     found: list[int] = []
 
     def looks() -> bool:
-        found[:] = looking(stage.folder)
+        found[:] = looking(target.folder)
         return bool(found)
 
-    stage.cluster.until(looks, "preflight", pause=0.01)
+    target.cluster.until(looks, "preflight", pause=0.01)
     with frozen(found):
-        stage.cluster.evict(nodes=NODES)
-        stage.cluster.until(
-            lambda: stage.cluster.job(stage.job).get("PreemptTime", "None") != "None" or _restarts(stage) > restarts,
+        target.cluster.evict(nodes=NODES)
+        target.cluster.until(
+            lambda: target.cluster.job(target.job).get("PreemptTime", "None") != "None" or _restarts(target) > restarts,
             "the preemption of preflight",
         )
-    stage.cluster.until(lambda: _restarts(stage) > restarts, "the requeue")  # it may train until its grace time is over
+    target.cluster.until(
+        lambda: _restarts(target) > restarts, "the requeue"
+    )  # it may train until its grace time is over
 
 
-def _restarts(stage: Stage) -> int:
-    return int(stage.cluster.job(stage.job).get("Restarts", "0"))
+def _restarts(target: JobUnderTest) -> int:
+    return int(target.cluster.job(target.job).get("Restarts", "0"))
 
 
-def _evict_and_wait(stage: Stage) -> int:
+def _evict_and_wait(target: JobUnderTest) -> int:
     """Evict the job, until it is back in the queue; how often it was there."""
-    before = _restarts(stage)
-    job = stage.cluster.job
-    stage.cluster.evict(nodes=NODES)
-    stage.cluster.until(
-        lambda: job(stage.job)["JobState"] == "PENDING" and _restarts(stage) > before, "the requeue", seconds=120
+    before = _restarts(target)
+    job = target.cluster.job
+    target.cluster.evict(nodes=NODES)
+    target.cluster.until(
+        lambda: job(target.job)["JobState"] == "PENDING" and _restarts(target) > before, "the requeue", seconds=120
     )
-    return _restarts(stage)
+    return _restarts(target)

@@ -1,4 +1,4 @@
-"""What is done to a run of local processes: the kinds of :mod:`benchmarks.drills.kinds`."""
+"""Faults that are injected into a run of local processes, for the kinds of :mod:`benchmarks.drills.kinds`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.drills.run import HANG_LIMIT, UPDATES, VALIDATED, Hung, TinyRun
+from benchmarks.drills.run import HANG_LIMIT, UPDATES, VALIDATED, RunHung, TinyRun
 from multitrain.engine import checkpoint as ck
 from tests.slurm.drill import send
 
-Hit = Callable[[TinyRun, random.Random], None]
+Fault = Callable[[TinyRun, random.Random], None]
 
 
 def living(run: TinyRun) -> list[int]:
@@ -25,35 +25,35 @@ def living(run: TinyRun) -> list[int]:
 def any_rank(run: TinyRun, chance: random.Random) -> int:
     pids = living(run)
     if not pids:
-        raise Hung("no rank lives that could be struck")
+        raise RunHung("no rank lives that could be struck")
     return chance.choice(pids)
 
 
-def to_all(number: int) -> Hit:
+def to_all(number: int) -> Fault:
     return lambda run, chance: send(living(run), number)
 
 
-def to_one(number: int) -> Hit:
+def to_one(number: int) -> Fault:
     return lambda run, chance: send([any_rank(run, chance)], number)
 
 
-def to_the_launcher(number: int) -> Hit:
-    def hit(run: TinyRun, chance: random.Random) -> None:
+def to_the_launcher(number: int) -> Fault:
+    def inject(run: TinyRun, chance: random.Random) -> None:
         assert run.launcher is not None
         run.launcher.send_signal(number)
 
-    return hit
+    return inject
 
 
 def to_the_whole_step(run: TinyRun, chance: random.Random) -> None:
-    """As SLURM does it: SIGCONT and SIGTERM to every process, loader workers included."""
+    """Like SLURM: send SIGCONT and SIGTERM to every process, including loader workers."""
     pids = [p for rank in living(run) for p in (rank, *run.workers(rank))]
     send(pids, signal.SIGCONT)
     send(pids, signal.SIGTERM)
 
 
 def one_after_another(run: TinyRun, chance: random.Random) -> None:
-    """Three to six signals of all three kinds, to ranks by chance, within half a second."""
+    """Send three to six stop signals of all three kinds to random ranks, within half a second."""
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     for _ in range(chance.randint(3, 6)):
         if pids := living(run):
@@ -62,13 +62,13 @@ def one_after_another(run: TinyRun, chance: random.Random) -> None:
 
 
 def no_longer_waited_for(run: TinyRun, chance: random.Random) -> None:
-    """As SLURM does it: SIGTERM to every process, and SIGKILL when KillWait is over, wherever the stop is by then."""
+    """Like SLURM: send SIGTERM to every process, and SIGKILL after KillWait, in whatever state the stop is by then."""
     to_the_whole_step(run, chance)
     time.sleep(chance.uniform(0, 2))
     send(living(run), signal.SIGKILL)
 
 
-def touch(name: str) -> Hit:
+def touch(name: str) -> Fault:
     return lambda run, chance: (run.folder / name).touch()
 
 
@@ -82,26 +82,26 @@ def save_and_go_on(run: TinyRun, chance: random.Random) -> None:
     run.until(lambda: (carried_out(run) and run.count("checkpoint") > before) or not run.running, "the save", 60)
 
 
-def in_a_save(hit: Hit) -> Hit:
+def in_a_save(inject: Fault) -> Fault:
     def wait_and_hit(run: TinyRun, chance: random.Random) -> None:
         run.until(lambda: run.saving() or not run.running, "a save", pause=0.0005)
         time.sleep(chance.uniform(0, 0.03))
-        hit(run, chance)
+        inject(run, chance)
 
     return wait_and_hit
 
 
-def in_an_evaluation(hit: Hit) -> Hit:
+def in_an_evaluation(inject: Fault) -> Fault:
     def wait_and_hit(run: TinyRun, chance: random.Random) -> None:
         run.until(lambda: run.phase() == "evaluating" or not run.running, "an evaluation", pause=0.002)
         time.sleep(chance.uniform(0, 0.8))
-        hit(run, chance)
+        inject(run, chance)
 
     return wait_and_hit
 
 
 def in_a_data_stall(run: TinyRun, chance: random.Random) -> None:
-    """The loader of one rank is frozen, so that all wait for it; then comes the signal."""
+    """Freeze the loader of one rank, so that all ranks wait for it; then send the signal."""
     rank = any_rank(run, chance)
     send(run.workers(rank), signal.SIGSTOP)
     time.sleep(chance.uniform(0.3, 1.5))
@@ -109,7 +109,7 @@ def in_a_data_stall(run: TinyRun, chance: random.Random) -> None:
 
 
 def while_starting(run: TinyRun, chance: random.Random) -> None:
-    """Before the first update of a start, in imports, rendezvous, resuming or the first batch."""
+    """Interrupt before the first update of a start: during imports, rendezvous, resuming or the first batch."""
     send(living(run), signal.SIGTERM)
     run.until(lambda: not run.running and not run.ranks(), "the end of a stopped start")
     run.start(run.world)
@@ -120,18 +120,18 @@ def while_starting(run: TinyRun, chance: random.Random) -> None:
 
 def kill_a_worker(run: TinyRun, chance: random.Random) -> None:
     for rank in chance.sample(pids := living(run), len(pids)):
-        if workers := run.workers(rank)[1:]:  # the first only forks
+        if workers := run.workers(rank)[1:]:  # the first is the fork server
             send([chance.choice(workers)], signal.SIGKILL)
             return
 
 
 def hang(run: TinyRun, chance: random.Random) -> None:
-    """One rank is frozen for good: the others hang in their next collective. A rank alone is killed; nobody waits for it."""
+    """Freeze one rank, so that the others hang in their next collective. A single rank is killed, since no other waits for it."""
     send([any_rank(run, chance)], signal.SIGSTOP if run.world > 1 else signal.SIGKILL)
 
 
 def out_of_memory(run: TinyRun, chance: random.Random) -> None:
-    """One rank may not have another byte of address space."""
+    """Limit the address space of one rank to its current size."""
     pid = any_rank(run, chance)
     with open(f"/proc/{pid}/statm") as file:
         size = int(file.read().split()[0]) * resource.getpagesize()
@@ -145,7 +145,7 @@ def memory_again(run: TinyRun, chance: random.Random) -> None:
 
 
 def file_size_limit(run: TinyRun, chance: random.Random) -> None:
-    """Files of at most 100 kB (as a quota has it) until one save has failed; the limit holds for shared memory as well."""
+    """Limit files to 100 kB, like a quota, until one save has failed; the limit also applies to shared memory."""
     before = run.count("checkpoint_failed")
     for pid in living(run):
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
@@ -156,7 +156,7 @@ def file_size_limit(run: TinyRun, chance: random.Random) -> None:
 
 
 def fill_the_disk(run: TinyRun, chance: random.Random) -> None:
-    """For four seconds the file system of the run is full to the last byte, for all that it writes, its log included."""
+    """Fill the run's file system completely for four seconds, for all its files including the log."""
     with contextlib.suppress(OSError), open(run.runs / ".ballast", "wb", buffering=0) as file:
         while True:
             file.write(b"\0" * 4096)
@@ -170,7 +170,7 @@ def empty_the_disk(run: TinyRun, chance: random.Random) -> None:
 
 
 def damage(run: TinyRun, chance: random.Random) -> None:
-    """The newest checkpoint loses its end, a byte, a file, or its manifest; nothing happens to the only one."""
+    """Damage the newest checkpoint: truncate it, change a byte, or remove a file or its manifest. A single checkpoint is left alone."""
     whole = [f for f in ck.listed(run.folder / "checkpoints") if ck.verify(f) is None]
     if len(whole) < 2:
         return
@@ -194,31 +194,31 @@ def next_evaluation(at: int) -> int:
 
 
 def last(at: int) -> int:
-    """The update before the last."""
+    """The last update but one."""
     return UPDATES - 1
 
 
-def in_the_last_save(hit: Hit) -> Hit:
-    """When all updates are done and the last checkpoint is being written."""
+def in_the_last_save(inject: Fault) -> Fault:
+    """Interrupt after all updates, while the last checkpoint is being written."""
 
     def wait_and_hit(run: TinyRun, chance: random.Random) -> None:
         run.until(
             lambda: (run.position() >= UPDATES and run.saving()) or not run.running, "the last save", pause=0.0005
         )
-        hit(run, chance)
+        inject(run, chance)
 
     return wait_and_hit
 
 
 def start_a_twin(run: TinyRun, chance: random.Random) -> None:
-    """The run is submitted once more while it goes on, which must be refused."""
+    """Submit the run once more while it runs, which must be refused."""
     done = run.submit_again(gpus=1)
     if run.running and done.returncode != 2:
-        raise Hung(f"a second start ended with {done.returncode}: {done.stdout[-500:]}{done.stderr[-500:]}")
+        raise RunHung(f"a second start ended with {done.returncode}: {done.stdout[-500:]}{done.stderr[-500:]}")
 
 
 def suspend(run: TinyRun, chance: random.Random) -> None:
-    """Every process stands still for longer than a rank may hang, as in a laptop that was closed."""
+    """Suspend every process for longer than the hang limit, like a closed laptop."""
     assert run.launcher is not None
     pids = [run.launcher.pid, *(p for rank in living(run) for p in (rank, *run.workers(rank)))]
     send(pids, signal.SIGSTOP)
@@ -226,14 +226,14 @@ def suspend(run: TinyRun, chance: random.Random) -> None:
     send(pids, signal.SIGCONT)
 
 
-def _refused_without(path: Callable[[TinyRun], Path]) -> Hit:
+def _refused_without(path: Callable[[TinyRun], Path]) -> Fault:
     def after(run: TinyRun, chance: random.Random) -> None:
         away = path(run).rename(path(run).with_name("away"))
         try:
             before = run.position()
             done = run.submit_again(gpus=1)
             if done.returncode in (0, 75) or run.position() != before:
-                raise Hung(f"without {path(run)} it ended with {done.returncode} at update {run.position()}")
+                raise RunHung(f"without {path(run)} it ended with {done.returncode} at update {run.position()}")
         finally:
             away.rename(path(run))
 
@@ -241,6 +241,6 @@ def _refused_without(path: Callable[[TinyRun], Path]) -> Hit:
 
 
 purge = _refused_without(lambda run: run.folder / "checkpoints")
-"""The checkpoints are gone at one start, which must be refused, and write nothing."""
+"""Remove the checkpoints for one start, which must be refused and write nothing."""
 lose_the_mount = _refused_without(lambda run: run.data)
-"""The videos are gone at one start."""
+"""Remove the videos for one start."""

@@ -1,1 +1,1 @@
-"""What the cluster says of this job: SLURM, signals, exit statuses; and the one decision whether a job comes back. No torch."""
+"""SLURM, signals and exit statuses, and the one decision whether a job is requeued. No torch."""

@@ -1,7 +1,7 @@
 """The decision whether a job is requeued, for training, evaluation, preflight and batch scripts.
 
-The decision is a function of what SLURM says of the job, the signals that this start received, the exit status of its
-ranks (if they have ended) and the history of the run's starts. The caller carries it out through :func:`come_back`.
+The decision is a function of SLURM's record of the job, the signals that this start received, the exit status of its ranks (if they
+have ended) and the history of the run's starts. The caller carries the decision out with :func:`carry_out`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from multitrain.cluster import restarts, slurm
-from multitrain.cluster.exit_status import Exit, explained
+from multitrain.cluster.exit_status import Exit, describe_exit
 from multitrain.cluster.restarts import Start
 from multitrain.cluster.slurm import BATCH_ENDED, CANCELLED, OPERATOR, PREEMPTED, STEP_ENDED, TIME_LIMIT, SlurmError
 from multitrain.config import ClusterConfig
@@ -27,22 +27,22 @@ BAD_NODE = "bad node"
 """Status of a `requeue` after preflight has found a node that cannot work."""
 GAVE_UP = "gave up"
 """Status of an `end` after which a restart would not help."""
-ENDED_FOR_GOOD = ("finished", restarts.STOPPED, GAVE_UP)
-COMING_BACK = (PREEMPTED, TIME_LIMIT, BATCH_ENDED, STEP_ENDED, BAD_NODE, restarts.FAILED)
+FINAL_STATUSES = ("finished", restarts.STOPPED, GAVE_UP)
+REQUEUE_REASONS = (PREEMPTED, TIME_LIMIT, BATCH_ENDED, STEP_ENDED, BAD_NODE, restarts.FAILED)
 SCRIPT = "job.sh"
 """The batch script of a run, in its folder; a successor job runs it."""
-PAUSE = 5.0
+RETRY_SECONDS = 5.0
 """Seconds between two attempts while the controller does not answer."""
 
 
 class Action(enum.Enum):
     """What happens to the job."""
 
-    COME_BACK = "come back"
+    REQUEUE = "requeue"
     """It is requeued, or a successor is submitted."""
-    IS_BACK = "is back"
+    ALREADY_REQUEUED = "already requeued"
     """SLURM or an operator has requeued it already."""
-    WITHDRAW = "withdraw"
+    CANCEL = "cancel"
     """SLURM has requeued it although the run has ended: it is cancelled."""
     END = "end"
     """It ends."""
@@ -62,15 +62,15 @@ class Decision:
     @property
     def event(self) -> str:
         """Name of the event that records the decision."""
-        return "end" if self.action in (Action.END, Action.WITHDRAW) else "requeue"
+        return "end" if self.action in (Action.END, Action.CANCEL) else "requeue"
 
 
 @dataclass
 class Ended:
     """How a start of a run ended, or is about to end.
 
-    `job`: what SLURM says of it. `signals`: that it received. `exit_status`: of its ranks; None while they run, have saved,
-    and ask. `restart`: times that the job was started before.
+    `job`: SLURM's record of the job. `signals`: signals that it received. `exit_status`: that of its ranks; None if the ranks
+    still run, and decide after they have saved. `restart`: number of earlier starts of the job.
     """
 
     job: Mapping[str, str]
@@ -88,7 +88,7 @@ def decide(ended: Ended, history: Sequence[Start], cluster: ClusterConfig, *, we
         went_well: whether the run has ever made progress (:func:`multitrain.cluster.restarts.progressed`).
     """
     decision = _decide(ended, history, cluster, went_well=went_well)
-    if decision.action != Action.COME_BACK:
+    if decision.action != Action.REQUEUE:
         return decision
     exclude = restarts.nodes_to_exclude(history, went_well=went_well)
     earlier = dict.fromkeys(node for start in history for node in start.excluded)
@@ -97,36 +97,38 @@ def decide(ended: Ended, history: Sequence[Start], cluster: ClusterConfig, *, we
 
 def _decide(ended: Ended, history: Sequence[Start], cluster: ClusterConfig, *, went_well: bool) -> Decision:
     last = history[-1] if history else Start(ended.restart, began=False)
-    taken = slurm.taken_away(ended.job, ended.signals, restart=ended.restart, close=close_to_limit(cluster))
-    is_back = taken == OPERATOR or (taken == PREEMPTED and _is_back(ended))
+    outside_reason = slurm.stop_reason(ended.job, ended.signals, restart=ended.restart, close=close_to_limit(cluster))
+    requeued = outside_reason == OPERATOR or (outside_reason == PREEMPTED and _already_requeued(ended))
     own = last.ended or "" if last.restart == ended.restart else ""
-    if is_back and own in ENDED_FOR_GOOD:  # an eviction's grace time was over before the job
-        return Decision(Action.WITHDRAW, own, "SLURM had put the job back")
+    if requeued and own in FINAL_STATUSES:  # a preemption's grace time ended before the job did
+        return Decision(Action.CANCEL, own, "SLURM had requeued the job")
     if ended.exit_status == Exit.FINISHED:
-        if last.ended == "finished" or not (last.began or taken):
+        if last.ended == "finished" or not (last.began or outside_reason):
             return Decision(Action.END, "finished")
         ended = replace(ended, exit_status=Exit.FAILED)  # srun ends with 0 when it gives up waiting for killed ranks
     if ended.exit_status == Exit.HELD:
         return Decision(Action.END, "held", "another start of the run holds its lease")
-    if is_back:
-        return Decision(Action.IS_BACK, own if own in COMING_BACK else str(taken))  # it has put itself back
-    if last.ended is not None and last.ended not in COMING_BACK:  # it ended in order and recorded the reason
+    if requeued:
+        return Decision(
+            Action.ALREADY_REQUEUED, own if own in REQUEUE_REASONS else str(outside_reason)
+        )  # it has put itself back
+    if last.ended is not None and last.ended not in REQUEUE_REASONS:  # it ended in order and recorded the reason
         return Decision(Action.END, last.ended)
-    if taken == CANCELLED:
+    if outside_reason == CANCELLED:
         return Decision(Action.END, CANCELLED)
-    if taken == PREEMPTED or last.ended in COMING_BACK or last.wanted in COMING_BACK:
-        return Decision(Action.COME_BACK, taken or last.wanted or last.ended or restarts.FAILED)
+    if outside_reason == PREEMPTED or last.ended in REQUEUE_REASONS or last.wanted in REQUEUE_REASONS:
+        return Decision(Action.REQUEUE, outside_reason or last.wanted or last.ended or restarts.FAILED)
     if ended.exit_status is None:
-        return Decision(Action.COME_BACK, taken) if taken else Decision(Action.END, "interrupted")
-    return _after_failure(ended, [*history[:-1], last], cluster, taken, went_well=went_well)
+        return Decision(Action.REQUEUE, outside_reason) if outside_reason else Decision(Action.END, "interrupted")
+    return _after_failure(ended, [*history[:-1], last], cluster, outside_reason, went_well=went_well)
 
 
 def _after_failure(
-    ended: Ended, history: list[Start], cluster: ClusterConfig, taken: str | None, *, went_well: bool
+    ended: Ended, history: list[Start], cluster: ClusterConfig, outside_reason: str | None, *, went_well: bool
 ) -> Decision:
     """The decision after ranks, or preflight, ended without a checkpoint and an event for it."""
     last = history[-1]
-    status = BAD_NODE if ended.exit_status == Exit.BAD_NODE else taken or restarts.FAILED
+    status = BAD_NODE if ended.exit_status == Exit.BAD_NODE else outside_reason or restarts.FAILED
     last.ended = None if status == restarts.FAILED else status
     final = {
         Exit.GAVE_UP: "it gave up: see the ranks' logs",
@@ -137,23 +139,23 @@ def _after_failure(
     reason = reason or restarts.refusal(history, *limits, went_well=went_well)
     if reason is not None:
         return Decision(Action.END, GAVE_UP, reason)
-    return Decision(Action.COME_BACK, status, explained(int(ended.exit_status or 0)))
+    return Decision(Action.REQUEUE, status, describe_exit(int(ended.exit_status or 0)))
 
 
 def decide_evaluation(ended: Ended, cluster: ClusterConfig) -> Decision:
     """The same for an evaluation, which resumes where it stopped: it is requeued when SLURM took its nodes."""
-    taken = slurm.taken_away(ended.job, ended.signals, restart=ended.restart, close=close_to_limit(cluster))
+    outside_reason = slurm.stop_reason(ended.job, ended.signals, restart=ended.restart, close=close_to_limit(cluster))
     if ended.exit_status == Exit.FINISHED:
         return Decision(Action.END, "finished")
-    if taken in (OPERATOR, CANCELLED):
-        return Decision(Action.IS_BACK if taken == OPERATOR else Action.END, taken)
+    if outside_reason in (OPERATOR, CANCELLED):
+        return Decision(Action.ALREADY_REQUEUED if outside_reason == OPERATOR else Action.END, outside_reason)
     warned = ended.exit_status in (Exit.INTERRUPTED, 128 + signal.SIGUSR1, 128 + signal.SIGUSR2)
-    if taken is None and not warned:
-        return Decision(Action.END, "failed", explained(int(ended.exit_status or 0)))
-    return Decision(Action.COME_BACK, taken or STEP_ENDED)
+    if outside_reason is None and not warned:
+        return Decision(Action.END, "failed", describe_exit(int(ended.exit_status or 0)))
+    return Decision(Action.REQUEUE, outside_reason or STEP_ENDED)
 
 
-def _is_back(ended: Ended) -> bool:
+def _already_requeued(ended: Ended) -> bool:
     return int(ended.job.get("Restarts") or 0) > ended.restart or ended.job.get("JobState") not in (
         "RUNNING", "SUSPENDED", "STOPPED", "COMPLETING",
     )  # fmt: skip
@@ -171,13 +173,13 @@ def job_record(job: str, *, until_it_answers: bool = False) -> Mapping[str, str]
     """SLURM's record of the job; None when SLURM does not know the job any more.
 
     Args:
-        until_it_answers: ask a controller that does not answer again until it does; SLURM ends this process when the
-            job's own time is up. A controller that is being upgraded may be away for minutes.
+        until_it_answers: while the controller does not answer, try again; SLURM ends this process at the end of the job's time.
+            A controller that is being upgraded may not answer for minutes.
 
     Raises:
         SlurmError: there is no `scontrol` here, or (without `until_it_answers`) no answer.
     """
-    told = False
+    reported = False
     while True:
         try:
             return slurm.show_job(job)
@@ -186,13 +188,13 @@ def job_record(job: str, *, until_it_answers: bool = False) -> Mapping[str, str]
                 return None
             if not until_it_answers or not shutil.which("scontrol"):
                 raise
-            if not told:
-                print(f"multitrain: SLURM does not answer ({error}); asking again until it does", flush=True)
-                told = True
-        time.sleep(PAUSE)
+            if not reported:
+                print(f"multitrain: SLURM does not answer ({error}); trying again until it does", flush=True)
+                reported = True
+        time.sleep(RETRY_SECONDS)
 
 
-def come_back(
+def requeue_job(
     run: Path,
     job: str,
     cluster: ClusterConfig,
@@ -202,15 +204,15 @@ def come_back(
     dependents: Collection[str] = (),
     retry: bool = False,
 ) -> str:
-    """Requeue the job, or submit its successor; returns a word for what was done.
+    """Requeue the job, or submit its successor; "requeued", or a text that names the successor.
 
-    SLURM ends this process within seconds after it was requeued: call it last, when all is saved.
+    SLURM ends this process within seconds after the requeue: call this last, when everything is saved.
 
     Args:
         exclude: nodes that the next start leaves out.
         readmit: nodes that were excluded earlier, and are not any more.
         dependents: jobs that may depend on the success of this one; they depend on its successor instead.
-        retry: ask a controller that does not answer until it does.
+        retry: while the controller does not answer, try again.
 
     Raises:
         SlurmError: SLURM refused; or there is no `scontrol` here; or (without `retry`) no answer.
@@ -227,10 +229,10 @@ def come_back(
         except SlurmError as error:
             if not retry or not _transient(str(error)):
                 raise
-        time.sleep(PAUSE)
+        time.sleep(RETRY_SECONDS)
 
 
-def _transient(said: str) -> bool:
+def _transient(message: str) -> bool:
     """Whether the same request may succeed later: the controller was unreachable or busy."""
     final = (
         "there is no ",
@@ -242,7 +244,7 @@ def _transient(said: str) -> bool:
         "not support",
         "cannot be requeued",
     )
-    return not any(word.lower() in said.lower() for word in final)
+    return not any(word.lower() in message.lower() for word in final)
 
 
 def _listed(job: str, exclude: Sequence[str], readmit: Sequence[str]) -> list[str] | None:
@@ -352,30 +354,30 @@ def carry_out(
     """Carry out a decision and record it: `requeue` once SLURM has accepted it, `requeue_failed` when it refused.
 
     Args:
-        write: takes an event's name and fields.
-        dependents, retry: as for :func:`come_back`.
+        write: called with an event's name and its fields.
+        dependents, retry: as for :func:`requeue_job`.
 
     Returns:
         Whether there is nothing left to do; False when SLURM refused.
     """
     facts = {"status": decision.status} | ({"exclude": list(decision.exclude)} if decision.exclude else {})
-    if decision.action == Action.WITHDRAW:
+    if decision.action == Action.CANCEL:
         try:
             slurm.cancel(job)
         except SlurmError as error:
-            print(f"multitrain: the run has ended, and SLURM has put its job back: scancel {job} ({error})", flush=True)
+            print(f"multitrain: the run has ended, and SLURM has requeued its job: scancel {job} ({error})", flush=True)
             return False
-    if decision.action != Action.COME_BACK:
+    if decision.action != Action.REQUEUE:
         write(decision.event, **facts, **({"reason": decision.reason} if decision.reason else {}))
         return True
     try:
-        done = come_back(run, job, cluster, decision.exclude, decision.readmit, dependents=dependents, retry=retry)
+        done = requeue_job(run, job, cluster, decision.exclude, decision.readmit, dependents=dependents, retry=retry)
     except SlurmError as error:
-        print(f"multitrain: the job was not put back into the queue: {error}", flush=True)
+        print(f"multitrain: the job could not be requeued: {error}", flush=True)
         write("requeue_failed", **facts, reason=str(error))
         return False
     write("requeue", **facts, **({} if done == "requeued" else {"by": done}))
     return True
 
 
-__all__ = ["Action", "Decision", "Ended", "carry_out", "close_to_limit", "come_back", "decide", "job_record"]
+__all__ = ["Action", "Decision", "Ended", "carry_out", "close_to_limit", "decide", "job_record", "requeue_job"]

@@ -1,7 +1,7 @@
 """Restart accounting: how often a run has been restarted and whether it may again, read from its events.
 
-Rank 0 first writes an event `begin`. A start that ended in order has an event `requeue` or `end` after that; a start without
-one has died, no matter whether the rank, the batch script or the node failed.
+Rank 0 first writes an event `begin`. A start that ended cleanly has an event `requeue` or `end` after that. A start without one
+has crashed, no matter whether the rank, the batch script or the node failed.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from multitrain.config import ConfigError
 IN_PLACE = "MULTITRAIN_RESTARTS_IN_PLACE"
 """Environment variable of a rank: restarts of the ranks within this start of the job."""
 
-LAST = ("ended", "requeue", "end")
-"""Events that tell how a start ended. Those of the batch script may come before the ranks' `begin`."""
+END_EVENTS = ("ended", "requeue", "end")
+"""Events that record the end of a start. Those of the batch script may precede the ranks' `begin`."""
 
 STOPPED = "stopped on request"
 """Status of an `end` after the file STOP."""
@@ -34,11 +34,11 @@ class Start:
     """One start of a run.
 
     `restart`: earlier starts of the job by SLURM. `in_place`: earlier restarts of the ranks within the allocation. `ended`:
-    the status of its end; None: it died. `progress`: whether it wrote a checkpoint with more updates than any before. `final`:
-    an error that a restart does not mend. `mistake`: the same, unless the run has trained well before. `trained`: whether it
-    reached its first update. `failed_nodes`: nodes of the ranks that failed first. `bad_nodes`: nodes that preflight found.
-    `excluded`: nodes that were left out of the next start. `wanted`: the reason for a requeue that SLURM refused. `job`: the
-    SLURM job. `began`: whether rank 0 wrote `begin`.
+    the status of its end; None: it crashed. `progress`: whether it wrote a newer checkpoint than any before. `final`: an error
+    that a restart does not fix. `mistake`: the same, unless the run has made progress before. `trained`: whether it reached its
+    first update. `failed_nodes`: nodes of the ranks that failed first. `bad_nodes`: bad nodes that preflight found. `excluded`:
+    nodes that the next start was to leave out. `wanted`: the reason for a requeue that SLURM refused. `job`: the SLURM job.
+    `began`: whether rank 0 wrote `begin`.
     """
 
     restart: int = 0
@@ -77,7 +77,7 @@ def starts(events: Sequence[Mapping[str, Any]]) -> list[Start]:
             found, by_process = [], {}
         elif name == "begin":
             if found and found[-1].is_of(job, restart) and not found[-1].began:
-                found[-1].began = True  # preflight, or a batch script at its limit, was faster
+                found[-1].began = True  # preflight, or a batch script at the time limit, wrote its event first
             else:
                 found.append(Start(restart, int(event.get("in_place", 0)), job=job))
             by_process[process] = found[-1]
@@ -87,8 +87,8 @@ def starts(events: Sequence[Mapping[str, Any]]) -> list[Start]:
             newest = max(newest, update)
         elif name == "preflight" and event.get("nodes"):
             found.append(Start(restart, bad_nodes=[str(node) for node in event["nodes"]], job=job, began=False))
-        elif name in LAST and process not in by_process and _is_of_no_start(own, job, restart):
-            ended = None if name == "ended" else str(event.get("status"))  # it died before it could begin
+        elif name in END_EVENTS and process not in by_process and _is_of_no_start(own, job, restart):
+            ended = None if name == "ended" else str(event.get("status"))  # it crashed before `begin`
             found.append(Start(restart, ended=ended, job=job, began=False))
             _note(found[-1], event)
         elif own is not None:
@@ -144,20 +144,20 @@ def progressed(events: Sequence[Mapping[str, Any]]) -> bool:
     return any(e["event"] == "checkpoint" and isinstance(e.get("update"), int) and e["update"] > 0 for e in events)
 
 
-def deaths(history: Sequence[Start], in_place: int = 0) -> int:
-    """Number of starts that died and caused a restart of the whole job. The last one counts unless `in_place` > 0, that is,
-    unless its ranks are now restarted within the allocation.
+def count_crashes(history: Sequence[Start], in_place: int = 0) -> int:
+    """Number of starts that crashed and caused a restart of the whole job. The last one does not count if `in_place` > 0, that is,
+    if its ranks are now restarted within the allocation.
     """
     following = [*(start.in_place for start in history[1:]), in_place]
-    return sum(_died(start) and not again for start, again in zip(history, following))
+    return sum(_crashed(start) and not again for start, again in zip(history, following))
 
 
-def _died(start: Start) -> bool:
+def _crashed(start: Start) -> bool:
     return start.ended in (None, FAILED, BATCH_ENDED) or (start.ended == STEP_ENDED and not start.progress)
 
 
-def stalled(history: Sequence[Start]) -> int:
-    """Consecutive starts up to the last without a new checkpoint; preempted ones do not count."""
+def count_stalled(history: Sequence[Start]) -> int:
+    """Number of consecutive starts, up to the last one, without a new checkpoint; preempted starts do not count."""
     count = 0
     for start in reversed(history):
         if start.progress:
@@ -167,37 +167,37 @@ def stalled(history: Sequence[Start]) -> int:
 
 
 def refusal(
-    history: Sequence[Start], most: int, most_stalled: int, in_place: int = 0, *, went_well: bool = False
+    history: Sequence[Start], max_crashes: int, most_stalled: int, in_place: int = 0, *, went_well: bool = False
 ) -> str | None:
     """The reason why the run must not be restarted, or None.
 
     Args:
         history: all starts that have ended.
-        most: allowed restarts after deaths (``cluster.max_restarts``).
-        most_stalled: restarts in a row without a new checkpoint that are allowed (``cluster.max_stalled_restarts``).
-        in_place: of the coming start.
-        went_well: whether the run has ever made progress. Its configuration is then right, and what looks like a mistake is a
-            disk, a file or a library that is missing where it ran: it is tried again, on other nodes, within the limits.
+        max_crashes: limit of restarts after crashes (``cluster.max_restarts``).
+        most_stalled: limit of consecutive restarts without a new checkpoint (``cluster.max_stalled_restarts``).
+        in_place: restarts within the allocation before the coming start.
+        went_well: whether the run has ever made progress. Its configuration is then correct, and an apparent mistake is a disk, a
+            file or a library that is missing on a node: the run is restarted, on other nodes, within the limits.
     """
     last = history[-1] if history else None
     final = last and (last.final or (None if went_well else last.mistake))
     if final:
-        return f"it ended with an error that no restart mends: {final}"
-    count = stalled(history)
+        return f"it ended with an error that a restart does not fix: {final}"
+    count = count_stalled(history)
     if count > most_stalled:
         why = last.mistake if last and last.mistake else None
         return (
             f"{count} starts in a row, {count - 1} of them restarts, brought no new checkpoint "
             f"(cluster.max_stalled_restarts={most_stalled}){f'; the last one: {why}' if why else ''}"
         )
-    died = deaths(history, in_place)
-    if died > most:
-        return f"it died {died} times since it was submitted (cluster.max_restarts={most})"
+    crashes = count_crashes(history, in_place)
+    if crashes > max_crashes:
+        return f"it died {crashes} times since it was submitted (cluster.max_restarts={max_crashes})"
     return None
 
 
 def refuse_lost_checkpoints(run: Path, told: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse to start over when the checkpoints are missing (a purge, a file system that is not mounted).
+    """Refuse to train from the beginning when the checkpoints are missing (a purge, a file system that is not mounted).
 
     Args:
         told: the run's events.

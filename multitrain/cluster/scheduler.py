@@ -1,4 +1,4 @@
-"""Job states from SLURM. Every query may fail: without SLURM or accounting the status shows less."""
+"""Query the states of jobs from SLURM. Every query may fail: without SLURM or accounting, a run's status shows less."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ QUEUE_STATES = {
 """SLURM's job states and what they mean for a run; any other is shown in lower case."""
 
 TIMEOUT = 20.0
-"""Seconds that a controller may take to answer."""
+"""Seconds to wait for an answer of the controller."""
 
 
 def jobs(ids: Iterable[str]) -> dict[str, dict[str, str]]:
-    """What SLURM says of jobs, by id; those it does not know (any more) are left out.
+    """SLURM's records of jobs, by id; jobs that SLURM does not know (any more) are missing.
 
-    `squeue` is asked once for all; of those that have left the queue, `sacct`, where accounting answers.
+    One call of `squeue` queries all jobs; `sacct` queries those that have left the queue, if there is accounting.
 
     Returns:
-        Of each job ``job_state`` (SLURM's word), ``state`` (ours; absent for COMPLETED, of which the run itself knows
-        more), ``reason`` (why it waits), ``start`` (expected or actual start, SLURM's local time) and ``nodes``.
+        For each job ``job_state`` (of SLURM), ``state`` (of the run; absent for COMPLETED, since the run's own files say more),
+        ``reason`` (why it waits), ``start`` (expected or actual start, in SLURM's local time) and ``nodes``.
     """
-    wanted = list(dict.fromkeys(str(i) for i in ids if i))
-    found = _squeue(wanted)
-    left = [i for i in wanted if i not in found]
+    listed = list(dict.fromkeys(str(i) for i in ids if i))
+    found = _squeue(listed)
+    left = [i for i in listed if i not in found]
     return found | _sacct(left)
 
 
 def _squeue(ids: list[str]) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
-    text = _asked("squeue", "--noheader", "--states=all", "--format=%i|%T|%r|%S|%N", f"--jobs={','.join(ids)}", ids=ids)
+    text = _query("squeue", "--noheader", "--states=all", "--format=%i|%T|%r|%S|%N", f"--jobs={','.join(ids)}", ids=ids)
     for line in text.splitlines():
         job, state, reason, start, nodes = [*line.strip().split("|"), "", "", "", ""][:5]
         if job in ids:
@@ -48,9 +48,9 @@ def _squeue(ids: list[str]) -> dict[str, dict[str, str]]:
 
 
 def _sacct(ids: list[str]) -> dict[str, dict[str, str]]:
-    """Of each job the state of its last start; nothing where there is no accounting."""
+    """The state of each job's last start; empty without accounting."""
     found: dict[str, dict[str, str]] = {}
-    text = _asked(
+    text = _query(
         "sacct",
         "--noheader",
         "--parsable2",
@@ -76,8 +76,8 @@ def _described(state: str, reason: str, start: str, nodes: str) -> dict[str, str
     return found
 
 
-def _asked(*command: str, ids: list[str]) -> str:
-    """The output of a command of SLURM; empty when it is not there, refuses or hangs."""
+def _query(*command: str, ids: list[str]) -> str:
+    """The output of a SLURM command; empty if it is missing, fails or hangs."""
     program = shutil.which(command[0])
     if program is None or not ids:
         return ""

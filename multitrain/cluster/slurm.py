@@ -1,4 +1,4 @@
-"""SLURM from the view of a rank: rank and world size, the reason of a stop, and requeueing.
+"""SLURM's commands and environment as a rank uses them: rank and world size, the reason for a stop, and requeueing.
 
 No torch, no submitit. All statements about SLURM were observed on a real controller (22.05.8).
 """
@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from datetime import datetime
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that ask a rank to save and exit: SIGTERM at preemption and cancellation, SIGUSR2 before the time limit
+"""Signals that make a rank save and exit: SIGTERM at preemption and cancellation, SIGUSR2 before the time limit
 (SIGUSR1 where a site's own scripts send that). The launchers start ranks with these *blocked*, so that a signal cannot kill
 a rank that is still importing: the rank installs its handlers, then calls :func:`unblock_stop_signals`, and pending signals
 are delivered."""
@@ -23,7 +23,7 @@ are delivered."""
 PREEMPTED, TIME_LIMIT, BATCH_ENDED, STEP_ENDED = "preempted", "time limit", "batch script ended", "ended from outside"
 """Reasons for which a job is requeued."""
 OPERATOR, CANCELLED = "requeued by an operator", "cancelled"
-"""Reasons of a stop after which SLURM has requeued the job already, and of one after which it must not be requeued."""
+"""Reasons for a stop: one after which SLURM has already requeued the job, and one after which it must not be requeued."""
 
 DIST_ENV_VARS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables of torch.distributed: rank, world size and rendezvous."""
@@ -58,8 +58,7 @@ def rank_environment(environment: Mapping[str, str] = os.environ) -> dict[str, s
     """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT of this process.
 
     They are taken from these variables where a launcher has set them, else from the `srun` step; otherwise the world size
-    is 1. LOCAL_RANK is the index of the rank's GPU among those it can see: 0 where SLURM binds one
-    GPU to each task.
+    is 1. LOCAL_RANK is the index of the rank's GPU among those it can see: 0 where SLURM binds one GPU to each task.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         given = {name: environment[name] for name in DIST_ENV_VARS if name in environment}
@@ -155,16 +154,16 @@ def show_job(job_id: str) -> dict[str, str]:
     return fields(_scontrol("show", "job", "-o", job_id))
 
 
-ENDED_BY_ITSELF = {
+STATUS_OF_REASON = {
     "JobLaunchFailure": BATCH_ENDED,
     "NonZeroExitCode": BATCH_ENDED,
     "RaisedSignal": BATCH_ENDED,
     "TimeLimit": TIME_LIMIT,
 }
-"""Reasons of a job that is COMPLETING without having been cancelled; `scontrol requeue` still takes it then."""
+"""Reasons in the record of a job that is COMPLETING without having been cancelled; `scontrol requeue` still accepts it then."""
 
 
-def taken_away(
+def stop_reason(
     job: Mapping[str, str], signals: Collection[int] = (), *, restart: int | None = None, close: float = 120.0
 ) -> str | None:
     """The reason why this start of a job was stopped from outside; None if only its own processes ended it.
@@ -195,7 +194,7 @@ def taken_away(
         return PREEMPTED if preempted else OPERATOR
     if state in ("COMPLETING", "TIMEOUT", "NODE_FAIL", "FAILED"):
         reason = {"TIMEOUT": "TimeLimit", "NODE_FAIL": "RaisedSignal"}.get(state, job.get("Reason", ""))
-        return ENDED_BY_ITSELF.get(reason, CANCELLED)
+        return STATUS_OF_REASON.get(reason, CANCELLED)
     if state not in ("RUNNING", "SUSPENDED", "STOPPED", "CONFIGURING"):
         return PREEMPTED if state == "PREEMPTED" else CANCELLED
     if preempted:
@@ -232,7 +231,7 @@ def requeue(job_id: str) -> None:
     try:
         _scontrol("requeue", job_id)
     except SlurmError as error:
-        if "Job is pending execution" not in str(error):  # it is requeued already
+        if "Job is pending execution" not in str(error):  # it has already been requeued
             raise
 
 
@@ -242,7 +241,7 @@ def cancel(job_id: str) -> None:
     Raises:
         SlurmError: SLURM refused, or did not answer, three times.
     """
-    _answered("scancel", job_id)
+    _run_command("scancel", job_id)
 
 
 def control(*arguments: str) -> str:
@@ -284,7 +283,7 @@ def cluster_name() -> str | None:
 
 
 def job_lives(job_id: str, restart: int, cluster: str | None = None) -> bool | None:
-    """Whether this start of a job may still run; None when SLURM does not answer, or is that of another cluster."""
+    """Whether this start of a job may still run; None when SLURM does not answer, or here is another cluster's SLURM."""
     if cluster is not None and cluster_name() not in (None, cluster):
         return None
     try:
@@ -322,19 +321,19 @@ SUBMISSION = re.compile(r"(SBATCH|SLURM|SRUN|SALLOC)_(?!CONF$|CONF_SERVER$)")
 
 
 def submission_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment in which a job is submitted: what the script says counts, and nothing else. No variable of a site, or of
-    the job that submits, changes it (`SBATCH_TIMELIMIT`) or reaches the new job's steps (`SLURM_CPU_BIND` would pin its ranks).
+    """The environment in which a job is submitted, so that only its script determines it. No variable of the site, or of the job that
+    submits, changes it (`SBATCH_TIMELIMIT`) or reaches the new job's steps (`SLURM_CPU_BIND` would pin its ranks).
     """
     return {k: v for k, v in environment.items() if not SUBMISSION.match(k)}
 
 
 def _scontrol(*arguments: str, attempts: int = 3, timeout: float = 10.0) -> str:
-    return _answered("scontrol", *arguments, attempts=attempts, timeout=timeout)
+    return _run_command("scontrol", *arguments, attempts=attempts, timeout=timeout)
 
 
-def _answered(*command: str, attempts: int = 3, timeout: float = 10.0) -> str:
+def _run_command(*command: str, attempts: int = 3, timeout: float = 10.0) -> str:
     """Output of a SLURM command, with retries: it can hang or fail while the controller is busy."""
-    said = ""
+    message = ""
     for attempt in range(attempts):
         if attempt:
             time.sleep(1.0)
@@ -347,11 +346,11 @@ def _answered(*command: str, attempts: int = 3, timeout: float = 10.0) -> str:
                 f"there is no {command[0]} here; bind it and SLURM's configuration into the container"
             ) from None
         except subprocess.TimeoutExpired:
-            said = f"no answer within {timeout:g} s"
+            message = f"no answer within {timeout:g} s"
             continue
         if done.returncode == 0:
             return done.stdout
-        said = " ".join((done.stderr or done.stdout).split())
-        if any(final in said for final in ("Invalid job id", "Job is pending execution")):
+        message = " ".join((done.stderr or done.stdout).split())
+        if any(final in message for final in ("Invalid job id", "Job is pending execution")):
             break
-    raise SlurmError(f"{' '.join(command)}: {said}")
+    raise SlurmError(f"{' '.join(command)}: {message}")

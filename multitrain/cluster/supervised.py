@@ -1,4 +1,4 @@
-"""What a launcher gives to the ranks it starts, by environment variables."""
+"""Environment variables, signals and sockets that a launcher passes to the ranks that it starts."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import signal
 import socket
 
 PULSE_FD = "MULTITRAIN_PULSE_FD"
-"""File descriptor of a pipe. Once a second the rank writes a line there: the seconds that it may be silent."""
+"""File descriptor of the heartbeat pipe. Once per second the rank writes a line to it: the seconds that it may be silent."""
 
 STORE_KEY = "MULTITRAIN_STORE_KEY"
-"""Key in hexadecimal digits by which the ranks of a start know each other's values in torch's store."""
+"""Key in hexadecimal digits with which the ranks of a start authenticate each other's values in torch's store."""
 
 STORE_FD = "MULTITRAIN_STORE_FD"
-"""File descriptor of the socket, bound to MASTER_PORT, at which rank 0 serves torch's store."""
+"""File descriptor of the socket, bound to MASTER_PORT, on which rank 0 serves torch's store."""
 
 STACKS = signal.SIGRTMIN + 3
-"""Signal at which a rank that writes to its pipe prints the stacks of its threads."""
+"""Signal that makes a rank with a heartbeat pipe print the stacks of its threads."""
 
 
 def listen(here: bool, port: int) -> socket.socket:
-    """A socket that listens at `port` (0: one that is free): to this machine only where `here`, else to all networks.
+    """A socket that listens on `port` (0: any free port): on this machine only if `here`, else on all networks.
 
     Raises:
         OSError: the port is taken.

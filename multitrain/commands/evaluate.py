@@ -99,7 +99,7 @@ def _leave(rank: int, stop: StopSignals) -> int:
         try:
             ended = Ended(slurm.show_job(job), stop.received, INTERRUPTED)
             decision = requeue.decide_evaluation(ended, ClusterConfig())
-            if decision.action != Action.COME_BACK:
+            if decision.action != Action.REQUEUE:
                 return INTERRUPTED
             print(f"{decision.status}: back into the queue", flush=True)
             slurm.requeue(job)

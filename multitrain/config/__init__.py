@@ -1,4 +1,4 @@
-"""The typed schema of `configs/`: one dataclass a package, each used by its own package. No torch."""
+"""The typed schema of `configs/`: one class per package that uses it. No torch."""
 
 from multitrain.config.augment import AugmentConfig
 from multitrain.config.cluster import ClusterConfig

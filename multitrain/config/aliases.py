@@ -1,4 +1,4 @@
-"""What options are called elsewhere (PySlowFast, timm, Hugging Face, PyTorch Lightning): hints for words typed from habit."""
+"""Option names of other projects (PySlowFast, timm, Hugging Face, PyTorch Lightning), with the option to use instead."""
 
 from __future__ import annotations
 
@@ -91,13 +91,13 @@ HINTS: dict[str, str] = {
     **dict.fromkeys(("arch", "backbone", "model_name", "net"), "model=NAME, e.g. model=mvit_b24_32x3"),
     **dict.fromkeys(("config", "cfg", "config_file", "config_path"), "experiment=NAME, and --config-dir DIR for files of your own"),
 }  # fmt: skip
-"""Name elsewhere, in small letters with ``_``: what to type here."""
+"""Option name of another project, in lower case with ``_``, and what to type here."""
 
 
-def elsewhere(name: str) -> str | None:
-    """What an option of another code is here; `name` may be dotted, in capitals, or a flag (``--batch-size``)."""
+def suggestion(name: str) -> str | None:
+    """What to type here for an option of another project; None if unknown. `name` may be dotted, upper case, or a flag."""
     last = name.rpartition(".")[2].lstrip("-").partition("=")[0]
     return HINTS.get(last.lower().replace("-", "_"))
 
 
-__all__ = ["HINTS", "elsewhere"]
+__all__ = ["HINTS", "suggestion"]

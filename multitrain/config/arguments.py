@@ -1,4 +1,4 @@
-"""The command lines of `multitrain VERB`: argparse whose errors are one line, and ``key=value`` anywhere among the words."""
+"""Parse command lines of `multitrain VERB`: argparse with errors of one line, and ``key=value`` at any position."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from multitrain.config.aliases import elsewhere
+from multitrain.config.aliases import suggestion
 from multitrain.config.boundary import refused_by_system
 from multitrain.config.errors import ConfigError
 from multitrain.config.overrides import tidy
@@ -19,16 +19,16 @@ from multitrain.config.reading import shown
 
 Arguments = Sequence[str]
 MISTAKE = 2
-"""Exit status of a command that was typed wrongly, or given what it cannot use."""
+"""Exit status of a command with a wrong option, or an input that it cannot use."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line.
+    """An ArgumentParser with errors of one line.
 
     Args:
-        verb: what follows ``multitrain`` on the command line, e.g. ``evaluate`` or ``data check``.
+        verb: the words after ``multitrain`` on the command line, e.g. ``evaluate`` or ``data check``.
         description: what the verb does.
-        examples: whole command lines that work.
+        examples: complete command lines that work.
     """
 
     def __init__(self, verb: str, description: str, *examples: str) -> None:
@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
             action="append",
             default=[],
             metavar="DIR",
-            help="folder with config groups of your own, e.g. DIR/data/mine.yaml for data=mine",
+            help="folder with your own config groups, e.g. DIR/data/mine.yaml for data=mine",
         )
 
     def error(self, message: str) -> NoReturn:
@@ -52,11 +52,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(MISTAKE, f"{self.prog}: {flat}; see {self.prog} --help\n")
 
     def add_overrides(self, example: str) -> None:
-        """Take any number of ``key=value`` into ``overrides``; parse with :meth:`parse_with_overrides`."""
+        """Accept any number of ``key=value`` as ``overrides``; parse with :meth:`parse_with_overrides`."""
         self.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=f"options, e.g. {example}")
 
     def parse_with_overrides(self, arguments: Arguments) -> argparse.Namespace:
-        """Like `parse_args`; ``key=value`` may stand anywhere, even after ``--dataset a b``."""
+        """Like `parse_args`, but with ``key=value`` at any position, even after ``--dataset a b``."""
         with_value = {
             option
             for action in self._actions
@@ -75,20 +75,18 @@ class Parser(argparse.ArgumentParser):
         return given
 
     def add_model(self, what: str) -> None:
-        """Take a model as the first plain word, or by the older spellings ``--checkpoint`` and ``--run``."""
+        """Accept a model as the first positional argument, or by the older options ``--checkpoint`` and ``--run``."""
         self.add_argument("model", nargs="?", metavar="MODEL", help=what)
-        self.add_argument(
-            "--checkpoint", "--run", dest="checkpoint", metavar="MODEL", help="the same, as it was once given"
-        )
+        self.add_argument("--checkpoint", "--run", dest="checkpoint", metavar="MODEL", help="the same (older options)")
 
     def model_and_words(
         self, given: argparse.Namespace, words: Sequence[str], *, needs: str = ""
     ) -> tuple[str, list[str]]:
-        """The model, and the plain words that are not it.
+        """The model, and the other positional arguments.
 
         Args:
-            words: plain words behind the model's place, in order.
-            needs: what these words are when there must be at least one.
+            words: positional arguments after the model, in order.
+            needs: name of these arguments, if at least one is required.
         """
         plain = [w for w in (given.model, *words) if w is not None]
         model = given.checkpoint if given.checkpoint is not None else plain.pop(0) if plain else None
@@ -98,9 +96,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def piped(main: Callable[[], int]) -> int:
-    """The exit status of `main`, for an entry point.
+    """Run `main` as an entry point, and return its exit status.
 
-    No errors are a reader of the output that has gone (``| head``), and characters that the output's encoding lacks.
+    A closed output pipe (``| head``), and characters that the output's encoding lacks, are not errors.
     """
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -145,21 +143,21 @@ def typed_words(words: Sequence[str]) -> list[str]:
     """
     for word in words:
         if word.startswith("-"):
-            hint = elsewhere(word)
+            hint = suggestion(word)
             remedy = f", e.g. {hint}" if hint else ", see --help"
             raise ConfigError(f"unknown flag {shown(word, 80)!r}; options are key=value{remedy}")
     return [tidy(word) for word in words]
 
 
 def whole_number(text: str) -> int:
-    """A whole number from 1 up, for `type=`."""
+    """Parse an integer of at least 1, for `type=`."""
     if not (text.isascii() and text.isdigit()) or len(text) > 18 or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
     return int(text)
 
 
 def pair(text: str, option: str) -> tuple[str, str]:
-    """``DATASET=FILE`` as its two halves."""
+    """Split ``DATASET=FILE``. Raises ConfigError: it has another form."""
     name, equals, value = text.partition("=")
     if not equals or not name or not value:
         raise ConfigError(f"{option} {text!r}: write DATASET=FILE")

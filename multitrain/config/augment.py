@@ -1,4 +1,4 @@
-"""How a training clip is varied."""
+"""Options of the augmentation of training clips."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from multitrain.config.base import Settings
 
 
 class AugmentConfig(Settings):
-    """Augmentation of training clips; sources of the numbers: facts of the published configuration."""
+    """Augmentation of training clips; the defaults are those of the published configuration."""
 
     copies: int = Field(2, ge=1)
-    """Augmented clips a video (repeated augmentation). Videos × copies = clips."""
+    """Augmented clips per video (repeated augmentation). Videos × copies = clips."""
     randaugment: str | None = "rand-m7-n4-mstd0.5-inc1"
     """RandAugment in the field's notation: magnitude m, number of operations n, magnitude deviation mstd, increasing
     variants inc; null for none."""
     crop_area: tuple[float, float] = (0.08, 1.0)
-    """Share of the frame's area that a random resized crop takes."""
+    """Range of a random resized crop's area, as a fraction of the frame's area."""
     crop_aspect: tuple[float, float] = (0.75, 1.3333)
-    """Width ÷ height of a random resized crop."""
+    """Range of the aspect ratio (width ÷ height) of a random resized crop."""
     flip_probability: float = Field(0.5, ge=0, le=1)
     """Probability of a horizontal flip, for datasets that allow it."""
     erase_probability: float = Field(0.25, ge=0, le=1)
@@ -35,13 +35,14 @@ class AugmentConfig(Settings):
     cutmix_alpha: float = Field(1.0, ge=0)
     """Beta parameter of CutMix; 0 turns CutMix off."""
     mix_group: int = Field(2, ge=1)
-    """Consecutive videos that share one mixing draw and exchange partners; divides the micro-batch, so mixing does not depend on it."""
+    """Consecutive videos that share one mixing draw and are mixed with each other; divides the micro-batch, so that mixing does not
+    depend on it."""
     mix_across_datasets: bool = False
-    """Partners from any dataset, losing the partner's label, as published; otherwise partners share the dataset."""
+    """Mix clips of different datasets, which loses the partner's label, as published; otherwise partners share the dataset."""
     label_smoothing: float = Field(0.1, ge=0, lt=1)
-    """Label mass spread over all classes."""
+    """Probability mass of the label that is spread over all classes."""
     smoothing_classes: int | None = Field(None, ge=1)
-    """Class count used in label smoothing for every dataset (published: 700); each dataset's own when not given."""
+    """Number of classes in label smoothing for every dataset (published: 700); default: each dataset's own."""
     backend: Literal["opencv", "pil"] = "opencv"
     """Image operations: `opencv` is fast, `pil` is bit-exact with the published ones."""
 

@@ -1,4 +1,4 @@
-"""What every configuration dataclass shares: frozen, no unknown fields, documented fields."""
+"""Base class of the configuration: frozen, without unknown fields, with documented fields."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading files that users provide and writing where users say: every failure there is one line."""
+"""Turn every failure to read a user's file, or to write to a user's path, into a message of one line."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from multitrain.text import quoted
 
 @contextmanager
 def understood(where: str, remedy: str) -> Iterator[None]:
-    """A block that parses a file from outside: every exception in it becomes one line.
+    """Run a block that parses a user's file; every exception in it becomes a ConfigError of one line.
 
     Args:
-        where: ``FILE: what is wrong with it`` when the block fails.
-        remedy: what to do.
+        where: ``FILE: what is wrong with it``, for the message.
+        remedy: what to do, for the message.
 
     Raises:
-        ConfigError: the block failed in any way, or raised one of its own, which then names the file.
+        ConfigError: the block failed; a ConfigError of the block itself gets the name of the file.
     """
     try:
         yield
@@ -33,23 +33,23 @@ def understood(where: str, remedy: str) -> Iterator[None]:
         raise
     except OSError as error:
         raise ConfigError(f"{where} ({error.strerror or error}); {remedy}") from None
-    except Exception as error:  # damage makes readers fail in every way that there is
+    except Exception as error:  # a damaged file makes parsers raise any exception
         raise ConfigError(f"{where} ({in_words(error)}); {remedy}") from None
 
 
 def refused_by_system(error: OSError) -> str:
-    """What the operating system refused, for a message of one line."""
+    """The message of one line for an error of the operating system."""
     where = f"{shown(error.filename)}: " if error.filename else ""
     return f"{where}{error.strerror or error}; check the path, its permissions and the space left"
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first thing that is wrong with the values of a description, e.g. ``depth=0: input should be greater than 0``."""
+    """The first problem of a validation, e.g. ``depth=0: input should be greater than 0``."""
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"]))
     message = " ".join(first["msg"].removeprefix("Value error, ").split()).partition(", unable to parse")[0]
     if first["type"] == "extra_forbidden":
-        return f"{shown(where, 80)} is no option that is known here"
+        return f"{shown(where, 80)} is an unknown option"
     if not where:
         return message
     value = f"={shown(repr(first['input']), 60)}" if first["type"] != "missing" else ""
@@ -57,7 +57,7 @@ def first_problem(error: ValidationError) -> str:
 
 
 def in_words(error: Exception) -> str:
-    """What a reader tripped over, for a message of one line."""
+    """An exception of a parser as a clause for a message of one line."""
     if isinstance(error, KeyError):
         return f"the entry {quoted(str(error.args[0]), 80) if error.args else ''} is missing"
     if isinstance(error, ValidationError):
@@ -68,10 +68,10 @@ def in_words(error: Exception) -> str:
 
 @contextmanager
 def writing_to(place: Path) -> Iterator[None]:
-    """A block that writes to `place`, a file or folder that a user has named.
+    """Run a block that writes to `place`, a file or folder that a user has named.
 
     Raises:
-        ConfigError: the system refuses it.
+        ConfigError: the operating system refused the write.
     """
     try:
         yield

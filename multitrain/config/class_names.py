@@ -1,13 +1,13 @@
-"""Names of classes from a file, for import, training and display alike: the formats that datasets' authors and tools write.
+"""Read class names from a file, in the formats that authors of datasets and their tools write.
 
-* one name a line, line n (from 0) naming label n (``classes.txt``);
-* ``name,label`` or ``label,name`` a line, with commas, semicolons or tabs, with or without a header line (Moments-in-Time's
-  ``moments_categories.txt``, lists as ``id,name``), or ``label name`` with a blank;
+* one name per line, line n (from 0) naming label n (``classes.txt``);
+* ``name,label`` or ``label,name`` per line, with commas, semicolons or tabs, with or without a header line (Moments-in-Time's
+  ``moments_categories.txt``, lists as ``id,name``), or ``label name`` with a space;
 * JSON: a list of names, of ``{"id": …, "name": …}``, or an object of name → label (Something-Something's ``labels.json``,
   PySlowFast's ``kinetics_classnames.json`` with its doubled quotation marks) or label → name, bare or under ``id2label``,
   ``label2id``, ``classes`` or ``names``.
 
-Labels are 0, 1, 2 …; a list that is numbered otherwise is refused, never renumbered.
+Labels are 0, 1, 2 …; a list with other numbers is refused, never renumbered.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ LOOKED_FOR = (
     "something-something-v2-labels.json",
     "labels.json",
 )
-"""Files in an annotation folder that are taken for a dataset's class names, in this order."""
+"""Names of files in an annotation folder that may hold a dataset's class names, in the order in which they are tried."""
 
 LARGEST = 16 * LARGEST_YAML
-"""Bytes of a class list."""
+"""Limit of a class list, in bytes."""
 
 _NAME_FIRST = re.compile(r"(?P<name>.+?)\s*[,;\t]\s*(?P<label>[0-9]{1,9})", re.ASCII)
 _LABEL_FIRST = re.compile(r"(?P<label>[0-9]{1,9})\s*[,;\t]\s*(?P<name>.+)", re.ASCII)
 _LABEL_BLANK = re.compile(r"(?P<label>[0-9]{1,9})\s+(?P<name>.+)", re.ASCII)
 _HEADER = re.compile(r"\W*(\w*(id|index|idx|number|label|name|class|category|action)\w*|\W+)\W*", re.IGNORECASE)
 _JSON = re.compile(r"\s*(\{\s*[\"}]|\[\s*[\"\[{\]])")
-"""How JSON begins, whatever the file's name ends with."""
+"""Beginning of a JSON text, whatever the file's extension."""
 _WRAPPERS = ("id2label", "label2id", "classes", "class_names", "names", "categories", "labels")
 
 
 def read_class_names(file: Path) -> list[str]:
-    """The names by label.
+    """The class names in the order of their labels.
 
     Raises:
-        ConfigError: not readable, or labels that are not 0, 1, 2 … each once; one line with the file and the remedy.
+        ConfigError: the file cannot be read, or its labels are not 0, 1, 2 … each once; one line with the file and the remedy.
     """
     text = read_text(file, LARGEST)
     if file.suffix == ".json" or _JSON.match(text):
@@ -58,7 +58,7 @@ def read_class_names(file: Path) -> list[str]:
 
 
 def repeated_name(names: Sequence[str]) -> str:
-    """What is to be said of the first name that two classes have; empty when each has its own."""
+    """A clause about the first name that two classes share; empty when all names differ."""
     first: dict[str, int] = {}
     for label, name in enumerate(names):
         if first.setdefault(name, label) != label:
@@ -67,12 +67,12 @@ def repeated_name(names: Sequence[str]) -> str:
 
 
 def find_class_names(folder: Path, classes: int) -> list[str] | None:
-    """The names in the first file of :data:`LOOKED_FOR` in `folder` that has `classes` of them; None without one."""
+    """The names in the first file of :data:`LOOKED_FOR` in `folder` with exactly `classes` names; None without such a file."""
     for file in (folder / name for name in LOOKED_FOR):
         if file.is_file():
             try:
                 names = read_class_names(file)
-            except ConfigError:  # another file of that name; names are for display, and numbers do as well
+            except ConfigError:  # an unrelated file of that name; without names, labels are displayed
                 continue
             if len(names) == classes:
                 return names
@@ -131,7 +131,7 @@ def _of_json(file: Path, found: Any) -> list[str]:
 
 
 def _pairs(found: Mapping[str, Any]) -> list[tuple[int, str]] | None:
-    """Label and name of each entry of ``{name: label}`` or ``{label: name}``; None when it is neither."""
+    """Label and name of each entry of ``{name: label}`` or ``{label: name}``; None if `found` has neither form."""
     ways: tuple[Iterable[tuple[Any, Any]], ...] = (((v, k) for k, v in found.items()), found.items())
     for pairs in ways:
         numbered = [(_label(label), name) for label, name in pairs]
@@ -141,12 +141,12 @@ def _pairs(found: Mapping[str, Any]) -> list[tuple[int, str]] | None:
 
 
 def _label(value: Any) -> int | None:
-    """A label: a whole number below a billion, or its ASCII digits (``²`` is none)."""
+    """A label: an integer below a billion, or its ASCII digits (not ``²``); None for other values."""
     return int(value) if not isinstance(value, bool) and re.fullmatch("[0-9]{1,9}", str(value), re.ASCII) else None
 
 
 def _by_label(file: Path, pairs: Sequence[tuple[int, str]]) -> list[str]:
-    """The names in the order of their labels. Raises ConfigError when those are not 0, 1, 2 …"""
+    """The names in the order of their labels. Raises ConfigError if the labels are not 0, 1, 2 …"""
     names: dict[int, str] = {}
     for label, name in pairs:
         if names.setdefault(label, name) is not name:

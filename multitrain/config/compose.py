@@ -1,7 +1,7 @@
-"""From a command line to a checked configuration, and to and from a file.
+"""Compose a checked configuration from a command line; read and write it as a file.
 
-Hydra puts the YAML groups of `configs/` together; the schema in this package checks the result. Every mistake becomes
-one `ConfigError` of one line.
+Hydra composes the YAML groups of `configs/`; the schema in this package checks the result. Every mistake becomes one
+`ConfigError` with a message of one line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from multitrain.config.aliases import elsewhere
+from multitrain.config.aliases import suggestion
 from multitrain.config.errors import ConfigError, nearest
 from multitrain.config.overrides import Override, apply, group_word, in_quotes, is_group, option_type, split
 from multitrain.config.paths import expanded, find_run
@@ -39,11 +39,11 @@ def config_folder() -> Path:
 
 
 def compose(overrides: Sequence[str] = (), *, config_dirs: Sequence[str | Path] = ()) -> RunConfig:
-    """The configuration that `overrides` (``key=value``, in Hydra's grammar) make of the shipped groups.
+    """The configuration composed of the shipped groups and `overrides` (``key=value``, in Hydra's grammar).
 
     Args:
         overrides: e.g. ``["experiment=demo", "nodes=2", "cluster.partition=low"]``.
-        config_dirs: more folders with config groups of your own, searched after the shipped ones.
+        config_dirs: folders with the user's own config groups, searched after the shipped ones.
 
     Raises:
         ConfigError: one line that names the option, its value, and what would work.
@@ -52,7 +52,7 @@ def compose(overrides: Sequence[str] = (), *, config_dirs: Sequence[str | Path] 
 
 
 def compose_mapping(overrides: Sequence[str] = (), *, config_dirs: Sequence[str | Path] = ()) -> dict[str, Any]:
-    """Like :func:`compose`, before the schema has checked it: plain nested dictionaries, interpolations resolved."""
+    """Like :func:`compose`, but unchecked: plain nested dictionaries with resolved interpolations."""
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -89,7 +89,7 @@ def compose_mapping(overrides: Sequence[str] = (), *, config_dirs: Sequence[str 
 
 
 def _compose_groups(chosen: Sequence[str]) -> Any:
-    """What the chosen groups make, before options are set: an OmegaConf DictConfig, interpolations unresolved."""
+    """Compose the chosen groups, before options are set: an OmegaConf DictConfig with unresolved interpolations."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -99,7 +99,7 @@ def _compose_groups(chosen: Sequence[str]) -> Any:
         return hydra_compose("config", overrides=list(chosen))
 
 
-_shipped = functools.lru_cache(maxsize=64)(_compose_groups)  # the shipped files do not change under a process
+_shipped = functools.lru_cache(maxsize=64)(_compose_groups)  # the shipped files do not change while a process runs
 
 
 def _composed(chosen: tuple[str, ...]) -> Any:
@@ -107,7 +107,7 @@ def _composed(chosen: tuple[str, ...]) -> Any:
 
 
 def config_folders(config_dirs: Sequence[str | Path]) -> list[Path]:
-    """The shipped folder of config groups, and the user's own. Raises ConfigError for one that is not there."""
+    """The shipped folder of config groups, and the user's own. Raises ConfigError for a folder that does not exist."""
     folders = [config_folder()]
     for given in config_dirs:
         folder = Path(given).expanduser().absolute()
@@ -145,10 +145,10 @@ def checked_source() -> str:
 
 
 def validate(mapping: Mapping[str, Any], *, config_dirs: Sequence[str | Path] = ()) -> RunConfig:
-    """The typed configuration of plain nested dictionaries.
+    """The typed configuration from plain nested dictionaries.
 
     Args:
-        config_dirs: folders with config groups of your own, whose choices a message lists too.
+        config_dirs: folders with the user's own config groups, whose choices messages list as well.
 
     Raises:
         ConfigError: the first problems found, in one line.
@@ -179,7 +179,7 @@ def load(path: str | Path) -> RunConfig:
 
 
 def _is_missing(file: Path) -> bool:
-    """Whether there is no such file; one in a folder that we may not look into is not missing."""
+    """Whether the file does not exist; a file in a folder without read permission is not missing."""
     try:
         os.stat(file)
     except (FileNotFoundError, NotADirectoryError):
@@ -190,12 +190,12 @@ def _is_missing(file: Path) -> bool:
 
 
 def dump(config: RunConfig) -> str:
-    """The configuration as YAML text that :func:`load` reads back to an equal one."""
+    """The configuration as YAML text, from which :func:`load` reads an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def leaves(config: RunConfig) -> dict[tuple[str, ...], Any]:
-    """Every setting by the names that lead to it, e.g. ``("optim", "lr")``; lists and empty mappings as they are."""
+    """Every setting by its path, e.g. ``("optim", "lr")``; lists and empty mappings stay as they are."""
     found: dict[tuple[str, ...], Any] = {}
 
     def walk(path: tuple[str, ...], value: Any) -> None:
@@ -210,12 +210,12 @@ def leaves(config: RunConfig) -> dict[tuple[str, ...], Any]:
 
 
 def flat(config: RunConfig) -> dict[str, Any]:
-    """Every setting by its dotted name, e.g. ``optim.lr``; lists and empty mappings as they are."""
+    """Every setting by its dotted name, e.g. ``optim.lr``; lists and empty mappings stay as they are."""
     return {".".join(path): value for path, value in leaves(config).items()}
 
 
 def forced(override: str, groups: set[str]) -> str:
-    """`key=value` → `++key=value`, so that the schema and not Hydra judges the name; groups, ``+``, ``~`` stay."""
+    """`key=value` → `++key=value`, so that the schema, not Hydra, checks the name; groups, ``+`` and ``~`` stay unchanged."""
     key, equals, _ = override.partition("=")
     if not equals and not key.startswith("~"):
         raise ConfigError(f"{override!r} is no override; write key=value, e.g. nodes=2 or cluster.partition=low")
@@ -246,7 +246,7 @@ def _fields(model: type[BaseModel], prefix: str = "") -> tuple[str, ...]:
 
 
 def example_of(option: str) -> str | None:
-    """What may stand behind ``option=``; None where the schema has no such option."""
+    """An example value for ``option=``; None if the schema has no such option."""
     if option not in _fields(RunConfig):
         return None
     default = RunConfig.model_fields[option].default if option in RunConfig.model_fields else None
@@ -254,7 +254,7 @@ def example_of(option: str) -> str | None:
 
 
 def _refuse_no_group(override: Override, folders: Sequence[Path], groups: set[str]) -> None:
-    """Raises ConfigError for a key with ``/`` that is no group: an option is written with dots."""
+    """Refuse a key with ``/`` that is not a group: options are written with dots. Raises ConfigError."""
     group = override.key.split("@")[0]
     if override.deletes or "/" not in group or group.startswith("hydra") or any((f / group).is_dir() for f in folders):
         return
@@ -264,7 +264,7 @@ def _refuse_no_group(override: Override, folders: Sequence[Path], groups: set[st
 
 
 def _one_line(error: ValidationError, config_dirs: Sequence[str | Path] = ()) -> str:
-    """The first three problems of a validation, each with its dotted name, value and remedy."""
+    """The first three problems of a validation in one line, each with its dotted name, value and remedy."""
     problems = []
     for e in error.errors()[:3]:
         where = shown(".".join(str(p) for p in e["loc"]), 100)
@@ -296,7 +296,7 @@ def _one_line(error: ValidationError, config_dirs: Sequence[str | Path] = ()) ->
 
 
 def _list_problem(e: Any) -> str | None:
-    """A list of fixed length that has another one; None for other problems."""
+    """The message for a list of the wrong length; None for other problems."""
     loc, given = e["loc"], e["input"]
     if e["type"] == "missing" and loc and isinstance(loc[-1], int):
         loc = loc[:-1]
@@ -315,7 +315,7 @@ def _schema_path(loc: tuple[str | int, ...]) -> list[str]:
 
 
 def _typed_at(loc: tuple[str | int, ...], value: Any) -> tuple[str | int, ...]:
-    """The whole name of an unknown option, ``TRAIN.BATCH_SIZE``, of which the schema knows the first part only."""
+    """The full name of an unknown option, e.g. ``TRAIN.BATCH_SIZE``, of which the error gives the first part only."""
     while isinstance(value, dict) and len(value) == 1 and len(loc) < DEEPEST:
         ((name, value),) = value.items()
         loc = (*loc, str(name))
@@ -323,15 +323,15 @@ def _typed_at(loc: tuple[str | int, ...], value: Any) -> tuple[str | int, ...]:
 
 
 def _nearest_field(loc: tuple[str | int, ...], name: str) -> str:
-    """Options like the unknown one at `loc`, called `name`: anywhere by the last part of their names, as other codes call
-    them, else among its siblings."""
+    """A hint with options similar to the unknown one at `loc`, called `name`: by the last part of their names, by the names of other
+    projects, else among its siblings."""
     *parent, _ = _schema_path(loc)
     known = _fields(RunConfig)
     siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == ".".join(parent)]
     same = sorted(k for k in known if k.rpartition(".")[2] == name.lower().replace("-", "_"))
     if same:
         return "did you mean " + " or ".join(map(repr, same[:3])) + "?"
-    if (hint := elsewhere(name)) is not None:
+    if (hint := suggestion(name)) is not None:
         return f"use {hint}"
     closest = difflib.get_close_matches(name[:200], sorted({k.rpartition(".")[2] for k in known}), n=1, cutoff=0.75)
     if closest and closest[0] not in siblings:
@@ -355,7 +355,7 @@ def _described(loc: tuple[str | int, ...], config_dirs: Sequence[str | Path] = (
 
 
 def _explain(error: Exception, folders: Sequence[Path], at: str) -> str:
-    """An error of Hydra, OmegaConf or YAML in one line, with the remedy; `at`: the word at which it came up."""
+    """An error of Hydra, OmegaConf or YAML in one line, with the remedy; `at`: the override that caused it, if known."""
     missing = getattr(error, "missing_cfg_file", None)
     if missing is not None:
         return _no_such_choice(str(missing), folders)

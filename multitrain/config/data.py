@@ -1,4 +1,4 @@
-"""Which videos, in which proportions, read how."""
+"""Options of the data: the datasets, their proportions, and how videos are read."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ class DatasetConfig(Settings):
     annotations: str
     """Folder with `train.csv`, `val.csv` and `test.csv`; each line is `path label`."""
     videos: str
-    """Folder that the paths in the annotation files start from."""
+    """Folder to which the paths in the annotation files are relative."""
     classes: int | None = Field(None, ge=1, le=10**7)
-    """Number of classes. Not needed when `class_names` is given."""
+    """Number of classes. Not needed if `class_names` is given."""
     class_names: str | None = None
-    """File with one class name a line; line n (from 0) is label n. `name,label` lines and JSON are read too. Without it, names
-    are looked for in the annotation folder, for display: see `multitrain/config/class_names.py`."""
+    """File with one class name per line; line n (from 0) is label n. `name,label` lines and JSON are accepted too. By default, names
+    for display come from a file in the annotation folder: see `multitrain/config/class_names.py`."""
     sampling: Literal["stride", "segment"] = "stride"
     """`stride`: frames at a fixed rate from a random window (Kinetics); `segment`: one frame from each of equal segments
     (Something-Something)."""
     flip: bool = True
-    """Whether a mirrored video keeps its label; false where left and right matter (Something-Something)."""
+    """Whether a mirrored video keeps its label; false if left and right matter (Something-Something)."""
     replicas: int = Field(1, ge=1, le=10**6)
-    """How often the dataset counts in one pass over the union."""
+    """How often the dataset counts in one pass over the union of the datasets."""
     weight: float | None = Field(None, gt=0)
-    """Share in the mixture when `data.proportions=weights`; any positive scale."""
+    """Share in the mixture with `data.proportions=weights`; any positive scale."""
     multi_label: bool = False
-    """Several labels a line, separated by commas; trained with binary cross-entropy, measured by mAP."""
+    """Several labels per line, separated by commas; trained with binary cross-entropy, measured by mAP."""
     separator: str = " "
-    """What stands between path and label; the label is what follows its last occurrence, so paths may contain it."""
+    """Separator between path and label; the label follows its last occurrence, so paths may contain it."""
     temporal_views: int = Field(1, ge=1, le=1000)
     """Clips per video at test time (K400 5, MiT 2, SSv2 1)."""
     spatial_views: Literal[1, 3] = 1
     """Crops per clip at test time: 1 centre, or 3 (left, centre, right, or top, centre, bottom)."""
     test_short_side: int | None = Field(None, ge=16)
-    """Short side in pixels before the test crop. When not given: 8/7 of the crop with one spatial view of a `stride`
-    dataset, else the crop itself (the published rule: 256 and 224)."""
+    """Short side in pixels before the test crop. If not given: 8/7 of the crop with one spatial view of a `stride` dataset, else
+    the crop itself (the published rule: 256 and 224)."""
 
     @model_validator(mode="after")
     def _has_classes(self) -> DatasetConfig:
         if self.classes is None and self.class_names is None:
-            raise ValueError("needs 'classes' (a number) or 'class_names' (a file with one name a line)")
+            raise ValueError("needs 'classes' (a number) or 'class_names' (a file with one name per line)")
         return self
 
     def short_side(self, crop: int) -> int:
-        """Short side in pixels that test frames are resized to before a crop of `crop`²: see `test_short_side`."""
+        """Short side in pixels to which test frames are resized before a crop of `crop`²: see `test_short_side`."""
         if self.test_short_side is not None:
             return self.test_short_side
         return round(crop * 256 / 224) if self.sampling == "stride" and self.spatial_views == 1 else crop
@@ -59,7 +59,7 @@ class DataConfig(Settings):
     """The datasets, their mixture, and how clips are read from files."""
 
     root: str = "datasets"
-    """Folder that the shipped dataset entries start from."""
+    """Folder to which the paths of the shipped datasets are relative."""
     datasets: dict[str, DatasetConfig]
     """Datasets by name, in the order of the heads. A name may hold any character that a file name may."""
     mixture: Literal["interleave", "concat"] = "interleave"
@@ -67,28 +67,29 @@ class DataConfig(Settings):
     proportions: Literal["size", "weights", "temperature"] = "size"
     """Shares of the datasets under `interleave`: by number of videos × replicas, by `weight`, or by size to the power 1/temperature."""
     temperature: float = Field(1.0, ge=0.01)
-    """1 is proportional to size; larger evens the shares out. Used with `proportions=temperature`."""
+    """1 makes the shares proportional to size; larger values even them out. Used with `proportions=temperature`."""
     shuffle_window: int | None = Field(None, ge=1, le=10**6)
-    """Packed shards that an update reads of a dataset at most (or one more), so that reads are local; null permutes all videos of
-    a pass at once. Part of the order of a run. See docs/million.md."""
+    """Limit of packed shards (or one more) that an update reads of a dataset, so that reads are local; null permutes all videos of
+    a pass at once. The order of a run depends on it. See docs/million.md."""
     shard_videos: int = Field(1000, ge=1, le=10**9)
-    """Videos a shard, as `multitrain data pack --shard-videos` was told; counts with `shuffle_window` only."""
+    """Videos per shard, as given to `multitrain data pack --shard-videos`; used with `shuffle_window` only."""
     sampling_rate: int = Field(3, ge=1)
-    """Frames of the video, at `target_fps`, between two frames of the clip (the 3 in 32×3)."""
+    """Frames of the video, at `target_fps`, from one frame of the clip to the next (the 3 in 32×3)."""
     target_fps: float = Field(30.0, gt=0)
-    """Frame rate that `sampling_rate` refers to, in frames a second."""
+    """Frame rate to which `sampling_rate` refers, in frames per second."""
     decoder: Literal["pyav", "decord"] = "pyav"
-    """Video reader. decord is what the published code used; wrong frames with edit lists and MPEG-4 AVI, no AV1, x86-64 only."""
+    """Video reader. The published code used decord, which returns wrong frames with edit lists and MPEG-4 AVI, cannot read AV1, and
+    runs on x86-64 only."""
     workers: int = Field(8, ge=0)
-    """Loader processes a rank; 0 decodes in the training process."""
+    """Loader processes per rank; 0 decodes in the training process."""
     prefetch: int = Field(2, ge=1)
     """Micro-batches that each worker prepares ahead."""
     skip_cap: float = Field(0.01, ge=0, le=1)
-    """Share of a dataset's videos that may be unreadable before the run stops."""
+    """Fraction of a dataset's videos that may be unreadable before the run stops."""
     decode_timeout: float = Field(60.0, gt=0)
     """Seconds after which a stalled decode counts as a bad video."""
     index: str | None = None
-    """Folder for the memory-mapped index of the annotation files; `RUNS/.index` when not given."""
+    """Folder for the memory-mapped index of the annotation files; default: `RUNS/.index`."""
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:

@@ -1,4 +1,4 @@
-"""What a user typed wrong: one exception, and the known names that are closest to it."""
+"""The exception for users' mistakes, and suggestions of known names."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from multitrain.errors import ConfigError
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3, most: int = 20) -> str:
-    """A clause that offers the known names closest to `name`, e.g. ``did you mean 'micro_batch'?``.
+    """A clause with the known names closest to `name`, e.g. ``did you mean 'micro_batch'?``.
 
-    When nothing is close, all names are listed (up to `most`).
+    If no name is close, it lists all names (up to `most`).
     """
     names = sorted(known)
     if not names:

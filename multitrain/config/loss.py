@@ -1,4 +1,4 @@
-"""What is minimised."""
+"""Options of the loss."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class LossConfig(Settings):
     covariance_weight: float = Field(1.0, ge=0)
     """Weight of the covariance term inside the informative loss."""
     scope: Literal["update", "micro"] = "update"
-    """Clips whose statistics the informative loss takes: the whole effective batch (exact, the same on any world size), or
-    the gathered micro-batch, as published."""
+    """Clips over which the informative loss is computed: the whole effective batch (exact, the same on any world size), or the
+    gathered micro-batch, as published."""
     dataset_weights: dict[str, float] = Field(default_factory=dict)
-    """Weight of a dataset's classification and projection terms; 1 when not named."""
+    """Weight of a dataset's classification and projection terms; default: 1."""

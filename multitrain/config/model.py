@@ -1,4 +1,4 @@
-"""The network."""
+"""Options of the network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class ModelConfig(Settings):
     """An MViT video transformer with one head per dataset (Liang et al., NeurIPS 2022)."""
 
     frames: int = Field(32, ge=2, le=4096, multiple_of=2)
-    """Frames a clip (T)."""
+    """Frames per clip (T)."""
     crop: int = Field(224, ge=32, le=8192, multiple_of=4)
     """Height and width of a clip in pixels (S). A grid of S/4 that cannot be halved at a stage change is rounded up."""
     depth: int = Field(24, ge=1, le=1000)
@@ -41,11 +41,11 @@ class ModelConfig(Settings):
     head_dropout: float = Field(0.5, ge=0, lt=1)
     """Dropout before the last layer of a head."""
     dropout_logits: bool = False
-    """Drop out the logits as well, as the published code does (defect 14)."""
+    """Apply dropout to the logits as well, as the published code does (defect 14)."""
     projections: bool = True
     """Cross-dataset projections, one matrix for each ordered pair of datasets."""
     expander: bool = True
-    """The expander whose output the informative loss looks at."""
+    """Whether the network has the expander, whose output the informative loss uses."""
     expander_hidden: int = Field(4096, ge=1, le=1_000_000)
     """Hidden width of the expander."""
 
@@ -54,5 +54,5 @@ class ModelConfig(Settings):
         if self.width % self.heads:
             raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}; change one of them")
         if list(self.stages) != sorted(set(self.stages)) or any(not 0 < s < self.depth for s in self.stages):
-            raise ValueError(f"stages={list(self.stages)} must rise and lie between 1 and depth-1={self.depth - 1}")
+            raise ValueError(f"stages={list(self.stages)} must increase and lie between 1 and depth-1={self.depth - 1}")
         return self

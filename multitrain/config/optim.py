@@ -1,4 +1,4 @@
-"""How weights follow gradients."""
+"""Options of the optimizer and its schedules."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ class OptimConfig(Settings):
     lr: float = Field(4e-4, gt=0)
     """Peak learning rate, for the effective batch; never scaled by the number of machines."""
     start_lr: float = Field(4e-6, ge=0)
-    """Learning rate of the first update, where warm-up starts."""
+    """Learning rate of the first update, at the start of the warm-up."""
     end_lr: float = Field(4e-6, ge=0)
-    """Learning rate that the cosine ends at."""
+    """Learning rate at the end of the cosine decay."""
     warmup_epochs: float = Field(10.0, ge=0)
-    """Length of the warm-up in passes over the union; ignored when `warmup_updates` is given."""
+    """Length of the warm-up in passes over the union of the datasets; ignored if `warmup_updates` is given."""
     warmup_updates: int | None = Field(None, ge=0)
     """Length of the warm-up in updates."""
     weight_decay: float = Field(0.05, ge=0)
-    """Decoupled weight decay on tensors of two and more dimensions; biases and norms have none."""
+    """Decoupled weight decay of tensors with two or more dimensions; biases and norms have none."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the moments."""
     eps: float = Field(1e-8, gt=0)
     """AdamW's epsilon."""
     clip_norm: float | None = Field(1.0, gt=0)
-    """Global L2 norm that the gradient of the effective batch is clipped to; null for no clipping."""
+    """Limit of the global L2 norm to which the gradient of the effective batch is clipped; null for no clipping."""
     schedule: Literal["cosine"] = "cosine"
     """Shape of the decay after warm-up."""
 
@@ -38,6 +38,6 @@ class OptimConfig(Settings):
     def _are_rates(cls, value: tuple[float, float]) -> tuple[float, float]:
         if not all(0 <= beta < 1 for beta in value):
             raise ValueError(
-                f"{list(value)} are no decay rates; both lie from 0 up to, but not at, 1, e.g. [0.9,0.999]"
+                f"{list(value)} are not decay rates; both must be at least 0 and below 1, e.g. [0.9,0.999]"
             )
         return value

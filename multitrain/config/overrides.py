@@ -1,7 +1,7 @@
-"""What is typed: ``key=value`` words, read so that any path passes unquoted and every mistake is one line.
+"""Parse typed ``key=value`` overrides, so that any path works unquoted and every mistake is a message of one line.
 
-Options that are text by the schema take what is typed as it stands; Hydra's grammar, in which parentheses, ``~``, ``=`` and
-commas mean something, reads numbers, lists and mappings.
+The value of an option that is text in the schema is used literally. Numbers, lists and mappings are parsed with Hydra's grammar,
+in which parentheses, ``~``, ``=`` and commas have a meaning.
 """
 
 from __future__ import annotations
@@ -23,38 +23,38 @@ from multitrain.config.reading import parse_yaml, shown
 from multitrain.config.run import RunConfig
 
 LONGEST_WORD = 20_000
-"""Characters of one word."""
+"""Limit of the length of one override, in characters."""
 DEEPEST_WORD = 20
-"""Brackets inside each other in one word."""
+"""Limit of nested brackets in one override."""
 MOST_COMBINATIONS = 10_000
-"""Runs of one sweep."""
+"""Limit of the runs of one sweep."""
 _BRACKETS = {"[": "]", "{": "}", "(": ")"}
 
 
 @dataclass(frozen=True)
 class Override:
-    """One typed word."""
+    """One typed override."""
 
     prefix: str
     """``""``, ``+``, ``++`` or ``~`` (delete)."""
     key: str
     """The option's dotted name, or a config group."""
     text: str | None
-    """What stands behind ``=``; None for ``~key``."""
+    """The text after ``=``; None for ``~key``."""
 
     @property
     def word(self) -> str:
-        """As it is typed, without blanks around ``=``."""
+        """The override as it is typed, without spaces around ``=``."""
         return f"{self.prefix}{self.key}" + ("" if self.text is None else f"={self.text}")
 
     @property
     def deletes(self) -> bool:
-        """Whether it takes an option away."""
+        """Whether it removes an option."""
         return self.prefix == "~"
 
 
 def split(word: str) -> Override:
-    """A word as its parts. Raises ConfigError: not ``key=value``, or a key that cannot be one."""
+    """Split an override into its parts. Raises ConfigError: it is not ``key=value``, or the key is not valid."""
     if len(word) > LONGEST_WORD:
         raise ConfigError(f"{shown(word, 60)}: {len(word)} characters in one option; put long values into a YAML file")
     if "\0" in word or "\n" in word:
@@ -73,25 +73,25 @@ def split(word: str) -> Override:
 
 
 def tidy(word: str) -> str:
-    """A typed word without the blanks around ``=``; other words, and wrong ones, stay as they are."""
+    """An override without the spaces around ``=``; other arguments, and invalid ones, stay as they are."""
     left, equals, right = word.partition("=")
     return f"{left.strip()}={right.strip()}" if equals and not word.startswith("-") else word
 
 
 def is_group(key: str, groups: Collection[str]) -> bool:
-    """Whether a key chooses a file of a config group."""
+    """Whether a key selects a file of a config group."""
     return key.split("@")[0] in groups or "/" in key or key.startswith("hydra")
 
 
 def group_word(override: Override, folders: Sequence[Path], has_default: bool) -> str:
-    """A choice of a config group in Hydra's grammar.
+    """The selection of a config group in Hydra's grammar.
 
     Args:
-        folders: those with config groups.
-        has_default: whether the shipped configuration makes a choice, which this one replaces.
+        folders: the folders with config groups.
+        has_default: whether the shipped configuration selects a file of this group, which the override replaces.
 
     Raises:
-        ConfigError: not the name of a choice.
+        ConfigError: the value is not the name of a file of the group.
     """
     key, text = override.key, override.text
     if override.deletes or key.startswith("hydra"):
@@ -124,10 +124,10 @@ def _file_for_group(group: str, file: Path, known: Sequence[str]) -> str:
 
 
 def value_of(override: Override) -> Any:
-    """What an option is set to; the schema has not checked it yet.
+    """The value of an override, before the schema checks it.
 
     Raises:
-        ConfigError: brackets that do not fit, or several values.
+        ConfigError: unbalanced brackets, or several values.
     """
     key, text = override.key, override.text or ""
     kinds = _members(option_type(key))
@@ -215,13 +215,13 @@ def combinations(words: Sequence[str]) -> list[list[str]]:
 
 
 def is_text(key: str) -> bool:
-    """Whether an option is text by the schema, so that what is typed is taken as it stands."""
+    """Whether an option is text in the schema, so that its value is used literally."""
     kinds = _members(option_type(key)) - {type(None)}
     return bool(kinds) and all(kind is str or isinstance(kind, str) for kind in kinds)
 
 
 def _bracketed(key: str, text: str) -> Any:
-    """A list or mapping that Hydra's grammar refuses: as YAML, which takes ``~`` and parentheses in texts."""
+    """A list or mapping that Hydra's grammar refuses, parsed as YAML, which accepts ``~`` and parentheses in texts."""
     opened = []
     for c in text:
         if c in _BRACKETS:
@@ -247,7 +247,7 @@ class _Unreadable:
 
 
 def _hydra(text: str, word: str | None = None) -> Any:
-    """A value in Hydra's grammar, or why there is none; `word`: the whole override that it is the value of."""
+    """A value parsed with Hydra's grammar, or the reason why it cannot be; `word`: the complete override."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -265,7 +265,7 @@ def _hydra(text: str, word: str | None = None) -> Any:
 
 
 def option_type(key: str) -> Any:
-    """The type of an option by the schema; None for one that it does not know."""
+    """The type of an option in the schema; None for an unknown option."""
     kind: Any = RunConfig
     parts = key.split(".")
     for i, part in enumerate(parts):
@@ -281,7 +281,7 @@ def option_type(key: str) -> Any:
 
 
 def _members(kind: Any) -> set[Any]:
-    """The types that an annotation allows; the values of a Literal stand for themselves."""
+    """The types that an annotation allows; for a Literal, its values."""
     if kind is None:
         return set()
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
@@ -292,10 +292,10 @@ def _members(kind: Any) -> set[Any]:
 
 
 def apply(config: Any, override: Override) -> None:
-    """Set, or take away, an option of a composed configuration (an OmegaConf DictConfig).
+    """Set or remove an option of a composed configuration (an OmegaConf DictConfig).
 
     Raises:
-        ConfigError: the value cannot be read, or there is nothing to take away.
+        ConfigError: the value cannot be parsed, or the option to remove does not exist.
     """
     from omegaconf import OmegaConf, open_dict
 

@@ -1,4 +1,4 @@
-"""Which options are paths, and what a word means that may be a run's name or a path."""
+"""The options that are paths, and arguments that may be a run's name or a path."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _OF_A_MODEL = ("config.yaml", "events.jsonl", "checkpoints", "model.safetensors"
 
 
 def find_run(word: str | Path, runs: str | Path = "runs") -> Path:
-    """The path that a word means: itself where a run, a checkpoint or a file lies, else the run of that name in `runs`.
+    """The path for an argument: the argument itself if it is a run, a checkpoint or a file, else the run of that name in `runs`.
 
-    A word that is neither comes back as it is; who reads it says what is missing.
+    An argument that is neither is returned unchanged; its reader reports what is missing.
     """
     path = Path(word)
     name = str(word)

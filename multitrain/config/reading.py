@@ -1,7 +1,7 @@
-"""Text, JSON and YAML that may come from strangers: read within limits, and refused in one line.
+"""Read untrusted text, JSON and YAML within limits; refuse invalid files with a message of one line.
 
-Whatever is wrong, the error is a :class:`ConfigError` (a ``ValueError``) that names the file; nothing here takes more than a
-few seconds or a few hundred megabytes, and nothing that YAML can name is constructed but plain values.
+Every error is a :class:`ConfigError` (a ``ValueError``) that names the file. Reading takes at most a few seconds and a few hundred
+megabytes, and YAML constructs plain values only.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ import yaml
 from multitrain.config.errors import ConfigError
 
 LARGEST_TEXT = 1 << 30
-"""Bytes of a file of lines (annotations, class names, metrics)."""
+"""Limit of a file of lines (annotations, class names, metrics), in bytes."""
 LARGEST_JSON = 128 << 20
-"""Bytes of a JSON file; the largest official annotation file has about 20 MB."""
+"""Limit of a JSON file, in bytes; the largest official annotation file has about 20 MB."""
 MOST_VALUES = 10_000_000
-"""Values in a JSON text; each takes tens of bytes once it is read."""
+"""Limit of values in a JSON text; each takes tens of bytes in memory."""
 LARGEST_YAML = 2 << 20
-"""Bytes of a YAML file."""
+"""Limit of a YAML file, in bytes."""
 MOST_NODES = 200_000
-"""Values in a YAML text, those that aliases repeat counted again."""
+"""Limit of values in a YAML text; values that aliases repeat count again."""
 DEEPEST = 100
-"""Levels of lists and mappings inside each other."""
+"""Limit of nested lists and mappings."""
 LONGEST_NUMBER = 40
-"""Digits of a whole number."""
+"""Limit of digits of an integer."""
 
 BLOCK = 1 << 20
-"""Bytes read at once of a file that may have to be refused."""
+"""Bytes read at once."""
 
 _UNPACK = "unpack it, and give the file that comes out"
 _EXPORT = "export it as text"
@@ -53,22 +53,22 @@ _FORMATS = (
     (b"<!doctype html", "a web page", "download the file itself"),
     (b"<html", "a web page", "download the file itself"),
 )
-"""First bytes of files that stand in the place of a text now and then (in any case), what they are, and the remedy."""
+"""First bytes (in either case) of files that users give by mistake instead of a text, their format, and the remedy."""
 
 _LONG_NUMBER = re.compile(rf"[0-9]{{{LONGEST_NUMBER + 1}}}")
 _DIGITS = re.compile(r"[-+]?[0-9_]+")
 
 
 def read_bytes(file: Path, largest: int = LARGEST_TEXT) -> bytes:
-    """The content of a file. Raises ConfigError: missing, not readable, no file of bytes, or larger than `largest`."""
+    """The content of a file. Raises ConfigError: it is missing, not readable, not a regular file, or larger than `largest`."""
     return b"".join(read_blocks(file, largest))
 
 
 def read_blocks(file: Path, largest: int = LARGEST_TEXT) -> Iterator[bytes]:
-    """The content of a file in blocks of :data:`BLOCK` bytes; nothing is read of a file that is larger than `largest`.
+    """The content of a file in blocks of :data:`BLOCK` bytes; a file larger than `largest` is not read.
 
     Raises:
-        ConfigError: missing, not readable, no file of bytes, or larger than `largest`.
+        ConfigError: it is missing, not readable, not a regular file, or larger than `largest`.
     """
     try:
         status = file.stat()
@@ -98,9 +98,9 @@ def read_text(file: Path, largest: int = LARGEST_TEXT) -> str:
 
 
 def refuse_other_format(content: bytes, where: object) -> None:
-    """Raises ConfigError for content that begins as a file of a known format that is no text of the user's.
+    """Refuse content that begins like a file of a known format other than plain text. Raises ConfigError.
 
-    UTF-16 and UTF-32, compressed files and archives, tables of other programs, a pointer of Git LFS, a web page.
+    These are UTF-16 and UTF-32, compressed files and archives, tables of other programs, a Git LFS pointer, a web page.
     """
     refuse_utf16(content, where)
     head = content[:64]
@@ -124,11 +124,11 @@ def as_text(content: bytes, where: object) -> str:
 
 
 def refuse_utf16(content: bytes, where: object) -> None:
-    """Raises ConfigError for UTF-16 or UTF-32, with or without a byte order mark: every other byte of a short text is 0."""
+    """Refuse UTF-16 and UTF-32, with or without a byte order mark: every other byte of a short text is 0. Raises ConfigError."""
     head = content[:200]
     marked = head.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff"))
     zeros = max(head[0::2].count(0), head[1::2].count(0))
-    text = head.count(0) < 0.9 * len(head)  # and no hole of a file that was never written
+    text = head.count(0) < 0.9 * len(head)  # and not a hole of a sparse file
     if (marked and zeros) or (text and len(head) >= 6 and zeros >= 0.8 * (len(head) // 2)):
         raise ConfigError(f"{where}: is UTF-16, not UTF-8; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
 
@@ -142,11 +142,12 @@ def parse_json(text: str | bytes, where: object, *, unique: bool = False) -> Any
     """The value of a JSON text.
 
     Args:
-        where: what an error begins with: a file, or a file and a line.
-        unique: whether a key that stands twice in one object is an error; else the last one counts.
+        where: beginning of an error message: a file, or a file and a line.
+        unique: whether a repeated key in an object is an error; otherwise the last one counts.
 
     Raises:
-        ConfigError: not JSON, deeper than :data:`DEEPEST`, with more than :data:`MOST_VALUES` values or too long a number.
+        ConfigError: it is not JSON, nested deeper than :data:`DEEPEST`, or has more than :data:`MOST_VALUES` values or too long a
+            number.
     """
     text = as_text(text, where) if isinstance(text, bytes) else text
     opened = text.count("[") + text.count("{")
@@ -178,10 +179,10 @@ def read_yaml(file: Path) -> Any:
 
 
 def parse_yaml(text: str, where: object) -> Any:
-    """The value of a YAML text of plain values; dates stay text, as Hydra has it.
+    """The value of a YAML text of plain values; dates stay text, as in Hydra.
 
     Raises:
-        ConfigError: not YAML, another kind of value, or beyond the limits of :func:`check_yaml`.
+        ConfigError: it is not YAML, constructs other values, or exceeds the limits of :func:`check_yaml`.
     """
     check_yaml(text, where)
     try:
@@ -191,9 +192,12 @@ def parse_yaml(text: str, where: object) -> Any:
 
 
 def check_yaml(text: str, where: object) -> None:
-    """Raises ConfigError for a YAML text that is none, deeper than :data:`DEEPEST`, or with more than :data:`MOST_NODES` values.
+    """Refuse a text that is not YAML, is nested deeper than :data:`DEEPEST`, or has more than :data:`MOST_NODES` values.
 
-    An alias counts as much as what it repeats, so that a kilobyte cannot stand for gigabytes.
+    An alias counts as many values as it repeats, so that a kilobyte cannot expand to gigabytes.
+
+    Raises:
+        ConfigError: names the limit.
     """
     if len(text) > LARGEST_YAML:
         raise ConfigError(f"{where}: larger than the {LARGEST_YAML >> 20} MB that such a file may have")
@@ -222,7 +226,7 @@ def check_yaml(text: str, where: object) -> None:
 
 
 def _nodes(event: Any, sizes: dict[str, int | None], where: object) -> int:
-    """How many values a YAML event adds."""
+    """Number of values that a YAML event adds."""
     if isinstance(event, yaml.AliasEvent):
         size = sizes.get(event.anchor or "", 1)
         if size is None:
@@ -239,7 +243,7 @@ def _nodes(event: Any, sizes: dict[str, int | None], where: object) -> int:
 
 
 def shown(value: object, longest: int = 200) -> str:
-    """Text of strangers for an error: one line, no control characters, not longer than `longest`."""
+    """Untrusted text for an error message: one line, no control characters, at most `longest` characters."""
     text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(value).replace("\n", " ")[: longest + 1])
     return text if len(text) <= longest else text[: longest - 1] + "…"
 

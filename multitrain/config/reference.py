@@ -1,4 +1,4 @@
-"""Every option of a run as one page of Markdown, made from the schema: ``python -m multitrain.config.reference``."""
+"""Generate a Markdown page with every option of a run from the schema: ``python -m multitrain.config.reference``."""
 
 from __future__ import annotations
 
@@ -18,29 +18,31 @@ from multitrain.config.run import RunConfig
 _HEAD = """\
 # Configuration reference
 
-<!-- Made from the schema; do not edit: python -m multitrain.config.reference > docs/configuration.md -->
+<!-- Generated from the schema; do not edit: python -m multitrain.config.reference > docs/configuration.md -->
 
-A run is `configs/` put together by Hydra, changed by the `key=value` words of the command line, and checked against the schema
-that this page is made from. `python launch/submit.py … dry_run=true` shows what would be submitted; `RUN/config.yaml` has
-every value of a run. *Default* is the schema's; the shipped files may set another value. `python launch/submit.py … --cfg job`
-prints the whole configuration that the words make, and nothing else; `--cfg all` adds what follows from it.
+Hydra composes the configuration of a run from `configs/`; the `key=value` arguments of the command line change it, and the schema,
+from which this page is generated, checks it. `python launch/submit.py … dry_run=true` shows what would be submitted;
+`RUN/config.yaml` has every value of a run. *Default* is the schema's; the shipped files may set another value.
+`python launch/submit.py … --cfg job` prints the complete configuration and nothing else; `--cfg all` adds the values derived from it.
 
 ## How options are typed
 
 | typed | means |
 | --- | --- |
-| `nodes=2`, `"dry_run = true"` | a value; blanks around `=` do not count |
-| `data.root=/data/x (copy),v=2`, `data.root=~/data` | text is taken as it stands; `~` is your home. Quote it for the shell |
+| `nodes=2`, `"dry_run = true"` | a value; spaces around `=` are ignored |
+| `data.root=/data/x (copy),v=2`, `data.root=~/data` | text is used literally; `~` is your home folder. Quote it for the shell |
 | `model.stages=[1,3]`, `cluster.sbatch={mail-user: me@lab.org}` | a list, a mapping |
 | `data=ssv2`, `data=mine` with `--config-dir DIR` | a file of a group: `configs/data/ssv2.yaml`, `DIR/data/mine.yaml` |
 | `data.root='${oc.env:SCRATCH}/data'` | an environment variable, or another option: `${data.root}` |
-| `init_from=first` | a run in `runs` by its name; else a path |
-| `~data.datasets.mit` | takes an entry away |
+| `init_from=first` | the name of a run in `runs`; else a path |
+| `~data.datasets.mit` | removes an entry |
 
-Names of other codes (`batch_size`, `learning_rate`, `TRAIN.BATCH_SIZE`, `fp16`) are answered with the option here. Several values
-(`optim.lr=1e-4,2e-4`) are for `python launch/sweep.py`. Every `multitrain` verb takes the same words and `--config-dir`.
-A word that would change nothing beside the others (`cluster.partition=gpu` with `cluster=local`, `loss.scope=micro` without the informative
-loss) is refused with the remedy; a word that switches something off never is.
+For option names of other projects (`batch_size`, `learning_rate`, `TRAIN.BATCH_SIZE`, `fp16`) the error names the option here.
+Several values (`optim.lr=1e-4,2e-4`) are for `python launch/sweep.py`. Every `multitrain` verb accepts the same arguments and
+`--config-dir`.
+
+An override that has no effect beside the others (`cluster.partition=gpu` with `cluster=local`, `loss.scope=micro` without the informative
+loss) is noted on standard error with the remedy; one that another option replaces (`epochs` beside `updates`) is refused.
 """
 
 

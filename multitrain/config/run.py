@@ -1,4 +1,4 @@
-"""The whole configuration of a run."""
+"""The complete configuration of a run."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from multitrain.config.optim import OptimConfig
 from multitrain.config.reading import shown
 
 LONGEST_NAME = 255
-"""Bytes of a file's name."""
+"""Limit of a file name, in bytes."""
 
 
-def check_run_name(name: str, room: int = 0) -> str:
-    """`name`, when a run can be called that.
+def check_run_name(name: str, overhead: int = 0) -> str:
+    """`name`, if it is a valid name of a run.
 
     Args:
-        name: without its folder.
-        room: bytes that what is made beside the run's folder adds to its name.
+        name: the name without a path.
+        overhead: bytes by which names of temporary folders beside the run's folder are longer.
 
     Raises:
-        ValueError: not a folder's name, or too long for one.
+        ValueError: it cannot be a folder name, or is too long.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+=,@-]*", name):
         raise ValueError(f"{shown(repr(name), 80)} cannot be a folder name; use letters, digits and . _ + = , @ -")
-    if len(name) > LONGEST_NAME - room:
+    if len(name) > LONGEST_NAME - overhead:
         raise ValueError(
-            f"{shown(name, 40)} has {len(name)} characters, {LONGEST_NAME - room} are the most; give a shorter name"
+            f"{shown(name, 40)} has {len(name)} characters, the limit is {LONGEST_NAME - overhead}; give a shorter name"
         )
     return name
 
@@ -45,43 +45,43 @@ class RunConfig(Settings):
     """Everything that determines a run. A run is a pure function of this and the update number."""
 
     name: str | None = None
-    """Name of the run and of its folder under `runs`. Submitting a name again resumes it. When not given: experiment and time."""
+    """Name of the run and of its folder under `runs`. Submitting the same name again resumes the run. If not given: experiment and time."""
     runs: str = "runs"
     """Folder of runs."""
     experiment_name: str = "run"
-    """What `name` starts with when it is not given; set by the experiment file."""
+    """Beginning of `name` if it is not given; the experiment file sets it."""
     nodes: int = Field(1, ge=1, le=100_000)
-    """Nodes."""
+    """Number of nodes."""
     gpus: int = Field(8, ge=1, le=1024)
-    """GPUs a node; one rank each. Without GPUs: ranks a node."""
+    """GPUs per node; one rank each. Without GPUs: ranks per node."""
     updates: int | None = Field(None, ge=1, le=10**12)
     """Length of the run in updates of the weights; takes precedence over `epochs`."""
     epochs: float = Field(50.0, gt=0, le=10**9)
     """Length of the run in passes over the union of the datasets."""
     effective_batch: int = Field(512, ge=1, le=10**8)
-    """Videos an update, over all ranks and accumulation steps."""
+    """Videos per update, over all ranks and accumulation steps."""
     micro_batch: int | None = Field(None, ge=1, le=10**8)
-    """Videos a rank holds at once; solved for when not given."""
+    """Videos that a rank processes at once; computed if not given."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Arithmetic of training."""
     activation_checkpointing: Literal["none", "mlp", "selective", "full"] = "none"
-    """What is recomputed in the backward pass to save memory; the numbers are the same."""
+    """Activations that are recomputed in the backward pass to save memory; the results are the same."""
     seed: int = Field(0, ge=0, lt=2**63)
-    """Seed of everything random."""
+    """Seed of all random numbers."""
     deterministic: bool = False
-    """Deterministic kernels only: an interrupted run ends with bit-identical weights on GPUs too."""
+    """Use deterministic kernels only: on GPUs, too, an interrupted run then ends with bit-identical weights."""
     init_from: str | None = None
-    """Weights to start from: a `.pyth`, `.safetensors`, run or checkpoint folder. Not resuming: the run starts at update 0."""
+    """Initial weights: a `.pyth`, `.safetensors`, run or checkpoint folder. Not for resuming: the run starts at update 0."""
     interpolate_positions: bool = False
-    """Resize the position tables of `init_from` when they are for clips of another size; refused otherwise."""
+    """Resize the position embeddings of `init_from` if they are for clips of another size; otherwise such weights are refused."""
     from_scratch: bool = False
-    """Start a run over whose checkpoints are gone. For one submission; never kept."""
+    """Start a run whose checkpoints are gone from the beginning. Applies to one submission."""
     update_code: bool = False
-    """Resume with the code of this checkout instead of the run's own snapshot. For one submission; never kept."""
+    """Resume with the code of this checkout instead of the run's own snapshot. Applies to one submission."""
     dry_run: bool = False
-    """Print what would be submitted, submit nothing."""
+    """Print what would be submitted, and submit nothing."""
     then: Literal["eval"] | None = None
-    """What follows training that has ended well: `eval` submits the multi-view test of each dataset, to start after it."""
+    """What follows successful training: `eval` submits the multi-view test of each dataset, to start after it."""
     preflight: bool = False
     """Check the nodes before the run starts."""
 
@@ -168,7 +168,7 @@ class RunConfig(Settings):
 
     @property
     def mixes(self) -> bool:
-        """Whether mixup or CutMix can happen."""
+        """Whether mixup or CutMix is enabled."""
         a = self.augment
         return a.mix_probability > 0 and (a.mixup_alpha > 0 or a.cutmix_alpha > 0)
 

@@ -1,6 +1,6 @@
-"""What is typed for a run and would change nothing, or train what nobody means: refused when it is typed.
+"""Refuse typed overrides that have no effect, or that would train in an unintended way.
 
-A stored configuration is never looked at here: a run that was submitted goes on as it is.
+Stored configurations are not checked here: a run that was submitted continues unchanged.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from multitrain.config.without_effect import REPLACED, idle
 
 
 def refuse_typed(words: Sequence[str], config: RunConfig, before: RunConfig | None = None) -> None:
-    """Refuse words that cannot do what they say.
+    """Refuse overrides that cannot have the effect that they express.
 
     Args:
-        words: overrides that are typed now.
-        config: what they make, with everything else.
-        before: the configuration of the run that they change; None for a new one.
+        words: the newly typed overrides.
+        config: the resulting configuration.
+        before: the configuration of the run that they change; None for a new run.
 
     Raises:
-        ConfigError: one line that names the word and the remedy.
+        ConfigError: one line that names the override and the remedy.
     """
     typed = {override.key: override for override in map(split, words)}
     for override in typed.values():

@@ -1,1 +1,1 @@
-"""The files that a run writes while it trains, with their readers: events, metrics, test results, TensorBoard, log lines. No torch."""
+"""Writers and readers of the files of a run: events, metrics, test results, TensorBoard, log lines. No torch."""

@@ -14,12 +14,12 @@ from multitrain import lease
 from multitrain.config.reading import parse_json
 from multitrain.files import replacing
 
-_LARGEST = 1e18
+_MAX_VALUE = 1e18
 """No count of updates, seconds or bytes is larger."""
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _MAX_VALUE
 
 
 def _is_amount(value: Any) -> bool:
@@ -27,7 +27,7 @@ def _is_amount(value: Any) -> bool:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_VALUE
 
 
 def _is_text(value: Any) -> bool:
@@ -38,7 +38,7 @@ def _are_numbers(value: Any) -> bool:
     return isinstance(value, dict) and all(v is None or _is_number(v) for v in value.values())
 
 
-KINDS: dict[str, Callable[[Any], bool]] = {
+FIELD_CHECKS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("update", "total_updates", "world_size", "redone", "restart"), _is_count),
     **dict.fromkeys(("loss", "loss_classification", "loss_projection", "loss_informative", "lr"), _is_number),
     **dict.fromkeys(("grad_norm", "seconds", "clips_per_second", "data_wait_fraction", "max_memory_gb"), _is_amount),
@@ -49,12 +49,12 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "skipped": _are_numbers,
     "results": lambda value: isinstance(value, dict) and all(map(_are_numbers, value.values())),
 }
-"""What the fields of an event or of an update's record are. A run's folder may come from a stranger."""
+"""Checks of the values of fields of events and of updates' records, since a run's folder may be untrusted."""
 
 
-def of_kind(record: Mapping[str, Any]) -> dict[str, Any]:
-    """`record` without the fields whose values are of another kind than such a field has, see :data:`KINDS`."""
-    return {k: v for k, v in record.items() if v is None or k not in KINDS or KINDS[k](v)}
+def valid_fields(record: Mapping[str, Any]) -> dict[str, Any]:
+    """`record` without the fields whose values fail their check in :data:`FIELD_CHECKS`."""
+    return {k: v for k, v in record.items() if v is None or k not in FIELD_CHECKS or FIELD_CHECKS[k](v)}
 
 
 def encode(record: Mapping[str, Any]) -> bytes:
@@ -62,7 +62,7 @@ def encode(record: Mapping[str, Any]) -> bytes:
 
     Bytes of file names that are not UTF-8 (surrogates) are written as escapes, which :func:`decode` reads back.
     """
-    plain = _plain(record)
+    plain = _jsonable(record)
     try:
         return (json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n").encode()
     except UnicodeEncodeError:
@@ -70,22 +70,22 @@ def encode(record: Mapping[str, Any]) -> bytes:
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one line, whole even when several processes append, and wait until it is on disk.
+    """Append one line and wait until it is on disk. Several processes may append; no line is split.
 
-    A torn line at the end, which a crash has left, is removed; where the file system has no locks it is ended instead,
-    since another process might be writing it.
+    A torn line at the end, left by a crash, is removed. On a file system without locks it is terminated instead, since another
+    process might still be writing it.
 
     Raises:
-        OSError: the disk refuses the line; nothing of it is left in the file.
-        LeaseLost: `path` lies in the run of this process, and another start has taken that over.
+        OSError: the line cannot be written; no part of it is left in the file.
+        LeaseLost: `path` lies in the run of this process, and another start has taken the run over.
     """
     lease.verify(path)
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         start = b""
         if locked := _locked(file):
-            os.ftruncate(file, _whole(file))
-        elif _whole(file) < os.fstat(file).st_size:
+            os.ftruncate(file, _complete_bytes(file))
+        elif _complete_bytes(file) < os.fstat(file).st_size:
             start = b"\n"
         write(file, start + encode(record), alone=locked)
         os.fsync(file)
@@ -94,13 +94,13 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def write(file: int, line: bytes, *, alone: bool = True) -> None:
-    """Write `line` at the end of an open file; when the disk takes only the beginning of it, take that away again.
+    """Write `line` at the end of an open file; if only its beginning can be written, remove that again.
 
     Args:
-        alone: whether no other process writes to the file now; else the beginning stays, as a torn line.
+        alone: whether no other process writes to the file now; otherwise the beginning stays as a torn line.
 
     Raises:
-        OSError: the disk refuses the line.
+        OSError: the line cannot be written.
     """
     end = os.fstat(file).st_size
     try:
@@ -113,8 +113,8 @@ def write(file: int, line: bytes, *, alone: bool = True) -> None:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file, nothing when it does not exist. Torn lines, which a crash leaves behind, are left out, and so
-    are values of another kind than their field has."""
+    """The records of a file; none when it does not exist. Torn lines, left by a crash, and values that fail their check in
+    :data:`FIELD_CHECKS` are left out."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -122,11 +122,11 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
     for line in data.split(b"\n"):
         record = decode(line)
         if record is not None:
-            yield of_kind(record)
+            yield valid_fields(record)
 
 
 def drop_from(path: Path, update: int) -> int:
-    """Keep only whole lines with ``"update" < update``; the file is replaced in one step. Returns the lines dropped.
+    """Keep only complete lines with ``"update" < update``; the file is replaced atomically. Returns the number of dropped lines.
 
     Raises:
         LeaseLost: as :func:`append`.
@@ -148,7 +148,7 @@ def drop_from(path: Path, update: int) -> int:
 
 
 def decode(line: bytes) -> dict[str, Any] | None:
-    """The object on a line, None when the line is empty or torn."""
+    """The object on a line; None when the line is empty or torn."""
     try:
         record = parse_json(line, "a line")
     except ValueError:
@@ -162,7 +162,7 @@ def _precedes(line: bytes, update: int) -> bool:
 
 
 def _locked(file: int) -> bool:
-    """Wait for the file's lock, which closing it gives back; False where there are no locks."""
+    """Wait for the file's lock, which closing the file releases; False where there are no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX)
     except OSError:
@@ -170,8 +170,8 @@ def _locked(file: int) -> bool:
     return True
 
 
-def _whole(file: int, block: int = 4096) -> int:
-    """Bytes up to the end of the last whole line."""
+def _complete_bytes(file: int, block: int = 4096) -> int:
+    """Number of bytes up to the end of the last complete line."""
     end = os.fstat(file).st_size
     while end > 0:
         start = max(0, end - block)
@@ -182,16 +182,16 @@ def _whole(file: int, block: int = 4096) -> int:
     return 0
 
 
-def _plain(value: Any) -> Any:
-    """Values that JSON knows; scalars of numpy and torch by their `item()`."""
+def _jsonable(value: Any) -> Any:
+    """The value with JSON's types only; scalars of numpy and torch are converted with `item()`."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): _jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [_jsonable(v) for v in value]
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if value is None or isinstance(value, (str, int)):
         return value
     if hasattr(value, "item"):
-        return _plain(value.item())
+        return _jsonable(value.item())
     return str(value)

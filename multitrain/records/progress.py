@@ -17,9 +17,9 @@ class Progress:
     Args:
         total: updates of the whole run.
         start: updates completed when this start began.
-        log_every: updates between two lines, when the stream is no terminal.
-        stream: where to; standard error when not given.
-        clock: seconds, monotonic.
+        log_every: updates between two lines, if the stream is not a terminal.
+        stream: output stream; default: standard error.
+        clock: monotonic clock, in seconds.
     """
 
     def __init__(
@@ -46,12 +46,12 @@ class Progress:
 
     @property
     def seconds_per_update(self) -> float | None:
-        """Mean wall time of the last hundred updates, with whatever happened between them; None before the first."""
+        """Mean wall time per update over the last hundred updates, including pauses between them; None before the first."""
         n = len(self._times) - 1
         return (self._times[-1] - self._times[0]) / n if n else None
 
     def update(self, record: Mapping[str, Any]) -> None:
-        """One more update is done; `record` as in `metrics.jsonl`."""
+        """Show that one more update is completed; `record` as in `metrics.jsonl`."""
         self._times.append(self._clock())
         done = int(record["update"]) + 1
         if self._bar is not None:
@@ -61,7 +61,7 @@ class Progress:
             self.write(self._line(done, record))
 
     def write(self, text: str) -> None:
-        """A line of text, without breaking the bar."""
+        """Print a line of text without breaking the bar."""
         with contextlib.suppress(OSError):  # the log may lie on a disk that is full, and that must not end a run
             if self._bar is not None:
                 self._bar.write(text, file=self.stream)

@@ -20,7 +20,7 @@ from multitrain.records.wandb import Wandb
 MEASURES = ("top1", "top5", "map")
 """Validation metrics to plot and print, in percent."""
 
-LAST_PICTURES = 30.0
+LAST_PLOTS_SECONDS = 30.0
 """Seconds that a finished run waits for its last plots; an interrupted run does not wait."""
 
 
@@ -67,9 +67,9 @@ class Recorder:
         self._closed = rank != 0
         skipped = self.run_dir / "skipped.jsonl"
         self._skipped = RetryingWriter(skipped, lambda record: jsonl.append(skipped, record), self.write)
-        self._draws = True
+        self._plots_enabled = True
         self._drawing: threading.Thread | None = None
-        self._hurries = False
+        self._interrupted = False
         if self._closed:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ class Recorder:
             record: ``update`` (from 0), ``loss``, ``loss_classification``, ``loss_projection``, ``loss_informative``,
                 ``loss_per_dataset`` {name: value}, ``lr``, ``grad_norm`` (before clipping), ``loss_scale``, ``tickets``
                 (digest), ``world_size``, ``seconds``, ``data_wait_fraction`` (0–1), ``clips_per_second``,
-                ``max_memory_gb``, ``skipped`` {name: bad videos so far}. More keys are kept; absent ones are fine.
+                ``max_memory_gb``, ``skipped`` {name: bad videos so far}. Other keys are kept; any key may be absent.
         """
         if self._closed:
             return
@@ -110,7 +110,7 @@ class Recorder:
         if self._closed:
             return
         self._sync()
-        self._hurries |= name in ("signal", "error")
+        self._interrupted |= name in ("signal", "error")
         if name in ("start", "resume"):
             fields = {"update": self.start_update, "total_updates": self.total_updates, **fields}
             if self.metrics.dropped:
@@ -136,15 +136,20 @@ class Recorder:
                     self.tensorboard.scalar(f"val/{dataset}/{measure}", float(value), update)
                 if self.wandb and measure in MEASURES:
                     self.wandb.scalars({f"val/{dataset}/{measure}": float(value)}, update)
-        self.progress.write(f"validation after update {update}:  " + "   ".join(_validated(results)))
+        self.progress.write(f"validation after update {update}:  " + "   ".join(_summaries(results)))
 
     def pictures(self, update: int, draw: Callable[[], Mapping[str, bytes]]) -> None:
-        """Draw PNG plots after `update` completed updates in a separate thread, beside the training.
+        """Draw PNG plots after `update` completed updates in a separate thread, while training continues.
 
         A failure is logged in one line and disables plots for this start. Plots are skipped while earlier ones are being
         drawn.
         """
-        if self._closed or not self.tensorboard or not self._draws or (self._drawing and self._drawing.is_alive()):
+        if (
+            self._closed
+            or not self.tensorboard
+            or not self._plots_enabled
+            or (self._drawing and self._drawing.is_alive())
+        ):
             return
         self._drawing = threading.Thread(target=self._draw, args=(update, draw, self.tensorboard), daemon=True)
         self._drawing.start()
@@ -153,8 +158,8 @@ class Recorder:
         try:
             for tag, png in draw().items():
                 tensorboard.picture(tag, png, update)
-        except Exception as error:  # of a picture: matplotlib missing, a font, a video gone meanwhile
-            self._draws = False
+        except Exception as error:  # matplotlib or a font is missing, a video was deleted: no reason to stop the run
+            self._plots_enabled = False
             if not self._closed:
                 self.progress.write(f"no pictures for TensorBoard from here on: {' '.join(str(error).split())[:200]}")
 
@@ -180,12 +185,12 @@ class Recorder:
         """Write everything to disk. Idempotent."""
         if self._closed:
             return
-        if self._drawing and not self._hurries:
-            self._drawing.join(LAST_PICTURES)
+        if self._drawing and not self._interrupted:
+            self._drawing.join(LAST_PLOTS_SECONDS)
         for held in (self._metrics, self._events, self._skipped):
             held.close()
         self._closed = True
-        with contextlib.suppress(OSError):  # said when it began
+        with contextlib.suppress(OSError):  # a line was logged when writing began to fail
             self.metrics.close()
         if self.tensorboard:
             self.tensorboard.close()
@@ -202,7 +207,7 @@ class Recorder:
         self.close()
 
 
-def _validated(results: Mapping[str, Mapping[str, float]]) -> list[str]:
+def _summaries(results: Mapping[str, Mapping[str, float]]) -> list[str]:
     return [
         f"{dataset} " + " ".join(f"{m} {values[m]:.2f}" for m in MEASURES if m in values)
         for dataset, values in results.items()

@@ -1,4 +1,4 @@
-"""The figures of a finished test (``metrics.json``), of values of the right kinds only. No torch."""
+"""Read and check the results of a finished test (``metrics.json``). No torch."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from multitrain.text import printable
 
 FILE = "metrics.json"
 MEASURES = ("top1", "top5", "map", "mean_class_accuracy")
-"""Figures in percent; None where there is none."""
+"""Metrics in percent; None where a metric does not apply."""
 _TEXTS = ("dataset", "head", "split", "precision", "weights")
 _COUNTS = ("videos", "scored")
 
 
 def read_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """Figures by dataset of the test in `folder`.
+    """The results by dataset of the test in `folder`.
 
     Raises:
-        ConfigError: no finished test there, or values that no test writes.
+        ConfigError: there is no finished test, or the file is damaged.
     """
     file = folder / FILE
     if not file.is_file():
-        raise ConfigError(f"{folder}: no {FILE}, so no finished evaluation; multitrain evaluate writes one")
+        raise ConfigError(f"{folder}: no {FILE}, so no finished evaluation; multitrain evaluate writes it")
     with understood(f"{file}: holds values that no test writes", "run `multitrain evaluate` again"):
         return {printable(str(name)): checked(result) for name, result in read_json(file)["datasets"].items()}
 
 
 def checked(result: Mapping[str, Any]) -> dict[str, Any]:
-    """`result` of one dataset, with values of the right kinds. Raises ValueError, TypeError or KeyError."""
+    """The result of one dataset, with values of the expected types. Raises ValueError, TypeError or KeyError."""
     out = dict(result)
     for key in MEASURES:
         if out.get(key) is not None:

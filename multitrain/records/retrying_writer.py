@@ -1,4 +1,4 @@
-"""Write errors (full, read-only, quota) never stop the run: records are buffered in memory and retried."""
+"""A writer whose errors (disk full, read-only, quota) never stop the run: it buffers records in memory and retries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class RetryingWriter:
     Args:
         path: the file, for messages.
         write: appends one record to it, completely or not at all; raises OSError when writing fails.
-        say: takes one line when writing begins to fail, and one when it works again.
+        say: called with one line when writing begins to fail, and one when it works again.
     """
 
     def __init__(self, path: Path, write: Callable[[Mapping[str, Any]], None], say: Callable[[str], None]) -> None:
@@ -44,7 +44,7 @@ class RetryingWriter:
                 f"{self._path} can be written again"
                 if refusal is None
                 else f"{self._path} cannot be written ({refusal.strerror or refusal}); "
-                "the run goes on, and its lines wait in memory until it can"
+                "the run continues, and keeps the lines in memory until it can"
             )
         return refusal is None
 

@@ -1,4 +1,4 @@
-"""TensorBoard: scalars, settings, pictures. The horizontal axis counts completed updates."""
+"""TensorBoard: scalars, settings, images. The horizontal axis counts completed updates."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
                 yield prefix + name, float(value)
 
 
-COLOUR = 3
-"""TensorBoard's number for red, green and blue."""
+RGB_COLORSPACE = 3
+"""TensorBoard's code for the RGB colour space."""
 
 
 class TensorBoard:
     """Writes scalars to a folder; points of updates that a resumed run repeats are hidden (`purge_step`).
 
-    While the disk refuses them, points are left out (`metrics.jsonl` has them all), and every :meth:`flush` tries again.
+    Points that cannot be written are left out (`metrics.jsonl` has them all), and every :meth:`flush` tries again.
 
     Args:
         folder: e.g. ``RUN/tensorboard``.
         start_update: updates completed when the run (re)starts.
-        say: takes a line when points are left out.
+        say: called with one line when points are left out.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class TensorBoard:
 
         return SummaryWriter(str(self._folder), purge_step=purge_step, flush_secs=30)
 
-    def _do(self, action: Callable[[SummaryWriter], Any]) -> None:
+    def _guarded(self, action: Callable[[SummaryWriter], Any]) -> None:
         """Run `action`; write errors are caught (the library's thread keeps an error and raises it at a later call)."""
         if self._writer is None:
             return
@@ -80,39 +80,39 @@ class TensorBoard:
             self._say(f"{self._folder} cannot be written ({error.strerror or error}); its curves will have a gap here")
 
     def update(self, record: Mapping[str, Any]) -> None:
-        """The scalars of one update."""
+        """Write the scalars of one update."""
         for tag, value in scalars(record):
             self.scalar(tag, value, int(record["update"]) + 1)
 
     def scalar(self, tag: str, value: float, completed: int) -> None:
-        """One number after `completed` updates."""
+        """Write one scalar after `completed` updates."""
         value = value if math.isfinite(value) else math.nan
-        self._do(lambda writer: writer.add_scalar(tag, value, completed))
+        self._guarded(lambda writer: writer.add_scalar(tag, value, completed))
 
     def picture(self, tag: str, png: bytes, completed: int) -> None:
-        """A PNG picture after `completed` updates; its bytes are stored as they are."""
+        """Write a PNG image after `completed` updates; its bytes are stored unchanged."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         width, height = struct.unpack(">II", png[16:24])
-        image = Summary.Image(width=width, height=height, colorspace=COLOUR, encoded_image_string=png)
+        image = Summary.Image(width=width, height=height, colorspace=RGB_COLORSPACE, encoded_image_string=png)
         stored = Summary(value=[Summary.Value(tag=tag, image=image)])
-        self._do(lambda writer: writer._get_file_writer().add_summary(stored, completed))  # type: ignore[no-untyped-call]
+        self._guarded(lambda writer: writer._get_file_writer().add_summary(stored, completed))  # type: ignore[no-untyped-call]
 
     def settings(self, values: Mapping[str, Any], measures: Sequence[str]) -> None:
         """Write the HPARAMS tab: the settings, and the names of the scalars to compare."""
         from torch.utils.tensorboard.summary import hparams
 
         plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in values.items()}
-        first = hparams(plain, dict.fromkeys(measures, 0.0))[:2]  # the third would end the session
-        self._do(lambda writer: [writer._get_file_writer().add_summary(s) for s in first])  # type: ignore[no-untyped-call]
+        first = hparams(plain, dict.fromkeys(measures, 0.0))[:2]  # the third summary would end the session
+        self._guarded(lambda writer: [writer._get_file_writer().add_summary(s) for s in first])  # type: ignore[no-untyped-call]
 
     def flush(self) -> None:
-        """Write what is buffered."""
+        """Write the buffered points."""
         if self._writer is None:
             with contextlib.suppress(OSError):
                 self._writer = self._open(None)
-        self._do(lambda writer: writer.flush())
+        self._guarded(lambda writer: writer.flush())
 
     def close(self) -> None:
-        """Write what is buffered and close. Closing twice is fine."""
-        self._do(lambda writer: writer.close())
+        """Write the buffered points and close. Idempotent."""
+        self._guarded(lambda writer: writer.close())

@@ -9,13 +9,13 @@ from typing import Any
 
 
 class Wandb:
-    """Sends numbers to a project. The first failure, of whatever kind, costs one line and ends it for this start.
+    """Sends scalars to a project. After the first failure of any kind it logs one line and sends nothing more in this start.
 
     Args:
         project: the project's name.
-        run_dir: the run's folder; its name is that of the run there, and a resumed run goes on in the same one.
+        run_dir: the run's folder, after which the W&B run is named; a resumed run continues the same W&B run.
         settings: shown as the run's configuration.
-        say: takes the line about a failure; standard error when not given.
+        say: called with the line about a failure; default: print to standard error.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Wandb:
             self._try(lambda: self._run.log({**values, "update": completed}))
 
     def close(self) -> None:
-        """Send the rest and finish."""
+        """Send the remaining scalars and finish the W&B run."""
         if self._run is not None:
             self._try(lambda: self._run.finish())
         self._run = None
@@ -43,13 +43,15 @@ class Wandb:
         self._run = wandb.init(
             project=project, name=name, id=name, resume="allow", dir=str(run_dir), config=dict(settings)
         )
-        self._run.define_metric("*", step_metric="update")  # a resumed run draws over what it does again
+        self._run.define_metric(
+            "*", step_metric="update"
+        )  # repeated updates of a resumed run overwrite the earlier points
 
     def _try(self, action: Callable[[], Any]) -> None:
         try:
             action()
-        except Exception as error:  # of a library, a login, a network: none is worth a run
+        except Exception as error:  # of the library, the login or the network: no reason to stop the run
             self._run = None
             remedy = "pip install 'multitrain[wandb]'" if isinstance(error, ImportError) else "wandb login"
             said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            self._say(f"Weights & Biases is left out from here on ({said}); the run goes on. {remedy}?")
+            self._say(f"Weights & Biases gets no more data from this start ({said}); the run continues. {remedy}?")

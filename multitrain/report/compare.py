@@ -14,8 +14,8 @@ from multitrain.plot_style import table
 from multitrain.records.results import FILE, read_results
 from multitrain.report.status import status
 
-SAME = ("name", "runs", "experiment_name", "dry_run", "then", "preflight")
-"""Options that are left out of the comparison."""
+IGNORED_OPTIONS = ("name", "runs", "experiment_name", "dry_run", "then", "preflight")
+"""Options that the comparison ignores."""
 
 
 def compare(runs: Sequence[str | Path]) -> list[dict[str, Any]]:
@@ -23,11 +23,11 @@ def compare(runs: Sequence[str | Path]) -> list[dict[str, Any]]:
     ``total_updates``, ``loss``, and by dataset ``validation`` and ``test`` in percent.
 
     Raises:
-        ConfigError: a folder is no run.
+        ConfigError: a folder is not a run's.
     """
     flats = [flat(load(run)) for run in runs]
     names = list(dict.fromkeys(n for options in flats for n in options))
-    differing = [n for n in names if n not in SAME and any(f.get(n) != flats[0].get(n) for f in flats)]
+    differing = [n for n in names if n not in IGNORED_OPTIONS and any(f.get(n) != flats[0].get(n) for f in flats)]
     rows = []
     for run, options in zip(runs, flats):
         found = status(run)

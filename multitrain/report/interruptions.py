@@ -1,4 +1,4 @@
-"""Why a run was interrupted, when, and what it cost: read from its events. No torch."""
+"""List a run's interruptions with their reasons, times and costs, read from its events. No torch."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 STARTS = ("start", "resume")
 
 CAUSES = {"end": "status", "requeue": "status", "error": "reason"}
-"""Events that say why a start of a run ended, and the field that says it. The first of several counts: after one rank's
-error the others lose their peer and say so too."""
+"""Events that give the reason for the end of a start, and the field with the reason. The first of several counts: after an error
+on one rank the others report that they lost their peer."""
 
 LOST_PEER = re.compile(
     r"closed by (the )?(remote )?peer|reset by peer|Broken pipe|remote process exited|NCCL.*(unhandled system|remote) error",
     re.I,
 )
-"""Errors of a rank whose peers are gone."""
+"""Errors of a rank whose peers have ended."""
 
-PEER = "a rank was killed without warning"
+PEER_LOST = "a rank was killed without warning"
 """Reported when the only messages come from ranks that lost a peer."""
 
-UNTOLD = "killed without warning"
-"""Reported for a start that ended without any message: SIGKILL, a dead node, no memory."""
+NO_MESSAGE = "killed without warning"
+"""Reported for a start that ended without any message: SIGKILL, a lost node, out of memory."""
 
 
 def interruptions(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -33,9 +33,9 @@ def interruptions(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         history: the events of a run in the order written.
 
     Returns:
-        Of each: ``time`` (ISO, of the start that followed), ``update`` (completed updates it went on from), ``reason``,
-        ``job``, ``away_seconds`` (from the last word before it, None when a time is missing), ``redone`` (updates that
-        had to be done again; None in runs recorded before that was counted), ``world_size``.
+        For each: ``time`` (ISO, of the start that followed), ``update`` (completed updates from which it resumed), ``reason``,
+        ``job``, ``away_seconds`` (from the last event before it; None when a time is missing), ``redone`` (updates that had to be
+        repeated; None in runs of versions that did not count them), ``world_size``.
     """
     found: list[dict[str, Any]] = []
     reason: str | None = None
@@ -49,7 +49,7 @@ def interruptions(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     {
                         "time": event.get("time"),
                         "update": event.get("update"),
-                        "reason": reason or UNTOLD,
+                        "reason": reason or NO_MESSAGE,
                         "job": event.get("job"),
                         "away_seconds": _seconds(last, event),
                         "redone": event.get("redone"),
@@ -57,7 +57,7 @@ def interruptions(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     }
                 )
             started, reason = True, None
-        elif started and reason in (None, PEER) and name in CAUSES:
+        elif started and reason in (None, PEER_LOST) and name in CAUSES:
             reason = reason_of(event)
         if name != "submit":
             last = event
@@ -65,11 +65,11 @@ def interruptions(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def reason_of(event: Mapping[str, Any]) -> str:
-    """The reason why a start ended, in one line, from its last events."""
+    """The reason for the end of a start, in one line."""
     text = " ".join(str(event.get(CAUSES[str(event["event"])]) or event["event"]).split())
     if event["event"] == "error" and LOST_PEER.search(text):
-        return PEER
-    return "was finished, then made longer" if text == "finished" else text
+        return PEER_LOST
+    return "was finished, then extended" if text == "finished" else text
 
 
 def _seconds(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> float | None:

@@ -1,4 +1,4 @@
-"""A self-contained HTML page: sections with tables, pictures and folded text."""
+"""Build a self-contained HTML page: sections with tables, images and collapsible text."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Section:
     """A section of the page."""
 
     title: str
-    """Empty for one without heading and without a place in the navigation."""
+    """Empty for a section without a heading and without a navigation link."""
     body: str
     """HTML, made by the functions of this module, which escape their arguments."""
     note: str = ""
@@ -47,7 +47,7 @@ class Section:
 
 
 def page(name: str, sections: Sequence[Section]) -> str:
-    """The whole document."""
+    """The complete HTML document."""
     shown = [s for s in sections if s.body]
     links = "".join(f'<a href="#{_anchor(s.title)}">{_escaped(s.title)}</a>' for s in shown if s.title)
     boxes = "".join(_box(s) for s in shown)
@@ -60,7 +60,7 @@ def page(name: str, sections: Sequence[Section]) -> str:
 
 
 def facts(values: Mapping[str, str], state: str = "") -> str:
-    """Name and value in two columns; the value of ``state`` as a badge."""
+    """Names and values in two columns; `state` as a badge."""
     rows = {name: _escaped(value) for name, value in values.items() if value}
     if state:
         rows = {"state": f'<span class="state {_escaped(state)}">{_escaped(state)}</span>', **rows}
@@ -68,7 +68,7 @@ def facts(values: Mapping[str, str], state: str = "") -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, last_is_html: bool = False) -> str:
-    """Texts in rows and columns; columns whose cells are all numbers are aligned to the right. Empty without rows."""
+    """A table of texts; columns that hold only numbers are aligned to the right. Empty without rows."""
     if not rows:
         return ""
     numbers = [all(_is_number(row[c]) for row in rows) for c in range(len(header))]
@@ -89,7 +89,7 @@ def bar(percent: float, mark: float) -> str:
 
 
 def picture(png: bytes, title: str) -> str:
-    """A PNG file, embedded."""
+    """An embedded PNG image."""
     return f'<img alt="{_escaped(title)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
@@ -99,12 +99,12 @@ def heading(text: str) -> str:
 
 
 def beside(parts: Sequence[str]) -> str:
-    """Parts next to each other where the window is wide enough."""
+    """Parts side by side where the window is wide enough."""
     return '<div class="beside">' + "".join(f"<div>{p}</div>" for p in parts if p) + "</div>" if any(parts) else ""
 
 
 def folded(title: str, text: str) -> str:
-    """Text that a click unfolds; empty without text."""
+    """Text that a click expands; empty without text."""
     if not text.strip():
         return ""
     lines = "\n".join(_escaped(line) for line in text.splitlines())

@@ -1,7 +1,7 @@
-"""The report of a run, one HTML page: curves, test accuracy, predictions on some test videos.
+"""Write the report of a run, one HTML page: curves, test accuracy, predictions on some test videos.
 
-`multitrain report RUN` writes ``RUN/report/report.html`` (self-contained: mail it, open it anywhere), the pictures in it as
-PNG files, and ``report.md`` with the tables. What is not there yet, such as an evaluation, is left out.
+`multitrain report RUN` writes ``RUN/report/report.html`` (self-contained: mail it, open it anywhere), its plots as PNG files,
+and ``report.md`` with the tables. Parts without data, such as a missing evaluation, are left out.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Report:
     table: str
     """Accuracy against chance, as text; empty without an evaluation."""
     notes: list[str] = field(default_factory=list)
-    """Parts that could not be made, and the reasons."""
+    """Parts that could not be written, and the reasons."""
 
 
 def write_report(
@@ -55,14 +55,12 @@ def write_report(
 
     Args:
         run_dir: the run's folder.
-        evaluation: folder with the ``metrics.json`` of a test; the newest one in the run when not given.
-        out: folder to write to; ``RUN/report`` when not given, and ``report/RUN`` in the working folder for a run of
-            another user, whose folder is never written into.
-        clips: test videos of each dataset that are shown.
+        evaluation: folder with the ``metrics.json`` of a test; default: the newest one in the run.
+        out: folder to write to; default: ``RUN/report``, or ``report/RUN`` in the working folder for another user's run.
+        clips: number of test videos shown per dataset.
 
     Raises:
-        ConfigError: no run there, no evaluation where one was named, another file in the way, or matplotlib
-            missing.
+        ConfigError: no run, no evaluation in the named folder, another file in the way, or matplotlib missing.
     """
     run_dir = Path(run_dir)
     config = load(run_dir)
@@ -70,7 +68,7 @@ def write_report(
     tested = read_evaluation(folder) if folder else {}
     history = read_history(run_dir, {name: t.chance for name, t in tested.items()})
     place = OutputFolder(out or beside(run_dir, "report"), "report", [run_dir])
-    for file in ("report.html", "report.md", *(f"{name}.png" for name in PICTURES)):
+    for file in ("report.html", "report.md", *(f"{name}.png" for name in IMAGES)):
         place.check(file, _is_report)
     with writing_to(place.root):
         place.root.mkdir(parents=True, exist_ok=True)
@@ -103,12 +101,12 @@ def write_report(
     return Report(written, accuracy_table(tested), notes)
 
 
-PICTURES = ("curves", "clips", "confusion")
-"""Names of the files of the pictures."""
+IMAGES = ("curves", "clips", "confusion")
+"""Names of the image files, without ``.png``."""
 
 
 def _is_report(content: bytes) -> bool:
-    """Whether an earlier version's report, which has no record, is in the output folder."""
+    """Whether a file is part of a report by an earlier version, which kept no record."""
     head = content[:4096]
     return (
         b"MultiTrain</title>" in head or b"Matplotlib" in head or (head.startswith(b"# ") and b"* experiment: " in head)
@@ -116,7 +114,7 @@ def _is_report(content: bytes) -> bool:
 
 
 def read_history(run_dir: Path, chance: Mapping[str, float]) -> History:
-    """Data of the curves; of a repeated validation, the later one."""
+    """The data of the curves; of a repeated validation the later one counts."""
     happened = events.read(run_dir / "events.jsonl")
     return History(
         metrics=metrics.read(run_dir / "metrics.jsonl"),
@@ -169,7 +167,7 @@ def summarise(config: RunConfig, history: History, state: Mapping[str, Any]) -> 
             "last loss": "–" if last.get("loss") is None else f"{last['loss']:.3f}",
         }
     if state["eta_seconds"] is not None:
-        facts["to go"] = duration(state["eta_seconds"])
+        facts["remaining"] = duration(state["eta_seconds"])
     if state["last_error"]:
         facts["last error"] = str(state["last_error"])
     model = config.model
@@ -182,7 +180,7 @@ def summarise(config: RunConfig, history: History, state: Mapping[str, Any]) -> 
 def pick_examples(
     run_dir: Path, config: RunConfig, tested: Mapping[str, Scored], count: int
 ) -> tuple[list[Example], list[str]]:
-    """Some test videos of each dataset with the predictions of every head, and notes on what could not be read."""
+    """Some test videos of each dataset with the predictions of every head, and notes on videos that could not be read."""
     examples: list[Example] = []
     notes: list[str] = []
     if not tested or count < 1:
@@ -229,25 +227,25 @@ def _markdown(name: str, summary: Mapping[str, str], tested: Mapping[str, Scored
 
 # -- sections ---------------------------------------------------------------------------------------------------------
 
-_ACCURACY = "Chance is always guessing the most frequent class."
+_ACCURACY = "Chance is the accuracy of always predicting the most frequent class."
 _CURVES = (
-    "Thin lines are single updates, thick ones moving means. Numbered dashed lines mark where the run was interrupted; "
-    "the table below says why."
+    "Thin lines are single updates, thick ones moving means. Numbered dashed lines mark interruptions; the table below gives "
+    "the reasons."
 )
 _INTERRUPTIONS = (
-    "Times are UTC. Away: from the last word before it to the start that followed, waiting in the queue included. "
-    "Redone: updates that were lost and done again, with the same videos. Ranks: after the start."
+    "Times are UTC. Away: from the last event before the interruption to the next start, including the wait in the queue. "
+    "Redone: updates that were lost and repeated, with the same videos. Ranks: after the restart."
 )
 _CLIPS = (
-    "Each row is a video of the test split. The columns are the heads: every head answers for every video, in its own "
-    "label space. Green: right; red: wrong (the surest mistake of a dataset is always shown); grey: the heads of the "
-    "other datasets, which never saw a label for this video."
+    "Each row is a video of the test split. The columns are the heads: every head predicts for every video, in its own "
+    "label space. Green: correct; red: wrong (the most confident mistake of a dataset is always shown); grey: the heads of the "
+    "other datasets, for which this video has no label."
 )
 _CONFUSION = "Percent of the test videos of each true class (row)."
-_HARDEST = "The classes of each dataset with the smallest share of right answers."
-_NOT_READ = "Videos that could not be read. In training another video of the dataset stood in; in testing nothing did."
-LISTED = 50
-"""Videos that could not be read, of training and of each test, that are listed."""
+_HARDEST = "The classes of each dataset with the lowest accuracy."
+_NOT_READ = "Videos that could not be read. In training a fallback video of the same dataset replaced them; in testing nothing did."
+MAX_UNREADABLE = 50
+"""Limit of unreadable videos listed, for training and for each test."""
 
 
 def _picture(shown: Mapping[str, bytes], name: str) -> str:
@@ -276,7 +274,7 @@ def _interruptions(history: History, hidden: Sequence[str]) -> str:
         )
         for number, i in enumerate(history.interruptions, 1)
     ]
-    return page.table(("#", "started again", "at update", "why", "away", "redone", "ranks"), rows)
+    return page.table(("#", "restarted", "at update", "reason", "away", "redone", "ranks"), rows)
 
 
 def _confusions(tested: Mapping[str, Scored]) -> str:
@@ -284,7 +282,9 @@ def _confusions(tested: Mapping[str, Scored]) -> str:
     for name, t in tested.items():
         rows = [(true, taken, f"{times} of {of}") for true, taken, times, of in confused(t, 8)]
         parts.append(
-            page.heading(f"{name}: most frequent") + page.table(("class", "taken for", "videos"), rows) if rows else ""
+            page.heading(f"{name}: most frequent") + page.table(("class", "predicted as", "videos"), rows)
+            if rows
+            else ""
         )
     return page.beside(parts)
 
@@ -302,42 +302,45 @@ def _hardest(tested: Mapping[str, Scored]) -> str:
             for h in hardest(t)
         ]
         if rows:
-            parts.append(page.heading(name) + page.table(("class", "right", "", "taken for"), rows))
+            parts.append(page.heading(name) + page.table(("class", "correct", "", "predicted as"), rows))
     return page.beside(parts)
 
 
 def _not_read(run_dir: Path, tested: Mapping[str, Scored], notes: Sequence[str], hidden: Sequence[str]) -> str:
     skipped = list(jsonl.read(run_dir / "skipped.jsonl"))
     counts = Counter(str(r.get("dataset")) for r in skipped)
-    rows = [("training", str(r.get("dataset")), str(r.get("path")), _flat(r.get("reason"))) for r in skipped[:LISTED]]
+    rows = [
+        ("training", str(r.get("dataset")), str(r.get("path")), _flat(r.get("reason")))
+        for r in skipped[:MAX_UNREADABLE]
+    ]
     for name, t in tested.items():
         counts[f"{name} (test)"] += len(t.unreadable)
-        rows += [("test", name, str(r.get("path")), _flat(r.get("reason"))) for r in t.unreadable[:LISTED]]
+        rows += [("test", name, str(r.get("path")), _flat(r.get("reason"))) for r in t.unreadable[:MAX_UNREADABLE]]
     rows += [("this report", "", "", _flat(note)) for note in notes]
     if not rows:
-        return page.facts({"all of them": "every video that was asked for was read"})
+        return page.facts({"unreadable": "none; every requested video was read"})
     totals = {name: str(count) for name, count in counts.items() if count}
-    return page.facts(totals) + page.table(("in", "dataset", "video", "why"), redact(rows, hidden))
+    return page.facts(totals) + page.table(("in", "dataset", "video", "reason"), redact(rows, hidden))
 
 
 _SETTINGS = (
-    "Folders, machines, accounts and users are left out, so that the page can be given away; the run's folder has them."
+    "Folders, machines, accounts and users are left out, so that the page can be shared; the run's folder has them."
 )
 
 
 def _settings(run_dir: Path, config: RunConfig, hidden: Sequence[str]) -> str:
-    """Folded details: configuration, submissions, environment, events."""
+    """Collapsible details: configuration, submissions, environment, events."""
     classes = {name: dataset.classes or 1 for name, dataset in config.data.datasets.items()}
     texts = {
         "Configuration": dump(validate(shareable(config, classes))),
-        "What was typed": _typed(run_dir),
+        "Overrides": _typed(run_dir),
         "Environment": redact(_text(run_dir / "env.txt"), hidden),
-        "Events": "\n".join(_event(e, hidden) for e in events.read(run_dir / "events.jsonl")[-EVENTS:]),
+        "Events": "\n".join(_event(e, hidden) for e in events.read(run_dir / "events.jsonl")[-MAX_EVENTS:]),
     }
     return "".join(page.folded(title, text) for title, text in texts.items())
 
 
-EVENTS = 200
+MAX_EVENTS = 200
 """Number of events shown, the newest ones."""
 
 
@@ -358,13 +361,13 @@ def _event(event: Mapping[str, Any], hidden: Sequence[str]) -> str:
 
 
 def _hosts(run_dir: Path) -> list[str]:
-    """The machines of a run, by full and short names."""
+    """Full and short names of the machines of a run."""
     names = {str(e["host"]) for e in events.read(run_dir / "events.jsonl") if e.get("host")}
     return sorted(names | {name.partition(".")[0] for name in names}, key=len, reverse=True)
 
 
 def _text(file: Path, largest: int = 1 << 20) -> str:
-    """The beginning of a text; empty where there is none."""
+    """The beginning of a text file; empty if there is no file."""
     if not file.is_file():
         return ""
     with file.open("rb") as opened:
@@ -376,18 +379,18 @@ def _flat(text: Any) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``multitrain report RUN``."""
+    """``multitrain report RUN``: write the report."""
     parser = Parser(
         "report",
-        "A run as one self-contained page: curves, interruptions, figures on test videos, example clips, settings.",
+        "Write a self-contained page about a run: curves, interruptions, test results, example clips, settings.",
         "multitrain report runs/first                    writes runs/first/report/report.html",
         "multitrain report runs/first --out /tmp/first   somewhere else",
-        "multitrain report runs/first --json             for scripts: the page and the figures",
+        "multitrain report runs/first --json             for scripts: the path of the page and the results",
     )
     parser.add_argument("run", metavar="RUN", help="the run's folder, or its name in runs")
     parser.add_argument("--evaluation", metavar="DIR", help="folder of a finished test (default: the run's newest)")
     parser.add_argument(
-        "--out", metavar="DIR", help="folder to write to (default: RUN/report; of another user's run report/RUN here)"
+        "--out", metavar="DIR", help="folder to write to (default: RUN/report; for another user's run report/RUN here)"
     )
     parser.add_argument(
         "--clips", type=int, default=4, metavar="N", help="test videos of each dataset shown (default 4)"

@@ -21,16 +21,16 @@ from multitrain.records import events, jsonl
 from multitrain.report.interruptions import interruptions
 from multitrain.report.status_text import card, table
 
-AFTER = {"submit": "submitted", "requeue": "requeued", "error": "failed"}
+STATE_AFTER_EVENT = {"submit": "submitted", "requeue": "requeued", "error": "failed"}
 """States of a run by its last event; `start`, `resume` and `end` are handled separately."""
 
-LEFT = {"finished": "finished", "stopped on request": "stopped", "cancelled": "cancelled"}
-"""The status of an `end` event and the state it leaves; any other is an interruption."""
+STATE_OF_END = {"finished": "finished", "stopped on request": "stopped", "cancelled": "cancelled"}
+"""States of a run by the status of its `end` event; any other status is an interruption."""
 
-UNDER_WAY = ("running", "pending", "requeued", "submitted")
+ACTIVE_STATES = ("running", "pending", "requeued", "submitted")
 
-QUIET = 600.0
-"""Minimum seconds without an update after which a running run counts as silent; or the time of twenty updates, if longer."""
+SILENCE_SECONDS = 600.0
+"""Seconds without an update after which a running run counts as silent; or the time of twenty updates, if longer."""
 
 
 FIELDS = (
@@ -64,34 +64,34 @@ def status(run_dir: str | Path) -> dict[str, Any]:
 
 
 def statuses(run_dirs: Sequence[str | Path]) -> list[dict[str, Any]]:
-    """:func:`status` of several runs, with one question to the scheduler."""
+    """:func:`status` of several runs, with one query to the scheduler."""
     folders = [Path(run) for run in run_dirs]
-    told: dict[Path, list[dict[str, Any]]] = {}
-    refused: dict[Path, OSError] = {}
+    histories: dict[Path, list[dict[str, Any]]] = {}
+    unreadable: dict[Path, OSError] = {}
     for folder in folders:
         try:
             if not folder.is_dir():
                 raise FileNotFoundError(f"{folder}: no such run folder; runs are under `runs` by name")
-            told[folder] = events.read(folder / "events.jsonl")
+            histories[folder] = events.read(folder / "events.jsonl")
         except PermissionError as error:
-            refused[folder] = error
-    ids = {folder: _last(history, "job") for folder, history in told.items()}
+            unreadable[folder] = error
+    ids = {folder: _last(history, "job") for folder, history in histories.items()}
     queue = scheduler.jobs(str(job) for job in ids.values() if job)
     rows = []
     for folder in folders:
         try:
-            if folder in refused:
-                raise refused[folder]
-            rows.append(_status(folder, told[folder], queue.get(str(ids[folder]), {})))
+            if folder in unreadable:
+                raise unreadable[folder]
+            rows.append(_status(folder, histories[folder], queue.get(str(ids[folder]), {})))
         except PermissionError as error:
             rows.append(_unreadable(folder, error))
     return rows
 
 
 def find(runs: str | Path) -> list[Path]:
-    """The runs in a folder of runs: those with a configuration or events, the least recently active first.
+    """The runs in a folder of runs (folders with a configuration or events), the least recently active first.
 
-    A folder without read permission is one of them: it is another user's private run.
+    A folder without read permission counts as another user's private run.
 
     Raises:
         ConfigError: `runs` itself cannot be read.
@@ -115,7 +115,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _unreadable(folder: Path, error: OSError) -> dict[str, Any]:
-    """What is known of another user's private run."""
+    """The status of another user's private run: its name and owner."""
     import pwd
 
     try:
@@ -131,7 +131,7 @@ def resolve(name: str, runs: str | Path) -> Path:
     """The folder of a run, given as a path or by its name in `runs`.
 
     Raises:
-        ConfigError: there is none; names the most similar.
+        ConfigError: there is no such run; names the most similar ones.
     """
     for folder in (Path(name), Path(runs) / name):
         with contextlib.suppress(PermissionError):
@@ -152,7 +152,7 @@ def _status(run_dir: Path, history: Sequence[Mapping[str, Any]], queue: Mapping[
     state = queue.get("state") or _state(history)
     validation = [e for e in history if e.get("event") == "validation"]
     latest = metrics[-1] if metrics else {}
-    told = interruptions(history)
+    known_interruptions = interruptions(history)
     return {
         "name": run_dir.resolve().name,
         "run_dir": str(run_dir),
@@ -165,7 +165,7 @@ def _status(run_dir: Path, history: Sequence[Mapping[str, Any]], queue: Mapping[
         "clips_per_second": _speed(recent),
         "seconds_per_update": pace,
         "data_wait_fraction": _mean(recent, "data_wait_fraction"),
-        "eta_seconds": pace * (total - update) if pace and total and state in UNDER_WAY else None,
+        "eta_seconds": pace * (total - update) if pace and total and state in ACTIVE_STATES else None,
         "last_metric": _modified(run_dir / "metrics.jsonl"),
         "silent_seconds": _silence(run_dir, history, pace) if state == "running" else None,
         "validation": validation[-1].get("results") if validation else None,
@@ -180,8 +180,8 @@ def _status(run_dir: Path, history: Sequence[Mapping[str, Any]], queue: Mapping[
         "reason": queue.get("reason"),
         "job_start": queue.get("start"),
         "nodes": queue.get("nodes"),
-        "restarts": len(told),
-        "interruptions": told,
+        "restarts": len(known_interruptions),
+        "interruptions": known_interruptions,
         "skipped": _skipped(run_dir / "skipped.jsonl"),
         "last_event": history[-1] if history else None,
         "last_error": _error(history),
@@ -189,7 +189,7 @@ def _status(run_dir: Path, history: Sequence[Mapping[str, Any]], queue: Mapping[
 
 
 def _error(history: Sequence[Mapping[str, Any]]) -> str | None:
-    """Why the newest start failed, None when it did not."""
+    """The error of the newest start; None when it did not fail."""
     for event in reversed(history):
         if event.get("event") in ("start", "resume", "end"):
             return None
@@ -199,20 +199,21 @@ def _error(history: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def _state(history: Sequence[Mapping[str, Any]]) -> str:
-    """The state according to the events, when no scheduler knows the job."""
+    """The state according to the events, for a job that the scheduler does not list."""
     for event in reversed(history):
         name = str(event.get("event"))
-        if name in AFTER:
-            return AFTER[name]
+        if name in STATE_AFTER_EVENT:
+            return STATE_AFTER_EVENT[name]
         if name == "end":
-            return LEFT.get(str(event.get("status")), "interrupted")
+            return STATE_OF_END.get(str(event.get("status")), "interrupted")
         if name in ("start", "resume"):
             return "running" if _alive(event) else "interrupted"
     return "empty"
 
 
 def _alive(event: Mapping[str, Any]) -> bool:
-    """Whether the process of a `start` event runs: by its `pid` on this host; elsewhere nothing says it ended."""
+    """Whether the process of a `start` event runs: on this host by its `pid`; on another host it
+    counts as running unless SLURM would list its job."""
     pid = event.get("pid")
     if not isinstance(pid, int) or event.get("host") != socket.gethostname():
         return event.get("job") is None or shutil.which("squeue") is None
@@ -235,7 +236,7 @@ def _tail(path: Path, size: int = 200_000) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     records = (jsonl.decode(line) for line in data.split(b"\n"))
-    kept = (jsonl.of_kind(r) for r in records if r is not None)
+    kept = (jsonl.valid_fields(r) for r in records if r is not None)
     return [r for r in kept if r.get("update") is not None]
 
 
@@ -285,10 +286,10 @@ def _speed(metrics: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def _silence(run_dir: Path, history: Sequence[Mapping[str, Any]], pace: float | None) -> float | None:
-    """Seconds since anything was heard of a running run, when that is suspiciously long; None when it is not."""
+    """Seconds since the last output of a running run, if they exceed :data:`SILENCE_SECONDS`; otherwise None."""
     last = max((t for t in (_activity(run_dir), _moment(history)) if t), default=None)
     quiet = None if last is None else time.time() - last
-    return quiet if quiet is not None and quiet > max(QUIET, 20 * (pace or 0.0)) else None
+    return quiet if quiet is not None and quiet > max(SILENCE_SECONDS, 20 * (pace or 0.0)) else None
 
 
 def _moment(history: Sequence[Mapping[str, Any]]) -> float | None:
@@ -299,7 +300,7 @@ def _moment(history: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def _activity(run_dir: Path) -> float:
-    """When a run last wrote a number or an event, in seconds since 1970; 0 when it never did."""
+    """Time of the run's last metric or event, in seconds since 1970; 0 when there is none."""
     ages = [_mtime(run_dir / f) for f in ("metrics.jsonl", "events.jsonl", "config.yaml")]
     return max((a for a in ages if a is not None), default=0.0)
 
@@ -317,21 +318,21 @@ def _mtime(path: Path) -> float | None:
 
 
 EXAMPLES = (
-    "multitrain status                         every run in runs/, a line each",
-    "multitrain status first                   one run in full: restarts and why, validation, checkpoints",
-    "multitrain status --watch                 again every 5 seconds, until Ctrl-C",
+    "multitrain status                         every run in runs/, one line each",
+    "multitrain status first                   one run in full: restarts with reasons, validation, checkpoints",
+    "multitrain status --watch                 repeat every 5 seconds, until Ctrl-C",
     "multitrain status first --json | jq .eta_seconds",
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``multitrain status [RUN…]``: the status of runs."""
-    parser = Parser("status", "How runs are doing: from their folders and, where there is one, SLURM.", *EXAMPLES)
+    """``multitrain status [RUN…]``: print the status of runs."""
+    parser = Parser("status", "Show the status of runs, from their folders and, if available, from SLURM.", *EXAMPLES)
     parser.add_argument("run", nargs="*", metavar="RUN", help="a run's folder, or its name (default: all runs)")
     parser.add_argument("--runs", default="runs", metavar="DIR", help="folder of runs (default runs)")
-    parser.add_argument("--json", action="store_true", help="one JSON object a run, on a line")
+    parser.add_argument("--json", action="store_true", help="one JSON object per run, one per line")
     parser.add_argument(
-        "--watch", nargs="?", type=float, const=5.0, metavar="SECONDS", help="show it again every SECONDS (default 5)"
+        "--watch", nargs="?", type=float, const=5.0, metavar="SECONDS", help="repeat every SECONDS (default 5)"
     )
     given = parser.parse_args(arguments)
     if given.watch is not None and not given.watch > 0:
@@ -342,9 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(text)
             return 0
         if sys.stdout.isatty() and not given.json:
-            print(
-                f"\033[H\033[2J{text}\n\n{datetime.now():%H:%M:%S}, every {given.watch:g} s; Ctrl-C ends it", flush=True
-            )
+            print(f"\033[H\033[2J{text}\n\n{datetime.now():%H:%M:%S}, every {given.watch:g} s; Ctrl-C ends", flush=True)
         else:
             print(text, flush=True)
         time.sleep(given.watch)
@@ -353,7 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _shown(names: Sequence[str], runs: str, as_json: bool) -> str:
     folders = [resolve(name, runs) for name in names] or find(runs)
     if not folders:
-        raise ConfigError(f"{runs}: no runs there; name a run's folder, or the folder of runs with --runs DIR")
+        raise ConfigError(f"{runs}: holds no runs; name a run's folder, or the folder of runs with --runs DIR")
     rows = statuses(folders)
     if as_json:
         return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)

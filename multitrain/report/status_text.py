@@ -1,4 +1,4 @@
-"""Statuses of runs as text: one line per run, or one run in full. Colours only on request."""
+"""Format statuses of runs as text: one line per run, or one run in full. Colours only on request."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ COLOURS = {
 }
 """ANSI colours of states."""
 
-SHOWN = 8
+MAX_INTERRUPTIONS = 8
 """Number of interruptions that :func:`card` lists, the newest ones."""
 
 
@@ -60,12 +60,12 @@ def table(rows: Sequence[Mapping[str, Any]], *, colour: bool = False) -> str:
 
 
 def card(row: Mapping[str, Any], *, colour: bool = False) -> str:
-    """One run in full, one fact per line."""
+    """The full status of one run, one value per line."""
     cells = _cells(row)
     state = str(row.get("state") or "")
     facts = {
         "state": state + _job(row),
-        "updates": cells["updates"] + (f", {cells['eta']} to go" if cells["eta"] else ""),
+        "updates": cells["updates"] + (f", {cells['eta']} remaining" if cells["eta"] else ""),
         "speed": _speed(row),
         "loss": cells["loss"] + (f", learning rate {row['lr']:.2e}" if row.get("lr") is not None else ""),
         **{f"validation {name}": text for name, text in _validations(row).items()},
@@ -79,12 +79,15 @@ def card(row: Mapping[str, Any], *, colour: bool = False) -> str:
     width = max(len(key) for key in shown)
     out = [cells["name"], *(f"  {key:<{width}}  {text}" for key, text in shown.items())]
     out += [f"  {note}" for note in [*_notes(row), *_remedy(row)]]
-    told = list(row.get("interruptions") or ())
-    if told:
-        out.append(f"  restarted {len(told)} time{'s' if len(told) != 1 else ''}:")
-        out += [f"    {printable(_interruption(i))}" for i in told[-SHOWN:]]
-        if len(told) > SHOWN:
-            out.insert(len(out) - SHOWN, f"    … {len(told) - SHOWN} earlier ones are in events.jsonl")
+    interruptions = list(row.get("interruptions") or ())
+    if interruptions:
+        out.append(f"  restarted {len(interruptions)} time{'s' if len(interruptions) != 1 else ''}:")
+        out += [f"    {printable(_interruption(i))}" for i in interruptions[-MAX_INTERRUPTIONS:]]
+        if len(interruptions) > MAX_INTERRUPTIONS:
+            out.insert(
+                len(out) - MAX_INTERRUPTIONS,
+                f"    … {len(interruptions) - MAX_INTERRUPTIONS} earlier ones are in events.jsonl",
+            )
     return "\n".join(out)
 
 
@@ -92,7 +95,7 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
     total = row.get("total_updates")
     validation = row.get("validation") or {}
     tops = {d: v.get("map", v.get("top1")) for d, v in validation.items()}
-    told = row.get("interruptions") or []
+    interruptions = row.get("interruptions") or []
     update = "" if row.get("update") is None else str(row["update"])
     cells = {
         "name": str(row["name"]),
@@ -103,7 +106,7 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
         "data_wait": _number(row.get("data_wait_fraction"), ".0%"),
         "loss": _number(row.get("loss"), ".4f"),
         "accuracy": ", ".join(f"{d} {v:.1f}" for d, v in tops.items() if v is not None),
-        "restarts": f"{len(told)}, last: {_brief(told[-1]['reason'])}" if told else "",
+        "restarts": f"{len(interruptions)}, last: {_brief(interruptions[-1]['reason'])}" if interruptions else "",
         "checkpoint": _short_checkpoint(row),
         "job": str(row.get("job") or ""),
     }
@@ -111,10 +114,10 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _remedy(row: Mapping[str, Any]) -> list[str]:
-    """How to continue a run that ended early."""
+    """The command that resumes a run that ended early."""
     if row.get("state") not in ("interrupted", "failed", "stopped", "timeout", "out_of_memory", "node_fail"):
         return []
-    return [printable(f"to go on: python launch/submit.py {shlex.quote(str(row['run_dir']))}  (in the checkout)")]
+    return [printable(f"to resume: python launch/submit.py {shlex.quote(str(row['run_dir']))}  (in the checkout)")]
 
 
 def _notes(row: Mapping[str, Any]) -> list[str]:
@@ -143,7 +146,7 @@ def _job(row: Mapping[str, Any]) -> str:
 def _speed(row: Mapping[str, Any]) -> str:
     parts = [
         _number(row.get("clips_per_second"), ".1f", " clips/s"),
-        _number(row.get("seconds_per_update"), ".2f", " s an update"),
+        _number(row.get("seconds_per_update"), ".2f", " s per update"),
         _number(row.get("data_wait_fraction"), ".0%", " of it waiting for data"),
         _number(row.get("world_size"), "d", " ranks"),
     ]
@@ -178,13 +181,13 @@ def _short_checkpoint(row: Mapping[str, Any]) -> str:
     return f"{row['checkpoint']}" + (f" ({duration(age)} ago)" if age is not None else "")
 
 
-def _interruption(told: Mapping[str, Any]) -> str:
-    when = str(told.get("time") or "")[:19].replace("T", " ")
-    parts = [f"{when} UTC" if when else "", f"at update {told.get('update')}: {told.get('reason')}"]
-    if told.get("away_seconds") is not None:
-        parts.append(f"away {duration(told['away_seconds'])}")
-    if told.get("redone"):
-        parts.append(f"{told['redone']} updates done again")
+def _interruption(interruption: Mapping[str, Any]) -> str:
+    when = str(interruption.get("time") or "")[:19].replace("T", " ")
+    parts = [f"{when} UTC" if when else "", f"at update {interruption.get('update')}: {interruption.get('reason')}"]
+    if interruption.get("away_seconds") is not None:
+        parts.append(f"away {duration(interruption['away_seconds'])}")
+    if interruption.get("redone"):
+        parts.append(f"{interruption['redone']} updates repeated")
     return ", ".join(p for p in parts if p)
 
 

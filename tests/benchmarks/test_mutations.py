@@ -12,7 +12,7 @@ from benchmarks.drills.mutations import PAGE, Mutation, main, mutations, page, s
 
 
 def test_every_text_to_be_taken_out_is_in_its_file_once(root: Path) -> None:
-    assert [reason for m in mutations() if (reason := m.rotten(root))] == []
+    assert [reason for m in mutations() if (reason := m.problem(root))] == []
 
 
 def test_every_mutation_changes_its_file_into_a_valid_program(root: Path) -> None:
@@ -44,10 +44,10 @@ def test_the_page_has_them_all_under_their_guarantee(root: Path) -> None:
 
 def test_a_text_that_is_gone_or_there_twice_is_rotten(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("x = 1\ny = 1\n")
-    assert Mutation("", "", "a.py", "x = 1", "", ()).rotten(tmp_path) is None
-    assert "0 times" in (Mutation("", "", "a.py", "z = 1", "", ()).rotten(tmp_path) or "")
-    assert "2 times" in (Mutation("", "", "a.py", "= 1", "", ()).rotten(tmp_path) or "")
-    assert "0 times" in (Mutation("", "", "gone.py", "x", "", ()).rotten(tmp_path) or "")
+    assert Mutation("", "", "a.py", "x = 1", "", ()).problem(tmp_path) is None
+    assert "0 times" in (Mutation("", "", "a.py", "z = 1", "", ()).problem(tmp_path) or "")
+    assert "2 times" in (Mutation("", "", "a.py", "= 1", "", ()).problem(tmp_path) or "")
+    assert "0 times" in (Mutation("", "", "gone.py", "x", "", ()).problem(tmp_path) or "")
 
 
 SURVIVES = """

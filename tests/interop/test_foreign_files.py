@@ -211,7 +211,7 @@ def test_counters_that_are_no_weights_of_the_model_are_let_be(good: Path, tmp_pa
         ({"depth": 0}, "depth=0: input should be greater than or equal to 1"),
         ({"heads": 3}, "width=16 is not a multiple of heads=3"),
         ({"width": "wide"}, "width='wide': input should be a valid integer"),
-        ({"what": 1}, "what is no option that is known here"),
+        ({"what": 1}, "what is an unknown option"),
     ],
 )
 def test_a_description_of_no_network_is_said_in_our_words(

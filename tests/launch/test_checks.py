@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.complaint import complaint
+from launch.child_error import child_error
 from launch.submit import main
 
 DEATHS = {
@@ -26,7 +26,7 @@ DEATHS = {
 @pytest.mark.parametrize(("program", "said"), DEATHS.items())
 def test_a_program_that_dies_says_what_died_where_and_what_to_do(program: str, said: str) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    line = complaint("the check of the data", done.returncode, done.stderr, "try again")
+    line = child_error("the check of the data", done.returncode, done.stderr, "try again")
     assert line.startswith("the check of the data ")
     assert said.format(node=platform.node()) in line
     assert platform.node() in line
@@ -35,7 +35,7 @@ def test_a_program_that_dies_says_what_died_where_and_what_to_do(program: str, s
 
 
 def test_a_program_that_refuses_is_quoted() -> None:
-    assert complaint("the check", 2, "a note\nerror: train.csv:3: no label\n", "try again") == "train.csv:3: no label"
+    assert child_error("the check", 2, "a note\nerror: train.csv:3: no label\n", "try again") == "train.csv:3: no label"
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from launch.child import GAP, AwakeClock
+from launch.child import SUSPEND_GAP_SECONDS, AwakeClock
 
-HASTY = "import sys, launch.child as c; c.SILENT, c.PATIENCE = 1.0, 3.0; from launch.supervisor import main; sys.exit(main())"
+HASTY = (
+    "import sys, launch.child as c; c.HEARTBEAT_GRACE_SECONDS, c.EXIT_TIMEOUT = 1.0, 3.0; "
+    "from launch.supervisor import main; sys.exit(main())"
+)
 RANK = """
     import os, re, signal, sys, time
     from pathlib import Path
@@ -67,7 +70,7 @@ def test_a_suspended_job_goes_on_where_it_was(root: Path, tmp_path: Path) -> Non
     pids = [rank_of(tmp_path, process), process.pid]
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
-    time.sleep(5.0 + GAP + 3.0)
+    time.sleep(5.0 + SUSPEND_GAP_SECONDS + 3.0)
     for pid in pids:
         os.kill(pid, signal.SIGCONT)
     _, errors = process.communicate(timeout=300)
@@ -87,7 +90,7 @@ def test_a_rank_whose_interpreter_is_held_ends_with_its_stacks(root: Path, tmp_p
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGKILL, errors
     assert "in held" in errors, errors
-    assert "no sign of life" in str(events(tmp_path)[0]["text"])
+    assert "did not respond" in str(events(tmp_path)[0]["text"])
 
 
 def test_a_rank_that_alone_stands_still_hangs(root: Path, tmp_path: Path) -> None:
@@ -98,7 +101,7 @@ def test_a_rank_that_alone_stands_still_hangs(root: Path, tmp_path: Path) -> Non
     assert process.wait(60) == 128 + signal.SIGKILL
     failed = events(tmp_path)[0]
     assert (failed["event"], failed["rank"]) == ("rank_failed", 0)
-    assert "no sign of life" in str(failed["text"])
+    assert "did not respond" in str(failed["text"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGUSR1])
@@ -116,7 +119,7 @@ def test_what_has_not_left_long_after_the_warning_is_killed(
         os.kill(target, number)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGKILL
-    assert "had not left 2 s after the warning of the time limit" in str(events(tmp_path)[0]["text"]), errors
+    assert "had not exited 2 s after the warning of the time limit" in str(events(tmp_path)[0]["text"]), errors
 
 
 def test_time_in_which_a_supervisor_stood_still_does_not_count() -> None:

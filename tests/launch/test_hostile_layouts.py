@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.run_folder import ask, claimed, write
+from launch.run_folder import claimed, compose_run, write
 from launch.submit import main
 from multitrain import lease
 from multitrain.config import ConfigError
@@ -50,7 +50,7 @@ def test_what_stands_in_the_place_of_a_new_run_stays(precious: Path, layout: str
         )
     before = sorted((p, os.lstat(p).st_ino) for p in Path("runs").rglob("*"))
     with pytest.raises(ConfigError) as caught:
-        write(ask(words()))
+        write(compose_run(words()))
     assert "\n" not in str(caught.value)
     assert sorted((p, os.lstat(p).st_ino) for p in Path("runs").rglob("*")) == before
     assert untouched(precious)
@@ -103,7 +103,7 @@ def test_a_word_that_is_no_run_is_answered_with_what_can_be_typed(
 
 
 def test_the_longest_name_is_that_of_a_folder_that_can_be_made() -> None:
-    write(ask([*words()[:1], "gpus=1", "cluster=local", "name=" + "x" * 242]))
+    write(compose_run([*words()[:1], "gpus=1", "cluster=local", "name=" + "x" * 242]))
     assert [p.name for p in Path("runs").iterdir()] == ["x" * 242]
 
 
@@ -118,16 +118,16 @@ def test_a_path_that_the_system_refuses_is_one_line(option: str, text: str, caps
 
 @pytest.mark.parametrize("runs", ["checkpoints", "evaluation", "checkpoints/update-00000009"])
 def test_no_run_is_made_within_another(runs: str) -> None:
-    write(ask(words()))
+    write(compose_run(words()))
     before = sorted(Path("runs/r").rglob("*"))
     with pytest.raises(ConfigError, match="never written into"):
-        ask(["experiment=demo", "gpus=1", "cluster=local", f"runs=runs/r/{runs}", "name=update-00000007"])
+        compose_run(["experiment=demo", "gpus=1", "cluster=local", f"runs=runs/r/{runs}", "name=update-00000007"])
     assert sorted(Path("runs/r").rglob("*")) == before
 
 
 @pytest.mark.parametrize("name", ["class_names", "code", "logs", "config.yaml", "overrides.yaml", "env.txt", "STOP"])
 def test_a_link_within_a_run_that_is_submitted_again_leads_nothing_out(precious: Path, name: str) -> None:
-    first = ask(words())
+    first = compose_run(words())
     write(first)
     place = first.path / name
     if place.is_dir():
@@ -142,14 +142,14 @@ def test_a_link_within_a_run_that_is_submitted_again_leads_nothing_out(precious:
         target = precious.parent / "moved"
     place.symlink_to(precious if name in ("class_names", "code", "logs") else target)
     with contextlib.suppress(ConfigError):
-        write(ask(words()))
+        write(compose_run(words()))
     assert untouched(precious)
     if content is not None:
         assert target.read_text() == content
 
 
 def test_a_lease_is_never_taken_over_a_link(precious: Path) -> None:
-    first = ask(words())
+    first = compose_run(words())
     write(first)
     (first.path / lease.FOLDER).symlink_to(precious)
     with pytest.raises(ConfigError, match="is a link"), claimed(first.path):
@@ -167,7 +167,7 @@ def test_a_snapshot_follows_no_link_out(precious: Path) -> None:
     (precious.parent / "mine/data").mkdir(parents=True)
     (precious.parent / "mine/data/own.yaml").symlink_to(precious / "file")
     (precious.parent / "mine/experiment").symlink_to(precious)
-    run = ask(words(), config_dirs=[str(precious.parent / "mine")])
+    run = compose_run(words(), config_dirs=[str(precious.parent / "mine")])
     write(run)
     copied = [
         p for p in run.path.rglob("*") if p.is_file() and p.stat().st_size < 100 and p.read_bytes() == b"precious"

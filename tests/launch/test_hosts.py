@@ -191,7 +191,7 @@ def test_a_machine_that_was_killed_joins_again(machines: Machines, waiting: Path
     assert all(line.endswith(" at cable") for line in started(waiting, 0))
     (waiting / "done").touch()
     said = ended(processes, 0)
-    assert said[1 - lost][1].count("waiting for all of them") == 2
+    assert said[1 - lost][1].count("waiting for all ranks to connect") == 2
 
 
 @pytest.mark.parametrize("stopped", [0, 1])
@@ -224,7 +224,7 @@ def test_the_same_command_typed_twice_says_so_and_harms_nothing(machines: Machin
     first, twin = (machines.start(waiting, 1) for _ in range(2))
     second = machines.start(waiting, 0)
     log = waiting / "logs" / "hosts-rank1.log"
-    said = "rank 1: another process is rank 1 of this start already: was the same command typed twice?"
+    said = "rank 1: another process already is rank 1 of this start: was the same command typed twice?"
     try:
         until(lambda: log.exists() and said in log.read_text(), [first, twin, second], waiting)
         assert not started(waiting, 0)
@@ -241,7 +241,7 @@ def test_a_stop_while_a_machine_waits_for_the_other_ends_it(
     for node in (0, 1):
         process = machines.start(run, node)
         assert process.stderr is not None
-        assert "waiting for all of them" in process.stderr.readline()
+        assert "waiting for all ranks to connect" in process.stderr.readline()
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 75, errors

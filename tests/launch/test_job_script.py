@@ -65,9 +65,9 @@ def test_the_list_of_nodes_without_python_is_appended_to_through_no_link(
         "SLURM_JOB_ID": "7",
         "SLURMD_NODENAME": "gpu1",
     }
-    script = f". {root}/launch/job.sh; run={tmp_path} python=(none); elsewhere"
+    script = f". {root}/launch/job.sh; run={tmp_path} python=(none); requeue_without_this_node"
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert "none does not run on gpu1: the job comes back without this node" in done.stderr
+    assert "none does not run on gpu1: the job is requeued without this node" in done.stderr
     assert foreign.read_text() == "of somebody else\n"
     assert nodes.read_text() == ("of somebody else\n" if link else "gpu1\n")
 
@@ -86,7 +86,10 @@ def test_the_last_element_of_an_array_asks_of_itself_and_not_of_the_whole_array(
     withdraws.write_text("#!/bin/sh\nexit 70\n")
     withdraws.chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | ELEMENT
-    calls = f"run={tmp_path} python=(none); job_record; elsewhere; put_back node1; python=({withdraws}); come_back 75"
+    calls = (
+        f"run={tmp_path} python=(none); job_record; requeue_without_this_node; requeue_job node1; "
+        f"python=({withdraws}); requeue_if_due 75"
+    )
     subprocess.run(["bash", "-c", f". {root}/launch/job.sh; {calls}"], env=environment, check=True)
     told = asked.read_text().splitlines()
     assert {line.split()[0] for line in told} == {"scontrol", "scancel"}

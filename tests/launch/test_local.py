@@ -111,15 +111,15 @@ def test_a_run_folder_that_is_moved_away_ends_in_words(folder: Path, capfd: pyte
         time.sleep(600)
     """
     said: list[str] = []
-    assert local.run(run, config(2, restarts=1), rank_program(folder, body), say=said.append) == 1
+    assert local.run(run, config(2, restarts=1), rank_program(folder, body), report=said.append) == 1
     assert "the last words" in capfd.readouterr().out
     assert "rank 0 failed with exit code 1" in said[0]
-    assert f"{run} is not there any more" in said[1]
+    assert f"{run} does not exist any more" in said[1]
     assert not run.exists()
 
 
 def test_a_failing_rank_ends_the_others_and_is_shown(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "PATIENCE", 0.3)
+    monkeypatch.setattr(local, "EXIT_TIMEOUT", 0.3)
     body = """
         if rank == 1:
             print("the reason why")
@@ -128,7 +128,7 @@ def test_a_failing_rank_ends_the_others_and_is_shown(folder: Path, monkeypatch: 
     """
     said: list[str] = []
     begin = time.monotonic()
-    assert local.run(folder, config(3), rank_program(folder, body), say=said.append) == 7
+    assert local.run(folder, config(3), rank_program(folder, body), report=said.append) == 7
     assert time.monotonic() - begin < 300
     assert gone([int(p["pid"]) for p in started(folder, 3)])
     assert "the reason why" in said[0]
@@ -136,14 +136,14 @@ def test_a_failing_rank_ends_the_others_and_is_shown(folder: Path, monkeypatch: 
 
 
 def test_a_rank_that_dies_starts_again_with_all_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "PATIENCE", 0.3)
+    monkeypatch.setattr(local, "EXIT_TIMEOUT", 0.3)
     body = """
         if rank == 1 and os.environ["MULTITRAIN_RESTARTS_IN_PLACE"] == "0":
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(60 if os.environ["MULTITRAIN_RESTARTS_IN_PLACE"] == "0" else 0)
     """
     said: list[str] = []
-    assert local.run(folder, config(2, restarts=2), rank_program(folder, body), say=said.append) == 0
+    assert local.run(folder, config(2, restarts=2), rank_program(folder, body), report=said.append) == 0
     assert "restart 1 of 2" in said[-1]
     for rank in range(2):
         lines = [json.loads(line) for line in local.rank_log(folder, rank).read_text().splitlines()]
@@ -275,9 +275,9 @@ def test_memory_that_runs_out_in_a_rank_is_named_as_the_reason(
 ) -> None:
     if exit_status.killed_for_memory() is None:
         pytest.skip("this kernel does not count what it kills")
-    monkeypatch.setattr(local, "PATIENCE", 0.2)
+    monkeypatch.setattr(local, "EXIT_TIMEOUT", 0.2)
     said: list[str] = []
     body = EAT.format(procs=str(group / "cgroup.procs"), bytes=4 * LIMIT)
-    assert local.run(folder, config(2), rank_program(folder, body), say=said.append) == 137
+    assert local.run(folder, config(2), rank_program(folder, body), report=said.append) == 137
     assert "rank 1 was killed by SIGKILL (exit code 137): memory ran out" in said[-1]
     assert "lower data.workers" in said[-1]

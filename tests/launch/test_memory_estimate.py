@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from launch.memory_estimate import Forecast, clip_bytes, forecast, lines, parameters
+from launch.memory_estimate import Forecast, clip_bytes, forecast, parameters, summary_lines
 from multitrain.config import ModelConfig, RunConfig, compose
 from multitrain.order import BatchShape, solve
 
@@ -72,26 +72,28 @@ def test_more_gpus_hold_less_of_the_optimizer_each() -> None:
 
 
 def test_a_warning_names_what_would_fit() -> None:
-    said = lines(*run("micro_batch=32", "cluster.gpu_memory=48"))
+    said = summary_lines(*run("micro_batch=32", "cluster.gpu_memory=48"))
     (warning,) = [line for line in said if line.startswith("# warning")]
     assert "do not fit cluster.gpu_memory=48 GB; use micro_batch=" in warning
     assert "activation_checkpointing=selective" in warning
     fits = int(warning.split("micro_batch=")[1].split(" ")[0])
     assert not any(
         "do not fit" in line
-        for line in lines(*run(f"micro_batch={2 ** (fits.bit_length() - 1)}", "cluster.gpu_memory=48"))
+        for line in summary_lines(*run(f"micro_batch={2 ** (fits.bit_length() - 1)}", "cluster.gpu_memory=48"))
     )
 
 
 def test_too_few_cores_are_warned_of() -> None:
-    warnings = [w for w in lines(*run("cluster.cpus_per_gpu=1", "cluster.gpu_clips=60")) if "cannot feed" in w]
+    warnings = [w for w in summary_lines(*run("cluster.cpus_per_gpu=1", "cluster.gpu_clips=60")) if "cannot feed" in w]
     assert len(warnings) == 1
     enough = warnings[0].split("cluster.cpus_per_gpu=")[1].split(",")[0]
-    assert not any("warning" in w for w in lines(*run(f"cluster.cpus_per_gpu={enough}", "cluster.gpu_clips=60")))
+    assert not any(
+        "warning" in w for w in summary_lines(*run(f"cluster.cpus_per_gpu={enough}", "cluster.gpu_clips=60"))
+    )
 
 
 def test_enough_of_everything_warns_of_nothing() -> None:
-    assert not any("warning" in line for line in lines(*run("cluster.gpu_memory=80")))
+    assert not any("warning" in line for line in summary_lines(*run("cluster.gpu_memory=80")))
 
 
 @pytest.mark.parametrize("crop", [224, 236, 252, 100])
@@ -106,27 +108,27 @@ def test_tokens_are_those_of_the_model_where_a_grid_cannot_be_halved(crop: int) 
 
 
 def test_a_small_network_has_no_estimate_and_a_machine_without_gpus_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = " ".join(lines(*run("model=tiny")))
+    said = " ".join(summary_lines(*run("model=tiny")))
     assert "no estimate for so small a network" in said
     assert "cannot feed" not in said
     monkeypatch.setattr("launch.memory_estimate.on_cpus", lambda config: True)
-    said = " ".join(lines(*run("cluster.gpu_request=none")))
-    assert "GB a rank" in said
+    said = " ".join(summary_lines(*run("cluster.gpu_request=none")))
+    assert "GB per rank" in said
     assert "CPU cores" in said
     assert "a GPU" not in said
 
 
 def test_more_loader_processes_than_cores_are_said_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    from launch.memory_estimate import here
+    from launch.memory_estimate import local_notes
 
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
     monkeypatch.setattr("launch.memory_estimate.on_cpus", lambda config: True)
-    note, warning = here(compose(["cluster=local", "gpus=2", "data.workers=8"]))
+    note, warning = local_notes(compose(["cluster=local", "gpus=2", "data.workers=8"]))
     assert note == "# note: no GPU on this machine: 2 ranks train on its 2 cores"
     assert "2 ranks × data.workers=8 = 16 loader processes on 2 cores; use data.workers=1" in warning
-    alone = here(compose(["cluster=local", "gpus=1", "data.workers=8"]))
+    alone = local_notes(compose(["cluster=local", "gpus=1", "data.workers=8"]))
     assert alone[0] == "# note: no GPU on this machine: 1 rank trains on its 2 cores"
     assert "1 rank × data.workers=8 = 8 loader processes" in alone[1]
-    assert here(compose(["gpus=2", "data.workers=8"])) == []
+    assert local_notes(compose(["gpus=2", "data.workers=8"])) == []
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(32)))
-    assert len(here(compose(["cluster=local", "gpus=2", "data.workers=8"]))) == 1
+    assert len(local_notes(compose(["cluster=local", "gpus=2", "data.workers=8"]))) == 1

@@ -33,8 +33,8 @@ def cluster(**changes: Any) -> list[dict[str, Any]]:
 
 
 def test_nothing_is_said_of_a_healthy_cluster() -> None:
-    assert assess.judge(cluster(), gpus=2, cpus=8) == []
-    assert assess.advice([], cluster()) is None
+    assert assess.find_problems(cluster(), gpus=2, cpus=8) == []
+    assert assess.nodes_to_exclude([], cluster()) is None
 
 
 @pytest.mark.parametrize(
@@ -51,20 +51,20 @@ def test_nothing_is_said_of_a_healthy_cluster() -> None:
     ],
 )
 def test_the_bad_node_is_named_and_its_exclusion_advised(changes: dict[str, Any], said: str) -> None:
-    findings = assess.judge(cluster(**changes), gpus=2, cpus=8)
+    findings = assess.find_problems(cluster(**changes), gpus=2, cpus=8)
     assert any(said in f.text for f in findings), findings
     assert {f.node for f in findings} == {"node3"}
-    assert assess.advice(findings, cluster(**changes)) == "node3"
+    assert assess.nodes_to_exclude(findings, cluster(**changes)) == "node3"
 
 
 def test_of_two_nodes_that_differ_none_is_to_blame_but_one_without_gpu_is() -> None:
     rows = [row(0, "node1", model="A100"), row(1, "node2")]
-    findings = assess.judge(rows, gpus=1)
+    findings = assess.find_problems(rows, gpus=1)
     assert [f.node for f in findings if "another GPU model" in f.text] == [None]
-    assert assess.advice(findings, rows) is None
+    assert assess.nodes_to_exclude(findings, rows) is None
     rows[0] |= {"missing": ["0"], "gpus": 0, "model": None, "driver": None}
-    findings = assess.judge(rows, gpus=1)
-    assert assess.advice(findings, rows) == "node1", findings
+    findings = assess.find_problems(rows, gpus=1)
+    assert assess.nodes_to_exclude(findings, rows) == "node1", findings
 
 
 @pytest.mark.parametrize(
@@ -77,33 +77,35 @@ def test_of_two_nodes_that_differ_none_is_to_blame_but_one_without_gpu_is() -> N
         ({"link_GB_s": 0.01}, ""),
         ({"cpus": 4}, "may use 4 of 8 cores"),
         ({"cpus": 1, "affinity": "0"}, "cores"),
-        ({"used_GB": 30.0}, "30.0 GB in use by somebody else"),
+        ({"used_GB": 30.0}, "other processes use 30.0 GB of GPU"),
     ],
 )
 def test_what_only_slows_a_run_is_a_warning(changes: dict[str, Any], said: str) -> None:
     rows = [r | {"link_GB_s": 10.0} | (changes if r["node"] == "node3" else {}) for r in cluster()]
-    findings = assess.judge(rows, gpus=2, cpus=8)
+    findings = assess.find_problems(rows, gpus=2, cpus=8)
     assert findings
     assert all(said in f.text and f.node == "node3" and not f.fatal for f in findings), findings
-    assert assess.advice(findings, rows) is None
+    assert assess.nodes_to_exclude(findings, rows) is None
 
 
 def test_two_ranks_on_one_gpu_are_found() -> None:
     rows = cluster()
     rows[3]["gpu"] = rows[2]["gpu"]
-    assert [f.text for f in assess.judge(rows)] == ["ranks 2 and 3 share GPU 0 (abc2) of node2; use one task a GPU"]
+    assert [f.text for f in assess.find_problems(rows)] == [
+        "ranks 2 and 3 share GPU 0 (abc2) of node2; use one task per GPU"
+    ]
 
 
 def test_silent_ranks_are_named_with_their_node() -> None:
     rows = [r for r in cluster() if r["node"] != "node3"]
-    (finding,) = assess.absent(8, rows, {4: "node3", 5: "node3"}, 10)
-    assert finding.text.startswith("no word within 10 s from ranks 4-5 on node3")
-    assert assess.advice([finding], rows) == "node3"
+    (finding,) = assess.missing_ranks(8, rows, {4: "node3", 5: "node3"}, 10)
+    assert finding.text.startswith("ranks 4-5 on node3 did not answer within 10 s")
+    assert assess.nodes_to_exclude([finding], rows) == "node3"
 
 
 def test_no_advice_to_leave_out_every_node() -> None:
     rows = [row(0, "node1", problems=["x"])]
-    assert assess.advice(assess.judge(rows), rows) is None
+    assert assess.nodes_to_exclude(assess.find_problems(rows), rows) is None
 
 
 # ------------------------------------------------------------------------------------------------- real processes
@@ -167,7 +169,7 @@ def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:
     out, errors = ranks[0].communicate(timeout=300)
     ranks[1].communicate(timeout=300)
     assert ranks[0].returncode == 1
-    assert "no word within 10 s from rank 2" in errors
+    assert "rank 2 did not answer within 10 s" in errors
     assert len(out.splitlines()) == 3
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from launch.run_folder import ask, write
+from launch.run_folder import compose_run, write
 from launch.submit import main
 from multitrain.config import ConfigError, ModelConfig, compose, validate
 from multitrain.model import MultiTrain
@@ -87,7 +87,7 @@ def test_a_run_that_can_start_passes(capsys: pytest.CaptureFixture[str]) -> None
         (["init_from=nothing.pyth"], "nothing.pyth: no such file or folder"),
         (["model.heads=3"], "model: width=8 is not a multiple of heads=3; change one of them"),
         (["data.temperature=0.001"], "data.temperature=0.001: input should be greater than or equal to 0.01"),
-        (["optim.betas=[0.9,1]"], "optim.betas: [0.9, 1.0] are no decay rates"),
+        (["optim.betas=[0.9,1]"], "optim.betas: [0.9, 1.0] are not decay rates"),
         (
             ["loss=multitrain", "effective_batch=1", "gpus=1", "augment.mix_group=1", "augment.copies=1"],
             "loss.informative_weight is positive but an update has one clip",
@@ -107,13 +107,13 @@ def test_a_run_that_can_start_passes(capsys: pytest.CaptureFixture[str]) -> None
         (["eval.every=10", "data.datasets.own.test_short_side=16"], "test_short_side=16: smaller than model.crop=32"),
         (
             ["runs=/proc/x"],
-            "runs=/proc/x: no folder can be made in /proc (No such file or directory); choose runs=FOLDER",
+            "runs=/proc/x: no folder can be created in /proc (No such file or directory); choose runs=FOLDER",
         ),
         (
             ["runs=/dev/null"],
-            "runs=/dev/null: no folder can be made in /dev/null (Not a directory); choose runs=FOLDER",
+            "runs=/dev/null: no folder can be created in /dev/null (Not a directory); choose runs=FOLDER",
         ),
-        (["data.index=/proc/x"], "data.index=/proc/x: no folder can be made in /proc"),
+        (["data.index=/proc/x"], "data.index=/proc/x: no folder can be created in /proc"),
         (
             ["data.datasets={}"],
             "data.datasets={}: changes nothing, since mappings are added to; ~data.datasets.NAME takes",
@@ -148,17 +148,19 @@ def test_a_stored_run_keeps_what_would_be_refused_when_typed(capsys: pytest.Capt
         )
     kept = ("updates=5", "epochs=3", "loss.dataset_weights={own: -1}")
     for typed in ([], ["nodes=2"], list(kept)):
-        config = ask(["x", *typed]).config
+        config = compose_run(["x", *typed]).config
         assert config.loss.dataset_weights == {"own": -1}
         assert (config.updates, config.nodes) == (5, 2 if "nodes=2" in typed else 1)
     with pytest.raises(ConfigError, match="epochs=4: changes nothing"):
-        ask(["x", "epochs=4"])
+        compose_run(["x", "epochs=4"])
     with pytest.raises(ConfigError, match="trains away"):
-        ask(["x", "loss.dataset_weights.own=-2"])
+        compose_run(["x", "loss.dataset_weights.own=-2"])
 
 
 def write_new_run(more: list[str]) -> Path:
-    run = ask([w for w in words(*more) if w not in ("--config-dir", "mine", "dry_run=true")], config_dirs=["mine"])
+    run = compose_run(
+        [w for w in words(*more) if w not in ("--config-dir", "mine", "dry_run=true")], config_dirs=["mine"]
+    )
     write(run)
     return run.path
 

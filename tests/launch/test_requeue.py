@@ -13,7 +13,7 @@ from launch import requeue
 from multitrain import lease
 from multitrain.cluster import restarts, slurm
 from multitrain.cluster.exit_status import Exit
-from multitrain.cluster.requeue import Action, Decision, Ended, come_back, decide
+from multitrain.cluster.requeue import Action, Decision, Ended, decide, requeue_job
 from multitrain.config import compose, dump
 from multitrain.records.events import Events, read
 
@@ -99,7 +99,7 @@ def test_deaths_count_where_nobody_could_say_anything(job: Job) -> None:
         job.begin()
     history = restarts.starts(read(job.folder / "events.jsonl"))
     assert restarts.refusal(history, 4, 2) is not None
-    assert restarts.deaths(history) == 3
+    assert restarts.count_crashes(history) == 3
     for _ in range(3):
         assert restarts.refusal(history[:2], 4, 2) is None
 
@@ -128,8 +128,8 @@ def test_restarts_in_place_are_no_deaths_of_the_job_but_must_get_on(job: Job) ->
     for number in range(2):
         job.begin(in_place=number + 1)
     history = restarts.starts(read(job.folder / "events.jsonl"))
-    assert restarts.deaths(history, in_place=3) == 0
-    assert restarts.deaths(history) == 1
+    assert restarts.count_crashes(history, in_place=3) == 0
+    assert restarts.count_crashes(history) == 1
     assert "brought no new checkpoint" in (restarts.refusal(history, 9, 2, in_place=3) or "")
 
 
@@ -256,7 +256,7 @@ def test_the_users_exclusions_stay_and_enough_nodes_are_left(
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     cluster = compose(["experiment=k400"]).cluster
-    assert come_back(tmp_path, "1", cluster, exclude, readmit) == "requeued"
+    assert requeue_job(tmp_path, "1", cluster, exclude, readmit) == "requeued"
     assert (tmp_path / "asked").read_text().splitlines() == ["requeue 1", f"update jobid=1 ExcNodeList={listed}"]
 
 
@@ -324,7 +324,7 @@ def test_ranks_that_come_to_themselves_after_the_batch_script_put_the_job_back_a
     assert (start.restart, start.ended, start.trained) == (0, "time limit", True)
     put_back = Ended({"JobState": "PENDING", "Restarts": "1"}, [], restart=0)
     said = decide(put_back, [start], compose(["experiment=k400"]).cluster, went_well=True)
-    assert (said.action, said.status) == (Action.IS_BACK, "time limit")
+    assert (said.action, said.status) == (Action.ALREADY_REQUEUED, "time limit")
     job.restart += 1
     job.write("end", status="gave up", pid=99)
     job.begin()

@@ -128,7 +128,7 @@ def test_a_job_comes_back_only_when_slurm_took_it(
     end = (datetime.now() + left).isoformat(timespec="seconds")
     answer.write_text(JOB.format(state=state, preempt=preempt, end=end) + "\n")
     assert slurm.show_job("7")["JobName"] == "a run"
-    assert slurm.taken_away(slurm.show_job("7"), signals) == reason
+    assert slurm.stop_reason(slurm.show_job("7"), signals) == reason
 
 
 @pytest.mark.parametrize(
@@ -147,10 +147,10 @@ def test_a_job_whose_batch_script_was_killed_is_told_from_a_cancelled_one(
         "Reason=None", f"Reason={reason}"
     )
     answer.write_text(line + "\n")
-    assert slurm.taken_away(slurm.show_job("7"), [signal.SIGTERM]) == why
+    assert slurm.stop_reason(slurm.show_job("7"), [signal.SIGTERM]) == why
 
 
-@pytest.mark.parametrize(("own", "action"), [(0, Action.IS_BACK), (1, Action.COME_BACK)])
+@pytest.mark.parametrize(("own", "action"), [(0, Action.ALREADY_REQUEUED), (1, Action.REQUEUE)])
 @pytest.mark.parametrize("preempt", ["2026-11-22T10:18:45", "None"])
 def test_a_start_of_a_job_that_has_started_again_elsewhere_leaves_it_alone(
     answer: Path, own: int, action: Action, preempt: str
@@ -166,7 +166,7 @@ def test_a_start_of_a_job_that_has_started_again_elsewhere_leaves_it_alone(
 def test_without_an_answer_nothing_is_decided(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(slurm.SlurmError, match="scontrol"):
-        slurm.taken_away(slurm.show_job("7"), [signal.SIGTERM])
+        slurm.stop_reason(slurm.show_job("7"), [signal.SIGTERM])
 
 
 def test_one_job_of_an_array_is_named_as_such() -> None:

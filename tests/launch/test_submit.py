@@ -13,7 +13,7 @@ import yaml
 
 from launch import run_folder
 from launch.resume import changed_since, merge
-from launch.run_folder import ask, claimed, write
+from launch.run_folder import claimed, compose_run, write
 from launch.snapshot import snapshot, sources
 from launch.submit import main
 from multitrain.config import ConfigError, load
@@ -25,7 +25,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def written(*words: str) -> run_folder.Run:
-    run = ask(words)
+    run = compose_run(words)
     write(run)
     return run
 
@@ -45,10 +45,10 @@ def test_submitting_takes_under_two_seconds_and_no_torch(root: Path, tmp_path: P
         import resource, sys
         sys.path.insert(0, {str(root)!r})
         from launch import run_folder, slurm
-        from launch.run_folder import ask, write
+        from launch.run_folder import compose_run, write
         from launch.submit import main
         assert main(["nodes=2", "gpus=8", "name=x", "dry_run=true", "cluster.check_data=false"]) == 0
-        write(ask(["nodes=2", "gpus=8", "name=y"]))
+        write(compose_run(["nodes=2", "gpus=8", "name=y"]))
         import submitit
         heavy = {{"torch", "cv2", "av", "decord", "deepspeed", "matplotlib"}} & set(sys.modules)
         assert not heavy, heavy
@@ -75,7 +75,7 @@ def test_submitting_takes_under_two_seconds_and_no_torch(root: Path, tmp_path: P
         (["cluster.time_limit=1", "dry_run=true"], "cluster.lead_time=120"),
         (["cluster.sbatch.time=5", "dry_run=true"], "cluster.time_limit"),
         (["cluster.sbatch.open-mode=truncate", "dry_run=true"], "resuming relies on"),
-        (["cluster.memory_per_node=4G", "cluster.sbatch.mem-per-cpu=1G", "dry_run=true"], "SLURM takes one of them"),
+        (["cluster.memory_per_node=4G", "cluster.sbatch.mem-per-cpu=1G", "dry_run=true"], "SLURM accepts one of them"),
         (["cluster=local", "nodes=2"], "use nodes=1, or cluster=slurm"),
     ],
 )
@@ -125,7 +125,7 @@ def test_the_last_value_of_an_option_counts() -> None:
 
 def test_a_resumed_run_adds_its_new_options_to_the_old_ones(tmp_path: Path) -> None:
     written("name=r", "nodes=2", "gpus=8", "cluster.partition=low", "optim.lr=1e-3")
-    run = ask(["r", "nodes=4", "cluster.partition=high"])
+    run = compose_run(["r", "nodes=4", "cluster.partition=high"])
     assert run.exists
     assert (run.config.nodes, run.config.gpus, run.config.cluster.partition) == (4, 8, "high")
     assert run.config.optim.lr == 1e-3
@@ -140,36 +140,36 @@ def test_a_resumed_run_adds_its_new_options_to_the_old_ones(tmp_path: Path) -> N
 
 def test_a_config_group_chosen_anew_replaces_the_old_one() -> None:
     written("name=r", "cluster=local", "gpus=2")
-    assert ask(["name=r", "cluster=slurm"]).config.cluster.kind == "slurm"
+    assert compose_run(["name=r", "cluster=slurm"]).config.cluster.kind == "slurm"
 
 
 def test_an_edited_yaml_file_does_not_change_a_run_behind_its_owners_back(tmp_path: Path) -> None:
     site = tmp_path / "mine" / "cluster" / "site.yaml"
     site.parent.mkdir(parents=True)
     site.write_text("kind: slurm\npartition: old\ntime_limit: 60\nlead_time: 60\nsbatch: {begin: now}\n")
-    write(ask(["name=r", "cluster=site", "gpus=8"], config_dirs=["mine"]))
+    write(compose_run(["name=r", "cluster=site", "gpus=8"], config_dirs=["mine"]))
     site.write_text("kind: slurm\npartition: new\ntime_limit: 90\nlead_time: 90\nsbatch: {begin: later}\n")
-    unchanged = ask(["r"]).config
+    unchanged = compose_run(["r"]).config
     assert unchanged == load(tmp_path / "runs" / "r")
-    changed = ask(["r", "nodes=2", "cluster.time_limit=90"]).config
+    changed = compose_run(["r", "nodes=2", "cluster.time_limit=90"]).config
     assert changed == unchanged.model_copy(
         update={"nodes": 2, "cluster": unchanged.cluster.model_copy(update={"time_limit": 90})}
     )
-    again = ask(["r", "cluster=site"])
+    again = compose_run(["r", "cluster=site"])
     assert again.config == unchanged, "an unchanged word changes nothing"
-    assert ask(["r", "cluster=slurm"]).config.cluster.partition is None
+    assert compose_run(["r", "cluster=slurm"]).config.cluster.partition is None
 
 
 def test_what_the_checkout_would_make_of_the_same_words_today_is_said(tmp_path: Path) -> None:
     site = tmp_path / "mine" / "cluster" / "site.yaml"
     site.parent.mkdir(parents=True)
     site.write_text("kind: slurm\npartition: old\n")
-    run = ask(["name=r", "cluster=site", "gpus=8"], config_dirs=["mine"])
+    run = compose_run(["name=r", "cluster=site", "gpus=8"], config_dirs=["mine"])
     write(run)
     assert changed_since(run.path, ["cluster=site"], ["mine"]) == []
     site.write_text("kind: slurm\npartition: new\n")
     (note, code) = changed_since(run.path, ["cluster=site"], ["mine"])
-    assert "cluster.partition is new there and old in the run" in note
+    assert "cluster.partition is now new and old in the run" in note
     assert "update_code=true" in code
     site.write_text("kind: [slurm\n")
     assert "the run keeps its own" in changed_since(run.path, ["cluster=site"], ["mine"])[0]
@@ -178,7 +178,7 @@ def test_what_the_checkout_would_make_of_the_same_words_today_is_said(tmp_path: 
 @pytest.mark.parametrize("how", ["r", "runs/r", "name=r"])
 def test_a_run_is_found_by_name_and_by_folder(how: str, tmp_path: Path) -> None:
     written("name=r", "gpus=4")
-    run = ask([how])
+    run = compose_run([how])
     assert run.path == tmp_path / "runs" / "r"
     assert run.config.gpus == 4
 
@@ -190,10 +190,10 @@ def test_a_run_keeps_its_paths_wherever_it_is_resumed_from(tmp_path: Path, monke
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path / "other")
     monkeypatch.setenv("MULTITRAIN_DATA", "/elsewhere")
-    again = ask([str(tmp_path / "runs" / "r"), "nodes=2"]).config
+    again = compose_run([str(tmp_path / "runs" / "r"), "nodes=2"]).config
     assert again.data.datasets == first.data.datasets
     assert again.init_from == first.init_from
-    moved = ask([str(tmp_path / "runs" / "r"), "data.root=/moved"]).config
+    moved = compose_run([str(tmp_path / "runs" / "r"), "data.root=/moved"]).config
     assert moved.data.datasets["mit"].videos == "/moved/moments_in_time/videos_320p"
 
 
@@ -212,9 +212,9 @@ def test_a_run_keeps_its_paths_wherever_it_is_resumed_from(tmp_path: Path, monke
 def test_another_plan_or_network_needs_another_name(change: str, option: str, before: str, now: str) -> None:
     written("name=r", "gpus=8")
     with pytest.raises(ConfigError) as refused:
-        ask(["r", change])
+        compose_run(["r", change])
     message = str(refused.value)
-    assert message.startswith(f"{option}: run 'r' has {before}, and {now} was asked for")
+    assert message.startswith(f"{option}: run 'r' has {before}, and {now} was requested")
     assert "name=" in message
     assert "\n" not in message
 
@@ -225,7 +225,7 @@ def test_another_plan_or_network_needs_another_name(change: str, option: str, be
 )
 def test_what_does_not_touch_the_plan_may_change(change: str) -> None:
     written("name=r", "gpus=8")
-    assert ask(["r", change]).exists
+    assert compose_run(["r", change]).exists
 
 
 def test_a_run_in_progress_is_not_started_twice() -> None:
@@ -237,7 +237,7 @@ def test_a_run_in_progress_is_not_started_twice() -> None:
 
 
 def test_of_two_submissions_of_a_new_name_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = ask(["name=r", "gpus=8"]), ask(["name=r", "gpus=8", "seed=1"])
+    first, second = compose_run(["name=r", "gpus=8"]), compose_run(["name=r", "gpus=8", "seed=1"])
     write(first)
     monkeypatch.setattr(run_folder.Run, "exists", False)  # as the second had seen it
     with pytest.raises(ConfigError, match="another submission was faster"):
@@ -253,7 +253,7 @@ def test_the_class_names_of_a_run_are_its_own(tmp_path: Path) -> None:
     kept = load(run.path).data.datasets["kinetics"].class_names
     assert kept == str(run.path / "class_names" / "kinetics.txt")
     assert Path(kept).read_text().startswith("class 0\n")
-    write(ask(["r", "nodes=2"]))
+    write(compose_run(["r", "nodes=2"]))
     assert Path(kept).read_text().startswith("class 0\n")
 
 
@@ -300,7 +300,7 @@ def test_a_resumed_run_goes_on_with_its_own_code_unless_told_otherwise(tmp_path:
     submit = [sys.executable, str(root / "launch" / "submit.py"), "r", "dry_run=true"]
     own = subprocess.run([*submit, "cluster=own"], capture_output=True, text=True, check=False)
     assert "#SBATCH --partition=frozen" in own.stdout
-    assert "note: the code of this checkout is not that of the run" in own.stderr
+    assert "note: the code of this checkout differs from the run" in own.stderr
     today = subprocess.run([*submit, "cluster=own", "update_code=true"], capture_output=True, text=True, check=False)
     assert (today.returncode, "there is no such cluster" in today.stderr) == (2, True)
 
@@ -312,7 +312,7 @@ def test_a_run_of_an_older_version_goes_on_with_the_code_of_this_one(tmp_path: P
     done = subprocess.run(submit, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "older version" in done.stderr
-    write(ask(["r"]))
+    write(compose_run(["r"]))
     assert (run.path / "code" / "launch" / "job.sh").is_file()
 
 
@@ -333,32 +333,32 @@ def test_the_snapshot_has_no_hidden_file_no_link_and_only_known_groups(tmp_path:
 
 def test_from_scratch_is_for_runs_whose_checkpoints_are_gone(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is new"):
-        ask(["name=r", "gpus=8", "from_scratch=true"])
+        compose_run(["name=r", "gpus=8", "from_scratch=true"])
     run = written("name=r", "gpus=8")
-    again = ask(["r", "from_scratch=true"])
+    again = compose_run(["r", "from_scratch=true"])
     assert again.from_scratch
     assert not again.config.from_scratch
     (run.path / "checkpoints" / "update-00000004").mkdir(parents=True)
     with pytest.raises(ConfigError, match="has checkpoints, up to update-00000004"):
-        ask(["r", "from_scratch=true"])
+        compose_run(["r", "from_scratch=true"])
 
 
 def test_own_config_groups_are_used_remembered_and_kept(tmp_path: Path) -> None:
     (tmp_path / "mine" / "cluster").mkdir(parents=True)
     (tmp_path / "mine" / "cluster" / "site.yaml").write_text("kind: slurm\npartition: tomorrow\n")
-    run = ask(["name=r", "cluster=site", "gpus=8"], config_dirs=["mine"])
+    run = compose_run(["name=r", "cluster=site", "gpus=8"], config_dirs=["mine"])
     write(run)
     assert (run.path / "code" / "config_dirs" / "0" / "cluster" / "site.yaml").is_file()
-    assert ask(["r", "nodes=2"]).config.cluster.partition == "tomorrow"
+    assert compose_run(["r", "nodes=2"]).config.cluster.partition == "tomorrow"
 
 
 def test_unnamed_runs_are_called_after_experiment_and_time(tmp_path: Path) -> None:
-    assert ask(["gpus=8", "experiment=ssv2"]).name.startswith("ssv2-20")
-    assert ask(["gpus=8"], default_name="job7").name == "k400_mit_ssv2-job7"
+    assert compose_run(["gpus=8", "experiment=ssv2"]).name.startswith("ssv2-20")
+    assert compose_run(["gpus=8"], default_name="job7").name == "k400_mit_ssv2-job7"
 
 
 def test_a_lone_quotation_mark_in_a_name_is_refused_and_not_lost(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("'a", 'a"'):
         assert main([f"name={name}", "experiment=demo", "cluster=local", "dry_run=true"]) == 2
         assert "cannot be a folder name" in capsys.readouterr().err
-    assert ask(["name='a'", "experiment=demo"]).name == "a"
+    assert compose_run(["name='a'", "experiment=demo"]).name == "a"

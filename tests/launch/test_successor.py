@@ -32,7 +32,7 @@ def test_successors_that_die_before_they_begin_are_counted() -> None:
         if not history[-1].is_of(str(job), 0):
             history.append(Start(job=str(job)))
         decision = requeue.decide(Ended({"JobState": "RUNNING"}, (), 1, 0), history, CLUSTER, went_well=True)
-        if decision.action != Action.COME_BACK:
+        if decision.action != Action.REQUEUE:
             break
         told += [_event("ended", job, status=decision.status), _event("requeue", job, status=decision.status)]
     assert (decision.status, job) == (requeue.GAVE_UP, 5)
@@ -42,7 +42,7 @@ def test_the_batch_script_submits_no_second_successor(tmp_path: Path, monkeypatc
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     monkeypatch.setattr(batch, "load", lambda run: type("Saved", (), {"cluster": CLUSTER}))
     submitted: list[str] = []
-    monkeypatch.setattr(requeue, "come_back", lambda *a, **k: submitted.append("one") or "successor job 3")
+    monkeypatch.setattr(requeue, "requeue_job", lambda *a, **k: submitted.append("one") or "successor job 3")
     monkeypatch.setattr(batch.shutil, "which", lambda name: sys.executable)
     with acquire(tmp_path, job="1"):
         events = Events(tmp_path / "events.jsonl")

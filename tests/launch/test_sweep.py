@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from launch.sweep import main, points
+from launch.sweep import grid, main
 from multitrain.config import ConfigError
 from multitrain.config.overrides import readable
 
 
 def test_points_are_all_combinations_in_order() -> None:
-    assert points(["optim.lr=0.0001,0.0002", "seed=range(2)", "updates=3"]) == [
+    assert grid(["optim.lr=0.0001,0.0002", "seed=range(2)", "updates=3"]) == [
         ["optim.lr=0.0001", "seed=0", "updates=3"],
         ["optim.lr=0.0001", "seed=1", "updates=3"],
         ["optim.lr=0.0002", "seed=0", "updates=3"],
@@ -22,7 +22,7 @@ def test_points_are_all_combinations_in_order() -> None:
 
 
 def test_a_path_with_signs_of_the_grammar_is_one_value_of_a_sweep() -> None:
-    assert points(["data.root=~/data (1)", "seed=1,2"]) == [["data.root=~/data (1)", f"seed={n}"] for n in (1, 2)]
+    assert grid(["data.root=~/data (1)", "seed=1,2"]) == [["data.root=~/data (1)", f"seed={n}"] for n in (1, 2)]
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_a_path_with_signs_of_the_grammar_is_one_value_of_a_sweep() -> None:
     [
         (["seed=1"], "nothing to sweep over"),
         (["gpus=1,2"], "all runs of a sweep share gpus"),
-        (["seed=1,"], "is no option"),
+        (["seed=1,"], "is not an option"),
         (["seed=range(0)"], "no value"),
         (["seed=range(1,2,0)"], "cannot be listed; write them out"),
         (["optim.lr=interval(0,1)"], "cannot be listed; write them out"),
@@ -41,7 +41,7 @@ def test_a_path_with_signs_of_the_grammar_is_one_value_of_a_sweep() -> None:
 )
 def test_what_cannot_be_swept_is_refused(words: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        points(words)
+        grid(words)
 
 
 def test_a_local_sweep_ends_with_the_table_and_a_failure_counts(
@@ -124,7 +124,7 @@ def test_what_the_runs_of_a_sweep_share_is_looked_at_once(
     sweep_words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = []
-    monkeypatch.setattr("launch.checks._asked", lambda module, run, *_, **__: asked.append(module))
+    monkeypatch.setattr("launch.checks._run_check", lambda module, run, *_, **__: asked.append(module))
     assert main([*sweep_words, "seed=0,1,2,3", "dry_run=true"]) == 0
     assert asked == ["multitrain.data.catalog"]
 

@@ -339,7 +339,7 @@ def test_weights_and_biases_gets_the_same_numbers_and_never_disturbs_a_run(
         recorder.validation(1, {"shapes": {"top1": 40.0, "videos": 3}})
     assert len(metrics.read(tmp_path / "first/metrics.jsonl")) == 1
     said = capsys.readouterr().err
-    assert said.count("left out from here on (ConnectionError: no network)") == (fail_at != "")
+    assert said.count("gets no more data from this start (ConnectionError: no network)") == (fail_at != "")
     if not fail_at:
         names = [name for name, _ in service.calls]
         assert names == ["init", "define_metric", "log", "log", "finish"]

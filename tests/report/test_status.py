@@ -15,8 +15,8 @@ import pytest
 from multitrain.config import ConfigError
 from multitrain.records import events
 from multitrain.records.recorder import Recorder
-from multitrain.report.interruptions import PEER, UNTOLD, interruptions
-from multitrain.report.status import QUIET, main, status, statuses
+from multitrain.report.interruptions import NO_MESSAGE, PEER_LOST, interruptions
+from multitrain.report.status import SILENCE_SECONDS, main, status, statuses
 from multitrain.report.status_text import card, table
 
 
@@ -149,13 +149,13 @@ def test_restarts_are_told_with_their_reasons(tmp_path: Path) -> None:
         recorder.event("resume")
     found = status(run)
     told = [(i["update"], i["reason"], i["redone"]) for i in found["interruptions"]]
-    assert told == [(2, UNTOLD, 2), (2, "preempted", 2), (2, "no disk", 2), (3, UNTOLD, 1)]
+    assert told == [(2, NO_MESSAGE, 2), (2, "preempted", 2), (2, "no disk", 2), (3, NO_MESSAGE, 1)]
     assert found["restarts"] == 4
     assert all(i["away_seconds"] >= 0 for i in found["interruptions"])
     text = card(found)
-    for part in ("restarted 4 times", "preempted", "no disk", UNTOLD, "2 updates done again"):
+    for part in ("restarted 4 times", "preempted", "no disk", NO_MESSAGE, "2 updates repeated"):
         assert part in text
-    assert f"4, last: {UNTOLD}" in table([found])
+    assert f"4, last: {NO_MESSAGE}" in table([found])
 
 
 def test_ranks_that_lost_another_do_not_hide_why_it_went() -> None:
@@ -166,7 +166,7 @@ def test_ranks_that_lost_another_do_not_hide_why_it_went() -> None:
     }
     cause = {"event": "error", "rank": 0, "reason": "OutOfMemoryError: 80 GB"}
     begin, again = {"event": "start"}, {"event": "resume", "update": 3}
-    assert [i["reason"] for i in interruptions([begin, lost, lost, again])] == [PEER]
+    assert [i["reason"] for i in interruptions([begin, lost, lost, again])] == [PEER_LOST]
     assert [i["reason"] for i in interruptions([begin, lost, cause, lost, again])] == ["OutOfMemoryError: 80 GB"]
     assert [i["reason"] for i in interruptions([begin, cause, lost, again])] == ["OutOfMemoryError: 80 GB"]
 
@@ -182,7 +182,7 @@ def test_the_newest_checkpoint_has_an_age(tmp_path: Path) -> None:
 def test_a_running_run_that_is_silent_for_long_is_pointed_out(tmp_path: Path) -> None:
     run = a_run(tmp_path / "demo")
     assert status(run)["silent_seconds"] is None
-    past = time.time() - 3 * QUIET
+    past = time.time() - 3 * SILENCE_SECONDS
     history = [e | {"time": "2020-01-01T00:00:00+00:00"} for e in events.read(run / "events.jsonl")]
     (run / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in history))
     for name in ("metrics.jsonl", "events.jsonl"):
@@ -216,7 +216,7 @@ def test_all_runs_of_a_folder_are_shown_and_a_name_is_enough(
     assert capsys.readouterr().out.startswith("second\n")
     with pytest.raises(ConfigError, match="did you mean 'second'"):
         main(["secondd", *runs])
-    with pytest.raises(ConfigError, match="no runs there"):
+    with pytest.raises(ConfigError, match="holds no runs"):
         main(["--runs", str(tmp_path / "nowhere")])
 
 

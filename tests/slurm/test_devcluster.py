@@ -46,7 +46,7 @@ WAITS = """
     while not signals:
         time.sleep(0.05)
     time.sleep(0.3)
-    reason = slurm.taken_away(slurm.show_job(slurm.job_id()), signals) if rank == 0 else None
+    reason = slurm.stop_reason(slurm.show_job(slurm.job_id()), signals) if rank == 0 else None
     reason = None if reason in (slurm.CANCELLED, slurm.OPERATOR) else reason
     report(signals=[signal.Signals(s).name for s in signals], reason=reason)
     if reason:
@@ -71,7 +71,7 @@ def submit(board: Path, body: str, *overrides: str, arguments: tuple[str, ...] =
     """Submit a job whose ranks run a few light lines; returns its id."""
     program = board.parent / "rank.py"
     program.write_text(textwrap.dedent(RANK) + textwrap.dedent(body))
-    run = run_folder.ask(["name=drill", "cluster=devcluster", "experiment=k400", *overrides])
+    run = run_folder.compose_run(["name=drill", "cluster=devcluster", "experiment=k400", *overrides])
     run_folder.write(run)
     return slurm.submit(run.path, run.config, (str(program), str(board), *arguments))
 
@@ -352,7 +352,7 @@ def test_train_sh_finds_its_run_again_after_a_requeue(
     cluster.wait(job, "PENDING")  # COMPLETING until its processes are gone
     left_out = cluster.run("scontrol", "show", "hostnames", cluster.job(job)["ExcNodeList"]).split()
     (away,) = {*left_out} - {"node3"}
-    assert f"{run}/job.sh is not to be read on {away}" in (board.parent / "out").read_text()
+    assert f"{run}/job.sh cannot be read on {away}" in (board.parent / "out").read_text()
     script.rename(run / "job.sh")
     cluster.start_now(job)
     cluster.wait(job, "COMPLETED")

@@ -29,7 +29,7 @@ def test_a_requeued_job_of_train_sh_goes_on_though_its_checkout_is_edited_half_e
     tiny.write_text(tiny.read_text().replace("lr: 1.0e-3", "lr: 9.0e-3"))
     typed = [*runs.command("edited", "cluster.partition=low", "nodes=2", "gpus=1"), "dry_run=true"]
     said = runs.start(typed, checkout=checkout).communicate()[0]
-    assert "optim.lr is 0.009 there and 0.001 in the run" in said, said
+    assert "optim.lr is now 0.009 and 0.001 in the run" in said, said
     for file in (*TRAINING, *IMPORTED):
         (checkout / file).write_text("<<<<<<< a merge that is not finished\n")
     runs.cluster.start_now(job)

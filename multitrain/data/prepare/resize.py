@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from multitrain.cluster.exit_status import explained
+from multitrain.cluster.exit_status import describe_exit
 from multitrain.config import ConfigError
 from multitrain.data.decode import Video, VideoError, check_complete, open_video, scan_video
 from multitrain.data.decode.container import MAX_PIXELS, VIDEO_FORMATS, stream_index
@@ -186,7 +186,7 @@ class Resize:
         said = _complaint(done.stderr, source)
         if done.returncode < 0 or (done.returncode and not said):
             killed = done.returncode in (-signal.SIGKILL, -signal.SIGTERM)
-            raise VideoError(source, f"ffmpeg {explained(done.returncode)}", transient=killed)
+            raise VideoError(source, f"ffmpeg {describe_exit(done.returncode)}", transient=killed)
         if done.returncode:
             raise VideoError(source, said)
         return said

@@ -1,7 +1,7 @@
 # run    /shared/runs/golden
 # batch  512 videos an update = 2 ranks × 4 videos × 64 accumulated
-# memory 9.7 GB a rank at the peak, predicted: 8 clips × 0.93 GB + 2.2 GB (activation_checkpointing=none)
-# loader the ranks compute on CPU cores, slower than clips are made: a core makes about 14 (multitrain data bench measures yours)
+# memory 9.7 GB per rank at the peak, estimated: 8 clips × 0.93 GB + 2.2 GB (activation_checkpointing=none)
+# loader the ranks compute on CPU cores, which is slower than loading: a core delivers about 14 (multitrain data bench measures yours)
 #!/bin/bash
 
 # Parameters

@@ -1,7 +1,7 @@
 # run    /shared/runs/golden
 # batch  512 videos an update = 2 × 8 ranks × 4 videos × 8 accumulated
-# memory 9.4 GB a GPU at the peak, predicted: 8 clips × 0.93 GB + 1.9 GB (activation_checkpointing=none)
-# loader 3.8 clips a second from each of 8 cores a GPU, which trains on 30 a second, estimated; cluster.gpu_clips=N says better; a core makes about 14 (multitrain data bench measures yours)
+# memory 9.4 GB per GPU at the peak, estimated: 8 clips × 0.93 GB + 1.9 GB (activation_checkpointing=none)
+# loader 3.8 clips/s from each of 8 cores per GPU, which trains on 30 clips/s, estimated; set cluster.gpu_clips=N if you know it; a core delivers about 14 (multitrain data bench measures yours)
 #!/bin/bash
 
 # Parameters
