@@ -167,7 +167,7 @@ def alternatives(word: str) -> list[str]:
         parsed = OverridesParser.create().parse_override(word)
     except HydraException:
         if not is_text(split(word).key):  # a path such as ~/data is one value
-            raise ConfigError(f"{shown(word, 100)!r} is no option; write key=a,b for several values") from None
+            raise ConfigError(f"{shown(word, 100)!r} is not an option; write key=a,b for several values") from None
         return [word]
     if not parsed.is_sweep_override():
         return [word]

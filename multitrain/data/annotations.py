@@ -404,7 +404,7 @@ __all__ = [
     "Syntax",
     "count_repeated",
     "count_repeats",
-    "depends_on_folder",
+    "needs_folder",
     "lines",
     "normalise_path",
     "parse",

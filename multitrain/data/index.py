@@ -52,7 +52,7 @@ def ensure_index(csv: Path, syntax: Syntax, folder: Path, videos: Path | None = 
     """
     with _naming(csv, folder):
         index = _indexed(csv, syntax, folder)
-        if videos is None or not read_header(index)["depends_on_folder"]:
+        if videos is None or not read_header(index)["needs_folder"]:
             return index
         return _with_folder(index, csv, syntax, videos)
 
@@ -218,7 +218,7 @@ def _build(content: bytes, csv: Path, syntax: Syntax) -> list[Any]:
         "digest": digest.hexdigest(),
         "multi_label": syntax.multi_label,
         "duplicates": duplicates,
-        "depends_on_folder": depends_on_folder(paths, content),
+        "needs_folder": depends_on_folder(paths, content),
         "largest_label": int(parsed.labels.max()),
     }
     return aligned_parts(header, arrays)
