@@ -13,7 +13,7 @@ from multitrain.data.catalog import Catalog
 
 INDEX = "c4f38a216b2f16a7ce8699a01235acd3c1e4a4cb5afcb73c10a85717b4a767ea"
 """SHA-256 of the index of two lines, written by the version of 2026-11-30."""
-HOLDER = "start job cluster restart host user pid machine began since".split()
+HOLDER = ["start", "job", "cluster", "restart", "host", "user", "pid", "machine", "began", "since"]
 """Keys of a lease of that version; later ones may be added behind."""
 
 
