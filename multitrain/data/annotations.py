@@ -404,7 +404,7 @@ __all__ = [
     "Syntax",
     "count_repeated",
     "count_repeats",
-    "needs_folder",
+    "depends_on_folder",
     "lines",
     "normalise_path",
     "parse",
