@@ -9,8 +9,7 @@ from multitrain.config.arguments import Arguments, Parser, whole_number
 from multitrain.text import printable
 
 
-def main(arguments: Arguments) -> int:
-    """``multitrain convert``; returns the exit status."""
+def _parser() -> Parser:
     parser = Parser(
         "convert",
         "Convert weights to .pyth, .safetensors + config.json, or a folder in MultiTrain's format.",
@@ -39,6 +38,12 @@ def main(arguments: Arguments) -> int:
         metavar="NAME",
         help="name of the set of weights to take instead of the trained ones, e.g. model_ema",
     )
+    return parser
+
+
+def main(arguments: Arguments) -> int:
+    """``multitrain convert``; returns the exit status."""
+    parser = _parser()
     given = parser.parse_args(arguments)
     given.source, _ = parser.model_and_words(given, [])
     from multitrain.interop.convert import convert as write

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from multitrain.commands.common import StopSignals, configured
 from multitrain.commands.data_resize import add_work_options
@@ -12,9 +14,12 @@ from multitrain.config import ConfigError
 from multitrain.config.arguments import Arguments, Parser, whole_number
 from multitrain.files import OutputFolder
 
+if TYPE_CHECKING:
+    from multitrain.data.prepare.check import CheckReport
+    from multitrain.data.prepare.parallel_map import Journal
 
-def main(arguments: Arguments) -> int:
-    """``multitrain data check``; returns the exit status: 0, 1 if there are findings, 75 if interrupted."""
+
+def _parser() -> Parser:
     parser = Parser(
         "data check",
         "Decode every file and compare all lines: list videos that are missing, broken (with the reason), too short, duplicates,\n"
@@ -44,18 +49,14 @@ def main(arguments: Arguments) -> int:
         "folders", nargs="*", metavar="FOLDER | KEY=VALUE", help="folders of videos, or datasets, e.g. data=ssv2"
     )
     parser.set_defaults(overrides=[])
-    given = parser.parse_with_overrides(arguments)
+    return parser
+
+
+def main(arguments: Arguments) -> int:
+    """``multitrain data check``; returns the exit status: 0, 1 if there are findings, 75 if interrupted."""
+    given = _parser().parse_with_overrides(arguments)
     from multitrain.data.prepare import check as c
-    from multitrain.data.prepare.parallel_map import (
-        FINAL,
-        INTERRUPTED,
-        Journal,
-        ProgressBar,
-        Shard,
-        map_resumable,
-        version,
-    )
-    from multitrain.data.prepare.scan import ScanFile
+    from multitrain.data.prepare.parallel_map import INTERRUPTED, Journal, Shard, version
 
     shard = Shard.parse(given.shard)
     if given.folders and (given.overrides or given.run or given.write_clean):
@@ -64,25 +65,13 @@ def main(arguments: Arguments) -> int:
     entries = (
         [e for f in given.folders for e in c.entries_in_folder(Path(f))] if given.folders else c.list_entries(datasets)
     )
-    files = sorted({str(Path(e.file).absolute()) for e in entries})
     entries = [e._replace(file=str(Path(e.file).absolute())) for e in entries]
+    files = sorted({e.file for e in entries})
     out = OutputFolder(given.out, "data check")
     out.check(c.TABLE, recognise=c.is_table)
     clean = c.clean_folder(datasets, given.write_clean) if given.write_clean else None
     journal = Journal(out.root, "check", shard)
-    mine = shard.of(files)
-    todo = [f for f in mine if not journal.settled(f, version(Path(f)))]
-    if todo:
-        journal.claim()
-    if len(todo) < len(mine):
-        print(f"{len(mine) - len(todo)} of {len(mine)} are done already", file=sys.stderr)
-    stop = StopSignals()
-    bar: ProgressBar[str] = ProgressBar("check", len(todo))
-    for file, record in map_resumable(todo, ScanFile(), workers=given.workers, timeout=given.timeout, stop=stop):
-        journal.add(file, version(Path(file)), {FINAL: True, **record} if "error" in record else record)
-        bar.add(bad="error" in record)
-    bar.close()
-    if stop():
+    if _scan(journal, shard.of(files), given.workers, given.timeout):
         print("interrupted; the same command goes on", file=sys.stderr)
         return INTERRUPTED
     journal.refresh()
@@ -95,13 +84,35 @@ def main(arguments: Arguments) -> int:
         return 0
     report = c.find_problems(entries, scans, given.min_frames)
     table = out.write_text(c.TABLE, report.csv(), recognise=c.is_table)
-    if clean:
-        for name, count in c.write_clean(report, datasets, clean).items():
-            print(f"{name}: {count} lines left out", file=sys.stderr)
-    if given.json:
+    for name, count in c.write_clean(report, datasets, clean).items() if clean else ():
+        print(f"{name}: {count} lines left out", file=sys.stderr)
+    _print_report(report, table, as_json=given.json)
+    return 1 if report.findings else 0
+
+
+def _scan(journal: Journal, files: Sequence[str], workers: int, timeout: float) -> bool:
+    """Decode the files that the journal does not have; whether a signal interrupted it."""
+    from multitrain.data.prepare.parallel_map import FINAL, ProgressBar, map_resumable, version
+    from multitrain.data.prepare.scan import ScanFile
+
+    todo = [f for f in files if not journal.settled(f, version(Path(f)))]
+    if todo:
+        journal.claim()
+    if len(todo) < len(files):
+        print(f"{len(files) - len(todo)} of {len(files)} are done already", file=sys.stderr)
+    stop = StopSignals()
+    bar: ProgressBar[str] = ProgressBar("check", len(todo))
+    for file, record in map_resumable(todo, ScanFile(), workers=workers, timeout=timeout, stop=stop):
+        journal.add(file, version(Path(file)), {FINAL: True, **record} if "error" in record else record)
+        bar.add(bad="error" in record)
+    bar.close()
+    return stop()
+
+
+def _print_report(report: CheckReport, table: Path, *, as_json: bool) -> None:
+    if as_json:
         counts = [{"dataset": d, "split": s, **n} for (d, s), n in report.counts().items()]
         print(json.dumps({"counts": counts, "findings": len(report.findings), "csv": str(table)}))
     else:
         print(report.table())
         print(f"all findings: {table}")
-    return 1 if report.findings else 0

@@ -9,9 +9,8 @@ from pathlib import Path
 from multitrain.config.arguments import Arguments, Parser
 
 
-def main(arguments: Arguments) -> int:
-    """``multitrain data import``; returns the exit status."""
-    from multitrain.data.prepare.importing import FORMATS, find, read, write
+def _parser() -> Parser:
+    from multitrain.data.prepare.importing import FORMATS
 
     parser = Parser(
         "data import",
@@ -30,6 +29,14 @@ def main(arguments: Arguments) -> int:
     )
     parser.add_argument("--present", action="store_true", help="leave out videos that are not below --videos")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def main(arguments: Arguments) -> int:
+    """``multitrain data import``; returns the exit status."""
+    from multitrain.data.prepare.importing import find, read, write
+
+    parser = _parser()
     given = parser.parse_args(list(arguments))
     if given.present and not given.videos:
         parser.error("--present needs --videos")

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 _SHOWN = 20
 
 
-def main(arguments: Arguments) -> int:
-    """``multitrain data pack``; returns the exit status: 0, 1 if videos could not be read, 75 if interrupted."""
+def _parser() -> Parser:
     parser = Parser(
         "data pack",
         "Write videos to plain tar shards with a fixed number of videos each, and one index. OUT then replaces VIDEOS in a dataset's\n"
@@ -44,6 +43,12 @@ def main(arguments: Arguments) -> int:
     )
     parser.add_argument("--leave-out", action="store_true", help="pack without the videos that cannot be read")
     add_work_options(parser)
+    return parser
+
+
+def main(arguments: Arguments) -> int:
+    """``multitrain data pack``; returns the exit status: 0, 1 if videos could not be read, 75 if interrupted."""
+    parser = _parser()
     given = parser.parse_args(list(arguments))
     from multitrain.data.prepare.packing import Item, PackJob, PackOptions, PackShard
     from multitrain.data.prepare.parallel_map import INTERRUPTED, ProgressBar, Shard, map_resumable

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from multitrain.data.prepare.copying import CopyJob
 
 
-def main(arguments: Arguments) -> int:
-    """``multitrain data resize``; returns the exit status: 0, 1 if a copy could not be made, 75 if interrupted."""
+def _parser() -> Parser:
     parser = Parser(
         "data resize",
         "Copy videos with a short side of 320 pixels: H.264 in MP4, without audio. A copy is complete or absent.\n"
@@ -63,6 +62,12 @@ def main(arguments: Arguments) -> int:
     )
     parser.add_argument("--salvage", action="store_true", help="keep the decodable part of damaged videos")
     add_work_options(parser)
+    return parser
+
+
+def main(arguments: Arguments) -> int:
+    """``multitrain data resize``; returns the exit status: 0, 1 if a copy could not be made, 75 if interrupted."""
+    parser = _parser()
     given = parser.parse_args(list(arguments))
     if given.write_annotations and not given.annotations:
         parser.error("--write-annotations needs --annotations")

@@ -11,8 +11,7 @@ from multitrain.config.arguments import Arguments, Parser, whole_number
 from multitrain.files import check_output
 
 
-def main(arguments: Arguments) -> int:
-    """``multitrain data show``; returns the exit status."""
+def _parser() -> Parser:
     parser = Parser(
         "data show",
         "A picture of an update's augmented training clips with their labels and mixing weights. It shows a wrong label map, or\n"
@@ -42,6 +41,12 @@ def main(arguments: Arguments) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print what is in the picture as one JSON object")
     parser.add_overrides("data=ssv2 augment.mix_probability=0")
+    return parser
+
+
+def main(arguments: Arguments) -> int:
+    """``multitrain data show``; returns the exit status."""
+    parser = _parser()
     given = parser.parse_with_overrides(arguments)
     if given.update < 0:
         parser.error("--update is a number from 0 up")

@@ -10,8 +10,7 @@ from multitrain.config.arguments import Arguments, Parser, whole_number
 from multitrain.files import check_output, output_file
 
 
-def main(arguments: Arguments) -> int:
-    """``multitrain data stats``; returns the exit status."""
+def _parser() -> Parser:
     parser = Parser(
         "data stats",
         "Sizes, class balance, durations and frame rates of each dataset, and the samples that the mixture draws from it.",
@@ -43,6 +42,12 @@ def main(arguments: Arguments) -> int:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write the distributions as a PNG")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_overrides("data=ssv2 data.root=/datasets")
+    return parser
+
+
+def main(arguments: Arguments) -> int:
+    """``multitrain data stats``; returns the exit status."""
+    parser = _parser()
     given = parser.parse_with_overrides(arguments)
     from multitrain.data.prepare import stats
     from multitrain.data.prepare.parallel_map import Journal

@@ -14,8 +14,7 @@ from multitrain.config.arguments import Arguments, Parser
 from multitrain.text import printable
 
 
-def main(arguments: Arguments) -> int:
-    """``multitrain data unpack``; returns the exit status: 0, 1 if a video is damaged, 75 if interrupted."""
+def _parser() -> Parser:
     parser = Parser(
         "data unpack",
         "Write the videos of a pack as files, and verify their checksums. Run the same command again to resume;\n"
@@ -25,6 +24,12 @@ def main(arguments: Arguments) -> int:
     parser.add_argument("pack", type=Path, help="folder of shards")
     parser.add_argument("out", type=Path, help="folder for the files")
     add_work_options(parser)
+    return parser
+
+
+def main(arguments: Arguments) -> int:
+    """``multitrain data unpack``; returns the exit status: 0, 1 if a video is damaged, 75 if interrupted."""
+    parser = _parser()
     given = parser.parse_args(list(arguments))
     from multitrain.data.packs import INDEX, Stored, open_pack
     from multitrain.data.prepare.packing import Unpack

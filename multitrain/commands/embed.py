@@ -14,8 +14,7 @@ from multitrain.config.reading import read_bytes, refuse_utf16
 from multitrain.text import printable
 
 
-def main(arguments: Arguments) -> int:
-    """``multitrain embed``; returns the exit status: 0, or 1 if a video could not be read."""
+def _parser() -> Parser:
     parser = Parser(
         "embed",
         "Features of videos, [N, channels], as .npz or .parquet, and a map of them coloured by dataset and class.",
@@ -60,6 +59,12 @@ def main(arguments: Arguments) -> int:
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU, else the CPU)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(overrides=[])
+    return parser
+
+
+def main(arguments: Arguments) -> int:
+    """``multitrain embed``; returns the exit status: 0, or 1 if a video could not be read."""
+    parser = _parser()
     given = parser.parse_with_overrides(arguments)
     given.checkpoint, given.videos = parser.model_and_words(given, given.videos)
     if given.out.suffix not in (".npz", ".parquet"):

@@ -22,8 +22,7 @@ WAIT_FOR_END = 120.0
 """Seconds that a rank waits for SLURM to end it after its job was requeued."""
 
 
-def main(arguments: Arguments) -> int:
-    """``multitrain evaluate``; returns the exit status."""
+def _parser() -> Parser:
     parser = Parser(
         "evaluate",
         "Multi-view test of a model; resumes an interrupted test. Under srun, ranks share the videos.",
@@ -50,6 +49,12 @@ def main(arguments: Arguments) -> int:
         metavar="KEY=VALUE",
         help="changes to the stored configuration, e.g. data.root=/datasets",
     )
+    return parser
+
+
+def main(arguments: Arguments) -> int:
+    """``multitrain evaluate``; returns the exit status."""
+    parser = _parser()
     given = parser.parse_with_overrides(arguments)
     given.model, given.overrides = parser.model_and_words(given, given.overrides)
     from multitrain.cluster import slurm

@@ -11,8 +11,7 @@ from multitrain.config import ConfigError
 from multitrain.config.arguments import Arguments, Parser, pair, whole_number
 
 
-def main(arguments: Arguments) -> int:
-    """``multitrain nearest``; returns the exit status."""
+def _parser() -> Parser:
     parser = Parser(
         "nearest",
         "Related classes of different datasets, by the weights of the learned projections; strongest pairs first.",
@@ -33,6 +32,12 @@ def main(arguments: Arguments) -> int:
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="heat maps of the strongest classes, as PNG")
     parser.add_argument("--json", action="store_true", help="print one JSON object with all matches")
+    return parser
+
+
+def main(arguments: Arguments) -> int:
+    """``multitrain nearest``; returns the exit status."""
+    parser = _parser()
     given = parser.parse_args(list(arguments))
     given.model, _ = parser.model_and_words(given, [])
     from multitrain.evaluation import nearest as n

@@ -14,8 +14,7 @@ from multitrain.files import refuse_run
 from multitrain.text import printable
 
 
-def main(arguments: Arguments) -> int:
-    """``multitrain predict``; returns the exit status."""
+def _parser() -> Parser:
     parser = Parser(
         "predict",
         "Classify the action in video files.",
@@ -42,6 +41,12 @@ def main(arguments: Arguments) -> int:
         help="write the video with its classes drawn in; a folder for several videos",
     )
     parser.add_overrides("data.root=/datasets, where class names are looked for")
+    return parser
+
+
+def main(arguments: Arguments) -> int:
+    """``multitrain predict``; returns the exit status."""
+    parser = _parser()
     given = parser.parse_with_overrides(arguments)
     given.checkpoint, given.videos = parser.model_and_words(given, given.videos, needs="VIDEO")
     from multitrain.data.decode import VideoError
