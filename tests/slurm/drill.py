@@ -121,14 +121,16 @@ class Cluster:
         Its SIGCONT wakes them, so that the job may be back in the queue, where it has no PreemptTime, at the next look.
         """
 
-        def begun() -> bool:
-            info = self.job(job)
-            return info.get("PreemptTime", "None") != "None" or info.get("Restarts") == "1"
+        def restarts() -> int:
+            return int(self.job(job).get("Restarts", "0"))
 
+        before = restarts()
         with frozen(pids):
             self.evict()
-            self.until(begun, "the preemption")
-        self.until(lambda: self.job(job).get("Restarts") == "1", "the requeue")
+            self.until(
+                lambda: self.job(job).get("PreemptTime", "None") != "None" or restarts() > before, "the preemption"
+            )
+        self.until(lambda: restarts() > before, "the requeue")
 
     def start_now(self, job: str) -> None:
         """Start a requeued job at once; SLURM lets it wait for two minutes.

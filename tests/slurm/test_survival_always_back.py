@@ -51,8 +51,8 @@ def test_a_limit_that_is_shorter_than_starting_up_ends_the_run_after_some_starts
             assert runs.back_in_queue(run, job, starts=1)["status"] == "time limit"
             runs.cluster.start_now(job)
     runs.cluster.wait(job, "FAILED", "TIMEOUT")
-    end = [e for e in runs.events(run) if e["event"] in ("end", "requeue")][-1]
-    assert (end["event"], end["status"]) == ("end", "gave up"), runs.log(run)
+    end = next(e for e in runs.events(run) if e["event"] == "end")  # ranks that SLURM wakes up may repeat it
+    assert end["status"] == "gave up", runs.log(run)
     assert "2 starts in a row" in end["reason"]
     assert "cluster.max_stalled_restarts=1" in end["reason"]
 
@@ -71,8 +71,7 @@ def test_preflight_leaves_a_bad_node_out_and_a_preemption_in_the_middle_of_it_br
     assert runs.cluster.job(job)["ExcNodeList"] == "node1"
     fake.unlink()
     runs.cluster.start_now(job)
-    runs.cluster.until(lambda: looking(run), "preflight", pause=0.01)
-    runs.cluster.preempt(job, looking(run))
+    runs.cluster.preempt(job, runs.cluster.until(lambda: looking(run), "preflight", pause=0.01))  # type: ignore[arg-type]
     assert runs.back_in_queue(run, job, starts=2)["status"] == "preempted"
     runs.cluster.start_now(job)
     runs.finish(run, job)
