@@ -71,7 +71,7 @@ def test_preflight_leaves_a_bad_node_out_and_a_preemption_in_the_middle_of_it_br
     assert runs.cluster.job(job)["ExcNodeList"] == "node1"
     fake.unlink()
     runs.cluster.start_now(job)
-    runs.cluster.preempt(job, runs.cluster.until(lambda: looking(run), "preflight", pause=0.01))  # type: ignore[arg-type]
+    runs.cluster.preempt(job, runs.cluster.until(lambda: looking(run), "preflight", pause=0.01))
     assert runs.back_in_queue(run, job, starts=2)["status"] == "preempted"
     runs.cluster.start_now(job)
     runs.finish(run, job)
