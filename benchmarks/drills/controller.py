@@ -151,7 +151,7 @@ def inject(target: JobUnderTest, kind: Kind, chance: random.Random) -> Record:
 
     cluster.until(over, f"the end of what '{kind.name}' struck at update {before}", seconds=240, pause=0.03)
     gone = time.monotonic()
-    how = how or ("in place" if target.resumed(events) is not None else WENT_ON)
+    how = how or ("in place" if target.resumed(struck) is not None else WENT_ON)
     state = cluster.job(target.job)
     waits = target.seconds_until(state.get("EligibleTime")) if how == "requeued" else 0.0
     if how == "requeued":
@@ -167,8 +167,8 @@ def inject(target: JobUnderTest, kind: Kind, chance: random.Random) -> Record:
     runs.reach(target.folder, target.job, 0)
     resumed: int | None = furthest
     if how != WENT_ON:
-        cluster.until(lambda: target.resumed(events) is not None, "the next start", seconds=180)
-        resumed = target.resumed(events)
+        cluster.until(lambda: target.resumed(struck) is not None, "the next start", seconds=180)
+        resumed = target.resumed(struck)
     assert resumed is not None
     cluster.until(lambda: target.position() > furthest, f"an update after {furthest}", seconds=180)
     further = time.monotonic() - begin
