@@ -279,8 +279,9 @@ def supervisors(run: Path) -> dict[int, int]:
 
 
 def looking(run: Path) -> list[int]:
-    """Process ids of preflight before a run."""
-    return [p for p, found in _processes().items() if f" -m launch.preflight --dir {run}" in found.title]
+    """Process ids of the ranks of preflight before a run; not of the `srun` that starts them."""
+    wanted = f" -m launch.preflight --dir {run}"
+    return [p for p, found in _processes().items() if wanted in found.title and not found.title.startswith("srun ")]
 
 
 def batch_script(job: str) -> int | None:
