@@ -15,7 +15,8 @@ from pathlib import Path
 
 from launch import run_folder
 from launch.child_error import child_error
-from launch.run_folder import ROOT, Run
+from launch.run_folder import Run
+from launch.snapshot import ROOT
 from multitrain.config import ConfigError, dump
 
 

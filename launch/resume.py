@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.snapshot import ROOT, digest, snapshot
+from launch.snapshot import ROOT, digest, is_own_code, snapshot
 from multitrain.config import ConfigError, RunConfig, compose, leaves, load, validate
 from multitrain.config.reading import parse_yaml
 
@@ -96,6 +96,10 @@ def resumed_config(
     submissions = history(path)
     dirs = _config_dirs(submissions, config_dirs)
     result = leaves(saved)
+    for leaf, value in result.items():  # the run's own copies, also after its folder was renamed
+        own = path / "class_names" / Path(str(value)).name
+        if leaf[-1] == "class_names" and value is not None and own.is_file():
+            result[leaf] = str(own)
     earlier = merge([entry["overrides"] for entry in submissions])
     new = _new_overrides(typed, earlier)
     if not new:
@@ -117,7 +121,7 @@ def resumed_config(
 def _frozen_config_dir(path: Path, number: int, folder: str) -> str:
     """The run's own copy of a folder with config groups, if the run's own code resumes it; otherwise the folder itself."""
     copy = ROOT / "config_dirs" / str(number)
-    return str(copy) if path / "code" == ROOT and copy.is_dir() else folder
+    return str(copy) if is_own_code(path) and copy.is_dir() else folder
 
 
 def changed_since(path: Path, typed: Sequence[str], config_dirs: Sequence[str]) -> list[str]:

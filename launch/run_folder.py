@@ -30,7 +30,7 @@ import yaml
 
 from launch import resume
 from launch.resume import SUBMISSION_OPTIONS, Flat, key, options
-from launch.snapshot import ROOT, digest, environment, snapshot
+from launch.snapshot import digest, environment, is_own_code, snapshot
 from multitrain import lease
 from multitrain.cluster import slurm
 from multitrain.cluster.restarts import refuse_lost_checkpoints
@@ -129,9 +129,10 @@ def compose_run(words: Sequence[str], *, config_dirs: Sequence[str] = (), defaul
 
 
 def tell_idle(runs: Sequence[Run]) -> None:
-    """Print each line about a word that changes nothing, once, on standard error."""
-    for line in dict.fromkeys(line for run in runs for line in run.idle):
-        print(f"note: {line}", file=sys.stderr, flush=True)
+    """Print each line about a word that changes nothing in any of the runs, once, on standard error."""
+    for line in runs[0].idle:
+        if all(line in run.idle for run in runs):
+            print(f"note: {line}", file=sys.stderr, flush=True)
 
 
 def _refuse_single_clips(config: RunConfig, shape: BatchShape) -> None:
@@ -325,7 +326,9 @@ def write(run: Run) -> None:
             run.path.parent.mkdir(parents=True, exist_ok=True)
             _publish(new, run.path)
     except OSError as error:
-        raise ConfigError(f"cannot write {error.filename or run.path}: {error.strerror}; choose runs=FOLDER") from error
+        raise ConfigError(
+            f"cannot write {error.filename2 or error.filename or run.path}: {error.strerror}; choose runs=FOLDER"
+        ) from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -440,7 +443,7 @@ def _replace(run: Run, new: Path) -> None:
             os.replace(file, path / "class_names" / file.name)
     for name in ("env.txt", "overrides.yaml", "config.yaml"):
         os.replace(new / name, path / name)
-    if path / "code" == ROOT:
+    if is_own_code(path):
         return
     snapshot(new / "code", run.config_dirs)
     if digest(path / "code") != digest(new / "code"):

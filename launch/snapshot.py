@@ -21,6 +21,11 @@ MAX_FILE_BYTES = 1 << 20
 """Largest file of a snapshot, in bytes."""
 
 
+def is_own_code(run: Path) -> bool:
+    """Whether this process runs the code in the folder of `run`, by whatever path or link that was given."""
+    return (run / "code").resolve() == ROOT
+
+
 def snapshot(target: Path, config_dirs: Sequence[str] = ()) -> None:
     """Copy the code to `target`: files that git tracks, and new Python, shell and YAML files that it does not ignore; without git,
     all source files. Hidden files and links are left out.

@@ -24,7 +24,8 @@ import yaml
 
 from launch import checks, dependent_jobs, memory_estimate, resume, run_folder
 from launch.rank import python_path
-from launch.run_folder import ROOT, Run
+from launch.run_folder import Run
+from launch.snapshot import is_own_code
 from multitrain.config import ConfigError, dump
 from multitrain.config.arguments import answered, piped, typed_words
 from multitrain.config.overrides import tidy
@@ -141,7 +142,7 @@ def _write_claimed(run: Run, claim: contextlib.ExitStack, job: str | None = None
 def _resume_by_its_own_code(words: list[str], config_dirs: list[str]) -> int | None:
     """Call the run's own `submit.py` if the command line resumes a run that has one; its exit status, else None."""
     path = run_folder.folder(words, config_dirs)
-    if path is None or path / "code" == ROOT or any(w.partition("=")[0] == "update_code" for w in words):
+    if path is None or is_own_code(path) or any(w.partition("=")[0] == "update_code" for w in words):
         return None
     if not (path / "code" / "launch" / "job.sh").is_file():
         print(

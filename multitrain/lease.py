@@ -257,7 +257,10 @@ class Guard:
         if self.generation is not None:
             over = _read(self.run / FOLDER / f"{self.generation:08d}.over")
             if over is None:
-                raise LeaseLost(f"the lease of run {self.run.name!r} was removed ({self.run / FOLDER})")
+                raise LeaseLost(
+                    f"the lease of run {self.run.name!r} was removed ({self.run / FOLDER}): the folder was moved, or its lease deleted; "
+                    "submit the run again"
+                )
             if over:
                 raise LeaseLost(f"run {self.run.name!r}: the lease of this start is over: {over}")
             holder = _state(self.run / FOLDER, self.generation).holder

@@ -100,8 +100,17 @@ def _refuse_points(words: list[str], folders: list[str], *, is_multirun: bool) -
         return
     if len(points) > 1 and not is_multirun:
         raise ConfigError("several values and no -m; add it for a job each, or give one value")
+    known: set[str] = set()
     for point in points:
-        refuse_typed(point, compose(point, config_dirs=folders))
+        config = compose(point, config_dirs=folders)
+        refuse_typed(point, config)
+        if config.dry_run:
+            raise ConfigError("dry_run: Hydra's launcher has none; use python launch/sweep.py … dry_run=true")
+        if (text := dump(config)) in known:
+            raise ConfigError(
+                "two of the runs would be the same; give each value once, and each option in one override"
+            )
+        known.add(text)
 
 
 def train_point(composed: Any) -> None:

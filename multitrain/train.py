@@ -45,9 +45,15 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if any(a in ("-m", "--multirun") for a in arguments):
         return subprocess.run([sys.executable, "-m", "multitrain.sweep", *arguments], check=False).returncode
-    if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
+    if arguments[:1] in (["-h"], ["--help"]):
         print(__doc__)
-        return Exit.FINISHED if arguments[:1] in (["-h"], ["--help"]) else Exit.MISTAKE
+        return Exit.FINISHED
+    if len(arguments) != 1:
+        print(
+            "error: give one argument, the folder of a run; python launch/submit.py key=value … starts runs, --help says more",
+            file=sys.stderr,
+        )
+        return Exit.MISTAKE
     run = Path(arguments[0]).resolve()
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     world: World | None = None
@@ -293,14 +299,15 @@ def _say_last(run: Path, rank: int, error: BaseException, status: Exit) -> None:
     """The error in the events and in the log; with its traceback, unless it is one that a user mends by its text."""
     final = status != Exit.FAILED
     full = isinstance(error, OSError) and error.errno in NO_ROOM
-    text = str(error) if final else _no_room(run, error) if full else f"{type(error).__name__}: {error}"
+    unsaved = type(error).__name__ == "SaveError"  # it cannot be imported without torch
+    text = str(error) if final or unsaved else _no_room(run, error) if full else f"{type(error).__name__}: {error}"
     try:
         if run.is_dir():
             events = Events(run / "events.jsonl")
             events.write("error", rank=rank, reason=text, final=final, exit_status=int(status))
     except (OSError, LeaseLost) as second:
         print(f"the error could not be written to {run}/events.jsonl: {second}", file=sys.stderr)
-    if not final and not full:
+    if not (final or full or unsaved):
         traceback.print_exception(error)
     for line in getattr(error, "details", ()) if rank == 0 else ():
         print(line, file=sys.stderr)

@@ -255,6 +255,9 @@ def test_the_class_names_of_a_run_are_its_own(tmp_path: Path) -> None:
     assert Path(kept).read_text().startswith("class 0\n")
     write(compose_run(["r", "nodes=2"]))
     assert Path(kept).read_text().startswith("class 0\n")
+    run.path.rename(tmp_path / "runs" / "renamed")
+    again = compose_run(["renamed"]).config.data.datasets["kinetics"].class_names
+    assert again == str(tmp_path / "runs" / "renamed" / "class_names" / "kinetics.txt")
 
 
 # ------------------------------------------------------------------------------------------------- what is written
@@ -303,6 +306,17 @@ def test_a_resumed_run_goes_on_with_its_own_code_unless_told_otherwise(tmp_path:
     assert "note: the code of this checkout differs from the run" in own.stderr
     today = subprocess.run([*submit, "cluster=own", "update_code=true"], capture_output=True, text=True, check=False)
     assert (today.returncode, "there is no such cluster" in today.stderr) == (2, True)
+
+
+def test_a_run_is_resumed_through_a_link_to_its_folder_of_runs(tmp_path: Path, root: Path) -> None:
+    """Its own code has to see that it is the run's own, or it starts itself again and again."""
+    written("name=r", "gpus=8", "cluster.check_data=false")
+    (tmp_path / "linked").symlink_to("runs")
+    submit = [sys.executable, str(root / "launch" / "submit.py"), "dry_run=true"]
+    for words in (["r", f"runs={tmp_path / 'linked'}"], [str(tmp_path / "linked" / "r")], ["name=r", "runs=linked"]):
+        done = subprocess.run([*submit, *words], capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert "(resumed)" in done.stdout
 
 
 def test_a_run_of_an_older_version_goes_on_with_the_code_of_this_one(tmp_path: Path, root: Path) -> None:

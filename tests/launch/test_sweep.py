@@ -100,6 +100,32 @@ def test_both_kinds_of_sweep_refuse_what_a_submission_refuses(
     assert list(Path().glob("s-*")) == []
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["seed=0,1", "dry_run=true"], "dry_run: Hydra's launcher has none; use python launch/sweep.py"),
+        (["seed=1,1"], "two of the runs would be the same"),
+    ],
+)
+def test_hydras_sweep_trains_nothing_that_was_not_meant(
+    sweep_words: list[str], capsys: pytest.CaptureFixture[str], more: list[str], said: str
+) -> None:
+    from multitrain import sweep
+
+    assert sweep.main(["-m", *sweep_words, *more]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_word_is_noted_as_idle_only_if_it_is_in_every_run(
+    sweep_words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    idle = [*sweep_words, "dry_run=true", "cluster.check_data=false", "loss.scope=micro", "augment.copies=2"]
+    assert main([*idle, "loss.informative_weight=0", "seed=0,1"]) == 0
+    assert capsys.readouterr().err.count("note: loss.scope=micro: changes nothing") == 1
+    assert main([*idle, "loss.informative_weight=0,0.1"]) == 0
+    assert "note" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("dry", [[], ["dry_run=true"]])
 @pytest.mark.parametrize(
     ("more", "said"),
