@@ -123,6 +123,8 @@ def compose_run(words: Sequence[str], *, config_dirs: Sequence[str] = (), defaul
     run = Run(
         path, config, shape, typed, [str(Path(d).absolute()) for d in dirs], **flags, idle=idle_words(new, config)
     )
+    if run.update_code and not run.exists:
+        run.idle.append("update_code=true: changes nothing, since a new run takes this checkout's code; leave it out")
     _refuse_wrong_start(run)
     _refuse_single_clips(config, shape)
     return run

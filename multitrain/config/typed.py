@@ -28,6 +28,7 @@ def refuse_typed(words: Sequence[str], config: RunConfig, before: RunConfig | No
     typed = {override.key: override for override in map(split, words)}
     for override in typed.values():
         _refuse_empty_mapping(override, config)
+        _refuse_boolean_number(override, config)
         if override.key in REPLACED and (line := _idle(override, config)):
             raise ConfigError(line)
     for name, weight in config.loss.dataset_weights.items():
@@ -39,13 +40,26 @@ def refuse_typed(words: Sequence[str], config: RunConfig, before: RunConfig | No
         _refuse_small_test_sides(config, before)
 
 
+def _refuse_boolean_number(override: Override, config: RunConfig) -> None:
+    """Refuse ``gpus=true``, which pydantic would take for 1."""
+    if override.text is None or not isinstance(value_of(override), bool):
+        return
+    if type(_value_in(config, override.key)) in (int, float):
+        raise ConfigError(f"{override.word}: a number is needed, e.g. {override.key}=1")
+
+
+def _value_in(config: RunConfig, key: str) -> Any:
+    """The value of an option by its dotted name; None when there is none."""
+    node: Any = config.model_dump(mode="json")
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return node
+
+
 def _refuse_empty_mapping(override: Override, config: RunConfig) -> None:
     if override.text is None or override.text.replace(" ", "") != "{}" or value_of(override) != {}:
         return
-    node: Any = config.model_dump(mode="json")
-    for part in override.key.split("."):
-        node = node.get(part) if isinstance(node, dict) else None
-    if node:
+    if node := _value_in(config, override.key):
         raise ConfigError(
             f"{override.word}: changes nothing, since mappings are added to; ~{override.key}.NAME takes an entry away "
             f"(there are {', '.join(list(node)[:6])})"

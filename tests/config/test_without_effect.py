@@ -95,6 +95,12 @@ monitor monitor.log_every monitor.tensorboard monitor.wandb
 """Options that have an effect in every run, or later, when it is tested."""
 
 
+@pytest.mark.parametrize("word", ["gpus=true", "updates=true", "optim.lr=true", "data.workers=true"])
+def test_a_boolean_is_no_number(word: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{word}: a number is needed"):
+        refuse_typed([word], compose([*MANY, word]))
+
+
 def composed(word: str, others: Words) -> RunConfig:
     return compose([*MANY, *others, *([] if word in others else [word])])
 
