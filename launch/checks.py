@@ -15,6 +15,7 @@ from pathlib import Path
 
 from launch import run_folder
 from launch.child_error import child_error
+from launch.rank import python_path
 from launch.run_folder import Run
 from launch.snapshot import ROOT
 from multitrain.config import ConfigError, dump
@@ -37,7 +38,8 @@ def refuse_unstartable(runs: Sequence[Run], *, keep_index: bool) -> None:
         thrown_away = None if keep_index else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for run in _distinct(runs, ("data", "eval", "then")):
             if run.config.cluster.check_data:
-                _run_check("multitrain.data.catalog", run, "--index", str(thrown_away or run.index))
+                index = str(thrown_away or run.index)
+                _run_check("data", "multitrain.data.catalog", run, "--index", index)
 
 
 def _distinct(runs: Sequence[Run], options: Sequence[str]) -> list[Run]:
@@ -68,10 +70,10 @@ def _check_weights(run: Run) -> None:
         raise ConfigError(
             f"init_from={path}: no such file or folder; give a .pyth, a .safetensors, a run's or checkpoint's folder, or a run's name"
         )
-    _run_check("multitrain.commands.fits", run, prefix=f"init_from={path}: ")
+    _run_check("initial weights", "multitrain.commands.fits", run, prefix=f"init_from={path}: ")
 
 
-def _run_check(module: str, run: Run, *arguments: str, prefix: str = "") -> None:
+def _run_check(what: str, module: str, run: Run, *arguments: str, prefix: str = "") -> None:
     """Check the run's configuration with `module`, in a separate process.
 
     Raises:
@@ -81,12 +83,13 @@ def _run_check(module: str, run: Run, *arguments: str, prefix: str = "") -> None
         file = Path(folder) / "config.yaml"
         file.write_text(dump(run.config))
         command = [sys.executable, "-m", module, str(file), *arguments]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        environment = {**os.environ, "PYTHONPATH": python_path(ROOT)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
-        what = f"the check of {'the initial weights' if prefix else 'the data'} (python -m {module})"
         skip = "submit where it has memory and its libraries, or without the check: cluster.check_data=false"
-        raise ConfigError(prefix + child_error(what, done.returncode, done.stderr, skip))
+        raise ConfigError(
+            prefix + child_error(f"the check of the {what} (python -m {module})", done.returncode, done.stderr, skip)
+        )
     sys.stderr.write(done.stderr)
 
 

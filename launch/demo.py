@@ -20,6 +20,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 
+from launch.rank import python_path
 from multitrain.records.progress import duration
 from multitrain.report.status import status
 
@@ -65,7 +66,7 @@ def _python(title: str, *command: str) -> int:
     """Run a command of this project as a user would type it, and return its exit code."""
     began = time.monotonic()
     print(f"\n{title}: python {' '.join(command)}", flush=True)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment = {**os.environ, "PYTHONPATH": python_path(ROOT)}
     script = [str(ROOT / command[0]), *command[1:]] if command[0].endswith(".py") else command
     with subprocess.Popen([sys.executable, *script], env=environment) as process:
         # Ctrl-C also reaches the command, which saves and exits; `subprocess.run` would kill it before.

@@ -115,16 +115,15 @@ def compose_run(words: Sequence[str], *, config_dirs: Sequence[str] = (), defaul
         config = resume.with_absolute_paths(leaves(compose(options(typed), config_dirs=dirs)), path)
         new = options(typed)
         refuse_typed(new, config)
+    idle = idle_words(new, config)
+    if config.update_code and not saved:
+        idle.append("update_code=true: changes nothing, since a new run takes this checkout's code; leave it out")
     flags = {"from_scratch": config.from_scratch, "update_code": config.update_code}
     config = config.model_copy(update=dict.fromkeys(flags, False))
     shape = solve(
         config.effective_batch, nodes=config.nodes, gpus=config.gpus, micro_batch=config.micro_batch, group=config.group
     )
-    run = Run(
-        path, config, shape, typed, [str(Path(d).absolute()) for d in dirs], **flags, idle=idle_words(new, config)
-    )
-    if run.update_code and not run.exists:
-        run.idle.append("update_code=true: changes nothing, since a new run takes this checkout's code; leave it out")
+    run = Run(path, config, shape, typed, [str(Path(d).absolute()) for d in dirs], **flags, idle=idle)
     _refuse_wrong_start(run)
     _refuse_single_clips(config, shape)
     return run

@@ -22,10 +22,11 @@ import yaml
 
 from launch import checks, run_folder
 from launch.run_folder import Run
-from multitrain.config import ConfigError, dump, load
+from multitrain.config import ConfigError, load
 from multitrain.config.arguments import answered, piped, typed_words
 from multitrain.config.overrides import alternatives, combinations, split
 from multitrain.config.reading import read_yaml
+from multitrain.config.typed import equal_pair
 from multitrain.plot_style import table
 from multitrain.report.status import status
 
@@ -119,13 +120,9 @@ def _submit(words: list[str], config_dirs: list[str], parallel: int) -> Path | N
 
 def _refuse_equal_runs(runs: list[Run]) -> None:
     """Raises ConfigError for two runs that would be the same: an option that is swept has no effect, or a value stands twice."""
-    known: dict[str, Run] = {}
-    for run in runs:
-        equal = known.setdefault(dump(run.config.model_copy(update={"name": None})), run)
-        if equal is not run:
-            raise ConfigError(
-                f"{run.name} and {equal.name} would be the same run; give each value once, and each option in one word"
-            )
+    if pair := equal_pair([run.config for run in runs]):
+        names = " and ".join(runs[number].name for number in pair)
+        raise ConfigError(f"{names} would be the same run; give each value once, and each option in one word")
 
 
 def _write_listing(folder: Path, listing: list[dict[str, Any]]) -> None:

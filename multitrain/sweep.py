@@ -18,11 +18,11 @@ from typing import Any
 
 from multitrain.cluster import slurm
 from multitrain.cluster.exit_status import Exit
-from multitrain.config import ConfigError, compose, config_folder, dump, validate
+from multitrain.config import ConfigError, RunConfig, compose, config_folder, dump, validate
 from multitrain.config.arguments import answered, piped, typed_words
 from multitrain.config.compose import forced
 from multitrain.config.overrides import NotListed, combinations, readable, split, value_of
-from multitrain.config.typed import refuse_typed
+from multitrain.config.typed import equal_pair, refuse_typed
 
 MULTIRUN = ("-m", "--multirun")
 WAIT = 60.0
@@ -100,17 +100,15 @@ def _refuse_points(words: list[str], folders: list[str], *, is_multirun: bool) -
         return
     if len(points) > 1 and not is_multirun:
         raise ConfigError("several values and no -m; add it for a job each, or give one value")
-    known: set[str] = set()
+    configs: list[RunConfig] = []
     for point in points:
         config = compose(point, config_dirs=folders)
         refuse_typed(point, config)
         if config.dry_run:
             raise ConfigError("dry_run: Hydra's launcher has none; use python launch/sweep.py … dry_run=true")
-        if (text := dump(config)) in known:
-            raise ConfigError(
-                "two of the runs would be the same; give each value once, and each option in one override"
-            )
-        known.add(text)
+        configs.append(config)
+    if equal_pair(configs):
+        raise ConfigError("two of the runs would be the same; give each value once, and each option in one override")
 
 
 def train_point(composed: Any) -> None:

@@ -229,9 +229,8 @@ def _requeue(
         with contextlib.suppress(OSError):  # the log has it as well
             events.write(name, update=trainer.completed, **facts)
 
-    dependents = restarts.dependents(read(events.path))
     if trainer.world.is_main and not requeue.carry_out(
-        decision, run, job, config.cluster, write, dependents=dependents
+        decision, run, job, config.cluster, write, dependents=restarts.dependents(read(events.path))
     ):
         print("the job could not put itself back into the queue; its batch script tries again", flush=True)
         _release()
@@ -287,27 +286,30 @@ def _die(run: Path, rank: int, error: BaseException) -> NoReturn:
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
-def _no_room(run: Path, error: BaseException) -> str:
-    assert isinstance(error, OSError)
-    return (
-        f"cannot write {error.filename or run}: {error.strerror}; make room (or a quota, or a mount that can be written), "
-        "and submit the same name to resume"
-    )
+def _line_of(run: Path, error: BaseException) -> str | None:
+    """One line with the remedy, for a failure that needs no traceback; None for others."""
+    if type(error).__name__ == "SaveError":  # it cannot be imported without torch
+        return str(error)
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return (
+            f"cannot write {error.filename or run}: {error.strerror}; make room (or a quota, or a mount that can be written), "
+            "and submit the same name to resume"
+        )
+    return None
 
 
 def _say_last(run: Path, rank: int, error: BaseException, status: Exit) -> None:
     """The error in the events and in the log; with its traceback, unless it is one that a user mends by its text."""
     final = status != Exit.FAILED
-    full = isinstance(error, OSError) and error.errno in NO_ROOM
-    unsaved = type(error).__name__ == "SaveError"  # it cannot be imported without torch
-    text = str(error) if final or unsaved else _no_room(run, error) if full else f"{type(error).__name__}: {error}"
+    line = str(error) if final else _line_of(run, error)
+    text = f"{type(error).__name__}: {error}" if line is None else line
     try:
         if run.is_dir():
             events = Events(run / "events.jsonl")
             events.write("error", rank=rank, reason=text, final=final, exit_status=int(status))
     except (OSError, LeaseLost) as second:
         print(f"the error could not be written to {run}/events.jsonl: {second}", file=sys.stderr)
-    if not (final or full or unsaved):
+    if line is None:
         traceback.print_exception(error)
     for line in getattr(error, "details", ()) if rank == 0 else ():
         print(line, file=sys.stderr)

@@ -21,8 +21,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-BLOCKED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that wait for a rank's own handlers, as the launcher starts it."""
+from multitrain.cluster.slurm import STOP_SIGNALS
+
 IMPORTED = (
     *("multitrain.data.catalog", "multitrain.data.loader", "multitrain.engine.deepspeed"),
     *("multitrain.engine.distributed", "multitrain.engine.interruption", "multitrain.engine.leadtime"),
@@ -145,7 +145,7 @@ def _forked(out: int, statuses: int) -> bool:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     pid = os.fork()
     if pid:
-        for number in (signal.SIGINT, *BLOCKED):
+        for number in (signal.SIGINT, *STOP_SIGNALS):
             signal.signal(number, signal.SIG_IGN)
         os.close(out)
         os.write(statuses, _SIZE.pack(pid))
@@ -155,7 +155,7 @@ def _forked(out: int, statuses: int) -> bool:
     for descriptor in (1, 2):
         os.dup2(out, descriptor)
     os.close(out)
-    signal.pthread_sigmask(signal.SIG_BLOCK, set(BLOCKED))
+    signal.pthread_sigmask(signal.SIG_BLOCK, set(STOP_SIGNALS))
     return True
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from multitrain.cluster.slurm import block_stop_signals
 from multitrain.config import RunConfig, dump, validate
 from tests import forked
 
@@ -194,17 +194,12 @@ def start_ranks(
                 where = subprocess.PIPE if out is None else out
                 processes.append(
                     subprocess.Popen(
-                        command, env=env, stdout=where, stderr=subprocess.STDOUT, preexec_fn=_block_signals
+                        command, env=env, stdout=where, stderr=subprocess.STDOUT, preexec_fn=block_stop_signals
                     )
                 )
             else:
                 processes.append(forked.start(arguments, env, None if out is None else out.fileno()))
     return processes
-
-
-def _block_signals() -> None:
-    """As the launcher does, so that a signal that comes before the rank's own handlers waits for them."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, forked.BLOCKED)
 
 
 def wait(processes: Sequence[Rank], timeout: float = 800) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from multitrain.config.compose import dump
 from multitrain.config.errors import ConfigError
 from multitrain.config.overrides import Override, split, value_of
 from multitrain.config.run import RunConfig
@@ -66,6 +67,16 @@ def _refuse_empty_mapping(override: Override, config: RunConfig) -> None:
         )
 
 
+def equal_pair(configs: Sequence[RunConfig]) -> tuple[int, int] | None:
+    """The positions of the first two configurations that differ in the name at most, the later one first; None if there are none."""
+    known: dict[str, int] = {}
+    for number, config in enumerate(configs):
+        earlier = known.setdefault(dump(config.model_copy(update={"name": None})), number)
+        if earlier != number:
+            return number, earlier
+    return None
+
+
 def idle_words(words: Sequence[str], config: RunConfig) -> list[str]:
     """One line about each word that changes nothing because of other options, with what to do; none about words that switch
     something off.
@@ -98,4 +109,4 @@ def _refuse_small_test_sides(config: RunConfig, before: RunConfig | None) -> Non
             )
 
 
-__all__ = ["idle_words", "refuse_typed"]
+__all__ = ["equal_pair", "idle_words", "refuse_typed"]

@@ -21,16 +21,9 @@ from torch import Tensor, nn
 
 from multitrain.config import ConfigError, EngineConfig, OptimConfig
 from multitrain.engine import without_compiler
+from multitrain.model.device import autocast
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The arithmetic of `precision` (fp32, bf16, fp16) for operations on `device`."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=DTYPES[precision])
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -96,9 +96,11 @@ def arithmetic(precision: Precision, device: torch.device) -> ExitStack:
     """Autocast, or for fp32 the switches that keep a GPU from using TF32."""
     import torch
 
+    from multitrain.model.device import autocast
+
     stack = ExitStack()
     if precision != "fp32":
-        stack.enter_context(torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]))
+        stack.enter_context(autocast(precision, device))
     elif device.type == "cuda":
         matmul = torch.backends.cuda.matmul
         before = matmul.allow_tf32

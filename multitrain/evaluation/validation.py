@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,20 +51,19 @@ class Validation:
 
     def __call__(self, model: MultiTrain) -> dict[str, dict[str, float]]:
         """The result of :func:`validate`."""
-        import torch
+        from multitrain.model.device import autocast
 
-        precision = self._config.eval.precision or self._config.precision
         self._showing.clear()
-        results = validate(
-            model,
-            self._config,
-            self._catalogs,
-            **self._ranks,
-            reduce=self._reduce,
-            stop=self._stop,
-            autocast={"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision),
-            observe=self._showing.add if self.draws else None,
-        )
+        with autocast(self._config.eval.precision or self._config.precision, device_of(model)):
+            results = validate(
+                model,
+                self._config,
+                self._catalogs,
+                **self._ranks,
+                reduce=self._reduce,
+                stop=self._stop,
+                observe=self._showing.add if self.draws else None,
+            )
         if results and self.draws:
             self._showing.share(self._reduce)
         return results
@@ -84,7 +82,6 @@ def validate(
     world_size: int = 1,
     reduce: Reduce | None = None,
     stop: Stop | None = None,
-    autocast: torch.dtype | None = None,
     observe: Callable[[str, int, Scores | None], None] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Accuracy on validation videos during training, with one centred view per video, on all ranks.
@@ -96,7 +93,6 @@ def validate(
         rank, world_size: this process among the ranks.
         reduce: float64 CPU tensor [n] → its sum over ranks, on every rank; a collective. None for one rank.
         stop: called after every video; when it returns True on any rank, all ranks return {}.
-        autocast: arithmetic of the forward pass; the surrounding one when not given.
         observe: called for each video that this rank scores, with dataset, index and scores (None: could not be read).
 
     Returns:
@@ -113,13 +109,10 @@ def validate(
         tally = _Tally(catalog)
         share = share_of(len(catalog), group_size(config, one_view), rank, world_size)
         if not interrupted:
-            with ExitStack() as stack:
-                if autocast is not None:
-                    stack.enter_context(torch.autocast(device_of(model).type, autocast))
-                for index, scores, _ in score_videos(model, config, task, share, stop=stop):
-                    tally.add(index, scores)
-                    if observe is not None:
-                        observe(name, index, scores)
+            for index, scores, _ in score_videos(model, config, task, share, stop=stop):
+                tally.add(index, scores)
+                if observe is not None:
+                    observe(name, index, scores)
             interrupted = stop is not None and stop()
         tallies.append(tally.vector)
     vector = torch.from_numpy(np.concatenate([*tallies, [float(interrupted)]]))
