@@ -191,7 +191,7 @@ def stop_reason(
         "REQUEUE_HOLD",
         "SPECIAL_EXIT",
     ):
-        return PREEMPTED if preempted else OPERATOR
+        return PREEMPTED if preempted or _log_names_preemption(job) else OPERATOR
     if state in ("COMPLETING", "TIMEOUT", "NODE_FAIL", "FAILED"):
         reason = {"TIMEOUT": "TimeLimit", "NODE_FAIL": "RaisedSignal"}.get(state, job.get("Reason", ""))
         return STATUS_OF_REASON.get(reason, CANCELLED)
@@ -203,6 +203,25 @@ def stop_reason(
     if left < close or signal.SIGUSR2 in signals or (signal.SIGUSR1 in signals and left < 4 * close):
         return TIME_LIMIT
     return STEP_ENDED if signals and job.get("BatchFlag", "1") == "1" else None
+
+
+PREEMPTION_LINE = r"\b(?:JOB|STEP) {job}\b.* CANCELLED AT (\S+) DUE TO PREEMPTION"
+"""What slurmstepd writes into the job's log when the job is preempted."""
+
+
+def _log_names_preemption(job: Mapping[str, str], within: float = 600.0) -> bool:
+    """Whether SLURM wrote into the job's log, within the last seconds, that it preempts the job. A partition without grace time requeues
+    the job at once, and its record then has no PreemptTime any more (seen on 22.05).
+    """
+    path = job.get("StdOut", "")
+    try:
+        with open(path, "rb") as log:
+            log.seek(max(0, os.fstat(log.fileno()).st_size - 65536))
+            text = log.read().decode(errors="replace")
+    except (OSError, ValueError):
+        return False
+    times = re.findall(PREEMPTION_LINE.format(job=re.escape(job.get("JobId", "?"))), text)
+    return bool(times) and -_seconds_until(times[-1]) < within
 
 
 def grace(partition: str | None = None) -> float | None:

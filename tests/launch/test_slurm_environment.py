@@ -163,6 +163,21 @@ def test_a_start_of_a_job_that_has_started_again_elsewhere_leaves_it_alone(
     assert decide(ended, [], ClusterConfig(), went_well=True).action == action
 
 
+@pytest.mark.parametrize(
+    ("ago", "job", "reason"),
+    [(1, "7", "preempted"), (3600, "7", "requeued by an operator"), (1, "17", "requeued by an operator")],
+)
+def test_a_preemption_without_grace_that_only_the_log_records_is_no_operators_requeue(
+    answer: Path, tmp_path: Path, ago: int, job: str, reason: str
+) -> None:
+    """SLURM requeues such a job at once, and forgets its PreemptTime. An earlier start's line, or another job's, does not count."""
+    log, when = tmp_path / "7.log", (datetime.now() - timedelta(seconds=ago)).isoformat(timespec="seconds")
+    log.write_text(f"slurmstepd-n1: error: *** JOB {job} ON n1 CANCELLED AT {when} DUE TO PREEMPTION ***\n")
+    line = JOB.format(state="PENDING", preempt="None", end=LATER)
+    answer.write_text(f"{line} StdOut={log} Power=\n")
+    assert slurm.stop_reason(slurm.show_job("7"), [signal.SIGTERM], restart=0) == reason
+
+
 def test_without_an_answer_nothing_is_decided(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(slurm.SlurmError, match="scontrol"):
