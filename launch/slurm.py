@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -233,7 +234,16 @@ def _executor(run: Path, config: RunConfig, *, checked: bool, task: str = "train
 def _python(config: RunConfig) -> str:
     """The Python command of the ranks; in a job of `slurm/train.sh` that of MULTITRAIN_PYTHON."""
     given = os.environ.get("MULTITRAIN_PYTHON") if "SLURM_JOB_ID" in os.environ else None
-    return config.cluster.python or shlex.quote(given or sys.executable)
+    return _absolute(config.cluster.python) if config.cluster.python else shlex.quote(given or sys.executable)
+
+
+def _absolute(command: str) -> str:
+    """A shell command with its relative paths (``venv/bin/python``, ``image.sif``) as those of this folder, where they exist."""
+    return re.sub(
+        r"(?<!\S)[\w.][\w./+@-]*[./][\w./+@-]*(?!\S)",
+        lambda word: os.path.abspath(word[0]) if os.path.isfile(word[0]) else word[0],
+        command,
+    )
 
 
 def _parameters(run: Path, config: RunConfig, task: str) -> dict[str, Any]:
@@ -247,7 +257,8 @@ def _parameters(run: Path, config: RunConfig, task: str) -> dict[str, Any]:
         f'. "$run/code/{JOB_SCRIPT_LIBRARY}"',
         *cluster.setup,
     ]
-    setup += ["export PYTHONSAFEPATH=1"]  # without it, python -m would import from the submit directory: the checkout
+    # `python -m` imports from the working directory first, and the submit directory is the checkout; Python 3.10 knows no safe path
+    setup += ['cd "$run/code"', "export PYTHONSAFEPATH=1"]
     if config.preflight:
         step = shlex.join(["srun", "--kill-on-bad-exit=1", *cluster.srun_args])
         setup.append(f'{step} $hold {_python(config)} -u -m launch.preflight --dir "$run" || finish $?')

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,11 +100,48 @@ def test_the_last_element_of_an_array_asks_of_itself_and_not_of_the_whole_array(
 
 
 @pytest.mark.parametrize("lines", [["cluster=slurm"], ["cluster=slurm", "preflight=true"]])
-def test_no_python_of_a_job_looks_for_modules_in_the_submit_directory(lines: list[str], tmp_path: Path) -> None:
-    """Which is the checkout, and may be edited by then; `cluster.setup` is the user's own and is not touched."""
-    config = compose(["experiment=k400", "cluster.setup=[echo ready]", *lines])
-    text = slurm.script(tmp_path / "run", config, ("-m", "multitrain.train", "run"))
-    assert text.index("echo ready") < text.index("export PYTHONSAFEPATH=1") < text.index("srun ")
+@pytest.mark.parametrize("safe_path", [True, False])
+def test_no_python_of_a_job_looks_for_modules_in_the_submit_directory(
+    lines: list[str], safe_path: bool, tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is the checkout, and may be edited by then. Without a safe path, as Python 3.10; srun is a mock that runs its command."""
+    run, checkout = tmp_path / "run", tmp_path / "checkout"
+    for folder in (run / "code" / "launch", run / "logs", checkout / "launch", tmp_path / "bin"):
+        folder.mkdir(parents=True)
+    shutil.copy(root / "launch" / "job.sh", run / "code" / "launch")
+    commands = {
+        "srun": 'while [ "${1#-}" != "$1" ]; do [ "$1" != --output ] || shift; shift; done; exec "$@"',
+        "scontrol": "exit 1",
+        "python": f'{"" if safe_path else "unset PYTHONSAFEPATH; "}exec {sys.executable} "$@"',
+    }
+    for name, text in commands.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (checkout / "launch" / "__init__.py").write_text("raise SystemExit('the checkout was imported')\n")
+    for module in ("__init__", "preflight", "requeue", "rank"):
+        (run / "code" / "launch" / f"{module}.py").write_text(f"print('the run\\'s {module}')\n")
+    (checkout / "image").touch()
+    monkeypatch.chdir(checkout)
+    config = compose(["experiment=k400", "cluster.setup=[ls image]", f"cluster.python={tmp_path}/bin/python", *lines])
+    script = slurm.write_script(run, config).read_text()
+    environment = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
+    names = ["preflight"] * (len(lines) - 1) + ["rank", "requeue"]
+    assert done.stdout.splitlines() == ["image", *(f"the run's {n}" for name in names for n in ("__init__", name))], done
+
+
+def test_relative_paths_in_the_python_command_are_those_of_the_submission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "venv").mkdir()
+    for name in ("venv/python", "image.sif", "exec"):
+        (tmp_path / name).touch()
+    given = "apptainer exec --nv image.sif venv/python -X dev /usr/bin/python $HOME/python missing.sif"
+    text = slurm._absolute(given)
+    assert text.split()[3:] == [f"{tmp_path}/image.sif", f"{tmp_path}/venv/python", *given.split()[5:]]
+    assert slurm._absolute("venv/python -u") == f"{tmp_path}/venv/python -u"
+    assert slurm._absolute("python") == "python"
 
 
 def test_a_shells_own_options_for_slurms_commands_are_not_passed_on(

@@ -22,6 +22,7 @@ run=/shared/runs/golden
 python=(apptainer exec --nv --bind /shared,/usr/bin/scontrol,/etc/slurm,/run/munge multitrain.sif python)
 export PYTHONPATH="$run/code${PYTHONPATH:+:$PYTHONPATH}"
 . "$run/code/launch/job.sh"
+cd "$run/code"
 export PYTHONSAFEPATH=1
 
 # command

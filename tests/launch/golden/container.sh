@@ -24,6 +24,7 @@ run=/shared/runs/golden
 python=(apptainer exec --nv image.sif python)
 export PYTHONPATH="$run/code${PYTHONPATH:+:$PYTHONPATH}"
 . "$run/code/launch/job.sh"
+cd "$run/code"
 export PYTHONSAFEPATH=1
 srun --kill-on-bad-exit=1 $hold apptainer exec --nv image.sif python -u -m launch.preflight --dir "$run" || finish $?
 

@@ -26,6 +26,7 @@ python=(/venv/bin/python)
 export PYTHONPATH="$run/code${PYTHONPATH:+:$PYTHONPATH}"
 . "$run/code/launch/job.sh"
 module load ffmpeg
+cd "$run/code"
 export PYTHONSAFEPATH=1
 
 # command

@@ -22,6 +22,7 @@ run=/shared/runs/golden
 python=(python)
 export PYTHONPATH="$run/code${PYTHONPATH:+:$PYTHONPATH}"
 . "$run/code/launch/job.sh"
+cd "$run/code"
 export PYTHONSAFEPATH=1
 
 # command

@@ -21,6 +21,7 @@ run=/shared/runs/golden
 python=(/venv/bin/python)
 export PYTHONPATH="$run/code${PYTHONPATH:+:$PYTHONPATH}"
 . "$run/code/launch/job.sh"
+cd "$run/code"
 export PYTHONSAFEPATH=1
 
 # command
