@@ -147,6 +147,8 @@ def copy() -> Iterator[Path]:
                 shutil.copy(source, tree / name)
         if (shared := ROOT.parent / "shared").exists():
             (tree.parent / "shared").symlink_to(shared.resolve())
+        for arguments in (["init", "--quiet"], ["add", "--all"]):  # tests ask git for the files of a checkout
+            subprocess.run(["git", "-C", str(tree), *arguments], check=True)
         yield tree
 
 
