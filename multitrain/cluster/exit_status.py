@@ -26,6 +26,10 @@ class Exit(enum.IntEnum):
     INTERRUPTED = 75
     """Saved and stopped; the run can be resumed."""
 
+    def __str__(self) -> str:
+        """The number, as on Python 3.11 and later; on 3.10 it would be the name."""
+        return str(int(self))
+
     @classmethod
     def is_clean(cls, status: int) -> bool:
         """Whether `status` means that the rank has finished, or has saved and stopped."""

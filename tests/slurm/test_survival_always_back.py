@@ -132,8 +132,8 @@ def test_a_python_that_is_missing_on_one_node_costs_a_run_that_went_well_only_th
     python.write_text(f'#!/bin/sh\n{missing}\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
     run, job = runs.submit("missing", f"cluster.python={python}", "checkpoint.every=1", "cluster.restarts_in_place=0")
-    for starts in range(4):
-        runs.reach(run, job, 1 + starts)
+    for _ in range(4):
+        runs.reach(run, job, len(runs.metrics(run)) + 1)
         runs.cluster.run("scontrol", "requeue", job)
         runs.cluster.start_now(job)
 
