@@ -208,6 +208,14 @@ def is_copy(run: Path, holder: Holder) -> bool:
     return holder.folder != str(run.resolve()) and holder.inode != _inode(run)
 
 
+def original(run: Path) -> Path | None:
+    """The folder of which `run` is a copy that was made while it trained, and that has not been started itself."""
+    state = newest(run)
+    if state is None or state.over or state.holder is None or not is_copy(run, state.holder):
+        return None
+    return Path(state.holder.folder or "")
+
+
 def start_name(job: str | None, restart: int, environment: Mapping[str, str] = os.environ) -> str:
     """The name of this start of a run, the same in all its processes: batch script, supervisors, ranks."""
     if job is not None:

@@ -14,6 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from multitrain import lease
 from multitrain.cluster import scheduler
 from multitrain.config import ConfigError, nearest
 from multitrain.config.arguments import Parser
@@ -150,6 +151,9 @@ def _status(run_dir: Path, history: Sequence[Mapping[str, Any]], queue: Mapping[
     recent = metrics[-100:]
     pace = _mean(recent, "seconds")
     state = queue.get("state") or _state(history)
+    original = lease.original(run_dir) if state in ACTIVE_STATES else None
+    if original is not None:  # events and job are the original's
+        state, queue = "interrupted", {}
     validation = [e for e in history if e.get("event") == "validation"]
     latest = metrics[-1] if metrics else {}
     known_interruptions = interruptions(history)
@@ -184,7 +188,7 @@ def _status(run_dir: Path, history: Sequence[Mapping[str, Any]], queue: Mapping[
         "interruptions": known_interruptions,
         "skipped": _skipped(run_dir / "skipped.jsonl"),
         "last_event": history[-1] if history else None,
-        "last_error": _error(history),
+        "last_error": f"a copy of {original}, made while it trained" if original else _error(history),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from multitrain.config import ConfigError
+from multitrain.lease import acquire
 from multitrain.records import events
 from multitrain.records.recorder import Recorder
 from multitrain.report.interruptions import NO_MESSAGE, PEER_LOST, interruptions
@@ -239,3 +241,13 @@ def test_the_command_prints_json_that_scripts_can_read(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "multitrain.report.status", str(run), "--json"]
     answer = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(answer.stdout)["state"] == "finished"
+
+
+def test_a_copy_of_a_run_that_trains_does_not_train(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "first")
+    with acquire(run, patience=0):
+        shutil.copytree(run, tmp_path / "copy")
+        first, copy = statuses([run, tmp_path / "copy"])
+    assert (first["state"], first["last_error"]) == ("running", None)
+    assert (copy["state"], copy["eta_seconds"]) == ("interrupted", None)
+    assert f"a copy of {run}, made while it trained" in card(copy)
