@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import struct
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,22 @@ RGB_COLORSPACE = 3
 """TensorBoard's code for the RGB colour space."""
 
 
+def _hide_write_errors() -> None:
+    """Print no traceback of the library's writing thread: it raises its error again at the next call, where it is caught."""
+    from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
+
+    before = threading.excepthook
+    if getattr(before, "hides_write_errors", False):
+        return
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not (isinstance(args.thread, _AsyncWriterThread) and isinstance(args.exc_value, OSError)):
+            before(args)
+
+    hook.hides_write_errors = True  # type: ignore[attr-defined]
+    threading.excepthook = hook
+
+
 class TensorBoard:
     """Writes scalars to a folder; points of updates that a resumed run repeats are hidden (`purge_step`).
 
@@ -67,6 +84,7 @@ class TensorBoard:
     def _open(self, purge_step: int | None) -> SummaryWriter:
         from torch.utils.tensorboard import SummaryWriter
 
+        _hide_write_errors()
         return SummaryWriter(str(self._folder), purge_step=purge_step, flush_secs=30)
 
     def _guarded(self, action: Callable[[SummaryWriter], Any]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +120,22 @@ def test_tensorboard_has_a_gap_and_goes_on(tmp_path: Path) -> None:
     found = accumulator.EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0})
     found.Reload()
     assert [(e.step, e.value) for e in found.Scalars("train/loss")] == [(1, 1.0), (3, 3.0)]
+
+
+def test_a_full_disk_under_tensorboard_is_a_line_and_no_traceback(tmp_path: Path) -> None:
+    """In a process of its own, with a limit on the size of a file as a real refusal."""
+    program = f"""
+import resource, signal, time
+from multitrain.records.tensorboard import TensorBoard
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+board = TensorBoard({str(tmp_path / "tensorboard")!r}, say=print)
+resource.setrlimit(resource.RLIMIT_FSIZE, (512, resource.RLIM_INFINITY))
+for update in range(100):
+    board.scalar("train/loss", 1.0, update)
+board.flush()
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+board.close()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.count("cannot be written (File too large)") == 1, done
+    assert done.stderr == ""
