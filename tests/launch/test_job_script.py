@@ -127,7 +127,9 @@ def test_no_python_of_a_job_looks_for_modules_in_the_submit_directory(
     environment = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
     names = ["preflight"] * (len(lines) - 1) + ["rank", "requeue"]
-    assert done.stdout.splitlines() == ["image", *(f"the run's {n}" for name in names for n in ("__init__", name))], done
+    assert done.stdout.splitlines() == ["image", *(f"the run's {n}" for name in names for n in ("__init__", name))], (
+        done
+    )
 
 
 def test_relative_paths_in_the_python_command_are_those_of_the_submission(
