@@ -21,6 +21,7 @@ import time
 from collections.abc import Sequence
 
 from launch.rank import python_path
+from multitrain.config.arguments import OneLineParser
 from multitrain.records.progress import duration
 from multitrain.report.status import status
 
@@ -97,9 +98,9 @@ def _shape(gpus: int) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python launch/demo.py",
-        description="Generate data, train, test and report: a small version of the whole workflow, on this machine.",
+    parser = OneLineParser(
+        "python launch/demo.py",
+        "Generate data, train, test and report: a small version of the whole workflow, on this machine.",
     )
     parser.add_argument("--name", default="demo", help="name of the run (default demo)")
     parser.add_argument("--runs", default="runs", help="folder of runs (default runs)")

@@ -131,11 +131,12 @@ def local_notes(config: RunConfig) -> list[str]:
             f"on its {counted(cores, 'core')}"
         )
     if loaders + config.gpus > max(cores, config.gpus + 1):
-        fits = max(0, (cores - config.gpus) // config.gpus)
+        fits = max(1, (cores - config.gpus) // config.gpus)
         notes.append(
             f"# warning: {counted(config.gpus, 'rank')} × data.workers={config.data.workers} = {loaders} loader processes on "
             f"{counted(cores, 'core')}; "
-            f"use data.workers={max(1, fits)}" + (f" and gpus={max(1, cores // 2)}" if config.gpus > cores else "")
+            f"use data.workers={fits if fits < config.data.workers else 0}"
+            + (f" and gpus={max(1, cores // 2)}" if config.gpus > cores else "")
         )
     return notes
 

@@ -23,6 +23,7 @@ from multitrain.cluster.exit_status import Exit
 from multitrain.cluster.requeue import Action, Decision, Ended
 from multitrain.cluster.restarts import Start
 from multitrain.config import ClusterConfig, ConfigError, load
+from multitrain.config.arguments import OneLineParser
 from multitrain.lease import LeaseLost
 from multitrain.records.events import Events, read
 
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="launch.requeue", description=__doc__, allow_abbrev=False)
+    parser = OneLineParser("launch.requeue", __doc__)
     parser.add_argument("run", type=lambda text: Path(text).absolute(), help="the run's folder")
     parser.add_argument("status", type=int, help="exit status of the step")
     parser.add_argument("--signals", default="", help="names of the signals that the batch script received")

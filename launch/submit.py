@@ -18,7 +18,6 @@ import shlex
 import signal
 import subprocess
 from types import FrameType
-from typing import NoReturn
 
 import yaml
 
@@ -27,7 +26,7 @@ from launch.rank import python_path
 from launch.run_folder import Run
 from launch.snapshot import is_own_code
 from multitrain.config import ConfigError, dump
-from multitrain.config.arguments import answered, piped, typed_words
+from multitrain.config.arguments import OneLineParser, answered, piped, typed_words
 from multitrain.config.overrides import tidy
 from multitrain.text import counted
 
@@ -66,21 +65,12 @@ def _main(words: list[str], options: argparse.Namespace) -> int:
     return _prepare(words, options.config_dir) if options.prepare else _submit(words, options.config_dir)
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {' '.join(message.split())}; see --help\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="submit.py",
+    parser = OneLineParser(
+        "python launch/submit.py",
+        "Submit a training run to SLURM, or run it here with cluster=local. Returns at once.",
         usage="python launch/submit.py [RUN] [key=value …]",
-        description="Submit a training run to SLURM, or run it here with cluster=local. Returns at once.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--config-dir", action="append", default=[], metavar="DIR", help="folder with your own config groups"

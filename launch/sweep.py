@@ -23,7 +23,7 @@ import yaml
 from launch import checks, run_folder
 from launch.run_folder import Run
 from multitrain.config import ConfigError, load
-from multitrain.config.arguments import answered, piped, typed_words
+from multitrain.config.arguments import OneLineParser, answered, piped, typed_words, whole_number
 from multitrain.config.overrides import alternatives, combinations, split
 from multitrain.config.reading import read_yaml
 from multitrain.config.typed import equal_pair
@@ -38,10 +38,7 @@ SHARED_OPTIONS = ("nodes", "gpus", "cluster", "name", "runs")
 
 def main(arguments: list[str] | None = None) -> int:
     """Submit a sweep or show one; the exit code: 0 submitted, or no run has failed; 1 a run has failed; 2 refused."""
-    parser = argparse.ArgumentParser(
-        prog="sweep.py", usage="python launch/sweep.py NAME | name=NAME key=a,b …", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )  # fmt: skip
+    parser = OneLineParser("python launch/sweep.py", __doc__, usage="python launch/sweep.py NAME | name=NAME key=a,b …")
     parser.add_argument(
         "--config-dir", action="append", default=[], metavar="DIR", help="folder with config groups of your own"
     )
@@ -49,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--wait", action="store_true", help="wait until all runs have ended; exit status 1 when one has failed"
     )
     parser.add_argument(
-        "--parallel", type=int, default=0, metavar="N", help="runs at once (default: as many as SLURM allows)"
+        "--parallel", type=whole_number, default=0, metavar="N", help="runs at once (default: as many as SLURM allows)"
     )
     parser.add_argument("--json", action="store_true", help="the table as one JSON object")
     options, words = parser.parse_known_args(arguments)

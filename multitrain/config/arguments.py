@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from multitrain.config.aliases import suggestion
 from multitrain.config.boundary import refused_by_system
@@ -22,8 +22,19 @@ MISTAKE = 2
 """Exit status of a command with a wrong option, or an input that it cannot use."""
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser with errors of one line.
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser with errors of one line, whose description keeps its lines, and without abbreviated options."""
+
+    def __init__(self, prog: str, description: str | None, **more: Any) -> None:
+        more = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **more}
+        super().__init__(prog=prog, description=description, **more)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(MISTAKE, f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help\n")
+
+
+class Parser(OneLineParser):
+    """The parser of a verb.
 
     Args:
         verb: the words after ``multitrain`` on the command line, e.g. ``evaluate`` or ``data check``.
@@ -32,13 +43,8 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, verb: str, description: str, *examples: str) -> None:
-        super().__init__(
-            prog=f"multitrain {verb}",
-            description=description,
-            epilog="\n".join(["examples:" if len(examples) > 1 else "example:", *(f"  {e}" for e in examples)]),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
+        lines = ["examples:" if len(examples) > 1 else "example:", *(f"  {e}" for e in examples)]
+        super().__init__(f"multitrain {verb}", description, epilog="\n".join(lines))
         self.add_argument(
             "--config-dir",
             action="append",
@@ -46,10 +52,6 @@ class Parser(argparse.ArgumentParser):
             metavar="DIR",
             help="folder with your own config groups, e.g. DIR/data/mine.yaml for data=mine",
         )
-
-    def error(self, message: str) -> NoReturn:
-        flat = " ".join(message.split())
-        self.exit(MISTAKE, f"{self.prog}: {flat}; see {self.prog} --help\n")
 
     def add_overrides(self, example: str) -> None:
         """Accept any number of ``key=value`` as ``overrides``; parse with :meth:`parse_with_overrides`."""
@@ -164,4 +166,14 @@ def pair(text: str, option: str) -> tuple[str, str]:
     return name, value
 
 
-__all__ = ["MISTAKE", "Arguments", "Parser", "answered", "pair", "piped", "typed_words", "whole_number"]
+__all__ = [
+    "MISTAKE",
+    "Arguments",
+    "OneLineParser",
+    "Parser",
+    "answered",
+    "pair",
+    "piped",
+    "typed_words",
+    "whole_number",
+]

@@ -7,7 +7,6 @@ checks all annotation files of a run and prints a summary. Imports neither torch
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from multitrain.config import ConfigError, DataConfig, DatasetConfig, RunConfig, load, nearest
+from multitrain.config.arguments import OneLineParser
 from multitrain.config.class_names import find_class_names, read_class_names, repeated_name
 from multitrain.config.reading import shown
 from multitrain.data.annotations import CatalogError, Syntax, lines, read_annotations
@@ -401,9 +401,7 @@ def summary(config: RunConfig, index_dir: Path | str) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return the exit status: 0, or 2 for annotations that cannot be used."""
-    parser = argparse.ArgumentParser(
-        prog="python -m multitrain.data.catalog", description="Check the annotation files of a run."
-    )
+    parser = OneLineParser("python -m multitrain.data.catalog", "Check the annotation files of a run.")
     parser.add_argument("config", type=Path, help="config.yaml of a run, or the run's folder")
     parser.add_argument("--index", type=Path, required=True, help="folder for the index files")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

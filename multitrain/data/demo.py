@@ -13,7 +13,6 @@ writes ``DIR/NAME/annotations/{train,val,test}.csv`` with ``classes.txt``, and `
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -30,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from multitrain.config.arguments import OneLineParser
 from multitrain.config.reading import read_json
 from multitrain.data.random import KeyedRNG, generator
 from multitrain.errors import ConfigError
@@ -288,7 +288,7 @@ def _write_annotations(out: OutputFolder, dataset: str, clips: Sequence[Clip], s
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m multitrain.data.demo --out DIR``; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m multitrain.data.demo", description=__doc__.split("\n")[0])
+    parser = OneLineParser("python -m multitrain.data.demo", __doc__.split("\n")[0])
     parser.add_argument("--out", required=True, type=Path, help="folder to make the datasets in")
     parser.add_argument("--seed", type=int, default=0, help="other seeds make other videos (default 0)")
     parser.add_argument("--fraction", type=float, default=1.0, help="share of the usual number of videos (default 1)")
