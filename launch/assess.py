@@ -37,6 +37,7 @@ COLUMNS = (
     ("skew_ms", "clock_ms"),
     ("link_GB_s", "link_GB/s"),
     ("allreduce_GB_s", "allreduce_GB/s"),
+    ("backend", "backend"),
 )
 """Keys of a row and the titles of their columns; a column without any value is left out."""
 

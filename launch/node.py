@@ -30,8 +30,11 @@ READ_SECONDS = 2.0
 MAX_LISTED_FILES = 400
 """Limit of video files listed; each rank reads its own share of them."""
 
-LIBRARIES = ("multitrain", "torch", "deepspeed", "numpy", "av", "decord", "opencv-python-headless", "nvidia-nccl-cu12")
-"""Packages whose versions must be the same on all nodes."""
+LIBRARIES = ("multitrain", "torch", "deepspeed", "numpy", "av", "decord", "opencv-python-headless")
+"""Packages whose versions must be the same on all nodes, beside :data:`NCCL`."""
+
+NCCL = "nvidia-nccl-"
+"""Beginning of the name of NCCL's package, which ends with the version of CUDA."""
 
 
 def name(environment: Mapping[str, str] = os.environ) -> str:
@@ -134,7 +137,8 @@ def _installed() -> dict[str, dict[str, str]] | None:
 def versions() -> dict[str, str]:
     """Versions of Python and of the installed :data:`LIBRARIES`."""
     found = {"python": platform.python_version()}
-    for package in LIBRARIES:
+    nccl = sorted({d.name for d in importlib.metadata.distributions() if (d.name or "").startswith(NCCL)})
+    for package in (*LIBRARIES, *nccl):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found

@@ -370,6 +370,8 @@ def _collective(
     for rank, row in rows.items():
         answer = answers.get(rank, {"error": "no answer"})
         row |= {name: answer[name] for name in SPEED_FIELDS if type(answer.get(name)) in (int, float)}
+        if isinstance(answer.get("backend"), str):
+            row["backend"] = channel.printable(answer["backend"])
         if "error" in answer:
             said = channel.printable(str(answer["error"]))
             text = f"the all-reduce failed on rank {rank} on {row['node']}: {said}"

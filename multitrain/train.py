@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -72,7 +73,11 @@ def main(arguments: list[str] | None = None) -> int:
         from multitrain.engine.distributed import join
 
         world = join(
-            config.world_size, config.engine.collective_timeout, config.engine.threads, config.engine.collective_limit
+            config.world_size,
+            config.engine.collective_timeout,
+            config.engine.threads,
+            config.engine.collective_limit,
+            config.precision,
         )
         guard.follow(*world.broadcast((guard.generation, guard.start)))
         from multitrain.engine.build import build  # its imports take seconds, which ranks spend side by side
@@ -150,6 +155,7 @@ def _begin(config: RunConfig, run: Path) -> None:
 def _start(config: RunConfig, run: Path, trainer: Trainer) -> None:
     """Resume, and say so."""
     refused = trainer.resume()
+    models = Counter(trainer.world.gather(trainer.world.hardware["device"]))
     if not trainer.world.is_main:
         return
     for folder, reason in refused.items():
@@ -161,12 +167,19 @@ def _start(config: RunConfig, run: Path, trainer: Trainer) -> None:
         micro_batch=trainer.shape.micro_batch,
         accumulation=trainer.shape.accumulation,
         plan=trainer.plan.fingerprint,
+        **trainer.world.hardware,
     )
+    if len(models) > 1:
+        listed = ", ".join(f"{count} × {model}" for model, count in models.items())
+        print(
+            f"warning: the ranks have different devices ({listed}): an update takes as long as the slowest one",
+            flush=True,
+        )
     verb = f"resuming after update {trainer.completed}" if trainer.completed else "starting"
     print(
         f"{run.name}: {verb} of {trainer.updates}; {counted(trainer.world.size, 'rank')} × "
         f"{counted(trainer.shape.micro_batch, 'video')} × {trainer.shape.accumulation} accumulation = "
-        f"{counted(config.effective_batch, 'video')} an update",
+        f"{counted(config.effective_batch, 'video')} an update; on {trainer.world.hardware['device']}, {trainer.world.hardware['backend']}",
         flush=True,
     )
 

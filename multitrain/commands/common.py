@@ -16,12 +16,17 @@ def device(name: str | None, local_rank: int = 0) -> str:
     """The torch device to use: `name`, else the GPU of this rank, else the CPU.
 
     Raises:
-        ConfigError: there is no such device.
+        ConfigError: there is no such device, or no `name` is given and a GPU is here that this torch cannot use.
     """
     import torch
 
+    from multitrain.engine.device import refuse_unused_gpu
+
     if name is None:
-        return f"cuda:{local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+        if torch.cuda.is_available():
+            return f"cuda:{local_rank % torch.cuda.device_count()}"
+        refuse_unused_gpu(local_rank)
+        return "cpu"
     try:
         found = torch.device(name)
     except RuntimeError:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from multitrain.config import ConfigError
+from multitrain.engine.device import described, rank_device
 from multitrain.engine.store import listens_here_only, rendezvous
 
 ELEMENTS = 16 << 20
@@ -28,10 +30,8 @@ def bandwidth(rank: int, world: int, local: int, address: str, port: int, patien
 
     NCCL where there are GPUs, else gloo. The bus bandwidth counts 2 (W - 1) / W times the bytes, as NCCL's tests do.
     """
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
+    device = rank_device(rank, local)
+    cuda = device.type == "cuda"
     store = rendezvous(rank, world, listens_here_only(world), patience)
     dist.init_process_group(
         "nccl" if cuda else "gloo",
@@ -57,7 +57,7 @@ def bandwidth(rank: int, world: int, local: int, address: str, port: int, patien
     reduced = 2 * (world - 1) / world * size / _seconds(lambda: dist.all_reduce(values), cuda)
     link = round(size / _seconds(ring, cuda) / 1e9, 3) if world > 1 else None
     dist.destroy_process_group()
-    return {"allreduce_GB_s": round(reduced / 1e9, 3), "link_GB_s": link}
+    return {"allreduce_GB_s": round(reduced / 1e9, 3), "link_GB_s": link, **described(device)}
 
 
 def _seconds(action: Callable[[], object], cuda: bool) -> float:
@@ -77,6 +77,8 @@ def main(arguments: list[str]) -> int:
     rank, world, local, address, port, patience = arguments
     try:
         found = bandwidth(int(rank), int(world), int(local), address, int(port), float(patience))
+    except ConfigError as error:  # this torch cannot use the GPU
+        found = {"error": str(error)}
     except (RuntimeError, ValueError, OSError) as error:  # torch's errors of rendezvous, NCCL and CUDA
         found = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
     print(json.dumps(found), flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from multitrain.cluster import slurm
 from multitrain.config import ConfigError
+from multitrain.engine.device import backend, described, rank_device
 from multitrain.engine.store import listens_here_only, rendezvous
 
 
@@ -34,6 +36,11 @@ class World:
     def is_main(self) -> bool:
         """Whether this is rank 0, the one that writes."""
         return self.rank == 0
+
+    @cached_property
+    def hardware(self) -> dict[str, str]:
+        """``device`` (the GPU's model, or cpu) and ``backend`` (nccl or gloo) of this rank."""
+        return described(self.device)
 
     def agree(self, value: int) -> int:
         """The largest `value` any rank has; all ranks call it at the same point."""
@@ -60,7 +67,9 @@ class World:
         return box
 
 
-def join(expected_size: int, timeout: int, threads: int, collective_timeout: int | None = None) -> World:
+def join(
+    expected_size: int, timeout: int, threads: int, collective_timeout: int | None = None, precision: str = "fp32"
+) -> World:
     """Join the process group that the environment describes: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT,
     or SLURM's own variables.
 
@@ -69,9 +78,11 @@ def join(expected_size: int, timeout: int, threads: int, collective_timeout: int
         timeout: seconds that a rank waits for the others to join.
         threads: CPU threads for tensor operations.
         collective_timeout: seconds after which a collective fails; `timeout` when not given.
+        precision: fp32, bf16 or fp16, which the device has to have.
 
     Raises:
-        ConfigError: when the environment places another number of ranks than the configuration says.
+        ConfigError: the environment places another number of ranks than the configuration says, or the rank has a GPU that it
+            cannot use (:func:`multitrain.engine.device.rank_device`).
     """
     if "RANK" not in os.environ:
         os.environ.update(slurm.rank_environment() if "SLURM_PROCID" in os.environ else _alone())
@@ -82,20 +93,10 @@ def join(expected_size: int, timeout: int, threads: int, collective_timeout: int
             f"launch/submit.py, or submit it again with nodes= and gpus= that multiply to {size}"
         )
     torch.set_num_threads(threads)
-    device = torch.device("cpu")
-    backend = "gloo"
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"rank {rank} is number {local_rank} on its node, which shows {torch.cuda.device_count()} GPUs; "
-                "ask for as many GPUs as ranks a node (gpus=)"
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
+    device = rank_device(rank, local_rank, precision)
     store = rendezvous(rank, size, listens_here_only(size), timeout)
     limit = timedelta(seconds=collective_timeout or timeout)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+    dist.init_process_group(backend(device), store=store, rank=rank, world_size=size, timeout=limit)
     control, background = (dist.new_group(backend="gloo", timeout=limit) for _ in range(2))
     return World(rank, size, local_rank, device, control, background)
 

@@ -207,6 +207,7 @@ class Trainer:
             "tickets": self.plan.digest(start, start + self.config.effective_batch),
             "world_size": self.world.size,
             "micro_batch": self.shape.micro_batch,
+            **self.world.hardware,
             "skipped": self._skips.counts,
         }
         self.completed += 1
