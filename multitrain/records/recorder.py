@@ -94,7 +94,8 @@ class Recorder:
             record: ``update`` (from 0), ``loss``, ``loss_classification``, ``loss_projection``, ``loss_informative``,
                 ``loss_per_dataset`` {name: value}, ``lr``, ``grad_norm`` (before clipping), ``loss_scale``, ``tickets``
                 (digest), ``world_size``, ``device`` (model of the GPU, or cpu), ``backend``, ``seconds``,
-                ``data_wait_fraction`` (0–1), ``clips_per_second``, ``max_memory_gb``, ``skipped`` {name: bad videos so far}. Other keys are kept; any key may be absent.
+                ``data_wait_fraction`` (0–1), ``clips_per_second``, ``max_memory_gb``, ``skipped`` {name: bad
+                videos so far}. Other keys are kept; any key may be absent.
         """
         if self._closed:
             return
