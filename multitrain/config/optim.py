@@ -10,14 +10,14 @@ from multitrain.config.base import Settings
 
 
 class OptimConfig(Settings):
-    """AdamW with linear warm-up and cosine decay, counted in updates."""
+    """AdamW with linear warm-up and a decay, counted in updates."""
 
     lr: float = Field(4e-4, gt=0)
     """Peak learning rate, for the effective batch; never scaled by the number of machines."""
     start_lr: float = Field(4e-6, ge=0)
     """Learning rate of the first update, at the start of the warm-up."""
     end_lr: float = Field(4e-6, ge=0)
-    """Learning rate at the end of the cosine decay."""
+    """Learning rate at the end of the decay, of `cosine` and `wsd`."""
     warmup_epochs: float = Field(10.0, ge=0)
     """Length of the warm-up in passes over the union of the datasets; ignored if `warmup_updates` is given."""
     warmup_updates: int | None = Field(None, ge=0)
@@ -30,8 +30,22 @@ class OptimConfig(Settings):
     """AdamW's epsilon."""
     clip_norm: float | None = Field(1.0, gt=0)
     """Limit of the global L2 norm to which the gradient of the effective batch is clipped; null for no clipping."""
-    schedule: Literal["cosine"] = "cosine"
-    """Shape of the decay after warm-up."""
+    schedule: Literal["cosine", "constant", "wsd", "step"] = "cosine"
+    """Shape after the warm-up: half a cosine down to `end_lr`; constant; warm-up, stable, decay: constant, and a straight line down to
+    `end_lr` over the last `decay_fraction` of the run; or steps by `gamma` at the `milestones`."""
+    decay_fraction: float = Field(0.1, gt=0, le=1)
+    """Share of the run in which `wsd` decays, at its end."""
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    """Shares of the run, ascending, at which `step` multiplies the learning rate by `gamma`."""
+    gamma: float = Field(0.1, gt=0, le=1)
+    """Factor of a step."""
+
+    @field_validator("milestones")
+    @classmethod
+    def _ascend(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value or list(value) != sorted(set(value)) or not all(0 < share < 1 for share in value):
+            raise ValueError(f"{list(value)} are not ascending shares of the run, above 0 and below 1, e.g. [0.5,0.75]")
+        return value
 
     @field_validator("betas")
     @classmethod

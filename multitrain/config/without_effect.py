@@ -142,6 +142,21 @@ WITHOUT_EFFECT: dict[str, tuple[Unused, str]] = {
         "the warm-up is optim.warmup_updates={0.optim.warmup_updates}; add optim.warmup_updates=null, or leave it out",
     ),
     **_rows(
+        "optim.decay_fraction",
+        lambda c: c.optim.schedule != "wsd",
+        "optim.schedule is {0.optim.schedule}; add optim.schedule=wsd, or leave it out",
+    ),
+    **_rows(
+        "optim.milestones optim.gamma",
+        lambda c: c.optim.schedule != "step",
+        "optim.schedule is {0.optim.schedule}; add optim.schedule=step, or leave it out",
+    ),
+    **_rows(
+        "optim.end_lr",
+        lambda c: c.optim.schedule in ("constant", "step"),
+        "optim.schedule is {0.optim.schedule}, which has no end rate; add optim.schedule=cosine or wsd, or leave it out",
+    ),
+    **_rows(
         "optim.start_lr",
         lambda c: not _warms_up(c),
         "there is no warm-up; add optim.warmup_updates=N, or leave it out",
