@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None, results: Path = FOLDER) -> int:
     cases = given.cases or CASES[size]
     unfinished = results / "unfinished" / f"fuzz-{size}.json"
     if given.table:
-        found = next((file for file in (unfinished, results / "fuzz.json") if file.exists()), None)
+        found = next((file for file in (unfinished, results / "raw" / "fuzz.json") if file.exists()), None)
         return _table(found) if found else parser.error("nothing has been tried yet")
     with tempfile.TemporaryDirectory() as folder:
         fuzz = Fuzz(Path(folder))

@@ -142,8 +142,8 @@ def draw(results: Sequence[Result], folder: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "multitrain", "font.size": 9, "axes.spines.top": False})
-    matplotlib.rcParams.update({"axes.spines.right": False})
+    matplotlib.rcParams.update({"svg.hashsalt": "multitrain", "svg.fonttype": "none", "font.size": 9})
+    matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
     from matplotlib import pyplot
 
     folder.mkdir(exist_ok=True)
@@ -153,7 +153,7 @@ def draw(results: Sequence[Result], folder: Path) -> None:
         for number, drawn in enumerate(result.get("plots", ())):
             figure, axes = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
             for label, points in drawn["lines"].items():
-                axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", markersize=3.5, label=label)
+                axes.plot([p[0] for p in points], [p[1] for p in points], marker="o" if len(points) < 20 else "", markersize=3.5, label=label)
             axes.set(title=drawn["title"], xlabel=drawn["x"], ylabel=drawn["y"])
             _scale(axes, drawn)
             axes.grid(alpha=0.25)
