@@ -153,7 +153,8 @@ def draw(results: Sequence[Result], folder: Path) -> None:
         for number, drawn in enumerate(result.get("plots", ())):
             figure, axes = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
             for label, points in drawn["lines"].items():
-                axes.plot([p[0] for p in points], [p[1] for p in points], marker="o" if len(points) < 20 else "", markersize=3.5, label=label)
+                marker = "o" if len(points) < 20 else ""
+                axes.plot(*zip(*points, strict=True), marker=marker, markersize=3.5, label=label)
             axes.set(title=drawn["title"], xlabel=drawn["x"], ylabel=drawn["y"])
             _scale(axes, drawn)
             axes.grid(alpha=0.25)
