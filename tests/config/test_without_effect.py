@@ -7,7 +7,7 @@ import re
 import pytest
 
 from multitrain.config import ConfigError, RunConfig, compose
-from multitrain.config.compose import _fields
+from multitrain.config.schema import fields
 from multitrain.config.typed import idle_words, refuse_typed
 from multitrain.config.without_effect import REPLACED, WITHOUT_EFFECT, idle
 
@@ -106,7 +106,7 @@ def composed(word: str, others: Words) -> RunConfig:
 
 
 def test_every_option_always_counts_or_is_in_the_table_and_tried_here() -> None:
-    assert {name for name in _fields(RunConfig) if idle(name) is None} == set(ALWAYS.split())
+    assert {name for name in fields() if idle(name) is None} == set(ALWAYS.split())
     assert {option for option, _, _ in CASES.values()} == set(WITHOUT_EFFECT)
 
 
