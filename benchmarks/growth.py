@@ -25,7 +25,7 @@ from benchmarks.network import DATASETS, loss_of, trained_outputs
 from benchmarks.results import plot, save
 from launch.memory_estimate import parameters
 from multitrain.config import AugmentConfig, DatasetConfig, ModelConfig
-from multitrain.data.augment import augment_clip
+from multitrain.data.augment import Augmenter
 from multitrain.data.catalog import Catalog
 from multitrain.data.decode import open_video
 from multitrain.data.frames import training_window
@@ -54,7 +54,10 @@ def clip_cost(frames: int, crop: int, clips: int) -> float:
             )
             decoded = opened.frames(wanted)
         for copy in range(2):
-            augment_clip(decoded, AugmentConfig(), size, KeyedRNG("growth", number, copy), True, out[copy])
+            draws = KeyedRNG("growth", number, copy)
+            augmenter = Augmenter(*decoded.shape[1:3], AugmentConfig(), size, draws, True)
+            for frame, target in zip(decoded, out[copy]):
+                augmenter(frame, target)
 
     make(0)
     return statistics.mean(cpu_seconds(lambda n=n: make(n)) for n in range(clips)) / 2 * 1e3  # type: ignore[misc]

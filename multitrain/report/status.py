@@ -18,6 +18,7 @@ from multitrain.cluster import scheduler
 from multitrain.config import ConfigError, nearest
 from multitrain.config.arguments import Parser
 from multitrain.records import events, jsonl
+from multitrain.records.checkpoints import MANIFEST, listed, update_of
 from multitrain.report.interruptions import interruptions
 from multitrain.report.status_text import card, table
 
@@ -242,8 +243,7 @@ def _tail(path: Path, size: int = 200_000) -> list[dict[str, Any]]:
 
 def _checkpoints(folder: Path) -> list[int]:
     """Completed updates of the complete checkpoints, ascending; a complete one has its manifest."""
-    names = (p.parent.name.removeprefix("update-") for p in folder.glob("update-*/manifest.json"))
-    return sorted(int(n) for n in names if n.isdecimal() and n.isascii())
+    return sorted(update_of(p) for p in listed(folder) if (p / MANIFEST).is_file())
 
 
 def _configured_updates(run_dir: Path) -> int | None:
