@@ -1,9 +1,9 @@
-"""Training clips: two augmented copies of 32×3 from 320p files, against whole-frame Pillow and float32 as published.
+"""Training clips: two augmented copies of 32×3 from 320p files, compared with whole-frame Pillow and float32 as published.
 
 python -m benchmarks.loader [--full] [--videos DIR]
 
-Ours is the job that loader workers do, whole; each side works in a process of its own, as its workers do. Both get the same
-draws: window, operations, crop, flip, erased box.
+Ours is the complete function of a loader worker. Each side runs in a separate process, set up like its loader workers. Both get the
+same random numbers: window, operations, crop, flip, erased box.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ NAME = "clips"
 
 
 class Bench:
-    """One dataset of the given videos, and every way to make its training clips."""
+    """One dataset of the given videos, with both ways to make its training clips."""
 
     def __init__(self, videos: list[Path], folder: Path) -> None:
         self.videos = videos
@@ -74,7 +74,7 @@ class Bench:
         return TrainClipFn(self._catalogs, self._plan, self.config(decoder, backend))
 
     def ours(self, decoder: str, backend: str, device: bool, number: int) -> Any:
-        """The copies of one video; with `device`, what the device does as well: float32, normalised, erased."""
+        """The copies of one video; with `device`, including the device's part: float32, normalised, erased."""
         job = self.jobs[decoder, backend]
         ticket = self._plan.tickets(number, number + 1)[0]
         made = job.run(Task(0, ticket), self._slot)

@@ -1,8 +1,8 @@
-"""The order of videos: tickets of an update of 512 videos out of 1.2 million, anywhere in a run.
+"""The order of videos: time to compute the samples of an update of 512 videos out of 1.2 million, at any position of a run.
 
 python -m benchmarks.order [--full]
 
-The baseline is what a shuffled sampler does: a permutation of all videos, made anew for every pass and after every restart.
+The baseline is a shuffled sampler: a new permutation of all videos for every epoch and after every restart.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ BATCH = 512
 
 
 def plan(videos: int | None = None, mixture: str = "interleave") -> Plan:
-    """The plan of the published mixture, scaled to `videos` in all."""
+    """The plan of the published mixture, scaled to `videos` videos."""
     total = sum(SIZES.values())
     sources = [Source(n, s if videos is None else max(1, s * videos // total), digest="") for n, s in SIZES.items()]
     return Plan(sources, seed=0, effective_batch=BATCH, mixture=mixture, group=2 if mixture == "interleave" else 1)  # type: ignore[arg-type]
 
 
 def batches(order: Plan, first: int, count: int) -> None:
-    """The tickets of `count` updates from update `first`."""
+    """Compute the samples of `count` updates from update `first` on."""
     for update in range(first, first + count):
         order.tickets(update * BATCH, (update + 1) * BATCH)
 

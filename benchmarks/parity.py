@@ -38,11 +38,11 @@ from multitrain.model import MultiTrain
 
 ROOT = Path(__file__).resolve().parents[1]
 RELATIVE = 1e-5
-"""What is asked for, of a quantity's largest value."""
+"""Relative tolerance, by the largest value of a quantity."""
 GRADIENT = 1e-7
-"""Absolute: parameters whose true gradient is zero have rounding only."""
+"""Absolute tolerance of gradients: where the true gradient is zero, there are rounding errors only."""
 PIXEL = 1e-5
-"""Absolute, of normalised pixels between -2 and 2.44."""
+"""Absolute tolerance of normalised pixels, which lie between -2 and 2.44."""
 SHOWN = 5
 """Quantities of a section that the page lists without ``--all``: those with the largest differences."""
 CASES = ("train_hard", "train_mixup", "train_cutmix")
@@ -63,7 +63,7 @@ class Row:
 
 
 def tensors(what: str, ours: Any, theirs: Any, *, absolute: float = 0.0, relative: float = RELATIVE) -> Row:
-    """Two arrays; shown by their norms."""
+    """Compare two arrays; the page shows their norms."""
     if np.shape(ours) != tuple(theirs.shape if isinstance(theirs, published.Sample) else np.shape(theirs)):
         return Row(what, f"shape {np.shape(ours)}", "another shape", float("nan"), float("nan"), False)
     a, b = (x.astype(np.float64) for x in published.matching(ours, theirs))
@@ -77,7 +77,7 @@ def tensors(what: str, ours: Any, theirs: Any, *, absolute: float = 0.0, relativ
 
 
 class Golden:
-    """A published model, ours with its weights, and what the published code computed."""
+    """A published model: ours with its weights, and the values that the published code computed."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.file: PublishedCheckpoint = read_published(folder / f"{name}.pyth")

@@ -22,7 +22,7 @@ FOLDER = Path(__file__).resolve().parent / "results"
 Size = Literal["small", "full"]
 
 INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
-"""Of a CPU, the best that it has is named: figures in bf16 hold for CPUs with the first two only."""
+"""CPU features, best first; the first that a CPU has is named. Results in bf16 hold for CPUs with one of the first two only."""
 
 MAX_POINTS = 60
 """Points of a line of a plot."""

@@ -47,7 +47,7 @@ def test_a_result_file_stays_small_and_what_was_observed_besides_lies_beside_it(
 
 
 @pytest.mark.parametrize(
-    ("ours", "ratio", "target", "aim", "verdict"),
+    ("ours", "ratio", "target", "aim", "grade"),
     [
         (1.0, 4.2, ">= 4.1×", ">= 6×", "yes"),
         (1.0, 6.2, ">= 4.1×", ">= 6×", "aim"),
@@ -59,8 +59,8 @@ def test_a_result_file_stays_small_and_what_was_observed_besides_lies_beside_it(
         (1.0, None, ">= 4×", "", ""),
     ],
 )
-def test_verdicts(ours: float, ratio: float | None, target: str, aim: str, verdict: str) -> None:
-    assert report.verdict(results.row("x", ours=ours, ratio=ratio, target=target, aim=aim)) == verdict
+def test_grades(ours: float, ratio: float | None, target: str, aim: str, grade: str) -> None:
+    assert report.grade(results.row("x", ours=ours, ratio=ratio, target=target, aim=aim)) == grade
 
 
 @pytest.mark.parametrize(
