@@ -130,7 +130,7 @@ def order_cost(plan: Plan, updates: int) -> float:
 
     def all_tickets() -> None:
         for update in range(1000, 1000 + updates):
-            plan.tickets(update * batch, (update + 1) * batch)
+            plan.samples(update * batch, (update + 1) * batch)
 
     all_tickets()
     return statistics.median(cpu_seconds(all_tickets) for _ in range(5)) / updates * 1e3
@@ -142,11 +142,11 @@ def rank_cost(world: int, updates: int) -> float:
     shape = solve(512, nodes=1, gpus=world, group=2)
 
     def share(rank: int, update: int) -> np.ndarray:
-        parts = [plan.tickets(*shape.slice(update, step, rank)) for step in range(shape.accumulation)]
+        parts = [plan.samples(*shape.slice(update, step, rank)) for step in range(shape.accumulation)]
         return np.concatenate(parts)
 
     whole = np.concatenate([share(rank, 7) for rank in range(world)])
-    if not np.array_equal(whole, plan.tickets(7 * 512, 8 * 512)):
+    if not np.array_equal(whole, plan.samples(7 * 512, 8 * 512)):
         raise AssertionError(f"the shares of {world} ranks are not the update")
     return statistics.median(
         cpu_seconds(lambda: [share(world - 1, update) for update in range(updates)]) for _ in range(5)

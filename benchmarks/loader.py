@@ -76,23 +76,23 @@ class Bench:
     def ours(self, decoder: str, backend: str, device: bool, number: int) -> Any:
         """The copies of one video; with `device`, including the device's part: float32, normalised, erased."""
         job = self.jobs[decoder, backend]
-        ticket = self._plan.tickets(number, number + 1)[0]
-        made = job.run(Task(0, ticket), self._slot)
+        sample = self._plan.samples(number, number + 1)[0]
+        made = job.run(Task(0, sample), self._slot)
         if not device:
             return self._slot
         clips = mix.normalise(torch.from_numpy(self._slot))
         mix.erase(clips, torch.from_numpy(made.boxes), torch.from_numpy(made.keys))
         return clips
 
-    def tickets(self, start: int, stop: int) -> Any:
+    def samples(self, start: int, stop: int) -> Any:
         """The videos of these samples."""
-        return self._plan.tickets(start, stop)
+        return self._plan.samples(start, stop)
 
     def published(self, number: int) -> Any:
         """The same clips by the baseline."""
-        ticket = self._plan.tickets(number, number + 1)[0]
-        index, config = int(ticket["index"]), self.jobs["pyav", "opencv"].config
-        identity = (config.seed, NAME, index, int(ticket["pass"]))
+        sample = self._plan.samples(number, number + 1)[0]
+        index, config = int(sample["index"]), self.jobs["pyav", "opencv"].config
+        identity = (config.seed, NAME, index, int(sample["pass"]))
         drawn = [
             draw_augmentation(*self._sizes[index], config.augment, CROP, KeyedRNG("augment", *identity, copy), True)
             for copy in range(COPIES)
@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
                 name = f"{decoder} {backend} {'float32' if device else 'uint8'}"
                 variants[name] = partial(bench.ours, decoder, backend, device), configure_worker
         found = {name: statistics.mean(times) * 1e3 for name, times in take_turns_apart(variants, rounds).items()}
-        cost = measure(bench.jobs["pyav", "opencv"], [Task(0, t) for t in bench.tickets(0, rounds)])
+        cost = measure(bench.jobs["pyav", "opencv"], [Task(0, t) for t in bench.samples(0, rounds)])
     plain = found.get("published")
     shown = footage.described(videos) if given.videos else "made 320p footage"
     where = f"{rounds} clips of {shown}; 32×3, 224 pixels, 2 copies; both sides with the same draws"

@@ -502,17 +502,3 @@ def _write_error(path: Path, error: OSError) -> ConfigError:
 
 def _encoded(text: str) -> bytes:
     return text.encode("utf-8", errors="surrogateescape")
-
-
-__all__ = [
-    "RECORD",
-    "InTheWayError",
-    "OutputFolder",
-    "check_output",
-    "output_file",
-    "refuse_run",
-    "refuse_same",
-    "replace_text",
-    "replacing",
-    "stamp",
-]

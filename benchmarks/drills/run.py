@@ -247,7 +247,7 @@ def differences(
     if [m["update"] for m in ours] != list(range(UPDATES)):
         return [f"updates recorded: {[m['update'] for m in ours]}"], float("inf")
     if [m["tickets"] for m in ours] != [m["tickets"] for m in theirs]:
-        found.append("tickets differ")
+        found.append("samples differ")
     worst = max(abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(ours, theirs))
     if exact:
         found += [key for key in EXACT if [m[key] for m in ours] != [m[key] for m in theirs]]

@@ -162,6 +162,3 @@ def pair(text: str, option: str) -> tuple[str, str]:
     if not equals or not name or not value:
         raise ConfigError(f"{option} {text!r}: write DATASET=FILE")
     return name, value
-
-
-__all__ = ["MISTAKE", "Arguments", "Parser", "answered", "pair", "piped", "typed_words", "whole_number"]

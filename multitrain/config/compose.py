@@ -363,6 +363,3 @@ def _no_such_choice(missing: str, folders: Sequence[Path]) -> str:
 
 def _flat(value: object) -> str:
     return " ".join(str(value).split())
-
-
-__all__ = ["compose", "compose_mapping", "config_folder", "config_folders", "dump", "forced", "load", "validate"]

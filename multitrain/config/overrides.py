@@ -294,20 +294,3 @@ def apply(config: Any, override: Override) -> None:
         )
     with open_dict(config):
         del node[last]
-
-
-__all__ = [
-    "NotListed",
-    "Override",
-    "alternatives",
-    "apply",
-    "combinations",
-    "group_word",
-    "in_quotes",
-    "is_group",
-    "is_text",
-    "readable",
-    "split",
-    "tidy",
-    "value_of",
-]

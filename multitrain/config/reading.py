@@ -283,19 +283,3 @@ class _Loader(_Base):  # type: ignore[misc]
         first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:timestamp"]
         for first, rules in _Base.yaml_implicit_resolvers.items()
     }
-
-
-__all__ = [
-    "as_text",
-    "check_yaml",
-    "parse_json",
-    "parse_yaml",
-    "read_blocks",
-    "read_bytes",
-    "read_json",
-    "read_text",
-    "read_yaml",
-    "refuse_other_format",
-    "refuse_utf16",
-    "shown",
-]

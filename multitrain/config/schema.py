@@ -51,6 +51,3 @@ def option_type(option: str) -> Any:
     if above is None or typing.get_origin(above.annotation) is not dict or group(above)[0] is not None:
         return None
     return typing.get_args(above.annotation)[1]
-
-
-__all__ = ["fields", "group", "option_type", "schema_name"]

@@ -1,8 +1,8 @@
 """Scores on disk during an evaluation: append-only files that survive interruptions and changes of the world size.
 
 A folder holds, for every start of every rank, ``rank-….scores`` (binary records) and, if videos could not be read,
-``rank-….unreadable.jsonl``. Each rank writes only its own files, so ranks need not communicate; what is done is
-what the files say together. A record is ``length u32, CRC-32 u32, payload``; one cut short by a crash is ignored.
+``rank-….unreadable.jsonl``. Each rank writes only its own files, so that ranks need not communicate; the union
+of all files is the state of the evaluation. A record is ``length u32, CRC-32 u32, payload``; a record cut short by a crash is ignored.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ Scores = npt.NDArray[np.float32]
 
 
 class ShardWriter:
-    """One rank's files of one start; created on disk with the first record.
+    """Writes the files of one start of one rank; each is created with its first record.
 
     Args:
         folder: shared by all ranks.
-        header: what is being evaluated; all files of a folder must agree on it.
+        header: the settings of the evaluation; the same in all files of a folder.
         rank: of this process.
     """
 
@@ -52,7 +52,7 @@ class ShardWriter:
         self._synced = time.monotonic()
 
     def scored(self, index: int, scores: Scores) -> None:
-        """Video `index` has `scores`, float32 [K]."""
+        """Append the scores of video `index`, float32 [K]; :meth:`sync` writes them to disk."""
         if self._scores is None:
             self._scores = self._create(".scores")
             self._pending += _record(_HEADER_INDEX, json.dumps(self._header).encode())
@@ -62,7 +62,7 @@ class ShardWriter:
             self.sync()
 
     def unreadable(self, index: int, path: str, reason: str) -> None:
-        """Video `index` cannot be read."""
+        """Record that video `index` cannot be read."""
         if self._failures is None:
             self._failures = self._create(".unreadable.jsonl")
         line = json.dumps({"index": index, "path": path, "reason": reason}, ensure_ascii=False) + "\n"
@@ -95,7 +95,7 @@ class ShardReader:
 
     Args:
         folder: need not exist yet.
-        header: what is being evaluated.
+        header: the settings of the evaluation.
     """
 
     def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
@@ -108,7 +108,7 @@ class ShardReader:
         """``index``, ``path`` and ``reason`` by video, for those that have no scores."""
 
     def poll(self) -> int:
-        """Reads what was appended since; returns how many videos are new.
+        """Read the records appended since the last call; return the number of new videos.
 
         Raises:
             ConfigError: a file belongs to another evaluation; the message names the difference.
@@ -190,6 +190,3 @@ def _write_all(descriptor: int, content: bytes) -> None:
 def _short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else text[:37] + "…"
-
-
-__all__ = ["ShardReader", "ShardWriter"]

@@ -22,8 +22,8 @@ from multitrain.records.results import FILE, checked
 _log = logging.getLogger(__name__)
 
 
-def figures(scores: Scores, labels: Sequence[tuple[int, ...]], *, multi_label: bool) -> dict[str, Any]:
-    """The metrics of scored videos.
+def compute_metrics(scores: Scores, labels: Sequence[tuple[int, ...]], *, multi_label: bool) -> dict[str, Any]:
+    """Compute the metrics of scored videos.
 
     Args:
         scores: float32 [n, K].
@@ -136,7 +136,7 @@ def merge(task: Task, shards: ShardReader, header: Mapping[str, Any], folder: Pa
         "top5": None,
     }
     if task.head == task.name:
-        result |= figures(scores, labels, multi_label=catalog.multi_label)
+        result |= compute_metrics(scores, labels, multi_label=catalog.multi_label)
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {
         "index": np.array(scored, np.int64),
@@ -190,6 +190,3 @@ def _measured(result: Mapping[str, Any]) -> str:
 def _pair(result: Mapping[str, Any]) -> str:
     pair = [result.get(m) for m in ("top1", "top5")]
     return "/".join("–" if v is None else f"{v:.1f}" for v in pair)
-
-
-__all__ = ["average", "combine", "figures", "merge", "table", "write_combined", "write_json"]

@@ -65,6 +65,3 @@ def sha256(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-__all__ = ["MANIFEST", "invalid_reason", "listed", "sha256", "update_of"]

@@ -22,18 +22,17 @@ from multitrain.config.boundary import writing_to
 from multitrain.config.paths import find_run
 from multitrain.config.reading import read_yaml
 from multitrain.evaluation import pictures
-from multitrain.evaluation.beside import beside
+from multitrain.evaluation.output_folders import result_folder
 from multitrain.evaluation.pictures import Example, History
 from multitrain.evaluation.scored import Scored, confused, hardest, newest_evaluation, read_evaluation
 from multitrain.files import OutputFolder
 from multitrain.interop.sharing import redact, shareable, shareable_overrides
-from multitrain.plot_style import table as aligned
 from multitrain.records import events, jsonl, metrics
 from multitrain.records.progress import duration
 from multitrain.report import page
 from multitrain.report.interruptions import interruptions
 from multitrain.report.status import status
-from multitrain.text import markdown, printable
+from multitrain.text import markdown, printable, table
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def write_report(
     folder = Path(evaluation) if evaluation else newest_evaluation(run_dir)
     tested = read_evaluation(folder) if folder else {}
     history = read_history(run_dir, {name: t.chance for name, t in tested.items()})
-    place = OutputFolder(out or beside(run_dir, "report"), "report", [run_dir])
+    place = OutputFolder(out or result_folder(run_dir, "report"), "report", [run_dir])
     for file in ("report.html", "report.md", *(f"{name}.png" for name in IMAGES)):
         place.check(file, _is_report)
     with writing_to(place.root):
@@ -134,7 +133,7 @@ def accuracy_table(tested: Mapping[str, Scored]) -> str:
     if not tested:
         return ""
     header, *rows = _rows(tested)
-    return aligned(header, rows)
+    return table(header, rows)
 
 
 _HEADER = ("dataset", "test videos", "classes", "top-1 %", "top-5 %", "mAP %", "chance %")
@@ -264,7 +263,7 @@ def _hardest(tested: Scored) -> list[tuple[str, ...]]:
             h.name,
             f"{h.right} of {h.videos}",
             f"{100 * h.right / h.videos:.0f} %",
-            ", ".join(f"{o} ({n})" for o, n in h.taken_for),
+            ", ".join(f"{o} ({n})" for o, n in h.predicted_as),
         )
         for h in hardest(tested)
     ]

@@ -273,7 +273,7 @@ def test_rank_0_waits_for_the_others_and_says_who_is_missing(
     model: MultiTrain, config: RunConfig, tmp_path: Path
 ) -> None:
     with pytest.raises(EvaluationError, match=r"4 of 10 videos have no scores.*number 4"):
-        evaluate(model, config, ["stride"], out_dir=tmp_path, world_size=2, patience=0.0)
+        evaluate(model, config, ["stride"], out_dir=tmp_path, world_size=2, peer_timeout=0.0)
     assert evaluate(model, config, ["stride"], out_dir=tmp_path, world_size=1).finished
 
 

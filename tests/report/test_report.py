@@ -218,7 +218,7 @@ def test_the_hardest_classes_come_first_and_those_always_right_are_left_out() ->
     t = scored([0, 1, 2, 3], np.eye(5)[:4], confusion=pairs)
     found = hardest(t)
     assert [(h.name, h.right, h.videos) for h in found] == [("class 1", 1, 4), ("class 3", 3, 6), ("class 2", 1, 2)]
-    assert found[1].taken_for == (("class 1", 2), ("class 0", 1))
+    assert found[1].predicted_as == (("class 1", 2), ("class 0", 1))
     assert confused(t, 2) == [("class 1", "class 0", 3, 4), ("class 3", "class 1", 2, 6)]
     several = scored(np.array([[1, 1], [0, 1]], bool), np.eye(2))
     assert (hardest(several), confused(several)) == ([], [])

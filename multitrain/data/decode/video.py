@@ -176,6 +176,3 @@ def check_deadline(path: Path, deadline: float) -> None:
     """Raise VideoError if the monotonic clock is past `deadline`."""
     if time.monotonic() > deadline:
         raise VideoError(path, "decoding took longer than data.decode_timeout")
-
-
-__all__ = ["Video", "VideoError", "check_deadline", "check_file", "from_pack", "is_transient", "located"]

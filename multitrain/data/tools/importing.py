@@ -425,6 +425,3 @@ def _rows_with_header(file: Path, needed: Iterable[str]) -> Iterator[tuple[int, 
         if len(row) != len(header):
             raise CatalogError(f"{file}:{number}: {len(row)} columns, not {len(header)}; restore the official file")
         yield number, dict(zip(header, row))
-
-
-__all__ = ["FORMATS", "VIDEO_ENDINGS", "Imported", "Sample", "find", "read", "write"]

@@ -13,9 +13,10 @@ import numpy as np
 from multitrain.config import DatasetConfig, RunConfig
 from multitrain.data.catalog import Catalog, open_catalogs, plan_of
 from multitrain.data.decode import VideoError, open_video
-from multitrain.data.prepare.check import SPLITS
+from multitrain.data.tools.check import SPLITS
 from multitrain.order import Plan
-from multitrain.plot_style import COLOURS, figure, png, table
+from multitrain.plot_style import COLOURS, figure, png
+from multitrain.text import table
 
 _COUNTED = 2_000_000
 """Maximum number of samples whose draws are counted; of a longer epoch, only the first updates are counted."""
@@ -89,7 +90,7 @@ def draws(config: RunConfig, plan: Plan) -> dict[str, Any]:
     whole = min(updates, max(1, _COUNTED // plan.effective_batch))
     counts = np.zeros(len(plan.sources), np.int64)
     for first in range(0, whole, 256):
-        span = plan.tickets(first * plan.effective_batch, min(first + 256, whole) * plan.effective_batch)
+        span = plan.samples(first * plan.effective_batch, min(first + 256, whole) * plan.effective_batch)
         counts += np.bincount(span["dataset"], minlength=len(counts))
     share = counts / counts.sum()
     total = updates * plan.effective_batch
@@ -218,6 +219,3 @@ def picture(found: Mapping[str, Any], measured: Mapping[str, Lengths]) -> bytes:
 
 def _colours(count: int) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(count)]
-
-
-__all__ = ["Lengths", "balance", "collect", "draws", "lengths", "picture", "text"]
