@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     run = Path(arguments[0]).resolve()
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     world: World | None = None
-    interruption = Interruption(run, lambda value: world.agree(value) if world else value, watches_files=rank == 0)
+    interruption = Interruption(run, lambda value: world.max(value) if world else value, watches_files=rank == 0)
     interruption.install()  # before torch is imported: a signal may come at any moment
     guard = Guard(run, lease.start_name(slurm.job_id(), slurm.restart_count()))
     lease.guarded(guard)
@@ -189,7 +189,7 @@ def _leave(config: RunConfig, run: Path, trainer: Trainer, request: Request, int
         interruption.stopped(request)
     recorder.close()
     sys.stdout.flush()
-    world.agree(0)  # everybody has saved and closed
+    world.max(0)  # a barrier: all ranks have saved and closed
     if comes_back and job is not None:
         return _requeue(config, run, job, decision, trainer, interruption)
     _release()

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from multitrain.config.errors import ConfigError
+from multitrain.text import printable
 
 LARGEST_TEXT = 1 << 30
 """Limit of a file of lines (annotations, class names, metrics), in bytes."""
@@ -244,7 +245,7 @@ def _nodes(event: Any, sizes: dict[str, int | None], where: object) -> int:
 
 def shown(value: object, longest: int = 200) -> str:
     """Untrusted text for an error message: one line, no control characters, at most `longest` characters."""
-    text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(value).replace("\n", " ")[: longest + 1])
+    text = printable(str(value).replace("\n", " ")[: longest + 1])
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 

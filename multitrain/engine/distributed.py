@@ -35,8 +35,8 @@ class World:
         """Whether this is rank 0, the one that writes."""
         return self.rank == 0
 
-    def agree(self, value: int) -> int:
-        """The largest `value` any rank has; all ranks call it at the same point."""
+    def max(self, value: int) -> int:
+        """The largest `value` of any rank, on every rank; a collective, and so a barrier."""
         flag = torch.tensor([value], dtype=torch.int64)
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.control)
         return int(flag.item())

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from multitrain.config import ConfigError
 from multitrain.config.reading import parse_json
+from multitrain.records import jsonl
 
 _FRAME = struct.Struct("<II")
 _INDEX = struct.Struct("<q")
@@ -65,14 +66,13 @@ class ShardWriter:
         """Record that video `index` cannot be read."""
         if self._failures is None:
             self._failures = self._create(".unreadable.jsonl")
-        line = json.dumps({"index": index, "path": path, "reason": reason}, ensure_ascii=False) + "\n"
-        _write_all(self._failures, line.encode())
+        jsonl.write(self._failures, jsonl.encode({"index": index, "path": path, "reason": reason}))
         os.fsync(self._failures)
 
     def sync(self) -> None:
         """Sync everything appended so far."""
         if self._scores is not None and self._pending:
-            _write_all(self._scores, bytes(self._pending))
+            jsonl.write(self._scores, bytes(self._pending))
             os.fsync(self._scores)
             self._pending.clear()
         self._records, self._synced = 0, time.monotonic()
@@ -158,12 +158,9 @@ class ShardReader:
     def _read_failures(self, file: Path) -> None:
         start, content = self._new(file)
         whole = content[: content.rfind(b"\n") + 1]
-        for line in whole.splitlines():
-            try:
-                failure = parse_json(line, file)
-                self.unreadable[int(failure["index"])] = failure
-            except (ValueError, KeyError, TypeError):  # a line damaged by a crash: the video is tried again
-                continue
+        for failure in map(jsonl.decode, whole.splitlines()):
+            if failure is not None and isinstance(failure.get("index"), int):  # else torn: the video is tried again
+                self.unreadable[failure["index"]] = failure
         self._offsets[file] = start + len(whole)
 
     def _check(self, file: Path, header: Any) -> None:
@@ -179,12 +176,6 @@ class ShardReader:
 def _record(index: int, content: bytes) -> bytes:
     payload = _INDEX.pack(index) + content
     return _FRAME.pack(len(payload), zlib.crc32(payload)) + payload
-
-
-def _write_all(descriptor: int, content: bytes) -> None:
-    view = memoryview(content)
-    while view:
-        view = view[os.write(descriptor, view) :]
 
 
 def _short(value: object) -> str:

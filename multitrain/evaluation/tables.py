@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from multitrain.evaluation import metrics
 from multitrain.evaluation.scoring import Task
 from multitrain.evaluation.shards import Scores, ShardReader
 from multitrain.files import replace_text, replacing
+from multitrain.records import jsonl
 from multitrain.records.results import FILE, checked
 
 _log = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ def _draw_confusion(
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+    replace_text(path, jsonl.dumps(value, indent=1) + "\n")
 
 
 def _percent(fraction: float) -> float | None:
