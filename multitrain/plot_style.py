@@ -50,6 +50,11 @@ def figure(
     return drawn, axes
 
 
+def cycle(count: int) -> list[str]:
+    """`count` colours."""
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+
+
 def png(drawn: Figure, dpi: int = 125) -> bytes:
     """The figure as the bytes of a PNG file."""
     buffer = io.BytesIO()

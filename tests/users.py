@@ -53,6 +53,7 @@ for words in json.loads(sys.argv[5]):
 _LIGHT = [
     "pwd",
     "encodings.idna",
+    "encodings.unicode_escape",
     "encodings.utf_8_sig",
     "encodings.cp437",
     "encodings.latin_1",

@@ -115,7 +115,7 @@ def _files(material: Material) -> Iterator[tuple[str, Reader]]:
         "config.yaml": (Path("config.yaml"), load),
         "events": (Path("events.jsonl"), lambda r: events.read(r / "events.jsonl")),
         "metrics": (Path("metrics.jsonl"), lambda r: metrics.read(r / "metrics.jsonl")),
-        "manifest": (of_checkpoint / "manifest.json", checkpoints.read_model),
+        "manifest": (of_checkpoint / "manifest.json", _newest),
         "state": (of_checkpoint / "state.json", _with_manifest),
         "checkpoint weights": (of_checkpoint / "model.safetensors", _with_manifest),
         "skipped.jsonl": (
@@ -147,6 +147,13 @@ def _in_copy(tree: Path, target: Path, read: Callable[[Path], Any], folder: Path
     return read(copy)
 
 
+def _newest(run: Path) -> None:
+    """Read the newest valid checkpoint of a run."""
+    folder, _ = checkpoints.newest_verified(run / "checkpoints")
+    if folder is not None:
+        checkpoints.read(folder)
+
+
 def _with_manifest(run: Path) -> None:
     """Read a checkpoint whose manifest was rewritten to match its files, as an attacker could do."""
     folder = checkpoints.listed(run / "checkpoints")[0]
@@ -156,7 +163,7 @@ def _with_manifest(run: Path) -> None:
         state["files"][name] = {**state["files"][name], "bytes": len(content), **_digest(state["files"][name], content)}
     (folder / "manifest.json").unlink()
     (folder / "manifest.json").write_text(checkpoints.json.dumps(state))
-    checkpoints.read_model(run)
+    _newest(run)
 
 
 def _digest(entry: dict[str, Any], content: bytes) -> dict[str, str]:

@@ -9,6 +9,7 @@ import shutil
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -256,11 +257,7 @@ def _configured_updates(run_dir: Path) -> int | None:
 
 
 def _skipped(path: Path) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for record in jsonl.read(path):
-        name = str(record.get("dataset"))
-        counts[name] = counts.get(name, 0) + 1
-    return counts
+    return dict(Counter(str(record.get("dataset")) for record in jsonl.read(path)))
 
 
 def _last(history: Sequence[Mapping[str, Any]], key: str) -> Any:
