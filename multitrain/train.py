@@ -75,7 +75,9 @@ def main(arguments: list[str] | None = None) -> int:
             config.world_size, config.engine.collective_timeout, config.engine.threads, config.engine.collective_limit
         )
         guard.follow(*world.broadcast((guard.generation, guard.start)))
-        from multitrain.engine.build import build  # its imports take seconds, which ranks spend side by side
+        from multitrain.engine.build import (
+            build,  # imported here, because it takes seconds, which all ranks spend in parallel
+        )
 
         trainer = build(config, run, world, interruption, watchdog)
         _start(config, run, trainer)
@@ -86,10 +88,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _refuse_other_code(run: Path) -> None:
-    """A run is trained by the code in its folder. Python takes that of the checkout where it is missing.
+    """A run is trained by the code in its folder; if that is missing, Python imports the checkout's.
 
     Raises:
-        ConfigError: this is other code.
+        ConfigError: this is not the run's code.
     """
     code, this = run / "code", Path(__file__).resolve().parent
     if code.is_dir() and this != (code / this.name).resolve():
@@ -148,7 +150,7 @@ def _begin(config: RunConfig, run: Path) -> None:
 
 
 def _start(config: RunConfig, run: Path, trainer: Trainer) -> None:
-    """Resume, and say so."""
+    """Resume from the newest checkpoint, and log it."""
     refused = trainer.resume()
     if not trainer.world.is_main:
         return
@@ -172,7 +174,7 @@ def _start(config: RunConfig, run: Path, trainer: Trainer) -> None:
 
 
 def _leave(config: RunConfig, run: Path, trainer: Trainer, request: Request, interruption: Interruption) -> int:
-    """End this start of the run: say why, close everything, and go back to the queue if SLURM took the nodes."""
+    """End this start: log the reason, close all files, and requeue the job if SLURM takes the nodes away."""
     world, recorder = trainer.world, trainer.recorder
     job = slurm.job_id()
     signals = [s for rank in world.gather(interruption.signals) for s in rank]
@@ -197,7 +199,7 @@ def _leave(config: RunConfig, run: Path, trainer: Trainer, request: Request, int
 
 
 def _decide(config: RunConfig, run: Path, request: Request, job: str | None, signals: list[int]) -> Decision:
-    """What becomes of the job; asked by rank 0 when all is saved. The batch script may have put it back already."""
+    """Decide what happens to the job after everything is saved; rank 0 only. The batch script may have requeued it already."""
     if request == Request.NONE:
         return Decision(Action.END, "finished")
     if request == Request.STOP:
@@ -218,9 +220,9 @@ def _decide(config: RunConfig, run: Path, request: Request, job: str | None, sig
 def _requeue(
     config: RunConfig, run: Path, job: str, decision: Decision, trainer: Trainer, interruption: Interruption
 ) -> int:
-    """The very last act: rank 0 puts the job back, and all ranks wait for SLURM to end them.
+    """Requeue the job as the last action: rank 0 requeues it, and all ranks wait until SLURM ends them.
 
-    A rank that left on its own would make SLURM count the job as completed (seen on 22.05), and it would not come back.
+    A rank that exited by itself would make SLURM count the job as completed (seen on 22.05), and the job would not start again.
     """
     seen = len(interruption.signals)
     events = Events(run / "events.jsonl")
@@ -245,13 +247,13 @@ def _requeue(
 
 
 def _release() -> None:
-    """Give the run's lease back, if this rank holds it."""
+    """Release the run's lease, if this rank holds it."""
     if isinstance(guard := lease.current(), Lease):
         guard.release()
 
 
 def _make_deterministic(config: RunConfig) -> None:
-    """Switches that must be set before CUDA starts."""
+    """Select deterministic kernels; must run before CUDA is initialised."""
     if not config.deterministic:
         return
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
@@ -266,7 +268,7 @@ class GaveUp(RuntimeError):
 
 
 def _die(run: Path, rank: int, error: BaseException) -> NoReturn:
-    """Leave at once after an error: no collective, no destructor that could wait for other ranks."""
+    """Exit immediately after an error, without collectives or destructors, which could wait for other ranks."""
     if isinstance(error, SystemExit):
         sys.stdout.flush()
         os._exit(int(error.code or 0))
@@ -279,7 +281,7 @@ def _die(run: Path, rank: int, error: BaseException) -> NoReturn:
     try:
         _say_last(run, rank, error, status)
         _release()
-    finally:  # whatever the disk under the log says
+    finally:  # even if the log cannot be written
         os._exit(status)
 
 
@@ -287,7 +289,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def _line_of(run: Path, error: BaseException) -> str | None:
-    """One line with the remedy, for a failure that needs no traceback; None for others."""
+    """One line with the remedy for a failure that needs no traceback; None for other errors."""
     if type(error).__name__ == "SaveError":  # it cannot be imported without torch
         return str(error)
     if isinstance(error, OSError) and error.errno in NO_ROOM:
@@ -299,7 +301,7 @@ def _line_of(run: Path, error: BaseException) -> str | None:
 
 
 def _say_last(run: Path, rank: int, error: BaseException, status: Exit) -> None:
-    """The error in the events and in the log; with its traceback, unless it is one that a user mends by its text."""
+    """Write the error to the events and to the log, with a traceback unless its message tells the user what to do."""
     final = status != Exit.FAILED
     line = str(error) if final else _line_of(run, error)
     text = f"{type(error).__name__}: {error}" if line is None else line

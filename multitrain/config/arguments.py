@@ -57,12 +57,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_with_overrides(self, arguments: Arguments) -> argparse.Namespace:
         """Like `parse_args`, but with ``key=value`` at any position, even after ``--dataset a b``."""
-        with_value = {
-            option
-            for action in self._actions
-            if action.nargs is None and not isinstance(action, argparse._StoreTrueAction)
-            for option in action.option_strings
-        }
+        with_value = {option for action in self._actions if action.nargs is None for option in action.option_strings}
         overrides: list[str] = []
         rest: list[str] = []
         takes_value = False
