@@ -1,1 +1,1 @@
-"""One script a figure: ``python -m benchmarks.NAME [--full]`` from the checkout; `make bench` runs all of them."""
+"""One script per measurement: ``python -m benchmarks.NAME [--full]`` in the checkout; `make bench` runs all."""

@@ -1,10 +1,10 @@
-"""How long a checkpoint holds up the training, and how long it takes to be on disk, for the recommended model's state.
+"""Time that a checkpoint blocks training, and time until it is on disk, for the state of the recommended model.
 
 python -m benchmarks.checkpoint [--full] [--model mvit_b24_32x3] [--saves 5] [--dir DIR]
 
-One process over gloo builds the real model and its AdamW moments, saves into a temporary folder, and computes meanwhile as a
-training would. `held_up`: seconds that training stood still for the copy. `seconds`: from the copy to the verified
-checkpoint. The share must stay below a tenth.
+One process with gloo builds the real model and its AdamW moments, saves to a temporary folder, and computes meanwhile as training
+would. `held_up`: seconds that the copy blocks training. `seconds`: from the copy to the verified checkpoint. The ratio must stay
+below 0.1.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from multitrain.model.multitrain import MultiTrain
 
 
 def measure(model_name: str, saves: int, folder: Path, busy: bool) -> dict[str, Any]:
-    """Save so often; medians and all values, in seconds."""
+    """Save this many times; return medians and all values in seconds."""
     config = compose([f"model={model_name}", "cluster=local", "gpus=1", "name=benchmark", "precision=fp32"])
     world = join(1, 600, 1)
     model = MultiTrain(config.model, DATASETS)

@@ -1,8 +1,8 @@
-"""What a training step keeps, moves and launches, counted without data: any size, in seconds, on any machine.
+"""Count the bytes saved, the bytes moved and the kernels of a training step without data: any size, in seconds, on any machine.
 
-The step runs on stand-ins that have shapes and no memory (torch's FakeTensor). Torch without CUDA cannot make stand-ins "on
-CUDA", so they are "on the CPU" with CUDA's choices put in place: its autocast policy for the baseline, our code's CUDA routes, and
-cuDNN's layout for the results of convolutions, which torch otherwise takes from the processor's instructions.
+The step runs on fake tensors, which have shapes and no memory (torch's FakeTensor). Torch without CUDA cannot make fake CUDA tensors,
+so they are fake CPU tensors with CUDA's choices patched in: its autocast policy for the baseline, our code's CUDA paths, and cuDNN's
+layout of convolution results, which torch otherwise chooses by the processor's instructions.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ FREE = (
     "lift_fresh",
     "_unsafe_view",
 )
-"""Operations that launch nothing, beside views."""
+"""Operations that launch no kernel, besides views."""
 OVERWRITE = ("copy_", "zero_", "fill_", "_foreach_copy_")
-"""Operations that do not read what they write to, their first argument."""
+"""Operations that overwrite their first argument without reading it."""
 
 
 class CudaAutocast(TorchFunctionMode):
-    """CUDA's autocast policy for bf16, as far as the baseline meets it: products in bf16, norms and softmax in fp32."""
+    """CUDA's autocast policy for bf16, as far as the baseline needs it: matrix products in bf16, norms and softmax in fp32."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         dtype = torch.bfloat16 if function in LOWERED else torch.float32 if function in RAISED else None
@@ -63,7 +63,7 @@ def _cast(x: Any, dtype: torch.dtype) -> Any:
 
 @dataclass
 class Counts:
-    """What one step took. Bytes of `saved` and `peak` are above those of the parameters."""
+    """Counts of one step. The bytes `saved` and `peak` do not include the parameters."""
 
     kernels: int = 0
     forward_kernels: int = 0
@@ -78,7 +78,7 @@ class Counts:
 
 
 class _Counter(TorchDispatchMode):
-    """Counts operations as a dispatcher sees them: bytes of all inputs and outputs, and what is alive."""
+    """Counts dispatched operations: bytes of all inputs and outputs, and bytes alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class _Counter(TorchDispatchMode):
 
 
 def _bytes(x: Tensor) -> int:
-    """Bytes that are there to be read; an expanded axis counts once."""
+    """Bytes of a tensor; an expanded axis counts once."""
     elements = 1
     for size, stride in zip(x.shape, x.stride()):
         elements *= size if stride else 1
@@ -129,7 +129,7 @@ def _bytes(x: Tensor) -> int:
 
 
 def _yes(_: Any) -> bool:
-    """Stands in for a question; a Mock would hold on to the tensors that it is asked about."""
+    """A replacement for such a function; a Mock would keep its tensor arguments alive."""
     return True
 
 
@@ -138,7 +138,7 @@ def _no(_: Any) -> None:
 
 
 ANSWERS = {"is_cuda": _yes, "has_flash": _yes, "emulated_dtype": _no}
-"""The questions about the device that routes depend on, and what they answer on CUDA."""
+"""Functions that ask about the device, and their results on CUDA."""
 
 
 def _cudnn_layout(x: Tensor, weight: Tensor, _backend: Any) -> torch.memory_format:
@@ -149,7 +149,7 @@ def _cudnn_layout(x: Tensor, weight: Tensor, _backend: Any) -> torch.memory_form
 
 @contextlib.contextmanager
 def as_on_cuda() -> Iterator[None]:
-    """Our code takes CUDA's routes and torch cuDNN's layouts, whatever the device and the processor can do."""
+    """Make our code take its CUDA paths and torch use cuDNN's layouts, regardless of device and processor."""
     names = [name for _, name, _ in pkgutil.iter_modules(multitrain.model.__path__, "multitrain.model.")]
     with contextlib.ExitStack() as stack:
         FakeTensorMode.cache_clear()  # results that were computed with the processor's answers, and ours when we leave

@@ -1,9 +1,9 @@
-"""An update of the engine against plain DDP and AdamW: two gloo ranks, five million parameters, fp32.
+"""An update of the engine compared with plain DDP and AdamW: two gloo ranks, five million parameters, fp32.
 
 python -m benchmarks.engine [--full]
 
-Both sides take turns in the same two processes, on models of the same weights and the same batches; after the last turn the
-weights are compared. The network is small and the batch too, so that what is measured is the update, not the network.
+Both alternate in the same two processes, with the same initial weights and batches; the final weights are compared. Network and
+batch are small, so that the time of the update dominates.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""How far the model is from the plain formulation, and both from the truth: python -m benchmarks.exactness [--full]
+"""Numerical differences between the model, the plain formulation and a reference in fp64: python -m benchmarks.exactness [--full]
 
-Full: 32×3 at 224², batch 1, ten minutes and 10 GB. Small: the same network at 8 frames and 128². Biases, norms and pooling filters are
-moved off their initial values, so that none is trivial. The truth of a gradient is our own in fp64, which tests hold to the plain
-one's (tests/model/test_mvit.py).
+Full: 32×3 at 224², batch 1, ten minutes and 10 GB. Small: the same network at 8 frames and 128². Biases, norms and pooling filters
+are changed from their initial values, so that none is trivial. The reference of a gradient is our own in fp64, which tests compare
+with the plain one (tests/model/test_mvit.py).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from multitrain.model import MultiTrain, block_activations
 from multitrain.model.pooling import Grid, PoolArgmax, skip_pool
 
 NO_GRADIENT = "norm_k.bias"
-"""A bias of all keys changes no softmax: its true gradient is zero, and a relative error of it means nothing."""
+"""A bias of all keys does not change the softmax: its true gradient is zero, so its relative error is meaningless."""
 Values = dict[str, Tensor]
 WHO = "ours", "baseline"
 
@@ -77,9 +77,9 @@ def measured(config: ModelConfig) -> list[dict[str, Any]]:
 
 
 def _arithmetic(figure: str, model: MultiTrain, clips: Tensor) -> dict[str, Any]:
-    """The largest error of a gradient in fp32, where fp64 has the max pools choose as fp32 did.
+    """The largest error of a gradient in fp32, with the maxima of the max pools in fp64 fixed to those of fp32.
 
-    Of two values that are equal but for rounding, either may be a maximum; the gradient goes another way then.
+    Of two values that differ by rounding only, either may be the maximum, and the gradient takes another path then.
     """
     choices: list[Any] = []
     with _max_pools(choices, again=False):
@@ -96,7 +96,7 @@ def _arithmetic(figure: str, model: MultiTrain, clips: Tensor) -> dict[str, Any]
 
 @contextmanager
 def _max_pools(choices: list[Any], again: bool) -> Iterator[None]:
-    """Keeps what the max pools choose, or has them choose the same again."""
+    """Records the maxima that the max pools choose, or replays them."""
     kept = list(choices)
 
     def pool(x: Tensor, grid: Grid) -> tuple[Tensor, PoolArgmax]:
@@ -118,7 +118,7 @@ class Errors(NamedTuple):
 
 
 def _network(config: ModelConfig, matrices: bool) -> tuple[MultiTrain, Tensor]:
-    """A network that is nowhere trivial, and a clip for it."""
+    """A network without trivial parameters, and a clip."""
     model = MultiTrain(config, DATASETS).eval()
     baseline.perturbed(model, matrices=matrices)
     shape = 1, 3, config.frames, config.crop, config.crop
@@ -155,7 +155,7 @@ def _outputs(model: MultiTrain, clips: Tensor) -> Values:
 
 
 def _gradients(outputs: Callable[[], Values], model: MultiTrain) -> tuple[Values, Values]:
-    """What `outputs` gives, and the gradients of the sum of its mean squares."""
+    """The outputs, and the gradients of the sum of their mean squares."""
     model.zero_grad()
     values = outputs()
     torch.stack([v.double().square().mean() for v in values.values()]).sum().backward()

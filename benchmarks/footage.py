@@ -1,8 +1,8 @@
-"""Video files to measure with, so that the benchmarks need nothing but the checkout: 320p H.264, ten seconds, 30 frames a second.
+"""Synthetic videos for the benchmarks, so that these need only the checkout: 320p H.264, ten seconds, 30 frames per second.
 
-A hand-held camera over a scene of natural spectrum (amplitude falling as 1 / frequency), textured things that move and turn
-in front of it, changing light, and sensor noise. What decoders and augmentation cost on them is near what it is on clips of
-people: the page of results says how near, where real clips were given.
+A hand-held camera over a scene with a natural spectrum (amplitude falling as 1 / frequency), textured objects that move and turn,
+changing light, and sensor noise. The cost of decoding and augmenting them is close to that of real clips; the results page gives
+the difference where real clips were measured.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def real(folder: Path | str, count: int) -> list[Path]:
 
 
 def _is_readable(path: Path) -> bool:
-    """Whether every decoder that is here can read the file; says so when not."""
+    """Whether every installed decoder can read the file; prints a message if not."""
     for decoder in decoders():
         try:
             with open_video(path, decoder) as video:
@@ -54,12 +54,12 @@ def _is_readable(path: Path) -> bool:
 
 
 def decoders() -> list[Backend]:
-    """Those that are installed."""
+    """The installed decoders."""
     return ["pyav", "decord"] if importlib.util.find_spec("decord") else ["pyav"]
 
 
 def described(videos: Sequence[Path]) -> str:
-    """What kind of files they are, without their names: ``12 videos (avi, mp4), 320×240 to 1280×720, 25 to 30 fps, 2 to 10 s``."""
+    """A description without names: ``12 videos (avi, mp4), 320×240 to 1280×720, 25 to 30 fps, 2 to 10 s``."""
     heights, widths, rates, seconds = [], [], [], []
     for path in videos:
         with open_video(path) as video:
@@ -82,7 +82,7 @@ def _range(values: Sequence[float]) -> str:
 def made(
     count: int, size: tuple[int, int] = (568, 320), frames: int = 300, rate: int = 30, folder: Path = CACHE
 ) -> list[Path]:
-    """`count` files of `size` (width, height) and `rate` frames a second, made when they are not there yet."""
+    """`count` files of `size` (width, height) and `rate` frames per second, generated if missing."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [folder / f"v{VERSION}-{size[0]}x{size[1]}-{frames}at{rate}-{n}.mp4" for n in range(count)]
     for number, file in enumerate(names):
@@ -107,7 +107,7 @@ def _write(file: Path, seed: int, size: tuple[int, int], frames: int, rate: int)
 
 
 class Scene:
-    """A scene by its seed; any frame of it can be asked for."""
+    """A scene determined by its seed, with random access to its frames."""
 
     def __init__(self, seed: int, size: tuple[int, int]) -> None:
         self._rng = np.random.default_rng(seed)
@@ -135,7 +135,7 @@ class Scene:
 
 
 class _Thing:
-    """A textured ellipse on a path of its own."""
+    """A textured ellipse that moves along a path."""
 
     def __init__(self, rng: np.random.Generator, size: tuple[int, int]) -> None:
         self._size = size

@@ -1,9 +1,9 @@
-"""Counts the bytes that `dry_run=true` predicts memory from, and writes them to launch/footprint.json.
+"""Count the bytes from which `dry_run=true` estimates memory, and write them to launch/footprint.json.
 
 python -m benchmarks.footprint
 
-The published networks are counted, 32×3 and 16×4; of each mode, two numbers make the formula of launch/memory_estimate.py give what
-was counted.
+The published networks, 32×3 and 16×4, are counted; for each mode, two coefficients make the formula of launch/memory_estimate.py
+reproduce the counts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NETWORKS = ModelConfig(), ModelConfig(frames=16, depth=16, stages=(1, 3, 14))
 
 
 def main() -> None:
-    """Count and write; what the loader and a GPU can do is kept."""
+    """Count and write; the measured speeds of loader and GPU in the file are kept."""
     facts = json.loads(FILE.read_text(encoding="utf-8"))
     facts["bytes"] = {mode: coefficients(mode) for mode in ("none", "mlp", "selective", "full")}
     loader = json.loads((Path(__file__).parent / "results" / "loader.json").read_text(encoding="utf-8"))
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def coefficients(mode: str) -> list[float]:
-    """Bytes an element of the blocks' outputs, and of the largest block, with which the formula gives both counts."""
+    """Bytes per element of the blocks' outputs, and of the largest block, for which the formula reproduces both counts."""
     known = [sizes(network) for network in NETWORKS]
     counted = [peak(network, mode) - size.inputs for network, size in zip(NETWORKS, known)]
     found = np.linalg.solve([[size.outputs, size.largest] for size in known], counted)

@@ -1,14 +1,14 @@
-"""Damaged and hostile input for every reader, as a table: reader × outcome.
+"""Feed damaged and hostile input to every reader; print a table of readers × outcomes.
 
 python benchmarks/fuzz.py [--full] [--cases N] [READER …] [--table] [--show READER/NUMBER]
 
-An input is accepted, or refused in one line. A traceback, a library's own words, no end after 10 s of the processor, or 1 GB more
-memory is a fault; each is kept with the number that makes it again. Case n of a reader is the same input in every run. Functions
-and commands are called in one warm process; readers whose name begins with "$" start a Python for each case as a shell does, some
-0.5 % of all cases.
+A reader must accept an input or refuse it in one line. A traceback, a library's message, more than 10 s of CPU time, or 1 GB more
+memory is a fault; it is recorded with the number that reproduces it. Case n of a reader is the same input in every run. Functions and
+commands are called in one process with everything imported; readers whose name begins with "$" start Python for each case, as a shell
+does (about 0.5 % of all cases).
 
-The counts stand in results/unfinished/fuzz-SIZE.json after each case: --table prints them at any moment, the same command goes on
-after the last case in them, and results/fuzz.json is written at the end.
+The counts are in results/unfinished/fuzz-SIZE.json after each case: --table prints them at any time, and the same command resumes
+after the last counted case. results/fuzz.json is written at the end.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CASES: dict[Size, int] = {"small": 1_000, "full": 20_000}
 
 
 class Fuzz:
-    """Cases of all readers, in a scratch folder of its own."""
+    """Runs cases of all readers in a temporary folder."""
 
     def __init__(self, folder: Path) -> None:
         material = Material(folder / "material")
@@ -46,16 +46,16 @@ class Fuzz:
         self.worker = Worker(partial(_served, material, folder / "case", captures), captures)
 
     def judge(self, case: Case) -> Outcome:
-        """The outcome of a case, in the worker's process."""
+        """Run a case in the worker process."""
         return self.worker.judge(case)
 
     def content(self, case: Case) -> bytes:
-        """What the case's reader is given."""
+        """The input of a case."""
         return content(case, self.readers[case.reader].seeds)
 
 
 def _served(material: Material, scratch: Path, captures: tuple[Path, Path]) -> Serve:
-    """What judges a case, for the worker's process."""
+    """The function that runs a case, called in the worker process."""
     known, said = readers(material), taking(captures)
 
     def serve(case: Case) -> Outcome:
@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None, results: Path = FOLDER) -> int:
     cases = given.cases or CASES[size]
     unfinished = results / "unfinished" / f"fuzz-{size}.json"
     if given.table:
-        found = next((file for file in (unfinished, results / "fuzz.json") if file.exists()), None)
+        found = next((file for file in (unfinished, results / "raw" / "fuzz.json") if file.exists()), None)
         return _table(found) if found else parser.error("nothing has been tried yet")
     with tempfile.TemporaryDirectory() as folder:
         fuzz = Fuzz(Path(folder))
@@ -116,7 +116,7 @@ def _show(fuzz: Fuzz, name: str) -> int:
 
 
 def _turns(fuzz: Fuzz, progress: Progress) -> Iterator[tuple[str, int]]:
-    """Cases in the order in which they are tried: one of each reader, then the next one."""
+    """Cases in order: one of each reader, then the next number."""
     for number in itertools.count(progress.first):
         for name in progress.readers:
             if number % fuzz.readers[name].every == 0:

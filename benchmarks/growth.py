@@ -1,9 +1,9 @@
-"""How cost grows: with frames and crop of a clip, with the number of datasets, ranks and videos.
+"""Cost as a function of frames and crop of a clip, and of the number of datasets, ranks and videos.
 
 python -m benchmarks.growth [--full]
 
-Ranks are simulated: what each of 1 … 128 ranks computes about the order and its share of an update is computed here, for all
-of them, and checked to be the update, no video missing or twice.
+Ranks are simulated: this process computes the order and the share of an update for each of 1 … 128 ranks, and checks that the shares
+together are the update, without missing or repeated videos.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks.network import DATASETS, loss_of, trained_outputs
 from benchmarks.results import plot, save
 from launch.memory_estimate import parameters
 from multitrain.config import AugmentConfig, DatasetConfig, ModelConfig
-from multitrain.data.augment import augment_clip
+from multitrain.data.augment import Augmenter
 from multitrain.data.catalog import Catalog
 from multitrain.data.decode import open_video
 from multitrain.data.frames import training_window
@@ -37,11 +37,11 @@ from multitrain.order import Plan, Source, solve
 Points = list[tuple[float, float]]
 
 FRAMES, CROP = 32, 224
-"""Of a clip, where the other is varied."""
+"""Size of a clip while the other is varied."""
 
 
 def clip_cost(frames: int, crop: int, clips: int) -> float:
-    """CPU milliseconds of a clip, two copies a decode, in a process set up as a loader worker."""
+    """CPU milliseconds per clip, with two copies per decode, in a process set up as a loader worker."""
     video, size = footage.made(1)[0], crop
     out = np.zeros((2, frames, crop, crop, 3), np.uint8)
     configure_worker()
@@ -54,14 +54,17 @@ def clip_cost(frames: int, crop: int, clips: int) -> float:
             )
             decoded = opened.frames(wanted)
         for copy in range(2):
-            augment_clip(decoded, AugmentConfig(), size, KeyedRNG("growth", number, copy), True, out[copy])
+            draws = KeyedRNG("growth", number, copy)
+            augmenter = Augmenter(*decoded.shape[1:3], AugmentConfig(), size, draws, True)
+            for frame, target in zip(decoded, out[copy]):
+                augmenter(frame, target)
 
     make(0)
     return statistics.mean(cpu_seconds(lambda n=n: make(n)) for n in range(clips)) / 2 * 1e3  # type: ignore[misc]
 
 
 class ModelTime:
-    """CPU seconds of the network at a size, cut down to one block a stage: at its own width, but four blocks instead of 24."""
+    """CPU seconds of the network at a size, reduced to one block per stage (4 blocks instead of 24) at full width."""
 
     def __init__(self, frames: int, crop: int) -> None:
         import torch
@@ -86,9 +89,9 @@ class ModelTime:
 
 
 def model_times(frames: list[int], crops: list[int], rounds: int) -> tuple[dict[str, Points], dict[str, Points]]:
-    """Training step and inference by frames and by crop, in CPU seconds: the least of `rounds`, in processes of their own.
+    """CPU seconds of a training step and of inference by frames and by crop: the minimum of `rounds`, in separate processes.
 
-    Not in this one: networks share tables by shape, and those of a measured network are not those of a counted one.
+    Separate, because networks share tables by shape, and those of a measured network differ from those of a counted one.
     """
 
     def both(size: tuple[int, int]) -> tuple[float, float]:
@@ -106,9 +109,9 @@ def model_times(frames: list[int], crops: list[int], rounds: int) -> tuple[dict[
 
 
 def saved_memory(frames: list[int], crops: list[int], mode: str) -> tuple[Points, Points]:
-    """Gigabytes of activations that a clip adds to a training step of the whole network, by frames and by crop, counted.
+    """Counted gigabytes of activations that a clip adds to a training step of the complete network, by frames and by crop.
 
-    What a step keeps whatever its clips, the weights in bf16, is counted once and taken off.
+    The constant part of a step, the weights in bf16, is subtracted.
     """
 
     def saved(size: tuple[int, int], clips: int) -> int:
@@ -122,28 +125,28 @@ def saved_memory(frames: list[int], crops: list[int], mode: str) -> tuple[Points
 
 
 def order_cost(plan: Plan, updates: int) -> float:
-    """CPU milliseconds of an update's tickets."""
+    """CPU milliseconds to compute the samples of an update."""
     batch = plan.effective_batch
 
     def all_tickets() -> None:
         for update in range(1000, 1000 + updates):
-            plan.tickets(update * batch, (update + 1) * batch)
+            plan.samples(update * batch, (update + 1) * batch)
 
     all_tickets()
     return statistics.median(cpu_seconds(all_tickets) for _ in range(5)) / updates * 1e3
 
 
 def rank_cost(world: int, updates: int) -> float:
-    """CPU milliseconds of one rank's share of the order of an update; checks that all shares make the update."""
+    """CPU milliseconds to compute one rank's share of an update; checks that all shares together are the update."""
     plan = Plan([Source("a", 900_000), Source("b", 300_000)], seed=0, effective_batch=512, group=2)
     shape = solve(512, nodes=1, gpus=world, group=2)
 
     def share(rank: int, update: int) -> np.ndarray:
-        parts = [plan.tickets(*shape.slice(update, step, rank)) for step in range(shape.accumulation)]
+        parts = [plan.samples(*shape.slice(update, step, rank)) for step in range(shape.accumulation)]
         return np.concatenate(parts)
 
     whole = np.concatenate([share(rank, 7) for rank in range(world)])
-    if not np.array_equal(whole, plan.tickets(7 * 512, 8 * 512)):
+    if not np.array_equal(whole, plan.samples(7 * 512, 8 * 512)):
         raise AssertionError(f"the shares of {world} ranks are not the update")
     return statistics.median(
         cpu_seconds(lambda: [share(world - 1, update) for update in range(updates)]) for _ in range(5)
@@ -151,7 +154,7 @@ def rank_cost(world: int, updates: int) -> float:
 
 
 def index_cost(videos: int) -> tuple[float, float]:
-    """CPU seconds to build the index of so many videos, and to open it again."""
+    """CPU seconds to build the index of this many videos, and to open it."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "a").mkdir()

@@ -1,9 +1,9 @@
-"""The index of annotation files: 1,223,325 videos of three datasets, as a loader worker sees them.
+"""The index of annotation files: 1,223,325 videos of three datasets, as used by a loader worker.
 
 python -m benchmarks.index [--full]
 
-The baseline keeps what the published loader keeps: a list of joined paths, one of labels, and a dictionary of dictionaries with
-an entry a video. Private memory is read from /proc in forked workers that look up videos all over the lists.
+The baseline holds the data structures of the published loader: a list of joined paths, a list of labels, and a dictionary of
+dictionaries with an entry per video. Private memory is read from /proc in forked workers that look up videos all over the lists.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ print(time.process_time() - began)
 
 
 def write(folder: Path) -> None:
-    """Annotation files of the published sizes; the videos' names are made up."""
+    """Annotation files of the published sizes, with invented names."""
     videos = folder / "videos"
     videos.mkdir(parents=True)
     for name, (size, classes) in SIZES.items():
@@ -98,8 +98,8 @@ class Mapped:
 
 
 def private_bytes() -> int:
-    """Memory of this process that is its own: pages written to since the fork, and new ones. Pages of a mapped file are the
-    page cache's, whoever looks at them."""
+    """Private memory of this process: new pages, and pages written to since the fork. Pages of a mapped file belong to the
+    page cache."""
     text = Path("/proc/self/smaps_rollup").read_text()
     return sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Private_Dirty")) * 1024
 
@@ -117,7 +117,7 @@ def _worker(look_up: Callable[[int], Any], total: int, seed: int, answers: Any) 
 
 
 def workers(look_up: Callable[[int], Any], total: int, count: int) -> tuple[float, float]:
-    """Private MB that each of `count` forked workers grows by, and microseconds a look-up."""
+    """Growth of the private memory of each of `count` forked workers in MB, and microseconds per look-up."""
     context = multiprocessing.get_context("fork")
     answers = context.SimpleQueue()
     gc.collect()
@@ -131,7 +131,7 @@ def workers(look_up: Callable[[int], Any], total: int, count: int) -> tuple[floa
 
 
 def opened_in_a_new_process(folder: Path, index: Path) -> float:
-    """CPU seconds that opening all takes where the index exists; imports are not counted."""
+    """CPU seconds to open all catalogs when the index exists, without imports."""
     command = [sys.executable, "-c", _OPEN, str(folder), str(index)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 

@@ -1,9 +1,9 @@
-"""Training clips: two augmented copies of 32×3 from 320p files, against whole-frame Pillow and float32 as published.
+"""Training clips: two augmented copies of 32×3 from 320p files, compared with whole-frame Pillow and float32 as published.
 
 python -m benchmarks.loader [--full] [--videos DIR]
 
-Ours is the job that loader workers do, whole; each side works in a process of its own, as its workers do. Both get the same
-draws: window, operations, crop, flip, erased box.
+Ours is the complete function of a loader worker. Each side runs in a separate process, set up like its loader workers. Both get the
+same random numbers: window, operations, crop, flip, erased box.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ NAME = "clips"
 
 
 class Bench:
-    """One dataset of the given videos, and every way to make its training clips."""
+    """One dataset of the given videos, with both ways to make its training clips."""
 
     def __init__(self, videos: list[Path], folder: Path) -> None:
         self.videos = videos
@@ -74,25 +74,25 @@ class Bench:
         return TrainClipFn(self._catalogs, self._plan, self.config(decoder, backend))
 
     def ours(self, decoder: str, backend: str, device: bool, number: int) -> Any:
-        """The copies of one video; with `device`, what the device does as well: float32, normalised, erased."""
+        """The copies of one video; with `device`, including the device's part: float32, normalised, erased."""
         job = self.jobs[decoder, backend]
-        ticket = self._plan.tickets(number, number + 1)[0]
-        made = job.run(Task(0, ticket), self._slot)
+        sample = self._plan.samples(number, number + 1)[0]
+        made = job.run(Task(0, sample), self._slot)
         if not device:
             return self._slot
         clips = mix.normalise(torch.from_numpy(self._slot))
         mix.erase(clips, torch.from_numpy(made.boxes), torch.from_numpy(made.keys))
         return clips
 
-    def tickets(self, start: int, stop: int) -> Any:
+    def samples(self, start: int, stop: int) -> Any:
         """The videos of these samples."""
-        return self._plan.tickets(start, stop)
+        return self._plan.samples(start, stop)
 
     def published(self, number: int) -> Any:
         """The same clips by the baseline."""
-        ticket = self._plan.tickets(number, number + 1)[0]
-        index, config = int(ticket["index"]), self.jobs["pyav", "opencv"].config
-        identity = (config.seed, NAME, index, int(ticket["pass"]))
+        sample = self._plan.samples(number, number + 1)[0]
+        index, config = int(sample["index"]), self.jobs["pyav", "opencv"].config
+        identity = (config.seed, NAME, index, int(sample["pass"]))
         drawn = [
             draw_augmentation(*self._sizes[index], config.augment, CROP, KeyedRNG("augment", *identity, copy), True)
             for copy in range(COPIES)
@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
                 name = f"{decoder} {backend} {'float32' if device else 'uint8'}"
                 variants[name] = partial(bench.ours, decoder, backend, device), configure_worker
         found = {name: statistics.mean(times) * 1e3 for name, times in take_turns_apart(variants, rounds).items()}
-        cost = measure(bench.jobs["pyav", "opencv"], [Task(0, t) for t in bench.tickets(0, rounds)])
+        cost = measure(bench.jobs["pyav", "opencv"], [Task(0, t) for t in bench.samples(0, rounds)])
     plain = found.get("published")
     shown = footage.described(videos) if given.videos else "made 320p footage"
     where = f"{rounds} clips of {shown}; 32×3, 224 pixels, 2 copies; both sides with the same draws"

@@ -1,4 +1,4 @@
-"""Timing: CPU seconds of the whole process, variants taking turns."""
+"""Timing: CPU seconds of the whole process, with alternating variants."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def take_turns(
 ) -> dict[str, list[float]]:
     """CPU seconds of each call of every variant, called with the round's number; `clock` makes the call and measures it.
 
-    The order is reversed every other round, so that none is always the one that finds warm caches.
+    The order is reversed every other round, so that no variant always profits from warm caches.
     """
     found: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(-warm_up, rounds):
@@ -41,10 +41,10 @@ def take_turns(
 
 
 class Apart:
-    """Calls of a function in a forked process of its own, each answered by its CPU seconds.
+    """Calls a function in a forked process; each call returns its CPU seconds.
 
-    For variants whose processes differ: loader workers set up their memory and threads as the published ones do not, and
-    neither must work with the other's. `prepare` is called in the process first.
+    For variants that need different process settings: our loader workers set up memory and threads, the published ones do not.
+    `prepare` is called in the process first.
     """
 
     def __init__(self, function: Callable[[int], Any], prepare: Callable[[], Any] | None = None) -> None:
@@ -79,7 +79,7 @@ def _serve(connection: Connection, function: Callable[[int], Any], prepare: Call
 def take_turns_apart(
     variants: Mapping[str, tuple[Callable[[int], Any], Callable[[], Any] | None]], rounds: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """As `take_turns`, each variant (function, what prepares its process) in a process of its own."""
+    """Like `take_turns`, with each variant (function, `prepare`) in a separate process."""
     processes = {name: Apart(*variant) for name, variant in variants.items()}
     try:
         return take_turns(processes, rounds, warm_up, clock=lambda call: call())

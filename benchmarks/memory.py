@@ -1,6 +1,6 @@
-"""What a training step of the model keeps, moves and launches, counted: python -m benchmarks.memory [--full]
+"""Counted bytes and kernels of a training step of the model: python -m benchmarks.memory [--full]
 
-No data and no time: benchmarks/counting.py. The full and the small size are the same, 32×3 at 224²; it takes half a minute.
+Needs no data and measures no time, see benchmarks/counting.py. Both sizes are the same, 32×3 at 224²; it takes half a minute.
 """
 
 from __future__ import annotations

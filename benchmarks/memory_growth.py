@@ -1,10 +1,8 @@
 """Memory of a rank and of its loader worker over a long run with validations: python -m benchmarks.memory_growth [--full]
 
-With `--large`, what one clip of 8K takes in a worker instead, beside what its decoder alone takes.
-
-A real run of a tiny network on the demo's datasets, with TensorBoard and its pictures, looked at from outside after every
-update. A run of two weeks must not grow, so the figure is the slope of the peak after the first updates, in which everything
-is used for the first time.
+A real run of a tiny network on the demo's datasets, with TensorBoard and its pictures; its memory is read from outside after every
+update. The memory of a run of two weeks must not grow, so the result is the slope of the peak after the first updates, in which
+everything is used for the first time. `--large` measures the memory of one clip of 8K in a worker instead.
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ MODEL = {"frames": 4, "crop": 32, "depth": 2, "width": 16, "heads": 1, "stages":
 CLIPS = {"train": 60, "val": 24, "test": 1}
 """Videos of each dataset."""
 FIRST = 300
-"""Updates after which everything has been used once."""
+"""Updates after which the slope is measured."""
 SAVED = 100
 """Updates between two checkpoints."""
 
@@ -47,7 +45,7 @@ Points = list[tuple[float, float]]
 
 
 def write_run(folder: Path, data: Path, updates: int, validations: int, ranks: int) -> Path:
-    """The folder of a run of `updates` updates, `validations` validations among them."""
+    """Create the folder of a run of `updates` updates with `validations` validations."""
     datasets = {
         name: {
             "annotations": str(data / name / "annotations"),
@@ -88,13 +86,13 @@ def slope(points: Points) -> float:
 
 
 def peak(points: Points) -> Points:
-    """The most so far instead of what is in use."""
+    """The running maximum of the points."""
     most = np.maximum.accumulate([mb for _, mb in points])
     return [(update, float(mb)) for (update, _), mb in zip(points, most)]
 
 
 def resident(pid: int) -> float | None:
-    """Memory of a process that is in use, in MB; None when it has ended."""
+    """Resident memory of a process in MB; None if it has ended."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     except (OSError, IndexError):
@@ -131,7 +129,7 @@ def watch(run: Path, ranks: Sequence[subprocess.Popen[bytes]]) -> dict[str, Poin
 
 
 def measure(data: Path, updates: int, validations: int, ranks: int) -> dict[str, Points]:
-    """One run from its beginning to its end."""
+    """Measure one complete run."""
     with tempfile.TemporaryDirectory() as folder:
         run = write_run(Path(folder), data, updates, validations, ranks)
         log = Path(folder) / "log"
@@ -175,7 +173,7 @@ def write_large(path: Path, codec: str, kind: str, options: dict[str, str], fram
 
 
 def peaks(path: Path) -> dict[str, float]:
-    """MB that this process takes at most, beyond what it took before, for: the decoder alone, training clips, test views."""
+    """Peak memory of this process in MB, beyond that before, for: the decoder alone, training clips, test views."""
     settings: dict[str, Any] = {
         name: {} for name in ("cluster", "loss", "engine", "optim", "eval", "checkpoint", "monitor")
     }
@@ -210,7 +208,7 @@ def peaks(path: Path) -> dict[str, float]:
 
 
 def large() -> None:
-    """Measure clips of 8K, each codec in a process of its own, and save."""
+    """Measure clips of 8K, each codec in a separate process, and save."""
     rows = []
     for name, (codec, kind, options) in LARGE.items():
         with tempfile.TemporaryDirectory() as folder:

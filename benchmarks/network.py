@@ -1,4 +1,4 @@
-"""The network that the benchmarks train, and what they train it on: no labels, for neither time nor memory depends on them."""
+"""The network and the scalar that the benchmarks train; without labels, on which neither time nor memory depends."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ DATASETS = {"kinetics": 400, "mit": 305, "ssv2": 174}
 
 
 def loss_of(values: Iterable[Tensor]) -> Tensor:
-    """The sum of the mean squares, which gives every output a gradient."""
+    """Sum of the mean squares of all outputs, so that each has a gradient."""
     return sum(v.float().square().mean() for v in values)  # type: ignore[return-value]
 
 
 def trained_outputs(model: MultiTrain, clips: Tensor, keys: Tensor) -> list[Tensor]:
-    """All that a loss is made of: logits, projections and, where there is one, the expander's output."""
+    """The inputs of a loss: logits, projections and, if there is one, the expander's output."""
     out = model.outputs(clips, keys)
     values = [*out.logits.values(), *out.projected.values(), out.expanded]
     return [v for v in values if v is not None]

@@ -1,8 +1,8 @@
-"""The order of videos: tickets of an update of 512 videos out of 1.2 million, anywhere in a run.
+"""The order of videos: time to compute the samples of an update of 512 videos out of 1.2 million, at any position of a run.
 
 python -m benchmarks.order [--full]
 
-The baseline is what a shuffled sampler does: a permutation of all videos, made anew for every pass and after every restart.
+The baseline is a shuffled sampler: a new permutation of all videos for every epoch and after every restart.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ BATCH = 512
 
 
 def plan(videos: int | None = None, mixture: str = "interleave") -> Plan:
-    """The plan of the published mixture, scaled to `videos` in all."""
+    """The plan of the published mixture, scaled to `videos` videos."""
     total = sum(SIZES.values())
     sources = [Source(n, s if videos is None else max(1, s * videos // total), digest="") for n, s in SIZES.items()]
     return Plan(sources, seed=0, effective_batch=BATCH, mixture=mixture, group=2 if mixture == "interleave" else 1)  # type: ignore[arg-type]
 
 
 def batches(order: Plan, first: int, count: int) -> None:
-    """The tickets of `count` updates from update `first`."""
+    """Compute the samples of `count` updates from update `first` on."""
     for update in range(first, first + count):
-        order.tickets(update * BATCH, (update + 1) * BATCH)
+        order.samples(update * BATCH, (update + 1) * BATCH)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     total = sum(SIZES.values())
 
     def resume() -> None:
-        plan().tickets(far * BATCH, (far + 1) * BATCH)
+        plan().samples(far * BATCH, (far + 1) * BATCH)
 
     fresh = statistics.median(cpu_seconds(resume) for _ in range(20)) * 1e3
     shuffle = (
@@ -66,27 +66,27 @@ def main(arguments: list[str] | None = None) -> None:
         times = [cpu_seconds(lambda p=scaled: batches(p, 1000, count)) / count * 1e3 for _ in range(rounds)]  # type: ignore[misc]
         growth.append((10.0**exponent, statistics.median(times)))
     rows = [
-        row("tickets of 512 videos, at the start of a run", ours=each["start"], unit="CPU ms", target="<= 1.5 CPU ms"),
-        row("tickets of 512 videos, after a million updates", ours=each["far"], unit="CPU ms", target="<= 1.5 CPU ms"),
-        row("tickets of 512 videos, mixture=concat", ours=each["concat"], unit="CPU ms", target="<= 1.5 CPU ms"),
+        row("samples of 512 videos, at the start of a run", ours=each["start"], unit="CPU ms", target="<= 1.5 CPU ms"),
+        row("samples of 512 videos, after a million updates", ours=each["far"], unit="CPU ms", target="<= 1.5 CPU ms"),
+        row("samples of 512 videos, mixture=concat", ours=each["concat"], unit="CPU ms", target="<= 1.5 CPU ms"),
         row(
-            "resume after a million updates, to its first 512 tickets",
+            "resume after a million updates, to its first 512 samples",
             ours=fresh,
             baseline=shuffle,
             unit="CPU ms",
             target="<= 1.5 CPU ms",
-            note="A new plan and its first tickets. Baseline: numpy's permutation of all videos, before anything is skipped.",
+            note="A new plan and its first samples. Baseline: numpy's permutation of all videos, before anything is skipped.",
         ),
-        row("memory that tickets take at their peak", ours=peak, baseline=total * 8 / 2**20, unit="MiB"),
+        row("memory that samples take at their peak", ours=peak, baseline=total * 8 / 2**20, unit="MiB"),
         row(
             "growth from 10⁴ to 10⁸ videos",
             ours=growth[-1][1] / growth[0][1],
             unit="times",
             target="<= 1.25 times",
-            note="CPU time of 512 tickets with 10⁸ videos ÷ with 10⁴.",
+            note="CPU time of 512 samples with 10⁸ videos ÷ with 10⁴.",
         ),
     ]
-    line = plot("Order: cost of an update's tickets", "videos", "CPU ms per 512 tickets", {"ours": growth}, log="x")
+    line = plot("Order: cost of an update's samples", "videos", "CPU ms per 512 samples", {"ours": growth}, log="x")
     save("order", rows, size="full" if given.full else "small", plots=[line])
 
 

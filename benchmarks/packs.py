@@ -1,9 +1,9 @@
-"""A million videos packed on this machine: files, seconds, bytes of the index, memory of many loader processes, first sample.
+"""Pack a million videos: number of files, seconds, bytes of the index, memory of many loader processes, time to the first sample.
 
     python -m benchmarks.packs --videos 1223325 --processes 64 --folder /tmp/million
 
-Makes a few tiny videos, gives each many names by hard links, packs all of them, and opens the pack in many processes. The folder
-has to be new; it is removed at the end, unless --keep.
+Generates a few tiny videos, gives each many names by hard links, packs all, and opens the pack in many processes. The folder must be
+new; it is removed at the end, unless --keep is given.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def measure(folder: Path, videos: int, processes: int) -> dict[str, Any]:
-    """All figures: seconds, bytes, kB as the names say."""
+    """All results; the names give the units."""
     make(folder, videos)
     out = folder / "packed"
     command = [sys.executable, "-m", "multitrain.cli", "data", "pack", folder / "videos", out, "--annotations", folder]

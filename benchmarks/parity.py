@@ -1,6 +1,6 @@
 """Ours against the published code's values, quantity by quantity: writes docs/parity.md.
 
-python -m benchmarks.parity [--golden DIR] [--out FILE]
+python -m benchmarks.parity [--golden DIR] [--out FILE] [--all]
 
 The folder holds pairs NAME.pyth and NAME.golden.pt (weights, and what the published code computed with them), data.golden.pt
 (views, augmentation) and its videos; or it is tests/published, the small form that `benchmarks/published.py` makes of such a
@@ -38,11 +38,13 @@ from multitrain.model import MultiTrain
 
 ROOT = Path(__file__).resolve().parents[1]
 RELATIVE = 1e-5
-"""What is asked for, of a quantity's largest value."""
+"""Relative tolerance, by the largest value of a quantity."""
 GRADIENT = 1e-7
-"""Absolute: parameters whose true gradient is zero have rounding only."""
+"""Absolute tolerance of gradients: where the true gradient is zero, there are rounding errors only."""
 PIXEL = 1e-5
-"""Absolute, of normalised pixels between -2 and 2.44."""
+"""Absolute tolerance of normalised pixels, which lie between -2 and 2.44."""
+SHOWN = 5
+"""Quantities of a section that the page lists without ``--all``: those with the largest differences."""
 CASES = ("train_hard", "train_mixup", "train_cutmix")
 
 
@@ -61,7 +63,7 @@ class Row:
 
 
 def tensors(what: str, ours: Any, theirs: Any, *, absolute: float = 0.0, relative: float = RELATIVE) -> Row:
-    """Two arrays; shown by their norms."""
+    """Compare two arrays; the page shows their norms."""
     if np.shape(ours) != tuple(theirs.shape if isinstance(theirs, published.Sample) else np.shape(theirs)):
         return Row(what, f"shape {np.shape(ours)}", "another shape", float("nan"), float("nan"), False)
     a, b = (x.astype(np.float64) for x in published.matching(ours, theirs))
@@ -75,7 +77,7 @@ def tensors(what: str, ours: Any, theirs: Any, *, absolute: float = 0.0, relativ
 
 
 class Golden:
-    """A published model, ours with its weights, and what the published code computed."""
+    """A published model: ours with its weights, and the values that the published code computed."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.file: PublishedCheckpoint = read_published(folder / f"{name}.pyth")
@@ -281,6 +283,8 @@ their norm. *Difference* is the largest absolute difference of any element, *rel
 A quantity holds when it is within {relative:g} of the largest value; gradients within {gradient:g}, pixels within {pixel:g}
 absolutely; RandAugment and crops in every bit.
 
+The first table counts all quantities; below it are the {shown} of each section that differ most. `--all --out FILE` lists every one.
+
 `python -m benchmarks.parity --golden tests/published --out FILE` compares with the part of these values that ships with the tests
 (all of the single model, and of the joint one its loss, projections and hidden layers); the tests do so in every run.
 
@@ -296,17 +300,16 @@ STARRED = (
 )
 
 
-def page(sections: dict[str, list[Row]]) -> str:
-    """The whole page: a table of the worst of each section, then every quantity."""
+def page(sections: dict[str, list[Row]], shown: int | None = SHOWN) -> str:
+    """The whole page: a table of the worst of each section, then the `shown` quantities of each that differ most (None: all)."""
     lines = ["| | quantities | outside | largest relative difference | of |", "|---|---|---|---|---|"]
     for title, rows in sections.items():
-        worst = max(
-            (r for r in rows if not r.what.endswith("*")), key=lambda r: r.difference if "∂" in r.what else r.relative
-        )
-        shown = f"{worst.difference:.1e} (absolute)" if "∂" in worst.what else f"{worst.relative:.1e}"
-        lines.append(f"| {title} | {len(rows)} | {sum(not r.holds for r in rows)} | {shown} | {worst.what} |")
-    text = HEAD.format(relative=RELATIVE, gradient=GRADIENT, pixel=PIXEL, summary="\n".join(lines))
+        worst = max((r for r in rows if not r.what.endswith("*")), key=_deviation)
+        size = f"{worst.difference:.1e} (absolute)" if "∂" in worst.what else f"{worst.relative:.1e}"
+        lines.append(f"| {title} | {len(rows)} | {sum(not r.holds for r in rows)} | {size} | {worst.what} |")
+    text = HEAD.format(relative=RELATIVE, gradient=GRADIENT, pixel=PIXEL, shown=SHOWN, summary="\n".join(lines))
     for title, rows in sections.items():
+        rows = sorted(rows, key=lambda r: (r.holds, -_deviation(r)))[:shown] if shown else rows
         text += f"\n## {title}\n\n| quantity | ours | theirs | difference | relative |\n|---|---|---|---|---|\n"
         for r in rows:
             mark = "" if r.holds else " **outside**"
@@ -314,6 +317,11 @@ def page(sections: dict[str, list[Row]]) -> str:
         if any(r.what.endswith("*") for r in rows):
             text += f"\n{STARRED}"
     return text
+
+
+def _deviation(row: Row) -> float:
+    """What a row is judged by: the absolute difference of a gradient, the relative one of everything else."""
+    return row.difference if "∂" in row.what else row.relative
 
 
 def compare(folder: Path) -> dict[str, list[Row]]:
@@ -347,6 +355,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--golden", type=Path, default=published.WHOLE, help="folder of the values; tests/published ships"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "parity.md", help="page to write")
+    parser.add_argument("--all", action="store_true", help="list every quantity, not only those that differ most")
     parser.add_argument("--full", action="store_true", help="as for the other benchmarks; changes nothing")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -357,7 +366,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     sections = compare(given.golden)
-    given.out.write_text(page(sections), encoding="utf-8")
+    given.out.write_text(page(sections, None if given.all else SHOWN), encoding="utf-8")
     outside = [f"{title}: {r.what}" for title, rows in sections.items() for r in rows if not r.holds]
     print(f"{given.out}: {sum(map(len, sections.values()))} quantities, {len(outside)} outside their tolerance")
     for line in outside:

@@ -1,11 +1,11 @@
-"""The published code's values: reads the developers' whole folder of them, and the small one that ships with the tests.
+"""Read the values that the published code computed: the complete folder, and the small one that ships with the tests.
 
 python -m benchmarks.published [--golden DIR] [--out DIR]
 
-writes the small folder (`tests/published`, under 2 MB) from the whole one: all weights, losses, gradients and updates of the
-single-dataset model; of the joint model everything that needs no backbone; of arrays of pixels every 101st element and a digest;
-the two videos encoded again without loss, with only those pictures that three views take; names and shapes of the released models.
-Clips of noise are drawn again from their seed. Nothing is copied as it is.
+writes the small folder (`tests/published`, under 2 MB) from the complete one: all weights, losses, gradients and updates of the
+single-dataset model; everything of the joint model that needs no backbone; every 101st element and a digest of arrays of pixels; the
+two videos, losslessly encoded again with only the pictures that three views use; names and shapes of the released models. Clips of
+noise are generated again from their seed. No file is copied unchanged.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ WHOLE = ROOT.parent / "shared" / "golden"
 SINGLE, JOINT = "tiny_k400_32x3", "tiny_multi"
 INPUT_SEED, IMAGE_SEED = 1234, 3
 EVERY = 101
-"""Of an array of pixels, the elements that the small folder holds; coprime to its sides."""
+"""Stride of the elements of an array of pixels in the small folder; coprime to its sides."""
 ENTRIES = 8
-"""First entries of each gradient that the values hold, and hidden units of the joint model's heads that the small folder does."""
+"""Number of leading entries of each gradient in the values, and of hidden units of the joint model's heads in the small folder."""
 CLASSES = 2
-"""First rows and columns of the joint model's projections that the small folder holds."""
+"""Number of leading rows and columns of the joint model's projections in the small folder."""
 
 
 class Sample(NamedTuple):
@@ -45,7 +45,7 @@ class Sample(NamedTuple):
     values: Tensor
     """Every :data:`EVERY`-th element of the flat array."""
     sha256: str
-    """Of all bytes; only a result that is exact in every bit has it."""
+    """Digest of all bytes; only a bit-equal result has the same."""
 
 
 def matching(ours: Any, theirs: Tensor | Sample) -> tuple[np.ndarray, np.ndarray]:
@@ -204,7 +204,7 @@ def _write_data(golden: Path, out: Path) -> None:
 
 
 VIEWS = {"kinetics_1x5": (0, 2, 4), "ssv2_3x1": (0, 1, 2)}
-"""Views of a video that the small folder holds."""
+"""Views of a video in the small folder."""
 
 
 def _shown(path: Path, case: str) -> set[int]:

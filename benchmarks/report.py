@@ -28,7 +28,7 @@ def load(folder: Path = HERE / "results") -> list[Result]:
 
 
 def reached(row: dict[str, Any], bound: str) -> bool | None:
-    """Whether a row keeps a bound such as ``">= 4.1×"`` (of the ratio) or ``"<= 1.5 ms"`` (of ours); None without one."""
+    """Whether a row meets a bound such as ``">= 4.1×"`` (of the ratio) or ``"<= 1.5 ms"`` (of ours); None without a bound."""
     match = _BOUND.match(bound.strip())
     if match is None:
         return None
@@ -39,8 +39,8 @@ def reached(row: dict[str, Any], bound: str) -> bool | None:
     return bool(value >= number if sign[0] == ">" else value <= number)
 
 
-def verdict(row: dict[str, Any]) -> str:
-    """ "aim", "yes" or "**no**"; empty where nothing has to be reached."""
+def grade(row: dict[str, Any]) -> str:
+    """Whether the bounds are met: "aim", "yes" or "**no**"; empty without a bound."""
     least, aim = reached(row, row["target"]), reached(row, row["aim"])
     if aim and least is not False:
         return "aim"
@@ -57,7 +57,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             mark = f" <sup>{len(notes)}</sup>"
         ratio = "" if row["ratio"] is None else f"{_figure(row['ratio'])}×"
         cells = [row["figure"] + mark, _figure(row["ours"]), _figure(row["baseline"]), row["unit"], ratio]
-        lines.append("| " + " | ".join([*cells, row["target"], row["aim"], verdict(row)]) + " |")
+        lines.append("| " + " | ".join([*cells, row["target"], row["aim"], grade(row)]) + " |")
     return "\n".join(lines) + "".join(f"\n\n<sup>{n}</sup> {note}" for n, note in enumerate(notes, 1))
 
 
@@ -75,15 +75,15 @@ def _figure(value: float | None) -> str:
 
 
 def section(results: Sequence[Result]) -> str:
-    """The performance section of README.md: every figure that has something to reach, and where the rest is."""
+    """The performance section of README.md: all measurements with a target, and a link to the others."""
     rows = [row for result in results for row in result["rows"] if row["target"]]
     lines = ["| figure | ours | baseline | unit | ratio | at least | reached |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         ratio = "" if row["ratio"] is None else f"{_figure(row['ratio'])}×"
         cells = [row["figure"], _figure(row["ours"]), _figure(row["baseline"]), row["unit"], ratio, row["target"]]
-        lines.append("| " + " | ".join([*cells, verdict(row)]) + " |")
-    verdicts = [verdict(row) for row in rows]
-    kept, beyond = sum(v in ("yes", "aim") for v in verdicts), verdicts.count("aim")
+        lines.append("| " + " | ".join([*cells, grade(row)]) + " |")
+    grades = [grade(row) for row in rows]
+    kept, beyond = sum(v in ("yes", "aim") for v in grades), grades.count("aim")
     said = f"{kept} of {len(rows)} figures are reached, {beyond} of them with the aim set beyond"
     sizes = {result["size"] for result in results}
     how = (
@@ -142,8 +142,8 @@ def draw(results: Sequence[Result], folder: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "multitrain", "font.size": 9, "axes.spines.top": False})
-    matplotlib.rcParams.update({"axes.spines.right": False})
+    matplotlib.rcParams.update({"svg.hashsalt": "multitrain", "svg.fonttype": "none", "font.size": 9})
+    matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
     from matplotlib import pyplot
 
     folder.mkdir(exist_ok=True)
@@ -153,7 +153,8 @@ def draw(results: Sequence[Result], folder: Path) -> None:
         for number, drawn in enumerate(result.get("plots", ())):
             figure, axes = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
             for label, points in drawn["lines"].items():
-                axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", markersize=3.5, label=label)
+                marker = "o" if len(points) < 20 else ""
+                axes.plot(*zip(*points, strict=True), marker=marker, markersize=3.5, label=label)
             axes.set(title=drawn["title"], xlabel=drawn["x"], ylabel=drawn["y"])
             _scale(axes, drawn)
             axes.grid(alpha=0.25)

@@ -1,6 +1,7 @@
-"""What a benchmark leaves: `results/NAME.json`, from which `benchmarks.report` writes every table and plot.
+"""The files of a benchmark: `results/NAME.json`, from which `benchmarks.report` writes every table and plot, and
+`results/raw/NAME.json` with what was observed besides, which git ignores.
 
-A script measures, makes one `row` a figure, perhaps some `plot`, and calls `save`.
+A script measures, makes one `row` per figure, perhaps some `plot`, and calls `save`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ FOLDER = Path(__file__).resolve().parent / "results"
 Size = Literal["small", "full"]
 
 INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
-"""Of a CPU, the best that it has is named: figures in bf16 hold for CPUs with the first two only."""
+"""CPU features, best first; the first that a CPU has is named. Results in bf16 hold for CPUs with one of the first two only."""
+
+MAX_POINTS = 60
+"""Points of a line of a plot."""
+
+DIGITS = 5
+"""Significant digits of the numbers in a result file."""
 
 _VERSIONED = (
     "numpy",
@@ -71,8 +78,8 @@ def plot(
     log: Literal["", "x", "y", "xy"] = "",
     note: str = "",
 ) -> dict[str, Any]:
-    """A plot: points (x, y) of each line by its label; `log` names the logarithmic axes."""
-    points = {label: [list(p) for p in line] for label, line in lines.items()}
+    """A plot: points (x, y) of each line by its label, thinned to `MAX_POINTS`; `log` names the logarithmic axes."""
+    points = {label: [list(p) for p in line[:: -(-len(line) // MAX_POINTS) or 1]] for label, line in lines.items()}
     return {"title": title, "x": x, "y": y, "lines": points, "log": log, "note": note}
 
 
@@ -83,13 +90,15 @@ def save(
     plots: Sequence[Mapping[str, Any]] = (),
     folder: Path = FOLDER,
     typed: str | None = None,
+    table: str = "",
     **facts: Any,
 ) -> Path:
     """Write `folder`/NAME.json, print the rows, return the file.
 
     Args:
         typed: the command to show instead of this process's own, which may name a folder of this machine.
-        facts: more of what was seen, kept in the file only.
+        table: a Markdown table to show below the rows.
+        facts: what was observed besides; written to `folder`/raw/NAME.json.
     """
     content = {
         "name": name,
@@ -100,15 +109,40 @@ def save(
         "size": size,
         "rows": [row(**r) for r in rows],
         "plots": list(plots),
-        **facts,
     }
+    if table:
+        content["table"] = table
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.json"
-    file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    file.write_text(encode(content), encoding="utf-8")
+    if facts:
+        (folder / "raw").mkdir(exist_ok=True)
+        (folder / "raw" / file.name).write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
     for r in content["rows"]:
         ratio = "" if r["ratio"] is None else f"  {r['ratio']:.3g}×"
         print(f"{r['figure']}: {_number(r['ours'])} against {_number(r['baseline'])} {r['unit']}{ratio}", flush=True)
     return file
+
+
+def encode(content: Mapping[str, Any]) -> str:
+    """The text of a result file: rounded numbers, one line per value, row and plot."""
+    parts = []
+    for key, value in _rounded(content).items():
+        text = json.dumps(value, ensure_ascii=False)
+        if isinstance(value, list) and value:
+            text = "[\n  " + ",\n  ".join(json.dumps(v, ensure_ascii=False) for v in value) + "\n ]"
+        parts.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _rounded(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(v) for v in value]
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else float(f"{value:.{DIGITS}g}")
+    return value
 
 
 def _number(value: float | None) -> str:

@@ -19,7 +19,7 @@ from multitrain.order import Plan, Source
 
 def meetings(plan: Plan, size: int, batch: int, *, together: int = 1) -> float:
     """Share of the pairs of an update of pass 1 that are at most `together` - 1 updates apart in pass 2."""
-    first, second = (plan.tickets(n * size, (n + 1) * size)["index"] for n in (1, 2))
+    first, second = (plan.samples(n * size, (n + 1) * size)["index"] for n in (1, 2))
     when = np.empty(size, np.int64)
     when[second] = np.arange(size) // batch
     whole = size // batch * batch
@@ -30,10 +30,10 @@ def meetings(plan: Plan, size: int, batch: int, *, together: int = 1) -> float:
 
 def evenness(plan: Plan, size: int, batch: int, classes: int, over: int) -> float:
     """Chi-squared by its degrees of freedom of the classes in `over` updates in a row, of a csv sorted by class."""
-    tickets = plan.tickets(size, 2 * size)["index"]
+    samples = plan.samples(size, 2 * size)["index"]
     span = batch * over
     whole = size // span * span
-    label = (tickets[:whole] * classes // size).reshape(-1, span)
+    label = (samples[:whole] * classes // size).reshape(-1, span)
     expected = span / classes
     found = [((np.bincount(row, minlength=classes) - expected) ** 2 / expected).sum() / (classes - 1) for row in label]
     return float(np.mean(found))

@@ -27,8 +27,8 @@ from multitrain.config.arguments import OneLineParser, answered, piped, typed_wo
 from multitrain.config.overrides import alternatives, combinations, split
 from multitrain.config.reading import read_yaml
 from multitrain.config.typed import equal_pair
-from multitrain.plot_style import table
 from multitrain.report.status import status
+from multitrain.text import table
 
 FAILED_STATES = ("failed", "cancelled", "interrupted", "timeout", "out_of_memory", "node_fail", "boot_fail", "deadline")
 """Final states of a run that did not succeed."""

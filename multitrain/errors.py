@@ -13,6 +13,3 @@ class ConfigError(ValueError):
 
     def __init__(self, message: object = "") -> None:
         super().__init__("\n".join(map(printable, str(message).split("\n"))))
-
-
-__all__ = ["ConfigError"]

@@ -19,7 +19,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -142,21 +141,6 @@ def refuse_same(outputs: Mapping[str, Path | str | None]) -> None:
         other = seen.setdefault(os.path.realpath(path), option)
         if other != option:
             raise ConfigError(f"{other} and {option} are one file, {printable(str(path))}; give two names")
-
-
-def remove_tree(folder: Path, inside: Path) -> None:
-    """Delete a folder that lies below `inside`, without following any link.
-
-    Raises:
-        ConfigError: `folder` is a link, or is not below `inside`; nothing is deleted then.
-        OSError: it cannot be deleted.
-    """
-    root, parent = os.path.realpath(inside), os.path.realpath(folder.parent)
-    if os.path.islink(folder):
-        raise InTheWayError(f"{folder} is a link, which is neither followed nor deleted; remove it yourself")
-    if folder.name in ("", ".", "..") or not _is_below(parent, root):
-        raise InTheWayError(f"{folder} does not lie inside {inside}; it is not deleted")
-    shutil.rmtree(os.path.join(parent, folder.name))
 
 
 # ---------------------------------------------------------------------------------------------------- output folders
@@ -518,18 +502,3 @@ def _write_error(path: Path, error: OSError) -> ConfigError:
 
 def _encoded(text: str) -> bytes:
     return text.encode("utf-8", errors="surrogateescape")
-
-
-__all__ = [
-    "RECORD",
-    "InTheWayError",
-    "OutputFolder",
-    "check_output",
-    "output_file",
-    "refuse_run",
-    "refuse_same",
-    "remove_tree",
-    "replace_text",
-    "replacing",
-    "stamp",
-]

@@ -27,7 +27,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 FOLDER = "lease"
 HEARTBEAT = 5.0
@@ -522,11 +521,6 @@ def _exit_process(reason: str) -> None:
     with contextlib.suppress(OSError):
         os.write(2, f"multitrain: {reason}; this process ends\n".encode())
     os._exit(LOST)
-
-
-def as_json(state: State | None) -> dict[str, Any] | None:
-    """The lease as a JSON object for readers of a run; None if it has no holder."""
-    return None if state is None or state.holder is None else {**asdict(state.holder), "over": state.over}
 
 
 __all__ = [

@@ -50,6 +50,11 @@ def figure(
     return drawn, axes
 
 
+def cycle(count: int) -> list[str]:
+    """`count` colours."""
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+
+
 def png(drawn: Figure, dpi: int = 125) -> bytes:
     """The figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
@@ -60,17 +65,3 @@ def png(drawn: Figure, dpi: int = 125) -> bytes:
 def label(text: str) -> str:
     """Text of a stranger for a picture: printable, and never a formula (matplotlib typesets what stands between ``$``)."""
     return printable(text).replace("$", r"\$")
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Text in columns: the first `left` flush left, the others flush right. Cells may come from strangers."""
-    cleaned = [[printable(cell) for cell in row] for row in [header, *rows]]
-    widths = [max(len(row[i]) for row in cleaned) for i in range(len(header))]
-    lines = []
-    for row in cleaned:
-        cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-__all__ = ["COLOURS", "FAINT", "INK", "figure", "label", "png", "table"]

@@ -1,11 +1,11 @@
-"""Make untrusted text (paths, class names, library messages) safe to print and to write to a csv file."""
+"""Make untrusted text (paths, class names, library messages) safe to print, in tables, csv files and Markdown."""
 
 from __future__ import annotations
 
 import csv
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _UNPRINTABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
@@ -71,4 +71,12 @@ def markdown(text: str) -> str:
     return _MARKDOWN.sub(lambda match: _ENTITIES.get(match[0]) or f"\\{match[0]}", printable(text))
 
 
-__all__ = ["cell", "counted", "csv_text", "markdown", "printable", "quoted"]
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Text in columns: the first `left` flush left, the others flush right. Cells may come from strangers."""
+    cleaned = [[printable(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(len(row[i]) for row in cleaned) for i in range(len(header))]
+    lines = []
+    for row in cleaned:
+        cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     run = Path(arguments[0]).resolve()
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     world: World | None = None
-    interruption = Interruption(run, lambda value: world.agree(value) if world else value, watches_files=rank == 0)
+    interruption = Interruption(run, lambda value: world.max(value) if world else value, watches_files=rank == 0)
     interruption.install()  # before torch is imported: a signal may come at any moment
     guard = Guard(run, lease.start_name(slurm.job_id(), slurm.restart_count()))
     lease.guarded(guard)
@@ -80,7 +80,9 @@ def main(arguments: list[str] | None = None) -> int:
             config.precision,
         )
         guard.follow(*world.broadcast((guard.generation, guard.start)))
-        from multitrain.engine.build import build  # its imports take seconds, which ranks spend side by side
+        from multitrain.engine.build import (
+            build,  # imported here, because it takes seconds, which all ranks spend in parallel
+        )
 
         trainer = build(config, run, world, interruption, watchdog)
         _start(config, run, trainer)
@@ -91,10 +93,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _refuse_other_code(run: Path) -> None:
-    """A run is trained by the code in its folder. Python takes that of the checkout where it is missing.
+    """A run is trained by the code in its folder; if that is missing, Python imports the checkout's.
 
     Raises:
-        ConfigError: this is other code.
+        ConfigError: this is not the run's code.
     """
     code, this = run / "code", Path(__file__).resolve().parent
     if code.is_dir() and this != (code / this.name).resolve():
@@ -153,7 +155,7 @@ def _begin(config: RunConfig, run: Path) -> None:
 
 
 def _start(config: RunConfig, run: Path, trainer: Trainer) -> None:
-    """Resume, and say so."""
+    """Resume from the newest checkpoint, and log it."""
     refused = trainer.resume()
     models = Counter(trainer.world.gather(trainer.world.hardware["device"]))
     if not trainer.world.is_main:
@@ -185,7 +187,7 @@ def _start(config: RunConfig, run: Path, trainer: Trainer) -> None:
 
 
 def _leave(config: RunConfig, run: Path, trainer: Trainer, request: Request, interruption: Interruption) -> int:
-    """End this start of the run: say why, close everything, and go back to the queue if SLURM took the nodes."""
+    """End this start: log the reason, close all files, and requeue the job if SLURM takes the nodes away."""
     world, recorder = trainer.world, trainer.recorder
     job = slurm.job_id()
     signals = [s for rank in world.gather(interruption.signals) for s in rank]
@@ -202,7 +204,7 @@ def _leave(config: RunConfig, run: Path, trainer: Trainer, request: Request, int
         interruption.stopped(request)
     recorder.close()
     sys.stdout.flush()
-    world.agree(0)  # everybody has saved and closed
+    world.max(0)  # a barrier: all ranks have saved and closed
     if comes_back and job is not None:
         return _requeue(config, run, job, decision, trainer, interruption)
     _release()
@@ -210,7 +212,7 @@ def _leave(config: RunConfig, run: Path, trainer: Trainer, request: Request, int
 
 
 def _decide(config: RunConfig, run: Path, request: Request, job: str | None, signals: list[int]) -> Decision:
-    """What becomes of the job; asked by rank 0 when all is saved. The batch script may have put it back already."""
+    """Decide what happens to the job after everything is saved; rank 0 only. The batch script may have requeued it already."""
     if request == Request.NONE:
         return Decision(Action.END, "finished")
     if request == Request.STOP:
@@ -231,9 +233,9 @@ def _decide(config: RunConfig, run: Path, request: Request, job: str | None, sig
 def _requeue(
     config: RunConfig, run: Path, job: str, decision: Decision, trainer: Trainer, interruption: Interruption
 ) -> int:
-    """The very last act: rank 0 puts the job back, and all ranks wait for SLURM to end them.
+    """Requeue the job as the last action: rank 0 requeues it, and all ranks wait until SLURM ends them.
 
-    A rank that left on its own would make SLURM count the job as completed (seen on 22.05), and it would not come back.
+    A rank that exited by itself would make SLURM count the job as completed (seen on 22.05), and the job would not start again.
     """
     seen = len(interruption.signals)
     events = Events(run / "events.jsonl")
@@ -258,13 +260,13 @@ def _requeue(
 
 
 def _release() -> None:
-    """Give the run's lease back, if this rank holds it."""
+    """Release the run's lease, if this rank holds it."""
     if isinstance(guard := lease.current(), Lease):
         guard.release()
 
 
 def _make_deterministic(config: RunConfig) -> None:
-    """Switches that must be set before CUDA starts."""
+    """Select deterministic kernels; must run before CUDA is initialised."""
     if not config.deterministic:
         return
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
@@ -279,7 +281,7 @@ class GaveUp(RuntimeError):
 
 
 def _die(run: Path, rank: int, error: BaseException) -> NoReturn:
-    """Leave at once after an error: no collective, no destructor that could wait for other ranks."""
+    """Exit immediately after an error, without collectives or destructors, which could wait for other ranks."""
     if isinstance(error, SystemExit):
         sys.stdout.flush()
         os._exit(int(error.code or 0))
@@ -292,7 +294,7 @@ def _die(run: Path, rank: int, error: BaseException) -> NoReturn:
     try:
         _say_last(run, rank, error, status)
         _release()
-    finally:  # whatever the disk under the log says
+    finally:  # even if the log cannot be written
         os._exit(status)
 
 
@@ -300,7 +302,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def _line_of(run: Path, error: BaseException) -> str | None:
-    """One line with the remedy, for a failure that needs no traceback; None for others."""
+    """One line with the remedy for a failure that needs no traceback; None for other errors."""
     if type(error).__name__ == "SaveError":  # it cannot be imported without torch
         return str(error)
     if isinstance(error, OSError) and error.errno in NO_ROOM:
@@ -312,7 +314,7 @@ def _line_of(run: Path, error: BaseException) -> str | None:
 
 
 def _say_last(run: Path, rank: int, error: BaseException, status: Exit) -> None:
-    """The error in the events and in the log; with its traceback, unless it is one that a user mends by its text."""
+    """Write the error to the events and to the log, with a traceback unless its message tells the user what to do."""
     final = status != Exit.FAILED
     line = str(error) if final else _line_of(run, error)
     text = f"{type(error).__name__}: {error}" if line is None else line

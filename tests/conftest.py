@@ -93,9 +93,9 @@ LONG = (
     *(f"launch/test_{name}" for name in ("demo", "dry_run", "hang", "hosts", "local", "memory_estimate", "preflight")),
     *(f"launch/test_{name}" for name in ("supervisor", "sweep")),
     *(f"data/test_{name}" for name in ("decode", "large", "loader", "packs")),
-    *(f"data/prepare/test_{name}" for name in ("commands", "nothing_destroyed", "whole")),
+    *(f"data/tools/test_{name}" for name in ("commands", "nothing_destroyed", "whole")),
     *(f"evaluation/test_{name}" for name in ("broken", "embed", "multi_label", "odd_videos", "predictor", "report")),
-    *(f"evaluation/test_{name}" for name in ("showing", "two_users")),
+    *(f"evaluation/test_{name}" for name in ("two_users", "validation_images")),
     "model/test_co",
 )
 """Beginnings of the files whose tests start processes or train for seconds; `make test-fast` leaves them out."""

@@ -151,7 +151,7 @@ def test_flops_are_the_published_ones(capsys: pytest.CaptureFixture[str]) -> Non
 def test_flops_of_stored_weights(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("fvcore")
     status, out, _ = said(capsys, "flops", "--run", run)
-    stored = checkpoints.read_model(run)[0]
+    stored = checkpoints.read(checkpoints.listed(run / "checkpoints")[0]).weights
     assert status == 0
     assert out.startswith(f"{sum(t.numel() for t in stored.values()):,} parameters")
 

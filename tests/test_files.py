@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from multitrain.errors import ConfigError
-from multitrain.files import InTheWayError, OutputFolder, output_file, remove_tree, replace_text, replacing, stamp
+from multitrain.files import InTheWayError, OutputFolder, output_file, replace_text, replacing, stamp
 
 
 def test_a_file_is_replaced_when_the_block_ends(tmp_path: Path) -> None:
@@ -267,26 +267,6 @@ def test_a_torn_or_hostile_record_makes_nothing_ours(tmp_path: Path) -> None:
     out.write_text("b", "x")
     out.write_text("b", "y")
     assert OutputFolder(tmp_path, "one").remove("b")
-
-
-# -------------------------------------------------------------------------------------------------- deleting folders
-
-
-def test_a_tree_is_deleted_below_its_root_only_and_no_link_is_followed(tmp_path: Path) -> None:
-    archive = tmp_path / "archive" / "update-1"
-    archive.mkdir(parents=True)
-    (archive / "manifest.json").write_text("precious")
-    run = tmp_path / "run"
-    (run / "real").mkdir(parents=True)
-    (run / "real" / "link").symlink_to(archive)
-    (run / "linked").symlink_to(archive)
-    (run / "elsewhere").symlink_to(tmp_path / "archive")
-    for folder in (run / "linked", archive, run / "elsewhere" / "update-1", run / "..", run):
-        with pytest.raises(InTheWayError):
-            remove_tree(folder, inside=run / "real" if folder == run else run)
-    remove_tree(run / "real", inside=run)
-    assert not (run / "real").exists()
-    assert (archive / "manifest.json").read_text() == "precious"
 
 
 @pytest.mark.parametrize("refused", ["the file in the making", "the record"])

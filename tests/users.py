@@ -40,7 +40,7 @@ user, group, umask = map(int, sys.argv[1:4])
 for name in sys.argv[4].split(","):  # the interpreter's own files may be closed to the user
     importlib.import_module(name)
 from multitrain.cli import main
-from multitrain.data.prepare import parallel_map
+from multitrain.data.tools import parallel_map
 os.umask(umask); os.setgroups([]); os.setgid(group); os.setuid(user)
 parallel_map.map_resumable = lambda items, work, **_: ((item, work(item)) for item in items)  # nor can it be started again
 for words in json.loads(sys.argv[5]):
@@ -53,6 +53,7 @@ for words in json.loads(sys.argv[5]):
 _LIGHT = [
     "pwd",
     "encodings.idna",
+    "encodings.unicode_escape",
     "encodings.utf_8_sig",
     "encodings.cp437",
     "encodings.latin_1",

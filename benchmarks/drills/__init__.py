@@ -1,1 +1,1 @@
-"""Interruptions at random moments over real processes, and what they cost."""
+"""Interrupt real runs at random moments, and measure what each interruption costs."""

@@ -1,9 +1,9 @@
-"""The campaign on a real SLURM controller, which `slurm/devcluster` starts: what SLURM does to jobs, and worse.
+"""The campaign on a real SLURM controller, which `slurm/devcluster` starts.
 
-One run over two of four virtual nodes (or `--nodes` and `--gpus` of it) is taken away again and again. It is submitted by
-`launch/submit.py` at first, and by `sbatch slurm/train.sh` from the middle on, from a checkout of its own. It must come back by
-itself, but not where it was cancelled; redo no more than what is promised; and, stopped at last, have the bits of a run that nobody
-disturbed. Needs root, `slurm-wlm` and `munge`.
+One run on two of four virtual nodes (change with `--nodes` and `--gpus`) is interrupted repeatedly. The first half of the campaign
+submits it with `launch/submit.py`, the second half with `sbatch slurm/train.sh`, each from its own checkout. The run must restart by
+itself unless it was cancelled, repeat no more updates than guaranteed, and end with the same bits as an uninterrupted run. Needs root,
+`slurm-wlm` and `munge`.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from tests.slurm.drill import Runs, reason_to_skip, started
 RESULTS = results.FOLDER / "drills_controller.json"
 COUNT = 2 * len(matching("controller"))
 OVER = ("CANCELLED", "FAILED", "COMPLETED", "NODE_FAIL", "TIMEOUT", "BOOT_FAIL", "OUT_OF_MEMORY")
-"""States of a job that does not come back."""
+"""States of a job that SLURM does not start again."""
 STAYS_AWAY = 6.0
-"""Seconds after which a job that must stay away is looked at again."""
+"""Seconds after which the drill checks again that a cancelled job was not requeued."""
 WENT_ON = "went on"
-"""How a job comes through that no start of it ends."""
+"""Outcomes after which the start that was interrupted still runs."""
 BROKE_OFF = "the campaign broke off"
 Record = dict[str, Any]
 
 
 def refusal() -> str | None:
-    """Why no campaign can be had here; None when one can."""
+    """The reason why no campaign can run on this machine, or None."""
     return reason_to_skip()
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a campaign found: one record an interruption, the updates of the run, and what is wrong with it ('' nothing)."""
+    """Result of a campaign: one record per interruption, the updates of the run, and its problem ('' if none)."""
 
     records: list[Record]
     updates: int
@@ -56,15 +56,15 @@ class Outcome:
 
     @property
     def good(self) -> bool:
-        """Whether every promise was kept and the run has the undisturbed run's bits."""
+        """Whether every guarantee held and the run has the same bits as the uninterrupted one."""
         return not self.trouble and sum(r["kept"] for r in self.records) == len(self.records) == self.asked
 
     def facts(self) -> Record:
-        """For the file of results."""
+        """Facts for the raw result file."""
         return {"trouble": self.trouble, "updates": self.updates, "interruptions": self.records}
 
     def lines(self, seed: int) -> list[str]:
-        """What to print at the end."""
+        """The lines to print at the end."""
         kept = sum(r["kept"] for r in self.records)
         same = f"after {self.updates} updates the run has the undisturbed run's weights and moments, every bit"
         return [f"{kept} of {len(self.records)} promises kept; {self.trouble or same}"]
@@ -73,7 +73,7 @@ class Outcome:
 def campaign(
     folder: Path, kinds: Sequence[Kind], given: argparse.Namespace, keep: Callable[[Outcome], None]
 ) -> Outcome:
-    """Strike one run `--count` times; what was found is kept after each strike."""
+    """Interrupt one run `--count` times; `keep` gets the results after each interruption."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)  # the cluster is stopped on the way out
     shape = (given.nodes, given.gpus)
@@ -85,7 +85,7 @@ def campaign(
 
 
 def deal(kinds: Sequence[Kind], count: int, seed: int, ways: Sequence[str]) -> list[tuple[Kind, str]]:
-    """`count` of the kinds, each as often as the others, in a random order, way by way; those with options of their own last."""
+    """`count` kinds in random order, grouped by the way of submission, each equally often; kinds with their own options last."""
     found, left = [], (list(kinds) * count)[:count]
     for number, way in enumerate(ways):
         share = count // len(ways) + (number < count % len(ways))
@@ -96,7 +96,7 @@ def deal(kinds: Sequence[Kind], count: int, seed: int, ways: Sequence[str]) -> l
 
 
 def of(kind: Kind) -> Controlled:
-    """What the kind does here."""
+    """The fault of this kind on this backend."""
     assert kind.controller is not None
     return kind.controller
 
@@ -104,7 +104,7 @@ def of(kind: Kind) -> Controlled:
 def strike_all(
     runs: Runs, kinds: Sequence[tuple[Kind, str]], seed: int, shape: tuple[int, int], keep: Callable[[Outcome], None]
 ) -> Outcome:
-    """One run, struck by each of the kinds."""
+    """Interrupt one run by each of the kinds."""
     target = JobUnderTest(runs, "drilled", way=kinds[0][1], shape=shape)
     records: list[Record] = []
     try:
@@ -125,7 +125,7 @@ def strike_all(
 
 
 def inject(target: JobUnderTest, kind: Kind, chance: random.Random) -> Record:
-    """One interruption, and the way back; the run is submitted again where its job does not come by itself."""
+    """Interrupt the run, wait until it makes progress again, and submit it again if its job was not requeued."""
     cluster, runs, does = target.cluster, target.runs, of(kind)
     runs.reach(target.folder, target.job, target.position() + chance.randint(1, EVERY + 4))
     time.sleep(chance.uniform(0, 1))
@@ -195,7 +195,7 @@ def inject(target: JobUnderTest, kind: Kind, chance: random.Random) -> Record:
 
 
 def _how(job: dict[str, str], restarts: int) -> str:
-    """How the job ended; '' while it runs."""
+    """State in which the job ended; '' while it runs."""
     state = job["JobState"]
     if int(job.get("Restarts", "0")) > restarts:
         return "requeued" if state == "PENDING" else ""
@@ -203,7 +203,7 @@ def _how(job: dict[str, str], restarts: int) -> str:
 
 
 def _difference(runs: Runs, target: JobUnderTest, updates: int) -> str:
-    """What distinguishes the run from an undisturbed one after `updates` updates; '' when nothing does."""
+    """Differences from an uninterrupted run after `updates` updates; '' if there are none."""
     reference = JobUnderTest(runs, "undisturbed", shape=target.shape)
     reference.submit(f"checkpoint.every={updates}")
     runs.reach(reference.folder, reference.job, updates + 1, seconds=120 + 5 * updates)
@@ -219,7 +219,7 @@ def _difference(runs: Runs, target: JobUnderTest, updates: int) -> str:
 
 
 def summary(outcome: Outcome) -> list[Record]:
-    """The rows of `benchmarks/README.md`. A campaign that broke off says nothing of the bits."""
+    """The rows of `benchmarks/README.md`. An incomplete campaign has no row about equal bits."""
     records, trouble = outcome.records, outcome.trouble
     compared = not trouble.startswith(BROKE_OFF)
     kept = sum(r["kept"] for r in records)
@@ -257,7 +257,7 @@ def summary(outcome: Outcome) -> list[Record]:
 
 
 def _times(records: Sequence[Record]) -> str:
-    """When the ranks had agreed to stop, when the job was over, and what SLURM would have added."""
+    """Seconds until the ranks had agreed to stop, until the job had ended, and that SLURM would have added."""
     over = f"The job was over after {_median(records, 'over_seconds'):.1f} s"
     signals = [r["signal_seconds"] for r in records if r["signal_seconds"] is not None]
     over += f", the ranks had agreed to stop after {statistics.median(signals):.1f} s" if signals else ""
@@ -266,7 +266,7 @@ def _times(records: Sequence[Record]) -> str:
 
 
 def table(records: Sequence[Record]) -> str:
-    """One line a kind."""
+    """The table, one line per kind."""
     head = ("kind", "count", "kept", "lost at most", "came back", "over (s)", "in the queue (s)", "further (s)")
     lines = [head]
     for name, own in _by_kind(records).items():

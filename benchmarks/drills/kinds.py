@@ -151,8 +151,8 @@ _KINDS = (
     Kind("batch script killed", controller=Controlled(far.kill_the_batch_script)),
 )  # fmt: skip
 KINDS = {kind.name: kind for kind in _KINDS}
-"""All kinds by name. A save goes on beside the training: killed in it, the checkpoint before counts. `may_lose` of "quota", "disk
-full" and "damaged checkpoint" counts one checkpoint that could not be written, or was damaged."""
+"""All kinds by name. Saving is asynchronous: if it is killed, the run resumes from the checkpoint before. `may_lose` of "quota", "disk
+full" and "damaged checkpoint" includes one checkpoint that could not be written, or was damaged."""
 
 
 def matching(backend: str, words: str = "") -> list[Kind]:

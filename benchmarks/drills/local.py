@@ -1,7 +1,7 @@
-"""The campaign on local processes: runs of `launch/submit.py … cluster=local`, each struck about ten times on its way.
+"""The campaign on local processes: runs of `launch/submit.py … cluster=local`, each interrupted about ten times.
 
-Six of ten runs keep their world size and must end with the uninterrupted run's weights and moments, every bit; the others
-change world size, micro-batch, workers, and one of them its precision, at every start, and must have the same videos in every
+Six of ten runs keep their world size and must end with weights and moments bit-equal to the uninterrupted run's. The others change
+world size, micro-batch and workers at every start, one of them its precision as well; they must have the same videos in every
 update and a loss within the stated tolerance.
 """
 
@@ -35,9 +35,9 @@ RESULTS = results.FOLDER / "drills.json"
 COUNT = 100
 Record = dict[str, Any]
 MIXED = "mixed"
-"""Precision of a run that has another one at every start."""
+"""Marks a run whose precision changes at every start."""
 STRIKES = 10
-"""Interruptions a run."""
+"""Interruptions per run."""
 SHAPES: list[tuple[str, int | None]] = [
     ("fp32", 2),
     ("fp32", None),
@@ -50,18 +50,18 @@ SHAPES: list[tuple[str, int | None]] = [
     ("bf16", 2),
     (MIXED, None),
 ]
-"""Precision and world size of the runs in turn; None: another one at every start."""
+"""Precision and world size of successive runs; None: changes at every start."""
 
 
 def refusal() -> str | None:
-    """Why no campaign can be had here; None when one can."""
+    """The reason why no campaign can run on this machine, or None."""
     return None
 
 
 def campaign(
     folder: Path, kinds: Sequence[Kind], given: argparse.Namespace, keep: Callable[[Outcome], None]
 ) -> Outcome:
-    """Runs until as many interruptions as asked for have struck; what was found is kept after each run."""
+    """Run until `--count` interruptions have happened; `keep` gets the results after each run."""
     count, seed, run = given.count, given.seed, given.run
     data = write_data(folder / "data") if not (folder / "data").is_dir() else folder / "data"
     references: dict[tuple[str, int], TinyRun] = {}
@@ -86,18 +86,18 @@ def campaign(
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a campaign found: one record an interruption, and one a run."""
+    """Result of a campaign: one record per interruption, and one per run."""
 
     records: list[Record]
     runs: list[Record]
 
     @property
     def good(self) -> bool:
-        """Whether every run ended as it must, and no interruption cost more than promised."""
+        """Whether every run ended correctly, and no interruption cost more than guaranteed."""
         return not any(r["differences"] for r in self.runs) and all(r["kept"] for r in self.records)
 
     def facts(self) -> Record:
-        """For the file of results."""
+        """Facts for the raw result file."""
         return {
             "updates": UPDATES,
             "checkpoint_every": EVERY,
@@ -107,7 +107,7 @@ class Outcome:
         }
 
     def lines(self, seed: int) -> list[str]:
-        """What to print at the end."""
+        """The lines to print at the end."""
         good = sum(not r["differences"] for r in self.runs)
         worst = max(
             (r["loss_difference"] for r in self.runs if not r["exact"] and r["precision"] != MIXED), default=0.0
@@ -124,13 +124,13 @@ class Outcome:
 
 
 def share(kinds: Sequence[Kind], seed: int, number: int, count: int) -> list[Kind]:
-    """The kinds of run `number`: the deck of ten runs is dealt as a whole, so that every kind comes."""
+    """The kinds of run `number`: kinds are distributed over ten runs together, so that every kind occurs."""
     deck = deal(random.Random(f"{seed}-deck-{number // 10}"), kinds, 10 * STRIKES)
     return sorted(deck[number % 10 * STRIKES :][:count], key=lambda k: of(k).last)
 
 
 def deal(chance: random.Random, kinds: Sequence[Kind], count: int) -> list[Kind]:
-    """`count` of the kinds in a random order, each as often as its weight says, as far as that goes."""
+    """`count` kinds in random order, each in proportion to its weight as far as possible."""
     total = sum(k.weight for k in kinds)
     exact = {k.name: count * k.weight / total for k in kinds}
     dealt = [k for k in kinds for _ in range(int(exact[k.name]))]
@@ -141,13 +141,13 @@ def deal(chance: random.Random, kinds: Sequence[Kind], count: int) -> list[Kind]
 
 
 def of(kind: Kind) -> Local:
-    """What the kind does here."""
+    """The fault of this kind on this backend."""
     assert kind.local is not None
     return kind.local
 
 
 def uninterrupted(folder: Path, data: Path, precision: str, world: int) -> TinyRun:
-    """The run that all others are compared with."""
+    """The uninterrupted run with which others are compared."""
     run = TinyRun(folder / "runs", f"reference-{precision}-{world}", data, {"precision": precision})
     run.runs.mkdir(exist_ok=True)
     if run.position() < UPDATES:
@@ -169,7 +169,7 @@ def one_run(
     world: int | None,
     reference: TinyRun,
 ) -> tuple[list[Record], Record]:
-    """One run, struck once by each of `kinds` on its way."""
+    """Interrupt one run once by each of `kinds`."""
     own_disk = any(of(kind).inject is fill_the_disk for kind in kinds)
     records: list[Record] = []
     trouble: list[str] = []
@@ -213,7 +213,7 @@ def one_run(
 
 
 def run_drill(run: TinyRun, kind: Kind, chance: random.Random, shapes: Shapes) -> Record:
-    """One interruption: strike, wait until the run has ended or gone on, submit it again, wait until it is further."""
+    """Inject the fault, wait until the run has ended or continued, submit it again if it ended, and wait for progress."""
     local = of(kind)
     time.sleep(chance.uniform(0, 0.6))
     before, starts, phase = run.position(), run.count("start", "resume"), run.phase()
@@ -278,7 +278,7 @@ def run_drill(run: TinyRun, kind: Kind, chance: random.Random, shapes: Shapes) -
 
 @dataclass(frozen=True)
 class Shapes:
-    """How a run is started: another world size, micro-batch and precision each time, where they are not constant."""
+    """Starts a run, each time with another world size, micro-batch and precision if these are not constant."""
 
     world: int | None
     mixed: bool
@@ -324,7 +324,7 @@ HEAD = (
 
 
 def table(records: Sequence[Record]) -> str:
-    """One line a kind."""
+    """The table, one line per kind."""
     rows: list[tuple[str, ...]] = [HEAD]
     for kind in matching("local"):
         name, own = kind.name, [r for r in records if r["kind"] == kind.name]
@@ -350,7 +350,7 @@ def table(records: Sequence[Record]) -> str:
 
 
 def summary(outcome: Outcome) -> list[Record]:
-    """The rows of `benchmarks/README.md`: how much of each promise held."""
+    """The rows of `benchmarks/README.md`: how often each guarantee held."""
     records, runs = outcome.records, outcome.runs
     good, kept = (sum(not r["differences"] for r in runs), sum(r["kept"] for r in records))
     rows = [
@@ -368,7 +368,7 @@ def summary(outcome: Outcome) -> list[Record]:
 
 
 class _folder:
-    """A plain folder, where `small_disk` would be one of its own."""
+    """A plain folder, used in place of `small_disk`."""
 
     def __init__(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)

@@ -123,8 +123,8 @@ def main(arguments: list[str] | None = None) -> int:
             found = tried(tree, mutation)
             if found is not None:
                 noticed[mutation] = found
-            verdict = f"noticed by {found.rpartition('::')[2]}" if found else "NOT NOTICED by any of its tests"
-            print(f"{time.monotonic() - began:5.0f} s  {mutation.what}: {verdict}", flush=True)
+            result = f"noticed by {found.rpartition('::')[2]}" if found else "NOT NOTICED by any of its tests"
+            print(f"{time.monotonic() - began:5.0f} s  {mutation.what}: {result}", flush=True)
             if given.page:
                 before.pop(mutation, None)
                 PAGE.write_text(page(before | noticed))

@@ -18,9 +18,9 @@ from multitrain.engine import checkpoint as ck
 
 ROOT = Path(__file__).resolve().parents[2]
 UPDATES = 40
-"""Length of a drilled run."""
+"""Updates of a run."""
 EVERY = 4
-"""Updates between two checkpoints: a hard kill may lose at most these."""
+"""Updates between two checkpoints: the most that a hard kill may lose."""
 VALIDATED = 10
 """Updates between two validations."""
 HANG_LIMIT = 30
@@ -231,11 +231,11 @@ def _command(pid: int) -> bytes:
 # ------------------------------------------------------------------------------------------------------- comparing runs
 
 EXACT = ("update", "loss", "grad_norm", "tickets", "lr", "loss_informative")
-"""Numbers of `metrics.jsonl` that must be the same, every bit of them, at a constant world size."""
+"""Fields of `metrics.jsonl` that must be bit-equal at a constant world size."""
 LOSS_TOLERANCE = 1e-3
 """Largest relative difference of an update's loss from the uninterrupted run's when the world size changed."""
 MIXED_TOLERANCE = 0.05
-"""The same when the precision changed as well."""
+"""Like `LOSS_TOLERANCE`, if the precision changed as well."""
 
 
 def differences(
@@ -247,7 +247,7 @@ def differences(
     if [m["update"] for m in ours] != list(range(UPDATES)):
         return [f"updates recorded: {[m['update'] for m in ours]}"], float("inf")
     if [m["tickets"] for m in ours] != [m["tickets"] for m in theirs]:
-        found.append("tickets differ")
+        found.append("samples differ")
     worst = max(abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(ours, theirs))
     if exact:
         found += [key for key in EXACT if [m[key] for m in ours] != [m[key] for m in theirs]]

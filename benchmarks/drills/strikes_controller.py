@@ -1,4 +1,4 @@
-"""What a real controller, and worse, does to a job: the kinds of :mod:`benchmarks.drills.kinds`."""
+"""Faults that are injected into a SLURM job on a real controller, for the kinds of :mod:`benchmarks.drills.kinds`."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ WAYS = ("submit.py", "train.sh")
 HANG_LIMIT = 40
 """Seconds without progress after which a rank counts as hung."""
 NODES = 4
-"""Nodes of the cluster; a run of two of them can come back while both are missing."""
+"""Nodes of the cluster; a run on two of them can restart while both are down."""
 
 
 class JobUnderTest:
-    """A run on the cluster, and its job."""
+    """A run on the cluster and its job."""
 
     LIMIT = "00:20:00"
     """Time limit of a start, as SLURM prints it."""
@@ -43,17 +43,17 @@ class JobUnderTest:
         self.runs, self.cluster, self.name = runs, runs.cluster, name
         self.way = way
         self.shape = shape
-        """Nodes, and ranks a node."""
+        """Nodes, and ranks per node."""
         self.checkout = runs.runs.parent / "checkout"
-        """What the run is submitted from; drills edit it."""
+        """The checkout from which the run is submitted; some faults edit it."""
         self.folder = runs.runs / name
         self.job = ""
         self.node = ""
-        """The node that was struck."""
+        """The node on which the fault was injected."""
         self.options: tuple[str, ...] = ()
 
     def submit(self, *options: str) -> None:
-        """Submit the run, or submit it again with other options: those of before count no more."""
+        """Submit the run, or submit it again with other options, which replace the earlier ones."""
         usual = (
             "cluster.restarts_in_place=3",
             f"checkpoint.every={EVERY}",
@@ -71,7 +71,7 @@ class JobUnderTest:
         self.folder, self.job = submit(self.name, *usual, *options, checkout=self.checkout, nodes=nodes, gpus=ranks)
 
     def stop(self) -> int:
-        """Let the run save and stop by the file STOP; its updates then."""
+        """Stop the run with the file STOP; return its number of updates."""
         self.runs.reach(self.folder, self.job, self.position() + 1)
         (self.folder / "STOP").touch()
         self.cluster.wait(self.job, "COMPLETED", "FAILED")
@@ -79,24 +79,24 @@ class JobUnderTest:
         return self.position()
 
     def position(self) -> int:
-        """Updates recorded."""
+        """Number of updates in metrics.jsonl."""
         with contextlib.suppress(FileNotFoundError):
             return (self.folder / "metrics.jsonl").read_bytes().count(b"\n")
         return 0
 
     def resumed(self, after: int) -> int | None:
-        """The update at which the newest start began, of those that the events after number `after` tell of."""
+        """The update at which the newest start began, according to the events after the first `after`; None if there is none."""
         events = self.runs.events(self.folder)[after:]
         found = [int(e["update"]) for e in events if e["event"] in ("start", "resume")]
         return found[-1] if found else None
 
     def nodes(self) -> list[str]:
-        """The nodes of the job; the batch script and rank 0 are on the first."""
+        """Nodes of the job; the batch script and rank 0 run on the first."""
         listed = self.cluster.job(self.job)["NodeList"]
         return self.cluster.run("scontrol", "show", "hostnames", listed).split()
 
     def step(self) -> str:
-        """The job's newest step, of the ranks; a preflight has one of its own before it."""
+        """The job's newest step, which runs the ranks; a preflight has its own step before it."""
         steps = self.cluster.run("squeue", "--steps", "--noheader", "--format=%i", f"--jobs={self.job}").split()
         return max((s for s in steps if s.rpartition(".")[2].isdigit()), key=lambda s: int(s.rpartition(".")[2]))
 
@@ -106,18 +106,18 @@ class JobUnderTest:
         return any((self.folder / "checkpoints").glob(".update-*"))
 
     def processes(self) -> list[int]:
-        """The ranks that live, frozen ones left out: nothing ends those but their node."""
+        """Process ids of the running ranks, without frozen ones, which only their node ends."""
         return [pid for pid in ranks_of_all_starts(self.folder) if not is_frozen(pid)]
 
     def seconds_until(self, moment: str | None) -> float:
-        """From now to a moment as SLURM writes it; 0 for none."""
+        """Seconds from now to a time in SLURM's format; 0 if there is none."""
         try:
             return max(0.0, (datetime.fromisoformat(moment or "") - datetime.now()).total_seconds())
         except ValueError:
             return 0.0
 
     def last_words(self) -> str:
-        """The ends of the logs and the last events, for whoever has to find out what went wrong."""
+        """The ends of the logs, the last events and the job, for diagnosis."""
         events = "\n".join(map(str, self.runs.events(self.folder)[-12:]))
         job = self.cluster.run("scontrol", "show", "job", self.job) if self.job else ""
         return f"{self.runs.log(self.folder)}\n--- events\n{events}\n--- job\n{job}"
@@ -136,35 +136,35 @@ def cancel(target: JobUnderTest, chance: random.Random) -> None:
 
 
 def end_the_step(target: JobUnderTest, chance: random.Random) -> None:
-    """SIGTERM to the ranks alone, as from a node that shuts down; the job itself goes on."""
+    """Send SIGTERM to the ranks only, like a node that shuts down; the job itself continues."""
     target.cluster.run("scancel", "--signal=TERM", target.step())
 
 
 def limit(target: JobUnderTest, chance: random.Random) -> None:
-    """The controller is given another limit for the job that runs; the warning and the rest are SLURM's own."""
+    """Shorten the running job's time limit, so that SLURM warns and ends it."""
     target.cluster.run("scontrol", "update", f"jobid={target.job}", f"TimeLimit={minutes(target) + 2}")
 
 
 def minutes(target: JobUnderTest) -> int:
-    """Whole minutes that this start of the job has run."""
+    """Full minutes for which this start of the job has run."""
     elapsed = target.cluster.run("squeue", "--noheader", "--format=%M", f"--jobs={target.job}").strip().split(":")
     return int(elapsed[-2]) + 60 * (int(elapsed[-3]) if len(elapsed) > 2 else 0)
 
 
 def limit_that_is_past(target: JobUnderTest, chance: random.Random) -> None:
-    """A limit that is over already: SLURM sends its warning and SIGTERM at once, and SIGKILL comes after KillWait."""
+    """Set a time limit that has passed: SLURM sends the warning and SIGTERM at once, and SIGKILL after KillWait."""
     target.cluster.until(lambda: minutes(target) >= 1, "a minute of running", seconds=90)
     target.cluster.run("scontrol", "update", f"jobid={target.job}", f"TimeLimit={minutes(target)}")
 
 
 def lose_a_node(target: JobUnderTest, chance: random.Random) -> None:
-    """slurmd, its steps and all tasks die at once; the controller has to find out."""
+    """Kill slurmd, its steps and all tasks of a node at once; the controller only notices by its time-outs."""
     target.node = chance.choice(target.nodes())
     send(target.cluster.on_node(target.node), signal.SIGKILL)
 
 
 def silence_a_node(target: JobUnderTest, chance: random.Random) -> None:
-    """Nothing on the node answers, and no connection closes, as when its network is gone."""
+    """Freeze all processes of a node: nothing answers and no connection closes, as if its network had failed."""
     target.node = chance.choice(target.nodes())
     send(target.cluster.on_node(target.node), signal.SIGSTOP)
 
@@ -175,7 +175,7 @@ def start_slurmd(target: JobUnderTest) -> None:
 
 
 def thaw(target: JobUnderTest) -> None:
-    """The network is there again, and with it the ranks of a start that is long over; the next start runs already."""
+    """Thaw the node: the ranks of the earlier start continue while the next start already runs."""
     left = target.cluster.on_node(target.node)
     send(left, signal.SIGCONT)
     wait_for_the_node(target)
@@ -191,9 +191,9 @@ def thaw(target: JobUnderTest) -> None:
 
 
 def wait_for_the_node(target: JobUnderTest) -> None:
-    """Until SLURM uses the node again; also one that it has drained, since a step there waited too long for its dead `srun`.
+    """Wait until SLURM uses the node again, and resume it if SLURM drained it (a step waited too long for its dead `srun`).
 
-    Like an administrator, who does not wait until SLURM asks a node again that it has given up: that can take minutes.
+    SLURM itself may take minutes before it contacts a node again that it has marked as down.
     """
     drained = target.cluster.run(
         "sinfo", "--noheader", "--partition=low", "--Node", "--states=drain", "--format=%N"
@@ -227,28 +227,28 @@ def is_frozen(pid: int) -> bool:
 
 
 def signal_job(*arguments: str) -> Callable[[JobUnderTest, random.Random], None]:
-    """``scancel`` with these arguments and the job."""
+    """A fault that runs ``scancel`` with these arguments on the job."""
     return lambda target, chance: target.cluster.run("scancel", *arguments, target.job) and None
 
 
 def cancel_the_step(target: JobUnderTest, chance: random.Random) -> None:
-    """`scancel JOB.STEP`: the ranks are killed, the job goes on."""
+    """`scancel JOB.STEP`: the ranks are killed, the job continues."""
     target.cluster.run("scancel", target.step())
 
 
 def evict_without_grace(target: JobUnderTest, chance: random.Random) -> None:
-    """Evicted from a partition whose GraceTime is 0."""
+    """Preempt the job in a partition with GraceTime=0."""
     target.cluster.run("scontrol", "update", "partitionname=low", "GraceTime=0")
     target.cluster.evict(nodes=NODES)
 
 
 def grace_again(target: JobUnderTest) -> None:
-    """The partition's usual grace time."""
+    """Restore the partition's grace time."""
     target.cluster.run("scontrol", "update", "partitionname=low", "GraceTime=15")
 
 
 def edit_the_checkout(target: JobUnderTest, chance: random.Random) -> None:
-    """While the job waits to come back, its checkout is edited for the next experiment, half edited, or deleted."""
+    """Edit, damage or delete the checkout while the job waits in the queue."""
     _evict_and_wait(target)
     yaml = target.checkout / "tests" / "configs" / "experiment" / "tiny.yaml"
     way = chance.choice(("edited", "half", "deleted"))
@@ -262,19 +262,19 @@ def edit_the_checkout(target: JobUnderTest, chance: random.Random) -> None:
 
 
 def restore_the_checkout(target: JobUnderTest) -> None:
-    """As it was, for the next submission."""
+    """Restore the checkout for the next submission."""
     copied_checkout(target.checkout)
 
 
 def start_a_twin(target: JobUnderTest, chance: random.Random) -> None:
-    """The run is submitted once more while it goes on, which must be refused."""
+    """Submit the run once more while it runs, which must be refused."""
     done = target.runs.ask(target.name, *chance.choice(((), ("cluster=local", "nodes=1"))))
     assert done.returncode == 2, f"a second start was not refused: {done.stdout}{done.stderr}"
     assert f"job {target.job}" in done.stderr, done.stderr
 
 
 def take_the_controller_away(target: JobUnderTest, chance: random.Random) -> None:
-    """slurmctld is down for a while, as at an upgrade, when a supervisor is killed."""
+    """Stop slurmctld for a while, as for an upgrade, and kill a supervisor meanwhile."""
     victim = chance.choice(list(supervisors(target.folder).values()))
     with target.cluster.controller_away():
         send([victim], signal.SIGKILL)
@@ -282,31 +282,31 @@ def take_the_controller_away(target: JobUnderTest, chance: random.Random) -> Non
 
 
 def freeze_until_the_limit(target: JobUnderTest, chance: random.Random) -> None:
-    """A rank, or all of its node, stands still when the time limit arrives."""
+    """Freeze a rank, or all processes of its node, when the time limit is reached."""
     number, rank = chance.choice(list(ranks(target.folder).items()))
     send([rank, *([supervisors(target.folder)[number]] if chance.random() < 0.5 else [])], signal.SIGSTOP)
     target.cluster.ends_in(target.job, chance.uniform(1, 20))
 
 
 def end_what_stands_still(target: JobUnderTest) -> None:
-    """Nothing else ends processes that are frozen."""
+    """Kill the frozen processes, which no other signal ends."""
     send([pid for pid in ranks_of_all_starts(target.folder) if is_frozen(pid)], signal.SIGKILL)
 
 
 def suspend(target: JobUnderTest, chance: random.Random) -> None:
-    """`scontrol suspend` for longer than a rank may hang."""
+    """`scontrol suspend` for longer than the hang limit."""
     target.cluster.run("scontrol", "suspend", target.job)
     time.sleep(HANG_LIMIT + 5)
     target.cluster.run("scontrol", "resume", target.job)
 
 
 def purge(target: JobUnderTest, chance: random.Random) -> None:
-    """The checkpoints are gone at one start, which must not train, and are there at the next."""
+    """Remove the checkpoints for one start, which must not train, and restore them for the next."""
     _one_start_without(target, target.folder / "checkpoints")
 
 
 def lose_the_mount(target: JobUnderTest, chance: random.Random) -> None:
-    """The videos are gone at one start."""
+    """Remove the videos for one start."""
     _one_start_without(target, target.runs.data)
 
 
@@ -321,7 +321,7 @@ def _one_start_without(target: JobUnderTest, path: Path) -> None:
 
 
 def preempt_preflight(target: JobUnderTest, chance: random.Random) -> None:
-    """Evicted twice: while it trains, and while the next start looks at its nodes."""
+    """Preempt the job twice: while it trains, and during the preflight of the next start."""
     restarts = _evict_and_wait(target)
     target.cluster.start_now(target.job)
     found: list[int] = []
@@ -347,7 +347,7 @@ def _restarts(target: JobUnderTest) -> int:
 
 
 def _evict_and_wait(target: JobUnderTest) -> int:
-    """Evict the job, until it is back in the queue; how often it was there."""
+    """Preempt the job until it is requeued; return its number of restarts."""
     before = _restarts(target)
     job = target.cluster.job
     target.cluster.evict(nodes=NODES)

@@ -1,1 +1,1 @@
-"""Damaged and hostile input for every reader: what it is made from, who reads it, and how the outcome is judged."""
+"""Fuzzing: damaged and hostile input for every reader, made from valid input, and the classification of each outcome."""

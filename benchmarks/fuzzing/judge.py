@@ -1,4 +1,4 @@
-"""One input to one reader, in a process that can be ended: what came out."""
+"""Feed one input to one reader in a worker process, and classify the outcome."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from benchmarks.fuzzing.mutations import mutated
 
 GOOD = ("accepted", "refused")
 BAD = ("traceback", "raw text", "many lines", "silent", "control", "hang", "growth", "crash")
-"""`raw text`: a library's own words; `silent`: refused without a word; `control`: control characters reach the terminal."""
+"""Kinds of faults. `raw text`: a library's message; `silent`: refused without one; `control`: control characters reach the terminal."""
 
 CPU_SECONDS = 10.0
 IDLE_SECONDS = 120.0
-"""A case may compute for the first, and wait for something that never comes for the second; a busy machine changes neither."""
+"""Limits of the CPU time and of the time without CPU use of a case; the load of the machine affects neither."""
 GROWTH = 1 << 30
-"""Bytes that a case may add to the process at its peak."""
+"""Limit of a case's peak memory beyond the worker's own, in bytes."""
 STACKS = signal.SIGRTMIN + 5
-"""Makes a worker write where its threads are."""
+"""Signal on which a worker writes the stacks of its threads."""
 LONGEST = 12
-"""Lines on the standard error of a command that refuses."""
+"""Limit of lines on standard error of a command that refuses its input."""
 
 RAW = re.compile(
     r"Traceback \(most|LexerNoViable|hydra\.(cc|errors)|omegaconf|pydantic|NoneType|object has no attribute|unhashable"
@@ -45,22 +45,22 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x9f\u202a-\u202e\u2
 class Outcome(NamedTuple):
     kind: str
     text: str
-    """What was said, or where it broke."""
+    """The message, or the exception and its place."""
 
 
 class Case(NamedTuple):
     reader: str
     number: int
     given: str = ""
-    """The input itself, in hexadecimal; where it is empty, the number says what it is."""
+    """The input in hexadecimal; if empty, it is derived from `number`."""
 
 
 Call = Callable[[Path, bytes], Any]
-"""Reads a case's bytes in a folder of its own; a command returns its exit status."""
+"""Reads the bytes of a case in a temporary folder; a command returns its exit status."""
 
 
 def content(case: Case, seeds: list[bytes]) -> bytes:
-    """The bytes of a case: a function of its reader, its number and the valid inputs; -1, -2 … are those themselves."""
+    """The bytes of a case, a function of its reader, number and the valid inputs `seeds`; numbers -1, -2 … are the seeds themselves."""
     if case.given:
         return bytes.fromhex(case.given)
     if case.number < 0:
@@ -70,7 +70,7 @@ def content(case: Case, seeds: list[bytes]) -> bytes:
 
 
 class Said(NamedTuple):
-    """What a case has printed."""
+    """The output of a case."""
 
     out: str
     err: str
@@ -79,7 +79,7 @@ class Said(NamedTuple):
 def judged(
     call: Call, folder: Path, data: bytes, refusals: tuple[type[Exception], ...], said: Callable[[], Said]
 ) -> Outcome:
-    """Call a reader in this process. `said` takes what has been printed since the last case."""
+    """Call a reader in this process. `said` returns the output since the last case."""
     try:
         status = call(folder, data)
         status = status if isinstance(status, int) and not isinstance(status, bool) else 0
@@ -117,7 +117,7 @@ def _kind(status: int, said: Said) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """Type, text and the last line of our own code."""
+    """Type and text of an exception, and the last line of this project's code in its traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [f for f in frames if re.search(r"/(multitrain|launch)/", f.filename)] or frames
     at = ours[-1]
@@ -129,14 +129,13 @@ Serve = Callable[[Case], Outcome]
 
 
 class Worker:
-    """A process that judges one case after another. It is ended and started again when a case does not end.
+    """A process that runs one case after another; it is killed and replaced if a case does not end.
 
-    It is a new Python and no fork of this one: libraries that have started threads here (OpenMP of torch) wait for these for
-    ever in a fork.
+    It is a new Python process, not a fork: in a fork, libraries that had started threads (OpenMP of torch) would wait for them for ever.
 
     Args:
-        served: gives what judges a case, in that process; picklable.
-        captures: files that its standard output and error go to, see :func:`taking`.
+        served: called in that process; returns the function that runs a case. Picklable.
+        captures: files for its standard output and error, see :func:`taking`.
     """
 
     def __init__(self, served: Callable[[], Serve], captures: tuple[Path, Path]) -> None:
@@ -144,7 +143,7 @@ class Worker:
         self._process: Any = None
 
     def judge(self, case: Case) -> Outcome:
-        """The outcome of a case. Raises RuntimeError when the process cannot start."""
+        """Run a case and return its outcome. Raises RuntimeError if the process cannot start."""
         if self._process is None:
             self._start()
         before = last = -1.0  # of the processor; looked at when half a second has passed
@@ -167,7 +166,7 @@ class Worker:
             return Outcome("crash", self._ended())
 
     def _where(self) -> str:
-        """What every thread of the process is at."""
+        """The stacks of all threads of the process."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._process.pid, STACKS)
             time.sleep(1.0)
@@ -179,14 +178,14 @@ class Worker:
         return ""
 
     def _ended(self) -> str:
-        """The exit status of a process that has ended by itself, and its last words."""
+        """Exit status and last output of a process that ended by itself."""
         self._process.join()
         said = f"ended with {self._process.exitcode}: {self._tail()}"
         self.close()
         return said
 
     def close(self) -> None:
-        """End the process, and what it has started."""
+        """Kill the process and its child processes."""
         if self._process is not None:
             for pid in _session(self._process.pid):
                 with contextlib.suppress(ProcessLookupError):
@@ -238,13 +237,13 @@ def _measured(serve: Serve, case: Case) -> Outcome:
 
 
 def _status(name: str) -> int:
-    """Bytes that /proc/self/status says of this process."""
+    """A value of /proc/self/status, in bytes."""
     found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     return int(found[1]) << 10 if found else 0
 
 
 def _session(leader: int) -> dict[int, int]:
-    """Processes of a session, with the clock ticks of each and of those that it has waited for."""
+    """CPU time in clock ticks by process of a session, including ended children."""
     ticks = {}
     for file in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # ended meanwhile
@@ -259,7 +258,7 @@ def _cpu_seconds(session: int) -> float:
 
 
 def taking(captures: tuple[Path, Path]) -> Callable[[], Said]:
-    """A function that returns, and forgets, what this process and its children have printed."""
+    """A function that returns the output of this process and its children since the last call."""
 
     def said() -> Said:
         texts = []

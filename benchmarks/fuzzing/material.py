@@ -1,4 +1,4 @@
-"""Valid input of every kind, made here: videos of five codecs, annotations, a run with a checkpoint and an evaluation."""
+"""Generate valid input of every kind: videos of five codecs, annotations, a run with a checkpoint and an evaluation."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ class Material:
 
 
 def _update(update: int) -> dict[str, Any]:
-    """What the trainer says of an update."""
+    """The record of an update, as the trainer writes it."""
     return {
         "update": update,
         "loss": 1.5,

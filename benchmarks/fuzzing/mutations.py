@@ -1,4 +1,4 @@
-"""Changes to the bytes of a valid input, by a case's own random numbers."""
+"""Random changes to the bytes of a valid input, determined by the case."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ TOKENS = (
     *(b"9" * 5000, b"[" * 3000, b'{"a":' * 3000, b"a" * 5000, b"- " * 3000, b"\n" * 3000),
     *(b"${oc.env:HOME}", b"!!python/object/apply:os.getcwd []", b"&x [*x, *x]", b"*x", b"<script>", b"<<: *x"),
 )
-"""What readers trip over."""
+"""Texts on which readers often fail."""
 
 NUMBERS = (
     b"0",
@@ -66,7 +66,7 @@ Change = Callable[[bytearray, random.Random], bytearray]
 
 
 def mutated(data: bytes, rng: random.Random, changes: int | None = None) -> bytes:
-    """`data` after one to four changes; now and then it is left as it is, so that the reader's right answer is tried too."""
+    """`data` after one to four changes; sometimes unchanged, so that the valid case is tested too."""
     if changes is None:
         changes = rng.choice((0, 1, 1, 1, 2, 2, 3, 4))
     out = bytearray(data)
@@ -125,7 +125,7 @@ def _swap(data: bytearray, rng: random.Random) -> bytearray:
 
 
 def _number(data: bytearray, rng: random.Random) -> bytearray:
-    """Another number in the place of one; in the first part of binary files too, where their headers are."""
+    """Replace a number in a text, or in the header of a binary file."""
     found = list(_NUMBER.finditer(data, 0, 20_000))
     if found:
         at = rng.choice(found)
@@ -134,7 +134,7 @@ def _number(data: bytearray, rng: random.Random) -> bytearray:
 
 
 def _header(data: bytearray, rng: random.Random) -> bytearray:
-    """A length or an offset of a binary file: eight bytes among the first hundred."""
+    """Replace eight of the first hundred bytes of a binary file, as a length or an offset."""
     at = rng.randrange(min(len(data), 100) + 1)
     value = rng.choice((0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, len(data), rng.randrange(2**20)))
     data[at : at + 8] = value.to_bytes(8, rng.choice(("little", "big")))

@@ -1,4 +1,4 @@
-"""The counts of a fuzz as it goes, in a file from which the same command goes on."""
+"""Counts of a fuzz in progress, in a file from which the same command resumes."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from benchmarks.fuzzing.judge import BAD, GOOD, Outcome
 from multitrain.files import replace_text
 
 FAULTS_KEPT = 5
-"""Of a reader and kind."""
+"""Faults kept per reader and kind."""
 
 
 @dataclass
 class Progress:
-    """What has come out so far."""
+    """Outcomes so far."""
 
     readers: list[str]
     first: int
-    """Number of each reader's first case: from it and the names of the readers come all inputs."""
+    """Number of each reader's first case; with the names of the readers it determines all inputs."""
     done: int = 0
-    """Cases."""
+    """Number of cases so far."""
     outcomes: dict[str, dict[str, int]] = field(default_factory=dict)
     """Number of cases by reader and kind of outcome."""
     faults: list[dict[str, str]] = field(default_factory=list)
 
     @classmethod
     def resumed(cls, file: Path, readers: list[str], first: int) -> Progress:
-        """What `file` holds of the same cases; a new one where it holds none."""
+        """The progress in `file` if it is of the same cases, else a new one."""
         with contextlib.suppress(FileNotFoundError):
             found = cls.read(file)
             if (found.readers, found.first) == (readers, first):
@@ -40,17 +40,17 @@ class Progress:
 
     @classmethod
     def read(cls, file: Path) -> Progress:
-        """The counts in a file, which may hold more than these. Raises FileNotFoundError."""
+        """Read the counts from a file; other keys are ignored. Raises FileNotFoundError."""
         content = json.loads(file.read_text(encoding="utf-8"))
         return cls(**{f.name: content[f.name] for f in dataclasses.fields(cls)})
 
     def save(self, file: Path) -> None:
-        """The file holds the counts before, or these."""
+        """Replace the file atomically."""
         file.parent.mkdir(parents=True, exist_ok=True)
         replace_text(file, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
     def add(self, reader: str, number: int, outcome: Outcome) -> bool:
-        """Count a case; whether it is a fault that is shown."""
+        """Count a case; return whether it is a fault to print."""
         counts = self.outcomes.setdefault(reader, {})
         counts[outcome.kind] = counts.get(outcome.kind, 0) + 1
         self.done += 1
@@ -64,7 +64,7 @@ class Progress:
         return sum(map(Counter, self.outcomes.values()), Counter[str]())
 
     def table(self) -> str:
-        """Readers × outcomes, as Markdown; of faults, the kinds that there were."""
+        """Readers × outcomes as Markdown, with the kinds of faults that occurred."""
         total = self.total()
         kinds = [*GOOD, *(kind for kind in BAD if total[kind] or kind in ("traceback", "hang"))]
         lines = ["| reader | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]

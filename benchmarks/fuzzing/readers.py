@@ -1,4 +1,4 @@
-"""Every reader of files and words that come from people: the functions, and the command lines above them."""
+"""All readers of user input: the functions, and the command lines that call them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from multitrain.config import ConfigError, DatasetConfig, compose, load
 from multitrain.config.class_names import read_class_names
 from multitrain.data import decode, packs
 from multitrain.data.catalog import Catalog
-from multitrain.data.prepare import importing
+from multitrain.data.tools import importing
 from multitrain.engine import checkpoint as checkpoints
 from multitrain.engine import unreadable
 from multitrain.evaluation.scored import read_evaluation
@@ -32,7 +32,7 @@ from multitrain.order.batch import BatchShapeError
 from multitrain.records import events, metrics
 
 REFUSALS: tuple[type[Exception], ...] = (ConfigError, decode.VideoError, BatchShapeError)
-"""What a reader may raise about its input; everything else is a traceback to somebody."""
+"""Exceptions with which a reader may refuse its input; a user sees any other as a traceback."""
 
 
 class Reader(NamedTuple):
@@ -40,7 +40,7 @@ class Reader(NamedTuple):
     """Valid inputs."""
     call: Call
     every: int = 1
-    """Takes part in every n-th round of cases; slow ones do not in each."""
+    """The reader takes part in every n-th round of cases; more than 1 for slow readers."""
 
 
 def readers(material: Material) -> dict[str, Reader]:
@@ -72,7 +72,7 @@ def _texts(_: Material) -> Iterator[tuple[str, Reader]]:
 
 
 def words(data: bytes) -> list[str]:
-    """A command line: one word a line. The system passes no NUL."""
+    """A command line with one word per line. NUL bytes, which the system cannot pass, are removed."""
     return [os.fsdecode(line) for line in data.replace(b"\0", b"").split(b"\n") if line]
 
 
@@ -115,7 +115,7 @@ def _files(material: Material) -> Iterator[tuple[str, Reader]]:
         "config.yaml": (Path("config.yaml"), load),
         "events": (Path("events.jsonl"), lambda r: events.read(r / "events.jsonl")),
         "metrics": (Path("metrics.jsonl"), lambda r: metrics.read(r / "metrics.jsonl")),
-        "manifest": (of_checkpoint / "manifest.json", checkpoints.read_model),
+        "manifest": (of_checkpoint / "manifest.json", _newest),
         "state": (of_checkpoint / "state.json", _with_manifest),
         "checkpoint weights": (of_checkpoint / "model.safetensors", _with_manifest),
         "skipped.jsonl": (
@@ -139,7 +139,7 @@ def _files(material: Material) -> Iterator[tuple[str, Reader]]:
 
 
 def _in_copy(tree: Path, target: Path, read: Callable[[Path], Any], folder: Path, data: bytes) -> Any:
-    """`read` a copy of `tree` in which the file `target` holds `data`."""
+    """Call `read` on a copy of `tree` in which the file `target` contains `data`."""
     copy = folder / tree.name
     shutil.copytree(tree, copy, copy_function=os.link)
     (copy / target).unlink()
@@ -147,8 +147,15 @@ def _in_copy(tree: Path, target: Path, read: Callable[[Path], Any], folder: Path
     return read(copy)
 
 
+def _newest(run: Path) -> None:
+    """Read the newest valid checkpoint of a run."""
+    folder, _ = checkpoints.newest_verified(run / "checkpoints")
+    if folder is not None:
+        checkpoints.read(folder)
+
+
 def _with_manifest(run: Path) -> None:
-    """Read a checkpoint whose manifest has been written for what is there now, as a stranger can do."""
+    """Read a checkpoint whose manifest was rewritten to match its files, as an attacker could do."""
     folder = checkpoints.listed(run / "checkpoints")[0]
     state = checkpoints.json.loads((folder / "manifest.json").read_text())
     for name in state["files"]:
@@ -156,7 +163,7 @@ def _with_manifest(run: Path) -> None:
         state["files"][name] = {**state["files"][name], "bytes": len(content), **_digest(state["files"][name], content)}
     (folder / "manifest.json").unlink()
     (folder / "manifest.json").write_text(checkpoints.json.dumps(state))
-    checkpoints.read_model(run)
+    _newest(run)
 
 
 def _digest(entry: dict[str, Any], content: bytes) -> dict[str, str]:
@@ -166,7 +173,7 @@ def _digest(entry: dict[str, Any], content: bytes) -> dict[str, str]:
 
 
 def _beside(other: Path, file: Path, folder: Path, data: bytes) -> None:
-    """Read the model of `file` and `other`, `file` holding `data`."""
+    """Read the model from `file`, which contains `data`, and `other`."""
     shutil.copy(other, folder / other.name)
     (folder / file.name).write_bytes(data)
     read_weights(folder / next(name for name in (file.name, other.name) if name.endswith(".safetensors")))
@@ -235,14 +242,14 @@ def _commands(material: Material) -> Iterator[tuple[str, Reader]]:
 
 
 SHELLED = ("submit WORDS", "predict h264.mp4", "status events.jsonl", "data check csv", "convert .pyth")
-"""Command lines that are tried in a process of their own too."""
+"""Command lines that are also run in a separate process."""
 
 _ROOT = Path(__file__).resolve().parents[2]
 _shell = ContextVar("shell", default=False)
 
 
 def _shelled(call: Call, folder: Path, data: bytes) -> int:
-    """`call`, whose command is started as from a shell."""
+    """`call` with the command started as from a shell."""
     token = _shell.set(True)
     try:
         return int(call(folder, data))
@@ -251,7 +258,7 @@ def _shelled(call: Call, folder: Path, data: bytes) -> int:
 
 
 def main(*arguments: str | Path) -> int:
-    """A command in this process, or in one of its own; its exit status."""
+    """Run a command in this or in a separate process; return its exit status."""
     words = [str(a) for a in arguments]
     if not _shell.get():
         return cli.main(words)
@@ -261,7 +268,7 @@ def main(*arguments: str | Path) -> int:
 
 
 def _group_of(material: Material) -> str:
-    """A YAML group of a dataset that is there."""
+    """A YAML group of an existing dataset."""
     place = material.folder / "data/stride"
     return f"datasets:\n  mine: {{annotations: {place}, videos: {place}, classes: 5, flip: true}}\nworkers: 2\n"
 
@@ -304,7 +311,7 @@ def _check(material: Material, folder: Path, data: bytes) -> int:
 
 
 def _resize(folder: Path, data: bytes) -> int:
-    """Without a video to cut: the lines are read, and each one fails."""
+    """There is no video to cut: the lines are read, and each fails."""
     (folder / "videos").mkdir()
     (folder / "segments.csv").write_bytes(data)
     flags = ["--segments", folder / "segments.csv", "--workers", "1"]

@@ -6,9 +6,12 @@ import re
 import typing
 from collections.abc import Iterator, Sequence
 
-from multitrain.config import ConfigError, RunConfig, nearest
+from pydantic.fields import FieldInfo
+
+from multitrain.config import ConfigError, nearest
 from multitrain.config.arguments import Arguments, Parser
 from multitrain.config.compose import config_folders
+from multitrain.config.schema import fields
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -114,19 +117,21 @@ def script(shell: str, config_dirs: Sequence[str] = ()) -> str:
 
 def options() -> list[str]:
     """All options of a run with fixed names (``nodes``, ``cluster.partition``), and the config groups."""
-    from multitrain.config.compose import _fields
+    return sorted({name for name, _ in _groups()} | _leaves().keys())
 
-    fields = [name for name in _fields(RunConfig) if "<" not in name]
-    groups = {name for name, _ in _groups()}
-    inner = {name.rpartition(".")[0] for name in fields}
-    return sorted(groups | {name for name in fields if name not in inner})
+
+def _leaves() -> dict[str, FieldInfo]:
+    """The options with fixed names, without the groups of options."""
+    named = {name: field for name, field in fields().items() if "<" not in name}
+    return {name: field for name, field in named.items() if not any(n.startswith(f"{name}.") for n in named)}
 
 
 def values(config_dirs: Sequence[str] = ()) -> list[str]:
     """All ``key=value`` pairs of options with a fixed set of values."""
     found = [f"{group}={choice}" for group, choice in _groups(config_dirs)]
-    for name, annotation in _annotated():
-        choices = [c for part in (annotation, *typing.get_args(annotation)) for c in _choices(part)]
+    for name, field in _leaves().items():
+        kinds = (field.annotation, *typing.get_args(field.annotation))
+        choices = [c for kind in kinds for c in _choices(kind)]
         found += [f"{name}={choice}" for choice in dict.fromkeys(choices)]
     return sorted(found)
 
@@ -143,19 +148,6 @@ def _groups(config_dirs: Sequence[str] = ()) -> Iterator[tuple[str, str]]:
         for file in sorted(folder.glob("*/*.yaml")):
             if re.fullmatch(r"[\w.+-]+=[\w.+-]+", f"{file.parent.name}={file.stem}", re.ASCII):
                 yield file.parent.name, file.stem
-
-
-def _annotated() -> Iterator[tuple[str, object]]:
-    from multitrain.config.base import Settings
-
-    def walk(model: type[Settings], prefix: str) -> Iterator[tuple[str, object]]:
-        for name, field in model.model_fields.items():
-            if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
-                yield from walk(field.annotation, f"{prefix}{name}.")
-            else:
-                yield prefix + name, field.annotation
-
-    return walk(RunConfig, "")
 
 
 def main(arguments: Arguments) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-from pathlib import Path
 
 from multitrain.config import ConfigError, nearest
 from multitrain.config.arguments import MISTAKE, Arguments
@@ -55,11 +54,6 @@ def main(arguments: Arguments) -> int:
         where = printable(os.fsdecode(error.filename)) + ": " if isinstance(error.filename, (str, bytes)) else ""
         raise ConfigError(f"{where}{error.strerror or error}; data {first} needs to read or write it") from None
     return status
-
-
-def default_journal(out: Path | None, name: str) -> Path:
-    """Default folder of a verb's journal."""
-    return out or Path("prepared") / name
 
 
 def _overview() -> str:

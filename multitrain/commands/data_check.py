@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from multitrain.commands.common import StopSignals, configured
-from multitrain.commands.data_resize import add_work_options
+from multitrain.commands.data_work import add_run_option, add_work_options, interrupted
 from multitrain.config import ConfigError
 from multitrain.config.arguments import Arguments, Parser, whole_number
 from multitrain.files import OutputFolder
 
 if TYPE_CHECKING:
-    from multitrain.data.prepare.check import CheckReport
-    from multitrain.data.prepare.parallel_map import Journal
+    from multitrain.data.tools.check import CheckReport
+    from multitrain.data.tools.parallel_map import Journal
 
 
 def _parser() -> Parser:
@@ -28,9 +29,7 @@ def _parser() -> Parser:
         "multitrain data check /data/downloads",
         "sbatch --array=0-15 slurm/prepare.sh check data=ssv2 data.root=/datasets --out checked",
     )
-    parser.add_argument(
-        "--run", metavar="DIR", help="a run's folder or its config.yaml, instead of the shipped configuration"
-    )
+    add_run_option(parser)
     parser.add_argument(
         "--out",
         type=Path,
@@ -55,8 +54,8 @@ def _parser() -> Parser:
 def main(arguments: Arguments) -> int:
     """``multitrain data check``; returns the exit status: 0, 1 if there are findings, 75 if interrupted."""
     given = _parser().parse_with_overrides(arguments)
-    from multitrain.data.prepare import check as c
-    from multitrain.data.prepare.parallel_map import INTERRUPTED, Journal, Shard, version
+    from multitrain.data.tools import check as c
+    from multitrain.data.tools.parallel_map import INTERRUPTED, Journal, Shard, version
 
     shard = Shard.parse(given.shard)
     if given.folders and (given.overrides or given.run or given.write_clean):
@@ -71,8 +70,7 @@ def main(arguments: Arguments) -> int:
     out.check(c.TABLE, recognise=c.is_table)
     clean = c.clean_folder(datasets, given.write_clean) if given.write_clean else None
     journal = Journal(out.root, "check", shard)
-    if _scan(journal, shard.of(files), given.workers, given.timeout):
-        print("interrupted; the same command goes on", file=sys.stderr)
+    if _scan(journal, shard.of(files), given):
         return INTERRUPTED
     journal.refresh()
     scans = {f: r for f in files if (r := journal.get(f, version(Path(f)))) is not None}
@@ -90,23 +88,22 @@ def main(arguments: Arguments) -> int:
     return 1 if report.findings else 0
 
 
-def _scan(journal: Journal, files: Sequence[str], workers: int, timeout: float) -> bool:
+def _scan(journal: Journal, files: Sequence[str], given: argparse.Namespace) -> bool:
     """Decode the files that the journal does not have; whether a signal interrupted it."""
-    from multitrain.data.prepare.parallel_map import FINAL, ProgressBar, map_resumable, version
-    from multitrain.data.prepare.scan import ScanFile
+    from multitrain.data.tools.parallel_map import FINAL, version
+    from multitrain.data.tools.scan import ScanFile
 
     todo = [f for f in files if not journal.settled(f, version(Path(f)))]
     if todo:
         journal.claim()
     if len(todo) < len(files):
         print(f"{len(files) - len(todo)} of {len(files)} are done already", file=sys.stderr)
-    stop = StopSignals()
-    bar: ProgressBar[str] = ProgressBar("check", len(todo))
-    for file, record in map_resumable(todo, ScanFile(), workers=workers, timeout=timeout, stop=stop):
+
+    def done(file: str, record: dict[str, Any]) -> bool:
         journal.add(file, version(Path(file)), {FINAL: True, **record} if "error" in record else record)
-        bar.add(bad="error" in record)
-    bar.close()
-    return stop()
+        return "error" not in record
+
+    return interrupted("check", todo, ScanFile(), given, done, timeout=given.timeout, stop=StopSignals())
 
 
 def _print_report(report: CheckReport, table: Path, *, as_json: bool) -> None:

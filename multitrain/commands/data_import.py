@@ -10,7 +10,7 @@ from multitrain.config.arguments import Arguments, Parser
 
 
 def _parser() -> Parser:
-    from multitrain.data.prepare.importing import FORMATS
+    from multitrain.data.tools.importing import FORMATS
 
     parser = Parser(
         "data import",
@@ -34,7 +34,7 @@ def _parser() -> Parser:
 
 def main(arguments: Arguments) -> int:
     """``multitrain data import``; returns the exit status."""
-    from multitrain.data.prepare.importing import find, read, write
+    from multitrain.data.tools.importing import find, read, write
 
     parser = _parser()
     given = parser.parse_args(list(arguments))

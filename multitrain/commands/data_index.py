@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from multitrain.commands.common import configured
+from multitrain.commands.data_work import add_index_option, add_run_option
 from multitrain.config.arguments import Arguments, Parser
 
 
@@ -16,21 +17,14 @@ def main(arguments: Arguments) -> int:
         "Check and index the annotation files of a run.",
         "multitrain data index experiment=k400_mit_ssv2 data.root=/datasets",
     )
-    parser.add_argument(
-        "--run", metavar="DIR", help="a run's folder or its config.yaml, instead of the shipped configuration"
-    )
-    parser.add_argument(
-        "--index",
-        type=Path,
-        metavar="DIR",
-        help="folder for the index (default: data.index, else RUNS/.index, or .index)",
-    )
+    add_run_option(parser)
+    add_index_option(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_overrides("data=ssv2 data.root=/datasets")
     given = parser.parse_with_overrides(arguments)
     from multitrain.config import dump
     from multitrain.data.catalog import main as check
-    from multitrain.evaluation.beside import index_folder
+    from multitrain.evaluation.output_folders import index_folder
 
     config = configured(given.run, given.overrides, given.config_dir)
     index = index_folder(config, given.index)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from multitrain.commands.common import StopSignals
-from multitrain.commands.data_resize import add_work_options
+from multitrain.commands.data_work import add_work_options, interrupted
 from multitrain.config.arguments import Arguments, Parser, whole_number
 from multitrain.order.windows import SHARD_VIDEOS
 from multitrain.text import printable
 
 if TYPE_CHECKING:
-    from multitrain.data.prepare.packing import PackJob
+    from multitrain.data.tools.packing import PackJob
 
 _SHOWN = 20
 
@@ -50,8 +50,8 @@ def main(arguments: Arguments) -> int:
     """``multitrain data pack``; returns the exit status: 0, 1 if videos could not be read, 75 if interrupted."""
     parser = _parser()
     given = parser.parse_args(list(arguments))
-    from multitrain.data.prepare.packing import Item, PackJob, PackOptions, PackShard
-    from multitrain.data.prepare.parallel_map import INTERRUPTED, ProgressBar, Shard, map_resumable
+    from multitrain.data.tools.packing import Item, PackJob, PackOptions, PackShard
+    from multitrain.data.tools.parallel_map import INTERRUPTED, Shard
 
     wanted = PackOptions(
         given.videos.absolute(), given.out.absolute(), given.annotations, given.separator, given.shard_videos, given.leave_out
@@ -59,17 +59,17 @@ def main(arguments: Arguments) -> int:
     task = PackJob(wanted, Shard.parse(given.shard))
     stop, items = StopSignals(), list(task.items())
     task.journal.claim()
-    bar: ProgressBar[Item] = ProgressBar("pack", len(items), unit="shard")
     failed: list[tuple[str, str]] = []
     work = PackShard(wanted.videos, task.parts, wanted.leave_out)
     limit = given.timeout * wanted.shard_videos
-    for item, answer in map_resumable(items, work, workers=given.workers, timeout=limit, stop=stop):
-        if reason := task.done(item, answer):
-            failed += [(name, why) for name, why in answer.get("unreadable", [])] or [(item.target, reason)]
-        bar.add(bad=bool(reason))
-    bar.close()
-    if stop():
-        print("interrupted; the same command goes on", file=sys.stderr)
+
+    def done(item: Item, record: dict[str, Any]) -> bool:
+        reason = task.done(item, record)
+        if reason:
+            failed.extend([(name, why) for name, why in record.get("unreadable", [])] or [(item.target, reason)])
+        return not reason
+
+    if interrupted("pack", items, work, given, done, timeout=limit, stop=stop, unit="shard"):
         return INTERRUPTED
     return _report(task, failed, as_json=given.json)
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from multitrain.commands.common import StopSignals
+from multitrain.commands.data_work import add_work_options, interrupted
 from multitrain.config.arguments import Arguments, Parser, whole_number
 from multitrain.text import printable
 
 if TYPE_CHECKING:
-    from multitrain.data.prepare.copying import CopyJob
+    from multitrain.data.tools.copying import CopyJob
 
 
 def _parser() -> Parser:
@@ -71,9 +71,9 @@ def main(arguments: Arguments) -> int:
     given = parser.parse_args(list(arguments))
     if given.write_annotations and not given.annotations:
         parser.error("--write-annotations needs --annotations")
-    from multitrain.data.prepare.copying import CopyJob, CopyOptions
-    from multitrain.data.prepare.parallel_map import INTERRUPTED, ProgressBar, Shard, map_resumable
-    from multitrain.data.prepare.resize import Encoding, Item, Resize
+    from multitrain.data.tools.copying import CopyJob, CopyOptions
+    from multitrain.data.tools.parallel_map import INTERRUPTED, Shard
+    from multitrain.data.tools.resize import Encoding, Resize
 
     encoding = Encoding(given.short_side, given.crf, given.preset, given.fast_decode, given.salvage)
     videos, out = given.videos.absolute(), given.out.absolute()
@@ -89,12 +89,7 @@ def main(arguments: Arguments) -> int:
         task.journal.claim()
     if task.before:
         print(", ".join(f"{n} of {mine} {what}" for what, n in task.before.items()), file=sys.stderr)
-    bar: ProgressBar[Item] = ProgressBar("resize", len(items))
-    for item, answer in map_resumable(items, work, workers=given.workers, timeout=3 * given.timeout + 30, stop=stop):
-        bar.add(bad=not task.done(item, answer))
-    bar.close()
-    if stop():
-        print("interrupted; the same command goes on", file=sys.stderr)
+    if interrupted("resize", items, work, given, task.done, timeout=3 * given.timeout + 30, stop=stop):
         return INTERRUPTED
     return _report(task, as_json=given.json)
 
@@ -117,22 +112,3 @@ def _report(task: CopyJob, *, as_json: bool) -> int:
         for line in task.write_annotations(results):
             print(line, file=sys.stderr)
     return 1 if failed else 0
-
-
-def add_work_options(parser: Parser) -> None:
-    """Add the options of commands that process many files."""
-    cores = len(os.sched_getaffinity(0))
-    parser.add_argument(
-        "--workers",
-        type=whole_number,
-        default=cores,
-        metavar="N",
-        help=f"number of processes (default: one per core, here {cores})",
-    )
-    parser.add_argument(
-        "--shard", default="0/1", metavar="I/N", help="process every N-th file only, starting with number I (0 to N-1)"
-    )
-    parser.add_argument(
-        "--timeout", type=float, default=600.0, metavar="S", help="time limit per file in seconds (default 600)"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")

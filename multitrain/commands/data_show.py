@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from multitrain.commands.common import configured
+from multitrain.commands.data_work import add_index_option, add_run_option
 from multitrain.config import ConfigError
 from multitrain.config.arguments import Arguments, Parser, whole_number
 from multitrain.files import check_output
@@ -19,15 +20,8 @@ def _parser() -> Parser:
         "multitrain data show experiment=k400_mit_ssv2 data.root=/datasets --out clips.png",
         "multitrain data show --run runs/first --update 1200 --videos 16",
     )
-    parser.add_argument(
-        "--run", metavar="DIR", help="a run's folder or its config.yaml, instead of the shipped configuration"
-    )
-    parser.add_argument(
-        "--index",
-        type=Path,
-        metavar="DIR",
-        help="folder for the index (default: data.index, else RUNS/.index, or .index)",
-    )
+    add_run_option(parser)
+    add_index_option(parser)
     parser.add_argument("--update", type=int, default=0, metavar="N", help="update to show, counted from 0 (default 0)")
     parser.add_argument(
         "--videos",
@@ -53,7 +47,7 @@ def main(arguments: Arguments) -> int:
     from multitrain.data.catalog import open_catalogs, plan_of
     from multitrain.data.clips import UnreadableError
     from multitrain.data.show import clips_of, write
-    from multitrain.evaluation.beside import index_folder
+    from multitrain.evaluation.output_folders import index_folder
 
     check_output(given.out, "data show")
     config = configured(given.run, given.overrides, given.config_dir)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from multitrain.commands.common import configured
+from multitrain.commands.data_work import add_index_option, add_run_option
 from multitrain.config.arguments import Arguments, Parser, whole_number
 from multitrain.files import check_output, output_file
 
@@ -17,15 +18,8 @@ def _parser() -> Parser:
         "multitrain data stats experiment=k400_mit_ssv2 data.root=/datasets --plot stats.png",
         "multitrain data stats data=demo data.proportions=temperature data.temperature=2",
     )
-    parser.add_argument(
-        "--run", metavar="DIR", help="a run's folder or its config.yaml, instead of the shipped configuration"
-    )
-    parser.add_argument(
-        "--index",
-        type=Path,
-        metavar="DIR",
-        help="folder for the index (default: data.index, else RUNS/.index, or .index)",
-    )
+    add_run_option(parser)
+    add_index_option(parser)
     parser.add_argument(
         "--sample",
         type=whole_number,
@@ -49,9 +43,9 @@ def main(arguments: Arguments) -> int:
     """``multitrain data stats``; returns the exit status."""
     parser = _parser()
     given = parser.parse_with_overrides(arguments)
-    from multitrain.data.prepare import stats
-    from multitrain.data.prepare.parallel_map import Journal
-    from multitrain.evaluation.beside import index_folder
+    from multitrain.data.tools import stats
+    from multitrain.data.tools.parallel_map import Journal
+    from multitrain.evaluation.output_folders import index_folder
 
     if given.plot:
         check_output(given.plot, "data stats")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 from pathlib import Path
+from typing import Any
 
 from multitrain.commands.common import StopSignals
-from multitrain.commands.data_resize import add_work_options
+from multitrain.commands.data_work import add_work_options, interrupted
 from multitrain.config import ConfigError
 from multitrain.config.arguments import Arguments, Parser
 from multitrain.text import printable
@@ -32,8 +32,8 @@ def main(arguments: Arguments) -> int:
     parser = _parser()
     given = parser.parse_args(list(arguments))
     from multitrain.data.packs import INDEX, Stored, open_pack
-    from multitrain.data.prepare.packing import Unpack
-    from multitrain.data.prepare.parallel_map import INTERRUPTED, ProgressBar, Shard, map_resumable
+    from multitrain.data.tools.packing import Unpack
+    from multitrain.data.tools.parallel_map import INTERRUPTED, Shard
     from multitrain.files import OutputFolder
 
     found = open_pack(given.pack)
@@ -42,22 +42,18 @@ def main(arguments: Arguments) -> int:
     out = OutputFolder(given.out, "data unpack", [given.pack])
     shards = [list(group) for _, group in itertools.groupby(found, key=lambda video: video.shard)]
     mine = Shard.parse(given.shard).of(shards)
-    stop = StopSignals()
     failed: list[tuple[str, str]] = []
-    bar: ProgressBar[list[Stored]] = ProgressBar("unpack", len(mine), unit="shard")
     counts = {"written": 0, "there": 0}
     limit = given.timeout * max((len(shard) for shard in mine), default=1)
     work = Unpack(given.pack.absolute(), out.root)
-    for shard, answer in map_resumable(mine, work, workers=given.workers, timeout=limit, stop=stop):
-        bad: list[tuple[str, str]] = (
-            answer["unreadable"] if "unreadable" in answer else [(shard[0].shard.name, answer["error"])]
-        )
-        counts = {kind: number + answer.get(kind, 0) for kind, number in counts.items()}
-        failed += bad
-        bar.add(bad=bool(bad))
-    bar.close()
-    if stop():
-        print("interrupted; the same command goes on", file=sys.stderr)
+
+    def done(shard: list[Stored], record: dict[str, Any]) -> bool:
+        bad = record["unreadable"] if "unreadable" in record else [(shard[0].shard.name, record["error"])]
+        counts.update({kind: number + record.get(kind, 0) for kind, number in counts.items()})
+        failed.extend(bad)
+        return not bad
+
+    if interrupted("unpack", mine, work, given, done, timeout=limit, stop=StopSignals(), unit="shard"):
         return INTERRUPTED
     if given.json:
         print(json.dumps({**counts, "failures": dict(failed)}))

@@ -93,7 +93,7 @@ def main(arguments: Arguments) -> int:
     found = e.embed(model, items, views=given.views, progress=_progress)
     e.write(found, given.out)
     if given.plot:
-        drawn = e.map_of(found)
+        drawn = e.feature_map(found)
         with output_file(given.plot, e.MAKER, e.sources(found)) as temporary:
             temporary.write_bytes(drawn)
     for path, reason in found.unreadable.items():

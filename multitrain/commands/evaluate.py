@@ -85,7 +85,7 @@ def main(arguments: Arguments) -> int:
         progress=_progress if rank == 0 else None,
     )
     if not done.finished:
-        print(f"interrupted; the same command goes on from what is in {out}", file=sys.stderr, flush=True)
+        print(f"interrupted; run the same command again to continue from what is in {out}", file=sys.stderr, flush=True)
         return _leave(rank, stop)
     if rank == 0:
         _print_evaluation(done)
@@ -128,11 +128,11 @@ def _default_out(model: str, split: str) -> Path:
     path = Path(model)
     if path.suffix in (".pyth", ".safetensors") and path.parent.name[:7] != "update-":
         return Path("evaluation") / path.stem / split
-    from multitrain.evaluation.beside import beside
+    from multitrain.evaluation.output_folders import result_folder
     from multitrain.interop.model_path import resolve_model_file
 
     checkpoint = resolve_model_file(path).parent
-    return beside(checkpoint.parent.parent, "evaluation", checkpoint.name, split)
+    return result_folder(checkpoint.parent.parent, "evaluation", checkpoint.name, split)
 
 
 _last_line = 0.0

@@ -44,7 +44,7 @@ def main(arguments: Arguments) -> int:
     from multitrain.evaluation.embed import MAKER
     from multitrain.evaluation.predictor import load
     from multitrain.files import check_output, output_file
-    from multitrain.plot_style import table
+    from multitrain.text import table
 
     if given.plot:
         check_output(given.plot, MAKER, [given.model])

@@ -98,6 +98,3 @@ def suggestion(name: str) -> str | None:
     """What to type here for an option of another project; None if unknown. `name` may be dotted, upper case, or a flag."""
     last = name.rpartition(".")[2].lstrip("-").partition("=")[0]
     return HINTS.get(last.lower().replace("-", "_"))
-
-
-__all__ = ["HINTS", "suggestion"]

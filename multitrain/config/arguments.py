@@ -59,12 +59,7 @@ class Parser(OneLineParser):
 
     def parse_with_overrides(self, arguments: Arguments) -> argparse.Namespace:
         """Like `parse_args`, but with ``key=value`` at any position, even after ``--dataset a b``."""
-        with_value = {
-            option
-            for action in self._actions
-            if action.nargs is None and not isinstance(action, argparse._StoreTrueAction)
-            for option in action.option_strings
-        }
+        with_value = {option for action in self._actions if action.nargs is None for option in action.option_strings}
         overrides: list[str] = []
         rest: list[str] = []
         takes_value = False
@@ -164,16 +159,3 @@ def pair(text: str, option: str) -> tuple[str, str]:
     if not equals or not name or not value:
         raise ConfigError(f"{option} {text!r}: write DATASET=FILE")
     return name, value
-
-
-__all__ = [
-    "MISTAKE",
-    "Arguments",
-    "OneLineParser",
-    "Parser",
-    "answered",
-    "pair",
-    "piped",
-    "typed_words",
-    "whole_number",
-]

@@ -79,6 +79,3 @@ def writing_to(place: Path) -> Iterator[None]:
         raise ConfigError(
             f"{error.filename or place}: cannot be written ({error.strerror or error}); choose another place"
         ) from None
-
-
-__all__ = ["in_words", "refused_by_system", "understood", "writing_to"]

@@ -163,6 +163,3 @@ def _by_label(file: Path, pairs: Sequence[tuple[int, str]]) -> list[str]:
             f"for {max(names)}; correct the file"
         )
     return [names[label] for label in range(len(names))]
-
-
-__all__ = ["LOOKED_FOR", "find_class_names", "read_class_names", "repeated_name"]

@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from multitrain.config.aliases import suggestion
 from multitrain.config.errors import ConfigError, nearest
-from multitrain.config.overrides import Override, apply, group_word, in_quotes, is_group, option_type, split
+from multitrain.config.overrides import Override, apply, group_word, in_quotes, is_group, split
 from multitrain.config.paths import expanded, find_run
 from multitrain.config.reading import DEEPEST, read_yaml, shown
 from multitrain.config.run import RunConfig
+from multitrain.config.schema import fields, option_type, schema_name
 
 
 def config_folder() -> Path:
@@ -229,27 +230,11 @@ def forced(override: str, groups: set[str]) -> str:
     return "++" + override
 
 
-@functools.cache
-def _fields(model: type[BaseModel], prefix: str = "") -> tuple[str, ...]:
-    """Every option of the schema as a dotted name; entries of a mapping are shown as ``<name>``."""
-    names: list[str] = []
-    for name, field in model.model_fields.items():
-        names.append(prefix + name)
-        nested = field.annotation
-        if typing.get_origin(nested) is dict:
-            nested, inner = typing.get_args(nested)[1], f"{prefix}{name}.<name>."
-        else:
-            inner = f"{prefix}{name}."
-        if isinstance(nested, type) and issubclass(nested, BaseModel):
-            names.extend(_fields(nested, inner))
-    return tuple(names)
-
-
 def example_of(option: str) -> str | None:
     """An example value for ``option=``; None if the schema has no such option."""
-    if option not in _fields(RunConfig):
+    if option not in fields():
         return None
-    default = RunConfig.model_fields[option].default if option in RunConfig.model_fields else None
+    default = fields()[option].default if "." not in option else None
     return {False: "true", True: "false"}[default] if isinstance(default, bool) else "VALUE"
 
 
@@ -259,7 +244,7 @@ def _refuse_no_group(override: Override, folders: Sequence[Path], groups: set[st
     if override.deletes or "/" not in group or group.startswith("hydra") or any((f / group).is_dir() for f in folders):
         return
     dotted = group.replace("/", ".")
-    remedy = f"write {dotted}={override.text or 'VALUE'}" if dotted in _fields(RunConfig) else nearest(group, groups)
+    remedy = f"write {dotted}={override.text or 'VALUE'}" if dotted in fields() else nearest(group, groups)
     raise ConfigError(f"{shown(override.word, 100)}: there is no config group {shown(group, 60)!r}; {remedy}")
 
 
@@ -308,12 +293,6 @@ def _list_problem(e: Any) -> str | None:
     return f"{where}={shown(str(given).replace(' ', ''), 80)}: is a list of {count} values, not of {len(given)}"
 
 
-def _schema_path(loc: tuple[str | int, ...]) -> list[str]:
-    """A location with the keys of `data.datasets` replaced by ``<name>``, as in :func:`_fields`."""
-    parts = [str(p) for p in loc]
-    return ["<name>" if i == 2 and parts[:2] == ["data", "datasets"] else p for i, p in enumerate(parts)]
-
-
 def _typed_at(loc: tuple[str | int, ...], value: Any) -> tuple[str | int, ...]:
     """The full name of an unknown option, e.g. ``TRAIN.BATCH_SIZE``, of which the error gives the first part only."""
     while isinstance(value, dict) and len(value) == 1 and len(loc) < DEEPEST:
@@ -325,9 +304,9 @@ def _typed_at(loc: tuple[str | int, ...], value: Any) -> tuple[str | int, ...]:
 def _nearest_field(loc: tuple[str | int, ...], name: str) -> str:
     """A hint with options similar to the unknown one at `loc`, called `name`: by the last part of their names, by the names of other
     projects, else among its siblings."""
-    *parent, _ = _schema_path(loc)
-    known = _fields(RunConfig)
-    siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == ".".join(parent)]
+    known = fields()
+    parent = schema_name(".".join(map(str, loc))).rpartition(".")[0]
+    siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == parent]
     same = sorted(k for k in known if k.rpartition(".")[2] == name.lower().replace("-", "_"))
     if same:
         return "did you mean " + " or ".join(map(repr, same[:3])) + "?"
@@ -341,15 +320,9 @@ def _nearest_field(loc: tuple[str | int, ...], name: str) -> str:
 
 
 def _described(loc: tuple[str | int, ...], config_dirs: Sequence[str | Path] = ()) -> str:
-    model: Any = RunConfig
-    for part in loc[:-1]:
-        if isinstance(model, type) and issubclass(model, BaseModel) and str(part) in model.model_fields:
-            annotation: Any = model.model_fields[str(part)].annotation
-            model = typing.get_args(annotation)[1] if typing.get_origin(annotation) is dict else annotation
-    if isinstance(model, type) and issubclass(model, BaseModel) and str(loc[-1]) in model.model_fields:
-        text = model.model_fields[str(loc[-1])].description
-        if text:
-            return _flat(text)
+    field = fields().get(schema_name(".".join(map(str, loc))))
+    if field is not None and field.description:
+        return _flat(field.description)
     known = sorted({p.stem for f in config_folders(config_dirs) for p in (f / str(loc[-1])).glob("*.yaml")})
     return f"choose one: {', '.join(f'{loc[-1]}={name}' for name in known)}" if known else "give it a value"
 
@@ -390,6 +363,3 @@ def _no_such_choice(missing: str, folders: Sequence[Path]) -> str:
 
 def _flat(value: object) -> str:
     return " ".join(str(value).split())
-
-
-__all__ = ["compose", "compose_mapping", "config_folder", "config_folders", "dump", "forced", "load", "validate"]

@@ -16,11 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from multitrain.config.errors import ConfigError, nearest
 from multitrain.config.reading import parse_yaml, shown
-from multitrain.config.run import RunConfig
+from multitrain.config.schema import option_type
 
 LONGEST_WORD = 20_000
 """Limit of the length of one override, in characters."""
@@ -264,22 +262,6 @@ def _hydra(text: str, word: str | None = None) -> Any:
         return _Unreadable()
 
 
-def option_type(key: str) -> Any:
-    """The type of an option in the schema; None for an unknown option."""
-    kind: Any = RunConfig
-    parts = key.split(".")
-    for i, part in enumerate(parts):
-        if typing.get_origin(kind) is dict:
-            kind = typing.get_args(kind)[1]
-            if isinstance(kind, type) and issubclass(kind, BaseModel) and i + 1 == len(parts):
-                return None  # a whole entry
-        elif isinstance(kind, type) and issubclass(kind, BaseModel) and part in kind.model_fields:
-            kind = kind.model_fields[part].annotation
-        else:
-            return None
-    return kind
-
-
 def _members(kind: Any) -> set[Any]:
     """The types that an annotation allows; for a Literal, its values."""
     if kind is None:
@@ -312,20 +294,3 @@ def apply(config: Any, override: Override) -> None:
         )
     with open_dict(config):
         del node[last]
-
-
-__all__ = [
-    "NotListed",
-    "Override",
-    "alternatives",
-    "apply",
-    "combinations",
-    "group_word",
-    "in_quotes",
-    "is_group",
-    "is_text",
-    "readable",
-    "split",
-    "tidy",
-    "value_of",
-]

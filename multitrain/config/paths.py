@@ -51,6 +51,3 @@ def _paths(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[dict[str, A
             yield from _paths(value, f"{prefix}{key}.")
         elif PATH_OPTIONS.fullmatch(f"{prefix}{key}"):
             yield node, key
-
-
-__all__ = ["PATH_OPTIONS", "expanded", "find_run"]

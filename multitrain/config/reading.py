@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from multitrain.config.errors import ConfigError
+from multitrain.text import printable
 
 LARGEST_TEXT = 1 << 30
 """Limit of a file of lines (annotations, class names, metrics), in bytes."""
@@ -244,7 +245,7 @@ def _nodes(event: Any, sizes: dict[str, int | None], where: object) -> int:
 
 def shown(value: object, longest: int = 200) -> str:
     """Untrusted text for an error message: one line, no control characters, at most `longest` characters."""
-    text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(value).replace("\n", " ")[: longest + 1])
+    text = printable(str(value).replace("\n", " ")[: longest + 1])
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
@@ -283,19 +284,3 @@ class _Loader(_Base):  # type: ignore[misc]
         first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:timestamp"]
         for first, rules in _Base.yaml_implicit_resolvers.items()
     }
-
-
-__all__ = [
-    "as_text",
-    "check_yaml",
-    "parse_json",
-    "parse_yaml",
-    "read_blocks",
-    "read_bytes",
-    "read_json",
-    "read_text",
-    "read_yaml",
-    "refuse_other_format",
-    "refuse_utf16",
-    "shown",
-]

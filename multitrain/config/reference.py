@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from pydantic_core import PydanticUndefined
 from multitrain.config.base import Settings
 from multitrain.config.compose import config_folder
 from multitrain.config.run import RunConfig
+from multitrain.config.schema import fields, group
 
 _HEAD = """\
 # Configuration reference
@@ -49,8 +49,11 @@ loss) is noted on standard error with the remedy; one that another option replac
 def reference() -> str:
     """The page."""
     parts = [_HEAD, "## Shipped files\n", _files(), "## The run\n", _table(RunConfig, "")]
-    for prefix, model in _groups(RunConfig, ""):
-        parts += [f"## `{prefix[:-1]}`\n", f"{_flat(model.__doc__)}\n", _table(model, prefix)]
+    for name, field in fields().items():
+        model, between = group(field)
+        if model is not None:
+            title = (name + between)[:-1]
+            parts += [f"## `{title}`\n", f"{_flat(model.__doc__)}\n", _table(model, f"{title}.")]
     return "\n".join(parts)
 
 
@@ -63,27 +66,10 @@ def _files() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _groups(model: type[Settings], prefix: str) -> Iterator[tuple[str, type[Settings]]]:
-    for name, field in model.model_fields.items():
-        nested, inner = _nested(field, f"{prefix}{name}")
-        if nested is not None:
-            yield inner, nested
-            yield from _groups(nested, inner)
-
-
-def _nested(field: FieldInfo, name: str) -> tuple[type[Settings] | None, str]:
-    """The settings below a field and their prefix; entries of a mapping are shown as ``<name>``."""
-    kind: Any = field.annotation
-    prefix = f"{name}."
-    if typing.get_origin(kind) is dict:
-        kind, prefix = typing.get_args(kind)[1], f"{name}.<name>."
-    return (kind, prefix) if isinstance(kind, type) and issubclass(kind, Settings) else (None, prefix)
-
-
 def _table(model: type[Settings], prefix: str) -> str:
     lines = ["| option | values | default | what |", "| --- | --- | --- | --- |"]
     for name, field in model.model_fields.items():
-        if _nested(field, name)[0] is None:
+        if group(field)[0] is None:
             cells = (f"`{prefix}{name}`", _values(field), _default(field), _flat(field.description))
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"

@@ -107,6 +107,3 @@ def _refuse_small_test_sides(config: RunConfig, before: RunConfig | None) -> Non
             raise ConfigError(
                 f"data.datasets.{name}.test_short_side={side}: smaller than model.crop={crop}; use at least {crop}"
             )
-
-
-__all__ = ["equal_pair", "idle_words", "refuse_typed"]

@@ -225,6 +225,3 @@ def idle(option: str) -> tuple[Unused, str] | None:
         if re.fullmatch(re.escape(name).replace(r"\*", ".+") + r"(\..+)?", option):
             return row
     return None
-
-
-__all__ = ["REPLACED", "WITHOUT_EFFECT", "idle"]

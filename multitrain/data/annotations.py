@@ -395,18 +395,3 @@ def _parse_slowly(content: bytes, csv: Path, syntax: Syntax) -> Annotations:
         np.array(labels, np.int32),
         label_starts.astype(np.uint32),
     )
-
-
-__all__ = [
-    "Annotations",
-    "CatalogError",
-    "Line",
-    "Syntax",
-    "count_repeated",
-    "count_repeats",
-    "depends_on_folder",
-    "lines",
-    "normalise_path",
-    "parse",
-    "read_annotations",
-]

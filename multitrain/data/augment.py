@@ -57,30 +57,6 @@ class Augmenter:
         place(resized(self.change(frame), self._size, self._backend), target, self.drawn.flip)
 
 
-def augment_clip(
-    frames: np.ndarray,
-    config: AugmentConfig,
-    size: int,
-    draws: KeyedRNG,
-    flip_allowed: bool,
-    out: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Augment one clip; the frames are not changed.
-
-    Args:
-        frames: uint8 [T, H, W, 3].
-        out: where to write the clip (default: new memory).
-
-    Returns:
-        (clip, uint8 [T, size, size, 3], C-contiguous; box to erase on the device, as `Augmenter.box`).
-    """
-    augmenter = Augmenter(frames.shape[1], frames.shape[2], config, size, draws, flip_allowed)
-    out = np.empty((len(frames), size, size, 3), np.uint8) if out is None else out
-    for frame, target in zip(frames, out):
-        augmenter(frame, target)
-    return out, augmenter.box
-
-
 def draw_augmentation(
     height: int, width: int, config: AugmentConfig, size: int, draws: KeyedRNG, flip_allowed: bool
 ) -> Augmentation:

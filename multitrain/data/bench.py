@@ -167,7 +167,7 @@ def measure_run(config: RunConfig, videos: int) -> Cost:
         plan = plan_of(config, catalogs)
         job = TrainClipFn(catalogs, plan, config)
         job.warm_up()
-        return measure(job, [Task(0, sample) for sample in plan.tickets(0, videos)])
+        return measure(job, [Task(0, sample) for sample in plan.samples(0, videos)])
 
 
 def table(cost: Cost, config: RunConfig, gpu: float, *, estimated: bool) -> str:
@@ -191,6 +191,3 @@ def table(cost: Cost, config: RunConfig, gpu: float, *, estimated: bool) -> str:
     if wanted > asked:
         lines[-1] += f" is too few: use {math.ceil(wanted)}, or videos that decode faster (multitrain data resize)"
     return "\n".join(lines)
-
-
-__all__ = ["Cost", "main", "measure", "measure_run", "table"]

@@ -85,6 +85,3 @@ def _serve(calls: queue.SimpleQueue[Callable[[], Any] | None]) -> None:
     while (call := calls.get()) is not None:
         call()
         del call  # free the objects it references while waiting for the next call
-
-
-__all__ = ["CallTimeout", "TimeoutRunner", "WriteLease"]

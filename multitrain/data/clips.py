@@ -46,7 +46,7 @@ class Task:
 
     update: int
     sample: np.void
-    """`multitrain.order.TICKET`."""
+    """`multitrain.order.SAMPLE_DTYPE`."""
 
 
 @dataclass
@@ -277,6 +277,3 @@ def _within(guard: TimeoutRunner, path: Path, seconds: float, work: Callable[[],
 def _record(name: str, catalog: Catalog, index: int, error: VideoError, update: int, stand_in: str) -> dict[str, Any]:
     path = catalog.relative_path(index)
     return {"dataset": name, "path": path, "reason": error.reason, "update": update, "stand_in": stand_in}
-
-
-__all__ = ["MAX_FALLBACKS", "Clip", "Clips", "EvalViewsFn", "Task", "TrainClipFn", "UnreadableError"]

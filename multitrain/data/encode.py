@@ -114,6 +114,3 @@ def retime(path: Path, target: Path, times: Sequence[float]) -> None:
                 out.mux(packet)
     except (OSError, av.error.FFmpegError) as error:
         raise VideoError(path, f"cannot be written ({error.strerror or error})") from error
-
-
-__all__ = ["VideoWriter", "retime", "write_video"]

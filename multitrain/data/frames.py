@@ -105,14 +105,3 @@ def _linspace(start: float, end: float, count: int) -> np.ndarray:
     rising = (np.float64(first) + step * at).astype(np.float32)
     falling = (np.float64(last) - step * (count - 1 - at)).astype(np.float32)
     return np.where(at < count // 2, rising, falling) if count > 1 else rising
-
-
-__all__ = [
-    "training_indices",
-    "training_segments",
-    "training_window",
-    "view_indices",
-    "view_segments",
-    "view_windows",
-    "window_length",
-]

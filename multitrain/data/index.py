@@ -238,6 +238,3 @@ def aligned_parts(header: dict[str, Any], arrays: list[np.ndarray]) -> list[Any]
     text = json.dumps(header | {"arrays": places, "bytes": at}).encode()
     head = _MAGIC + len(text).to_bytes(8, "little") + text
     return [head.ljust(room, b"\0"), *parts]
-
-
-__all__ = ["FORMAT", "aligned_parts", "ensure_index", "read_index"]

@@ -1,6 +1,6 @@
 """Micro-batches of clips for this rank, in the order of the sampling plan.
 
-The videos of a micro-batch are computed from the update (`Plan.tickets`, `BatchShape.slice`), and a clip is a pure function of its
+The videos of a micro-batch are computed from the update (`Plan.samples`, `BatchShape.slice`), and a clip is a pure function of its
 sample (`multitrain.data.clips`). Batches therefore do not depend on the number of workers, on prefetching, or on
 where a run was interrupted; clips that workers prefetched before an interruption are made again.
 """
@@ -40,7 +40,7 @@ class Batch:
     keys: Tensor
     """Key of each clip, a hash of (seed, dataset, index, epoch, copy): int64 [N]."""
     tickets: np.ndarray
-    """The sample of each video, of dtype `multitrain.order.TICKET`: [videos]."""
+    """The sample of each video, of dtype `multitrain.order.SAMPLE_DTYPE`: [videos]."""
     start: int
     """Global sample number of the first video."""
     skipped: list[dict[str, Any]]
@@ -138,7 +138,7 @@ class TrainLoader:
 
     def _tasks(self) -> Iterator[Task]:
         for update, start, stop in self._slices():
-            for sample in self._plan.tickets(start, stop):
+            for sample in self._plan.samples(start, stop):
                 yield Task(update, sample)
 
     def _new_part(self) -> _Part:

@@ -51,6 +51,3 @@ def frames_column(path: str, videos: Path) -> Path | None:
     found = re.fullmatch(r"(.+?)[ \t,;]+[0-9]+", path)
     place = videos / found[1] if found else None
     return place if place is not None and absent(place) != "missing" else None
-
-
-__all__ = ["PresenceCheck", "absent", "frames_column"]

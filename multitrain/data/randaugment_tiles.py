@@ -154,6 +154,3 @@ def sparse(shape: tuple[int, ...]) -> np.ndarray:
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(memory, np.uint8).reshape(shape)
-
-
-__all__ = ["TileCropper", "rows_read", "sparse", "warps_agree"]

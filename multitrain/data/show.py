@@ -61,12 +61,12 @@ def clips_of(
     """The clips of the first `videos` videos of an update (counted from 0), rounded up to complete mix groups, in sample order."""
     count = min(-(-videos // config.group) * config.group, config.effective_batch)
     start = update * config.effective_batch
-    tickets = plan.tickets(start, start + count)
+    samples = plan.samples(start, start + count)
     job = TrainClipFn(catalogs, plan, config)
     job.warm_up()
     copies = job.shape[0]
     pixels = np.empty((count * copies, *job.shape[1:]), job.dtype)
-    made = [job.run(Task(update, t), pixels[i * copies : (i + 1) * copies]) for i, t in enumerate(tickets)]
+    made = [job.run(Task(update, t), pixels[i * copies : (i + 1) * copies]) for i, t in enumerate(samples)]
     batch = _Batch(
         clips=torch.from_numpy(pixels),
         dataset=torch.tensor([m.dataset for m in made]).repeat_interleave(copies),
@@ -86,7 +86,7 @@ def clips_of(
         path = (
             own.skipped[0]["stand_in"]
             if own.skipped
-            else catalog.relative_path(int(tickets[number // copies]["index"]))
+            else catalog.relative_path(int(samples[number // copies]["index"]))
         )
         bad = ", ".join(f"{s['path']} ({s['reason']})" for s in own.skipped)
         shown.append(
@@ -140,6 +140,3 @@ def write(path: Path, shown: Sequence[ClipPreview], title: str) -> None:
     """Write the picture to `path`, and create missing folders. Raises ConfigError if a file that `data show` did not make is in the way."""
     with output_file(path, "data show") as temporary:
         temporary.write_bytes(picture(shown, title))
-
-
-__all__ = ["ClipPreview", "clips_of", "picture", "write"]

@@ -1,4 +1,4 @@
-"""How fast ranks add up a tensor: what `launch/preflight.py` starts beside itself, since it does without torch.
+"""Measure the bandwidth between ranks. `launch/preflight.py`, which does not import torch, runs it as a subprocess.
 
 python -m multitrain.engine.bandwidth RANK WORLD_SIZE LOCAL_RANK ADDRESS PORT SECONDS      prints one JSON object
 """
@@ -20,26 +20,26 @@ from multitrain.engine.device import described, rank_device
 from multitrain.engine.store import listens_here_only, rendezvous
 
 ELEMENTS = 16 << 20
-"""fp32 elements that are added up on a GPU, 64 MiB; a sixteenth of them on a CPU."""
-TIMES = 5
-"""Repetitions, after one that is not counted."""
+"""fp32 elements of the tensor on a GPU (64 MiB); a sixteenth of them on a CPU."""
+REPETITIONS = 5
+"""Repetitions that are measured, after one that is not."""
 
 
-def bandwidth(rank: int, world: int, local: int, address: str, port: int, patience: float) -> dict[str, Any]:
-    """Bus bandwidth of an all-reduce over all ranks, and of the link to the next rank, in GB/s; or what went wrong.
+def bandwidth(rank: int, world: int, local: int, address: str, port: int, timeout: float) -> dict[str, Any]:
+    """Bus bandwidth of an all-reduce over all ranks, and of the link to the next rank, in GB/s; or ``error`` with the reason.
 
     NCCL where there are GPUs, else gloo. The bus bandwidth counts 2 (W - 1) / W times the bytes, as NCCL's tests do.
     """
     device = rank_device(rank, local)
     cuda = device.type == "cuda"
-    store = rendezvous(rank, world, listens_here_only(world), patience)
+    store = rendezvous(rank, world, listens_here_only(world), timeout)
     dist.init_process_group(
         "nccl" if cuda else "gloo",
         store=store,
         init_method=f"tcp://{address}:{port}" if store is None else None,
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=patience),
+        timeout=timedelta(seconds=timeout),
     )
     values = torch.full((ELEMENTS if cuda else ELEMENTS // 16,), float(rank), device=device)
     size = values.numel() * values.element_size()
@@ -65,18 +65,18 @@ def _seconds(action: Callable[[], object], cuda: bool) -> float:
     if cuda:
         torch.cuda.synchronize()
     begin = time.perf_counter()
-    for _ in range(TIMES):
+    for _ in range(REPETITIONS):
         action()
     if cuda:
         torch.cuda.synchronize()
-    return (time.perf_counter() - begin) / TIMES
+    return (time.perf_counter() - begin) / REPETITIONS
 
 
 def main(arguments: list[str]) -> int:
-    """Print what :func:`bandwidth` finds; an error is found, too."""
-    rank, world, local, address, port, patience = arguments
+    """Print the result of :func:`bandwidth`, or its error, as JSON."""
+    rank, world, local, address, port, timeout = arguments
     try:
-        found = bandwidth(int(rank), int(world), int(local), address, int(port), float(patience))
+        found = bandwidth(int(rank), int(world), int(local), address, int(port), float(timeout))
     except ConfigError as error:  # this torch cannot use the GPU
         found = {"error": str(error)}
     except (RuntimeError, ValueError, OSError) as error:  # torch's errors of rendezvous, NCCL and CUDA

@@ -35,7 +35,7 @@ def build(
     index = Path(config.data.index or run.parent / ".index")
     if world.is_main:
         open_catalogs(config.data, "train", index)
-    world.agree(0)  # the others map the index that rank 0 has made
+    world.max(0)  # a barrier: the other ranks map the index that rank 0 wrote
     catalogs = open_catalogs(config.data, "train", index)
     plan = plan_of(config, catalogs)
     shape = solve(

@@ -13,9 +13,8 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,9 @@ from torch import Tensor
 from multitrain import lease
 from multitrain.config import ConfigError
 from multitrain.config.reading import parse_json
+from multitrain.records.checkpoints import MANIFEST, invalid_reason, listed, update_of
 
 FORMAT = 1
-_NAME = re.compile(r"update-(\d{8,})$")
 _CHUNK = 1 << 24
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "config.yaml")
 
@@ -64,37 +63,9 @@ def folder_of(checkpoints: Path, update: int) -> Path:
     return checkpoints / f"update-{update:08d}"
 
 
-def listed(checkpoints: Path) -> list[Path]:
-    """Checkpoint folders under `checkpoints`, newest first, verified or not; temporary ones are not checkpoints."""
-    if not checkpoints.is_dir():
-        return []
-    found = [(int(m.group(1)), p) for p in checkpoints.iterdir() if (m := _NAME.match(p.name)) and p.is_dir()]
-    return [p for _, p in sorted(found, reverse=True)]
-
-
 def verify(folder: Path) -> str | None:
     """Why `folder` is not a valid checkpoint; None when every file matches its manifest."""
-    try:
-        manifest = parse_json((folder / "manifest.json").read_bytes(), "it")
-        files = {
-            name: (int(manifest["files"][name]["bytes"]), str(manifest["files"][name]["sha256"])) for name in FILES
-        }
-    except FileNotFoundError:
-        return "manifest.json is missing (it is written last)"
-    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
-        return f"manifest.json cannot be read ({error})"
-    for name, (size, digest) in files.items():
-        try:
-            actual = (folder / name).stat().st_size
-            if actual != size:
-                return f"{name} has {actual} bytes instead of {size}"
-            if _sha256(folder / name) != digest:
-                return f"{name} does not match its SHA-256"
-        except FileNotFoundError:
-            return f"{name} is missing"
-        except OSError as error:
-            return f"{name} cannot be read ({error})"
-    return None
+    return invalid_reason(folder, FILES, FILES)
 
 
 def newest_verified(checkpoints: Path) -> tuple[Path | None, dict[Path, str]]:
@@ -138,19 +109,6 @@ def _read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and state of the newest valid checkpoint of a run folder, or of one checkpoint folder."""
-    if (path / "checkpoints").is_dir():
-        newest, _ = newest_verified(path / "checkpoints")
-        if newest is None:
-            raise CheckpointError(f"{path}: the run has no checkpoint yet")
-        path = newest
-    reason = verify(path)
-    if reason is not None:
-        raise CheckpointError(f"{path}: {reason}; use an older checkpoint of the run")
-    return _tensors(path / "model.safetensors"), _read_state(path)
-
-
 def _tensors(file: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(file)
@@ -181,7 +139,7 @@ def write(checkpoints: Path, checkpoint: Checkpoint, config_text: str) -> Path:
             "state.json": _write_synced(temporary / "state.json", _json({"format": FORMAT, **checkpoint.state})),
             "config.yaml": _write_synced(temporary / "config.yaml", config_text.encode()),
         }
-        _write_synced(temporary / "manifest.json", _json({"update": checkpoint.update, "files": manifest}))
+        _write_synced(temporary / MANIFEST, _json({"update": checkpoint.update, "files": manifest}))
         _sync_folder(temporary)
         reason = verify(temporary)
         if reason is not None:
@@ -215,8 +173,7 @@ def prune(checkpoints: Path, keep: int, keep_every: int | None) -> list[Path]:
     if kept < keep:
         return []
     for folder in folders:
-        update = int(folder.name.split("-")[1])
-        if keep_every is not None and update % keep_every == 0 and (folder / "manifest.json").is_file():
+        if keep_every is not None and update_of(folder) % keep_every == 0 and (folder / MANIFEST).is_file():
             continue
         if folder.is_symlink():
             continue
@@ -231,7 +188,7 @@ def _delete(folder: Path) -> None:
     if folder.is_symlink():
         folder.unlink()
         return
-    (folder / "manifest.json").unlink(missing_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder)
 
 
@@ -323,19 +280,6 @@ def _sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    for chunk in _chunks(path):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            yield chunk
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

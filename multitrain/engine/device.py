@@ -1,4 +1,4 @@
-"""The device of a rank: its own GPU, or the CPU on a machine without one. A GPU that was granted is never left unused in silence."""
+"""The device of a rank: its own GPU, or the CPU on a machine without one. A GPU that was granted and cannot be used is an error."""
 
 from __future__ import annotations
 

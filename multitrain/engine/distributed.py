@@ -42,8 +42,8 @@ class World:
         """``device`` (the GPU's model, or cpu) and ``backend`` (nccl or gloo) of this rank."""
         return described(self.device)
 
-    def agree(self, value: int) -> int:
-        """The largest `value` any rank has; all ranks call it at the same point."""
+    def max(self, value: int) -> int:
+        """The largest `value` of any rank, on every rank; a collective, and so a barrier."""
         flag = torch.tensor([value], dtype=torch.int64)
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.control)
         return int(flag.item())

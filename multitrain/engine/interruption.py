@@ -28,8 +28,6 @@ class Request(enum.IntEnum):
     """Save and stop until the run is submitted again (file STOP, or Ctrl-C)."""
     LEAVE = 3
     """Save and exit: the cluster takes the nodes away (a signal)."""
-    FAIL = 4
-    """Save and stop with an error (too many unreadable videos)."""
 
 
 class Interruption:
@@ -70,10 +68,6 @@ class Interruption:
         for number in (*STOP_SIGNALS, signal.SIGINT):
             signal.signal(number, note)
         unblock_stop_signals()
-
-    def ask(self, request: Request) -> None:
-        """Add a request of this rank."""
-        self._request = max(self._request, request)
 
     @property
     def pending(self) -> Request:

@@ -1,12 +1,12 @@
-"""Compares the cluster's warning before an end with the time that stopping takes."""
+"""Compares the warning time before a job is ended with the time that stopping takes."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
 
-ENOUGH = 5
-"""Updates before the first comparison: the first ones are slower than the rest."""
+MIN_UPDATES = 5
+"""Updates before the first comparison, because the first updates are slower."""
 
 
 class LeadTime:
@@ -33,7 +33,7 @@ class LeadTime:
     @property
     def needed(self) -> float | None:
         """Sum of the 95th percentiles of an update and of a save, in seconds; None before both are known."""
-        if len(self._updates) < ENOUGH or not self._saves:
+        if len(self._updates) < MIN_UPDATES or not self._saves:
             return None
         return percentile(self._updates, 0.95) + percentile(self._saves, 0.95)
 

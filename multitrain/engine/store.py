@@ -1,7 +1,7 @@
-"""Torch's store between ranks that know each other: values that another user of the node has put there are refused.
+"""Torch's key-value store with authentication: values written by another user of the node are refused.
 
-Torch's TCPStore does not authenticate its clients, and ranks connect to whatever addresses it holds for them. Here every key begins with a
-secret, and every value carries an authentication code over its key and itself.
+Torch's TCPStore does not authenticate its clients, and ranks connect to the addresses that it holds. Here every key has a secret
+prefix, and every value carries an authentication code (HMAC) over its key and itself.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class StoreError(RuntimeError):
 
 
 class AuthenticatedStore(dist.Store):
-    """Another store, in which only those who know `key` can write what others take.
+    """Wraps a store; ranks accept only values whose writer knows `key`.
 
-    Counters (:meth:`add`) carry no code; a wrong one can make ranks wait, or go on too early, and no more.
+    Counters (:meth:`add`) carry no code; a wrong counter can only make ranks wait, or continue too early.
 
     Args:
-        store: where values are.
+        store: holds the values.
         key: secret that all ranks know.
     """
 
@@ -46,7 +46,7 @@ class AuthenticatedStore(dist.Store):
         self._store.set(self._prefix + key, self._sealed(key, value))
 
     def get(self, key: str) -> bytes:
-        """The value, once there is one.
+        """Wait for the value and return it.
 
         Raises:
             StoreError: no rank of this run has written it.
@@ -54,7 +54,7 @@ class AuthenticatedStore(dist.Store):
         return self._opened(key, self._store.get(self._prefix + key))
 
     def compare_set(self, key: str, expected: str | bytes, desired: str | bytes) -> bytes:
-        """Store `desired` where the value is `expected`, or where there is none and `expected` is empty; the value after that."""
+        """Store `desired` if the value is `expected`, or if there is none and `expected` is empty; return the value after that."""
         before = self._sealed(key, expected) if expected else b""
         found = self._store.compare_set(self._prefix + key, before, self._sealed(key, desired))
         return self._opened(key, found) if found else b""

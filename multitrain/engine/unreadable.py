@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from multitrain.records import jsonl
 
 
 class UnreadableTracker:
@@ -41,10 +42,4 @@ class UnreadableTracker:
 
     def add_file(self, path: Path) -> None:
         """Count what earlier starts of the run have recorded in `skipped.jsonl`."""
-        if not path.is_file():
-            return
-        for line in path.read_text(errors="replace").splitlines():
-            try:
-                self.add([json.loads(line)])
-            except (ValueError, KeyError, TypeError, RecursionError):
-                continue  # a line torn by a crash, or no record
+        self.add(record for record in jsonl.read(path) if {"dataset", "path"} <= record.keys())

@@ -18,24 +18,24 @@ from multitrain.lease import LeaseLost
 from multitrain.records.events import Events
 
 WARMUP_FACTOR = 3
-"""Until the first update is done, the limit is this many times longer: files are indexed, libraries warm up."""
+"""Factor of the limit until the first update is completed: files are indexed, libraries warm up."""
 PEER_GRACE_SECONDS = 5.0
-"""Seconds between the stacks and the end, for the other ranks, which hang for the same reason, to write theirs."""
-GAP = 5.0
-"""Seconds that a nap may last beyond what was asked; one that lasts longer was time in which the process stood still."""
+"""Seconds between writing the stacks and the exit, so that the other ranks, which hang for the same reason, write theirs."""
+SUSPEND_GAP_SECONDS = 5.0
+"""Excess duration of a sleep from which the process is taken to have been suspended meanwhile."""
 
 
 class Watchdog:
     """Ends the process when :meth:`heartbeat` has not been called for `limit` seconds.
 
-    All threads' stacks go to standard error, which is the rank's log, and an event `hung` to the run's events; then the
-    process ends with status 1, without a collective. Time in which the whole process stood still does not count: SLURM suspends
-    jobs, and laptops are closed.
+    It writes the stacks of all threads to standard error, which is the rank's log, and an event `hung` to the run's events; then it
+    ends the process with status 1, without a collective. Time during which the process was suspended (by SLURM, or a closed laptop)
+    does not count.
 
     If a library holds the interpreter lock, this thread does not run either. Then the supervisor acts: once a second this thread
-    writes to the pipe MULTITRAIN_PULSE_FD how long the rank may be silent. The supervisor asks a rank that is silent for longer
-    for its stacks by a signal, which needs no interpreter, and kills it. A suspended job suspends its supervisor as well. Without a
-    pipe, `faulthandler`'s own timer does the same half a minute after the limit, suspended or not.
+    writes the time limit to the pipe MULTITRAIN_PULSE_FD. If nothing arrives for longer than that, the supervisor sends a signal that
+    makes `faulthandler` write the stacks, which needs no interpreter lock, and kills the rank. A suspended job suspends its supervisor
+    as well. Without a pipe, `faulthandler`'s own timer does the same half a minute after the limit, suspended or not.
 
     Args:
         run: the run's folder.
@@ -63,7 +63,7 @@ class Watchdog:
         self._last = time.monotonic()
 
     def first_update_done(self) -> None:
-        """The first update is done: from now on the limit is the plain one."""
+        """Record progress; from now on the limit is not multiplied by `WARMUP_FACTOR`."""
         self.heartbeat()
         self._allowed = self._limit or 0.0
 
@@ -89,16 +89,16 @@ class Watchdog:
             os.write(self._pulse, f"{self._allowed:g}\n".encode())
 
     def _nap(self, seconds: float) -> None:
-        """Sleep; should the process stand still meanwhile, move the last progress by as much."""
+        """Sleep; if the process was suspended meanwhile, shift the time of the last progress accordingly."""
         begun = time.monotonic()
         time.sleep(seconds)
         now = time.monotonic()
-        if now - begun > seconds + GAP:
+        if now - begun > seconds + SUSPEND_GAP_SECONDS:
             self._last = min(self._last + now - begun - seconds, now)
 
     def _say(self, *lines: str) -> None:
-        """All lines to standard error by one system call, each with the rank: ranks that share a log hang at the same time."""
-        with contextlib.suppress(OSError):  # a log on a full disk is no reason to hang on
+        """Write all lines to standard error in one system call, each with the rank, because ranks may share a log."""
+        with contextlib.suppress(OSError):  # the disk of the log is full; the process must end all the same
             sys.stderr.flush()
             os.write(
                 sys.stderr.fileno(), "".join(f"multitrain: rank {self._rank}: {line}\n" for line in lines).encode()
@@ -106,9 +106,9 @@ class Watchdog:
 
 
 def stacks() -> list[str]:
-    """Where every thread of this process is: a line with its name, then a line a frame, most recent call first.
+    """The stacks of all threads of this process: a line with the thread's name, then a line per frame, most recent call first.
 
-    Without the text of the lines, which lies on a disk that may be what hangs.
+    Source lines are left out: the disk that holds them may be the cause of the hang.
     """
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     lines = []

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from multitrain.evaluation.predictor import Predictor
 
 MAKER = "embed, nearest"
-"""Whose files an output may replace: see :mod:`multitrain.files`."""
+"""The commands whose output files may be replaced: see :mod:`multitrain.files`."""
 _NAMED = 24
 """Maximum number of classes for which a map shows the names."""
 
@@ -110,7 +110,7 @@ def sources(found: Embeddings) -> list[Path]:
     return [Path(path) for path in (*(item.path for item in found.items), *found.unreadable)]
 
 
-def flattened(features: np.ndarray) -> np.ndarray:
+def principal_components(features: np.ndarray) -> np.ndarray:
     """The two principal components of features [N, C]: float64 [N, 2]; the largest entry of each axis points upwards."""
     centred = features.astype(np.float64) - features.mean(0, keepdims=True)
     left, values, right = np.linalg.svd(centred, full_matrices=False)
@@ -121,11 +121,11 @@ def flattened(features: np.ndarray) -> np.ndarray:
     return axes
 
 
-def map_of(found: Embeddings) -> bytes:
+def feature_map(found: Embeddings) -> bytes:
     """Two maps of the features' principal components, coloured by dataset and by class, as PNG. Raises ConfigError: no video."""
     if not found.items:
         raise ConfigError("no video could be read, so there is nothing to draw")
-    places = flattened(found.features)
+    places = principal_components(found.features)
     drawn, axes = figure(2, 1, width=14, height=6)
     for axis, title, of in zip(axes[0], ("By dataset", "By class"), ("dataset", "label")):
         names = np.array([getattr(i, of) or "?" for i in found.items])
@@ -139,6 +139,3 @@ def map_of(found: Embeddings) -> bytes:
         if len(groups) <= _NAMED:
             axis.legend(fontsize=7, ncols=1 + len(groups) // 13)
     return png(drawn)
-
-
-__all__ = ["MAKER", "Embeddings", "Item", "embed", "flattened", "map_of", "sources", "write"]

@@ -1,8 +1,8 @@
 """Multi-view testing: scores every video of a split exactly once, with any number of ranks and across interruptions.
 
-Every rank appends what it has scored to files of its own (:mod:`multitrain.evaluation.shards`); started again, with any
-number of ranks, an evaluation goes on where it was. A video that cannot be read is listed, never replaced. Datasets that are
-tested one after the other, or by jobs of their own, into the same folder come together in one table.
+Each rank appends its scores to its own files (:mod:`multitrain.evaluation.shards`). An evaluation that is started again, with any
+number of ranks, scores the remaining videos only. Unreadable videos are listed, never replaced. Evaluations of several datasets into
+the same folder, one after the other or by separate jobs, are combined in one table.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from multitrain.config import ConfigError, DatasetConfig, RunConfig, nearest
 from multitrain.config.boundary import writing_to
 from multitrain.evaluation import tables
-from multitrain.evaluation.beside import index_folder
+from multitrain.evaluation.output_folders import index_folder
 from multitrain.evaluation.scoring import (
     POLL_SECONDS,
     Precision,
@@ -27,7 +27,7 @@ from multitrain.evaluation.scoring import (
     device_of,
     group_size,
     score_videos,
-    share_of,
+    shard_indices,
 )
 from multitrain.evaluation.shards import ShardReader, ShardWriter
 
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
     from multitrain.model import MultiTrain
 
 FORMAT = 1
-PATIENCE = 1800.0
+PEER_TIMEOUT_SECONDS = 1800.0
 """Seconds that rank 0 waits for other ranks' scores without seeing a new one."""
 
 
 class EvaluationError(ConfigError):
-    """An evaluation that cannot be finished; the message says what is missing. Existing scores are kept."""
+    """An evaluation that cannot be finished; the message names what is missing. Existing scores are kept."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Evaluation:
     finished: bool
     """Whether every video is scored or known to be unreadable. False after an interruption: call it again to continue."""
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Figures by dataset (see :func:`multitrain.evaluation.tables.figures`); on rank 0 of a finished evaluation only."""
+    """Metrics by dataset (see :func:`multitrain.evaluation.tables.compute_metrics`); on rank 0 of a finished evaluation only."""
     combined: dict[str, dict[str, Any]] = field(default_factory=dict)
     """`results`, and those of the datasets that earlier evaluations of the same weights left in `folder`."""
     folder: Path | None = None
@@ -77,12 +77,12 @@ def evaluate(
     stop: Stop | None = None,
     barrier: Callable[[], None] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
-    patience: float = PATIENCE,
+    peer_timeout: float = PEER_TIMEOUT_SECONDS,
 ) -> Evaluation:
     """Multi-view test of `model` on a split of each dataset.
 
-    No process group is needed: ranks meet in `out_dir`, which all of them see. Call it again with the same `out_dir` and
-    any number of ranks to go on after an interruption.
+    No process group is needed: the ranks exchange scores through files in `out_dir`, a shared folder. To resume after an
+    interruption, call it again with the same `out_dir` and any number of ranks.
 
     Args:
         model: on the device to use; its mode is restored.
@@ -92,16 +92,16 @@ def evaluate(
         out_dir: ``DATASET/shards/`` while it runs; then ``DATASET/{scores.npz,metrics.json,confusion.png}``, and
             ``metrics.json`` and ``table.txt`` of all datasets tested into this folder.
         rank, world_size: this process among those that share the work.
-        head: score with this dataset's head instead of each dataset's own; gives scores without figures.
-        precision: arithmetic; `config.eval.precision`, else fp32, when not given. fp32 is true fp32 (no TF32).
-        stop: asked between videos; when it says yes, what is scored is kept and the result is not `finished`.
-        barrier: returns when all ranks have called it; spares rank 0 looking for the others' files.
+        head: score with this dataset's head instead of each dataset's own; gives scores without metrics.
+        precision: default: `config.eval.precision`, else fp32, which does not use TF32.
+        stop: called between videos; when it returns True, the scores so far are kept and the result is not `finished`.
+        barrier: returns when all ranks have called it; optional, saves rank 0 from polling for the other ranks' files.
         progress: called on each rank with dataset, videos done and videos in its share.
-        patience: seconds that rank 0 waits without anything new from the others.
+        peer_timeout: seconds that rank 0 waits for a new score from the other ranks.
 
     Raises:
         ConfigError: unknown dataset or head, annotations that cannot be used, an `out_dir` of another evaluation.
-        EvaluationError: other ranks' scores did not come.
+        EvaluationError: scores of other ranks are missing after `peer_timeout`.
     """
     from multitrain.data.catalog import Catalog
 
@@ -128,7 +128,7 @@ def evaluate(
         return Evaluation(finished=True, folder=out)
     results: dict[str, dict[str, Any]] = {}
     for task in tasks:
-        shards = _wait(task, headers[task.key], out, stop, patience)
+        shards = _wait(task, headers[task.key], out, stop, peer_timeout)
         if shards is None:
             return Evaluation(finished=False, folder=out)
         results[task.key] = tables.merge(task, shards, headers[task.key], out / task.key)
@@ -154,7 +154,7 @@ def _score_share(
     folder = out / task.key / "shards"
     known = ShardReader(folder, header)
     known.poll()
-    share = share_of(len(task.catalog), group_size(config, task.dataset), rank, world_size)
+    share = shard_indices(len(task.catalog), group_size(config, task.dataset), rank, world_size)
     left = [i for i in share if i not in known]
     writer = ShardWriter(folder, header, rank)
     finished = len(share) - len(left)
@@ -173,7 +173,9 @@ def _score_share(
     return finished == len(share)
 
 
-def _wait(task: Task, header: Mapping[str, Any], out: Path, stop: Stop | None, patience: float) -> ShardReader | None:
+def _wait(
+    task: Task, header: Mapping[str, Any], out: Path, stop: Stop | None, peer_timeout: float
+) -> ShardReader | None:
     """Read the shards until they hold every video; None when stopped."""
     shards = ShardReader(out / task.key / "shards", header)
     changed = time.monotonic()
@@ -185,10 +187,10 @@ def _wait(task: Task, header: Mapping[str, Any], out: Path, stop: Stop | None, p
             return shards
         if stop is not None and stop():
             return None
-        if time.monotonic() - changed > patience:
+        if time.monotonic() - changed > peer_timeout:
             first = next(i for i in range(len(task.catalog)) if i not in shards)
             raise EvaluationError(
-                f"{task.key}: {missing} of {len(task.catalog)} videos have no scores after {patience:.0f} s without a new one "
+                f"{task.key}: {missing} of {len(task.catalog)} videos have no scores after {peer_timeout:.0f} s without a new one "
                 f"(first: number {first}); another rank has died: run the same command again, what is scored is kept in {out}"
             )
         time.sleep(POLL_SECONDS)
@@ -217,7 +219,7 @@ def _known(name: str, known: Mapping[str, object], what: str) -> str:
 def _header(
     task: Task, config: RunConfig, model: MultiTrain, split: str, precision: str, weights: str
 ) -> dict[str, Any]:
-    """Everything that the scores depend on; shards that differ in it are never merged."""
+    """All settings on which the scores depend; shards with different headers are never merged."""
     dataset, data = task.dataset, config.data
     return {
         "format": FORMAT,
@@ -238,7 +240,7 @@ def _header(
 
 
 def _digest(model: MultiTrain) -> str:
-    """Hex digest of the weights and of the network that they are in."""
+    """Hex digest of the weights and of the model configuration."""
     import torch
 
     digest = hashlib.blake2b(model.config.model_dump_json().encode(), digest_size=16)
@@ -246,6 +248,3 @@ def _digest(model: MultiTrain) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-__all__ = ["Evaluation", "EvaluationError", "evaluate"]

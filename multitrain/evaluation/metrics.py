@@ -102,15 +102,3 @@ def mean_average_precision(scores: Scores, labels: Labels) -> float:
     truth = multi_hot(labels, scores.shape[1])
     present = [average_precision(scores[:, c], truth[:, c]) for c in np.flatnonzero(truth.any(axis=0))]
     return float(np.mean(present)) if present else float("nan")
-
-
-__all__ = [
-    "average_precision",
-    "confusion_matrix",
-    "mean_average_precision",
-    "multi_hot",
-    "per_class_accuracy",
-    "ranking",
-    "topk_accuracy",
-    "topk_hits",
-]

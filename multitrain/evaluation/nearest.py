@@ -1,7 +1,7 @@
 """Nearest classes of other datasets for each class, from the learned projections.
 
-A projection maps the logits of one dataset to those of another, ẑ_b = W_ab z_a. Its entry (j, i) says how much class j of b
-speaks for a clip when class i of a does. Rows are compared as z-scores, for classes of b differ in how much they follow at all.
+A projection maps the logits of one dataset to those of another, ẑ_b = W_ab z_a. Its entry (j, i) is the weight with which class i
+of a predicts class j of b. Rows are standardised to z-scores, because their scales differ.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def matches(model: MultiTrain, source: str, target: str, top: int) -> list[Match
 def heat_map(
     model: MultiTrain, pairs: Sequence[tuple[str, str]], names: dict[str, list[str]], shown: int = SHOWN
 ) -> bytes:
-    """One heat map of z-scores a pair (source, target), as PNG: the classes that have the strongest matches, matches in line."""
+    """One heat map of z-scores per pair (source, target), as PNG: the classes with the strongest matches, matches on the diagonal."""
     sides = [(affinity(model, a, b)[1], a, b) for a, b in pairs]
     sizes = [(min(s.shape[0], shown), min(s.shape[1], shown)) for s, _, _ in sides]
     widths = [3.2 + 0.22 * columns for _, columns in sizes]
@@ -94,6 +94,3 @@ def heat_map(
 
 def _short(name: str) -> str:
     return label(name if len(name) <= 32 else name[:31] + "…")
-
-
-__all__ = ["Match", "affinity", "heat_map", "matches"]

@@ -80,6 +80,3 @@ def _blend(frame: np.ndarray, label: np.ndarray) -> np.ndarray:
     opacity = label[..., 3:].astype(np.float32) / 255
     corner[...] = np.rint(corner * (1 - opacity) + label[..., :3] * opacity).astype(np.uint8)
     return out
-
-
-__all__ = ["caption", "write_overlay"]

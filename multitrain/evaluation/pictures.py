@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from multitrain.plot_style import COLOURS, FAINT, INK
+from multitrain.plot_style import COLOURS, FAINT, INK, cycle
 from multitrain.plot_style import figure as _figure
 from multitrain.plot_style import label as _label
 from multitrain.plot_style import png as _png
@@ -137,7 +137,7 @@ def _matrix(axis: Axes, dataset: str, matrix: np.ndarray, names: Sequence[str]) 
 def _validation(axis: Axes, history: History) -> None:
     _title(axis, "Validation top-1, % (dotted: chance)")
     datasets = list(dict.fromkeys(d for results in history.validations.values() for d in results))
-    for colour, dataset in zip(_cycle(len(datasets)), datasets, strict=True):
+    for colour, dataset in zip(cycle(len(datasets)), datasets, strict=True):
         points = [
             (update, results[dataset]["map" if "map" in results[dataset] else "top1"])
             for update, results in sorted(history.validations.items())
@@ -171,7 +171,7 @@ def _lines(axis: Axes, title: str, series: Mapping[str, Curve], first: str | Non
     """Faint raw curves under smoothed ones."""
     _title(axis, title)
     drawn = {label: curve for label, curve in series.items() if len(curve[0])}
-    colours = [first, *_cycle(len(drawn))] if first else _cycle(len(drawn))
+    colours = [first, *cycle(len(drawn))] if first else cycle(len(drawn))
     for colour, (label, (x, y)) in zip(colours, drawn.items(), strict=False):
         axis.plot(x, y, color=colour, alpha=0.22, linewidth=0.8)
         axis.plot(x, _smooth(y), color=colour, linewidth=1.6, label=_label(label))
@@ -268,7 +268,3 @@ def _title(axis: Axes, text: str, size: float = 10.5) -> None:
 
 def _nothing(axis: Axes, text: str) -> None:
     axis.annotate(text, (0.5, 0.5), xycoords="axes fraction", ha="center", color=FAINT)
-
-
-def _cycle(count: int) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(count)]

@@ -221,6 +221,3 @@ def _given_names(given: Mapping[str, str | Path | Sequence[str]], weights: Weigh
                 )
         out[name] = names
     return out
-
-
-__all__ = ["Predictor", "load"]

@@ -17,7 +17,7 @@ from multitrain.records.results import read_results
 
 @dataclass(frozen=True)
 class Scored:
-    """One dataset's test: figures and scores."""
+    """The test of one dataset: metrics and scores."""
 
     name: str
     result: Mapping[str, Any]
@@ -64,17 +64,17 @@ class Scored:
         return list(self.result.get("unreadable") or ())
 
 
-class Hard(NamedTuple):
+class HardClass(NamedTuple):
     """A class with low accuracy."""
 
     name: str
     videos: int
     right: int
-    taken_for: tuple[tuple[str, int], ...]
+    predicted_as: tuple[tuple[str, int], ...]
     """Predicted wrong classes with counts, the most frequent first."""
 
 
-def hardest(tested: Scored, count: int = 10, others: int = 3) -> list[Hard]:
+def hardest(tested: Scored, count: int = 10, others: int = 3) -> list[HardClass]:
     """The classes with the lowest accuracy, lowest first; among equals the one with more videos first.
 
     Classes without test videos, and those that are always right, are left out.
@@ -89,7 +89,7 @@ def hardest(tested: Scored, count: int = 10, others: int = 3) -> list[Hard]:
         row = matrix[k].copy()
         row[k] = 0
         most = [int(o) for o in np.argsort(-row, kind="stable")[:others] if row[o]]
-        found.append(Hard(names[k], int(totals[k]), int(right[k]), tuple((names[o], int(row[o])) for o in most)))
+        found.append(HardClass(names[k], int(totals[k]), int(right[k]), tuple((names[o], int(row[o])) for o in most)))
     return found
 
 

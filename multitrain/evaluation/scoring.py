@@ -1,9 +1,8 @@
 """Scores of videos, shared by testing and validation.
 
-A video's scores are the sum of its views' probabilities (float64 sums of fp32 rows, in view order, kept as float32).
-Videos go through the network in groups of consecutive numbers, always filled to the same shape, so that a video's scores
-are a function of the video and the settings alone: not of the number of ranks, of an interruption, or of a broken
-neighbour.
+A video's scores are the sum of its views' probabilities (summed in float64 in view order, stored as float32). Batches consist of
+videos with consecutive indices and are always padded to the same shape, so that the scores of a video depend on the video and the
+settings only, and not on the number of ranks, on interruptions, or on unreadable videos in the same batch.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Stop = Callable[[], bool]
 
 MOST_CLIPS = 16
-"""Clips in one forward pass, unless one video has more views: 16 of 32×224² in fp32 fit in 24 GB."""
+"""Limit of clips per forward pass, unless one video has more views: 16 clips of 32×224² in fp32 fit in 24 GB."""
 POLL_SECONDS = 0.5
 
 
@@ -38,7 +37,7 @@ class Task:
     name: str
     """Dataset whose videos are scored."""
     head: str
-    """Dataset whose head scores them; figures only where it is the same."""
+    """Dataset whose head scores them; there are metrics only if it is the same dataset."""
     dataset: DatasetConfig
     catalog: Catalog
 
@@ -51,16 +50,16 @@ class Task:
 def score_videos(
     model: MultiTrain, config: RunConfig, task: Task, indices: Sequence[int], *, stop: Stop | None = None
 ) -> Iterator[tuple[int, Scores | None, str]]:
-    """Scores of some videos of a dataset, in order: (index, float32 [K] or None, why it could not be read).
+    """Yield (index, scores float32 [K] or None, reason if the video could not be read) for each of `indices`, in order.
 
-    The forward pass always has the shape of a whole group; places of videos that are not asked for, or cannot be read,
-    are zeros. Ends early, at the end of a video, when `stop` says yes.
+    A batch is always a complete group; the rows of videos that are not requested or cannot be read are zeros. Ends early, after
+    a video, when `stop` returns True.
 
     Args:
         model: on the device to use; in eval mode meanwhile.
         config: how clips are read; `eval.videos_per_batch` videos form a group, within :data:`MOST_CLIPS` clips.
         task: videos and head.
-        indices: rising numbers of videos.
+        indices: ascending indices of videos.
     """
 
     views = task.dataset.temporal_views * task.dataset.spatial_views
@@ -82,7 +81,7 @@ def score_videos(
         model.train(was_training)
 
 
-def share_of(videos: int, group: int, rank: int, world_size: int) -> list[int]:
+def shard_indices(videos: int, group: int, rank: int, world_size: int) -> list[int]:
     """Indices of the videos of this rank: every `world_size`-th group."""
     return [i for i in range(videos) if i // group % world_size == rank]
 
@@ -115,7 +114,7 @@ def device_of(model: MultiTrain) -> torch.device:
 
 
 class _Group:
-    """Batches of constant shape from the clips of consecutive videos."""
+    """A batch of constant shape from the clips of consecutive videos."""
 
     def __init__(self, model: MultiTrain, head: str, views: int, size: int) -> None:
         self._model, self._head, self._views, self._size = model, head, views, size
@@ -151,7 +150,7 @@ class _Group:
 
 
 def _load(config: RunConfig, task: Task, indices: Sequence[int], stop: Stop | None) -> Iterator[Views]:
-    """All views of each video, or why it cannot be read, in the order of `indices`; ends early when `stop` says yes."""
+    """All views of each video, or the reason why it cannot be read, in the order of `indices`; ends early when `stop` returns True."""
     from multitrain.data.loader import EvalLoader
 
     if not indices:
@@ -164,17 +163,3 @@ def _load(config: RunConfig, task: Task, indices: Sequence[int], stop: Stop | No
                 return
             if video is not None:
                 yield video
-
-
-__all__ = [
-    "MOST_CLIPS",
-    "POLL_SECONDS",
-    "Precision",
-    "Stop",
-    "Task",
-    "arithmetic",
-    "device_of",
-    "group_size",
-    "score_videos",
-    "share_of",
-]

@@ -60,6 +60,3 @@ def _move(data: dict[str, Any], root: str) -> None:
             path = dataset.get(option)
             if path is not None and Path(path).is_relative_to(old):
                 dataset[option] = str(Path(root) / Path(path).relative_to(old))
-
-
-__all__ = ["with_overrides"]

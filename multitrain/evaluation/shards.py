@@ -1,8 +1,8 @@
 """Scores on disk during an evaluation: append-only files that survive interruptions and changes of the world size.
 
 A folder holds, for every start of every rank, ``rank-….scores`` (binary records) and, if videos could not be read,
-``rank-….unreadable.jsonl``. Each rank writes only its own files, so ranks need not communicate; what is done is
-what the files say together. A record is ``length u32, CRC-32 u32, payload``; one cut short by a crash is ignored.
+``rank-….unreadable.jsonl``. Each rank writes only its own files, so that ranks need not communicate; the union
+of all files is the state of the evaluation. A record is ``length u32, CRC-32 u32, payload``; a record cut short by a crash is ignored.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from multitrain.config import ConfigError
 from multitrain.config.reading import parse_json
+from multitrain.records import jsonl
 
 _FRAME = struct.Struct("<II")
 _INDEX = struct.Struct("<q")
@@ -34,11 +35,11 @@ Scores = npt.NDArray[np.float32]
 
 
 class ShardWriter:
-    """One rank's files of one start; created on disk with the first record.
+    """Writes the files of one start of one rank; each is created with its first record.
 
     Args:
         folder: shared by all ranks.
-        header: what is being evaluated; all files of a folder must agree on it.
+        header: the settings of the evaluation; the same in all files of a folder.
         rank: of this process.
     """
 
@@ -52,7 +53,7 @@ class ShardWriter:
         self._synced = time.monotonic()
 
     def scored(self, index: int, scores: Scores) -> None:
-        """Video `index` has `scores`, float32 [K]."""
+        """Append the scores of video `index`, float32 [K]; :meth:`sync` writes them to disk."""
         if self._scores is None:
             self._scores = self._create(".scores")
             self._pending += _record(_HEADER_INDEX, json.dumps(self._header).encode())
@@ -62,17 +63,16 @@ class ShardWriter:
             self.sync()
 
     def unreadable(self, index: int, path: str, reason: str) -> None:
-        """Video `index` cannot be read."""
+        """Record that video `index` cannot be read."""
         if self._failures is None:
             self._failures = self._create(".unreadable.jsonl")
-        line = json.dumps({"index": index, "path": path, "reason": reason}, ensure_ascii=False) + "\n"
-        _write_all(self._failures, line.encode())
+        jsonl.write(self._failures, jsonl.encode({"index": index, "path": path, "reason": reason}))
         os.fsync(self._failures)
 
     def sync(self) -> None:
         """Sync everything appended so far."""
         if self._scores is not None and self._pending:
-            _write_all(self._scores, bytes(self._pending))
+            jsonl.write(self._scores, bytes(self._pending))
             os.fsync(self._scores)
             self._pending.clear()
         self._records, self._synced = 0, time.monotonic()
@@ -95,7 +95,7 @@ class ShardReader:
 
     Args:
         folder: need not exist yet.
-        header: what is being evaluated.
+        header: the settings of the evaluation.
     """
 
     def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
@@ -108,7 +108,7 @@ class ShardReader:
         """``index``, ``path`` and ``reason`` by video, for those that have no scores."""
 
     def poll(self) -> int:
-        """Reads what was appended since; returns how many videos are new.
+        """Read the records appended since the last call; return the number of new videos.
 
         Raises:
             ConfigError: a file belongs to another evaluation; the message names the difference.
@@ -158,12 +158,9 @@ class ShardReader:
     def _read_failures(self, file: Path) -> None:
         start, content = self._new(file)
         whole = content[: content.rfind(b"\n") + 1]
-        for line in whole.splitlines():
-            try:
-                failure = parse_json(line, file)
-                self.unreadable[int(failure["index"])] = failure
-            except (ValueError, KeyError, TypeError):  # a line damaged by a crash: the video is tried again
-                continue
+        for failure in map(jsonl.decode, whole.splitlines()):
+            if failure is not None and isinstance(failure.get("index"), int):  # else torn: the video is tried again
+                self.unreadable[failure["index"]] = failure
         self._offsets[file] = start + len(whole)
 
     def _check(self, file: Path, header: Any) -> None:
@@ -181,15 +178,6 @@ def _record(index: int, content: bytes) -> bytes:
     return _FRAME.pack(len(payload), zlib.crc32(payload)) + payload
 
 
-def _write_all(descriptor: int, content: bytes) -> None:
-    view = memoryview(content)
-    while view:
-        view = view[os.write(descriptor, view) :]
-
-
 def _short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else text[:37] + "…"
-
-
-__all__ = ["ShardReader", "ShardWriter"]

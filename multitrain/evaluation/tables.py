@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,13 +16,14 @@ from multitrain.evaluation import metrics
 from multitrain.evaluation.scoring import Task
 from multitrain.evaluation.shards import Scores, ShardReader
 from multitrain.files import replace_text, replacing
+from multitrain.records import jsonl
 from multitrain.records.results import FILE, checked
 
 _log = logging.getLogger(__name__)
 
 
-def figures(scores: Scores, labels: Sequence[tuple[int, ...]], *, multi_label: bool) -> dict[str, Any]:
-    """The metrics of scored videos.
+def compute_metrics(scores: Scores, labels: Sequence[tuple[int, ...]], *, multi_label: bool) -> dict[str, Any]:
+    """Compute the metrics of scored videos.
 
     Args:
         scores: float32 [n, K].
@@ -136,7 +136,7 @@ def merge(task: Task, shards: ShardReader, header: Mapping[str, Any], folder: Pa
         "top5": None,
     }
     if task.head == task.name:
-        result |= figures(scores, labels, multi_label=catalog.multi_label)
+        result |= compute_metrics(scores, labels, multi_label=catalog.multi_label)
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {
         "index": np.array(scored, np.int64),
@@ -176,7 +176,7 @@ def _draw_confusion(
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+    replace_text(path, jsonl.dumps(value, indent=1) + "\n")
 
 
 def _percent(fraction: float) -> float | None:
@@ -190,6 +190,3 @@ def _measured(result: Mapping[str, Any]) -> str:
 def _pair(result: Mapping[str, Any]) -> str:
     pair = [result.get(m) for m in ("top1", "top5")]
     return "/".join("–" if v is None else f"{v:.1f}" for v in pair)
-
-
-__all__ = ["average", "combine", "figures", "merge", "table", "write_combined", "write_json"]

@@ -10,9 +10,9 @@ import numpy as np
 
 from multitrain.config import RunConfig
 from multitrain.evaluation import metrics
-from multitrain.evaluation.scoring import Stop, Task, device_of, group_size, score_videos, share_of
+from multitrain.evaluation.scoring import Stop, Task, device_of, group_size, score_videos, shard_indices
 from multitrain.evaluation.shards import Scores
-from multitrain.evaluation.showing import Showing
+from multitrain.evaluation.validation_images import ValidationImages
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,7 @@ class Validation:
         self._ranks = {"rank": rank, "world_size": world_size}
         self._reduce = reduce
         self._stop = stop
-        self._showing = Showing(config, self._catalogs)
+        self._images = ValidationImages(config, self._catalogs)
         self.draws = config.monitor.tensorboard and config.monitor.pictures
         """Whether :meth:`pictures` has any."""
 
@@ -53,7 +53,7 @@ class Validation:
         """The result of :func:`validate`."""
         from multitrain.model.device import autocast
 
-        self._showing.clear()
+        self._images.clear()
         with autocast(self._config.eval.precision or self._config.precision, device_of(model)):
             results = validate(
                 model,
@@ -62,15 +62,15 @@ class Validation:
                 **self._ranks,
                 reduce=self._reduce,
                 stop=self._stop,
-                observe=self._showing.add if self.draws else None,
+                observe=self._images.add if self.draws else None,
             )
         if results and self.draws:
-            self._showing.share(self._reduce)
+            self._images.share(self._reduce)
         return results
 
     def pictures(self) -> dict[str, bytes]:
         """Plots of the last validation, PNG by TensorBoard name. On rank 0; not a collective."""
-        return self._showing.draw()
+        return self._images.draw()
 
 
 def validate(
@@ -101,30 +101,30 @@ def validate(
     """
     import torch
 
-    tallies: list[np.ndarray] = []
+    parts_by_dataset: list[np.ndarray] = []
     interrupted = False
     for name, catalog in catalogs.items():
         one_view = config.data.datasets[name].model_copy(update={"temporal_views": 1, "spatial_views": 1})
         task = Task(name, name, one_view, catalog)
-        tally = _Tally(catalog)
-        share = share_of(len(catalog), group_size(config, one_view), rank, world_size)
+        sums = _MetricSums(catalog)
+        share = shard_indices(len(catalog), group_size(config, one_view), rank, world_size)
         if not interrupted:
             for index, scores, _ in score_videos(model, config, task, share, stop=stop):
-                tally.add(index, scores)
+                sums.add(index, scores)
                 if observe is not None:
                     observe(name, index, scores)
             interrupted = stop is not None and stop()
-        tallies.append(tally.vector)
-    vector = torch.from_numpy(np.concatenate([*tallies, [float(interrupted)]]))
+        parts_by_dataset.append(sums.vector)
+    vector = torch.from_numpy(np.concatenate([*parts_by_dataset, [float(interrupted)]]))
     vector = vector if reduce is None else reduce(vector)
     if float(vector[-1]) > 0:
         return {}
-    sizes = [len(t) for t in tallies]
+    sizes = [len(t) for t in parts_by_dataset]
     parts = np.split(vector.numpy()[:-1], np.cumsum(sizes)[:-1])
-    return {name: _Tally.results(catalogs[name], part) for name, part in zip(catalogs, parts)}
+    return {name: _MetricSums.results(catalogs[name], part) for name, part in zip(catalogs, parts)}
 
 
-class _Tally:
+class _MetricSums:
     """Partial sums of a validation, as a float64 vector that is summed over ranks."""
 
     def __init__(self, catalog: Catalog) -> None:
@@ -152,6 +152,3 @@ class _Tally:
             seen = np.flatnonzero(rows[:, -1])
             out["map"] = 100 * metrics.mean_average_precision(rows[seen, :-1], [catalog.labels(int(i)) for i in seen])
         return out | {"videos": len(catalog), "coverage": float(vector[2] / len(catalog))}
-
-
-__all__ = ["Validation", "validate"]

@@ -18,12 +18,13 @@ from multitrain.config import ConfigError, RunConfig, dump
 from multitrain.config.reading import parse_json
 from multitrain.files import OutputFolder, refuse_run
 from multitrain.interop import protocol, pyslowfast
-from multitrain.interop.model_path import MODEL_FILE, belongs_to_run, resolve_model_file, sha256
+from multitrain.interop.model_path import MODEL_FILE, belongs_to_run, resolve_model_file
 from multitrain.interop.optimizer_state import Grouping
 from multitrain.interop.outputs import output_folder, save_tensors
 from multitrain.interop.positions import resize_positions, resized_config
 from multitrain.interop.training_state import KEY, TrainingState, describe, optimizer_file, read_training_state
 from multitrain.interop.weights import HEADER, Weights, read_model
+from multitrain.records.checkpoints import sha256
 
 if TYPE_CHECKING:
     import torch

@@ -16,11 +16,12 @@ from multitrain.config.boundary import writing_to
 from multitrain.config.reading import read_yaml
 from multitrain.files import OutputFolder, refuse_run
 from multitrain.interop.convert import describe_model, write_model
-from multitrain.interop.model_path import MODEL_FILE, belongs_to_run, resolve_model_file, sha256
+from multitrain.interop.model_path import MODEL_FILE, belongs_to_run, resolve_model_file
 from multitrain.interop.outputs import output_folder
 from multitrain.interop.sharing import shareable, shareable_overrides
 from multitrain.interop.state_dict_report import abbreviated
 from multitrain.interop.weights import Weights, read_model
+from multitrain.records.checkpoints import sha256
 from multitrain.records.results import read_results
 from multitrain.text import markdown, printable
 

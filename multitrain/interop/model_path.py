@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
 from multitrain.config import ConfigError
-from multitrain.config.boundary import understood
 from multitrain.config.paths import find_run
-from multitrain.config.reading import parse_json, read_text
+from multitrain.config.reading import read_text
 from multitrain.interop.state_dict_report import abbreviated
+from multitrain.records.checkpoints import MANIFEST, invalid_reason, listed
 
 MODEL_FILE = "model.safetensors"
 
@@ -47,14 +46,13 @@ def _in_folder(path: Path) -> Path:
             )
         return path / MODEL_FILE
     if (path / MODEL_FILE).is_file():  # written by `multitrain convert`, or a checkpoint under another name
-        reason = _invalid_reason(path) if (path / "manifest.json").is_file() else None
+        reason = _invalid_reason(path) if (path / MANIFEST).is_file() else None
         if reason:
             raise ConfigError(f"{path}: {reason}; write or copy it again")
         return path / MODEL_FILE
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    found = sorted((p for p in folder.glob("update-*") if p.is_dir()), reverse=True)
     damaged: list[str] = []
-    for checkpoint in found:
+    for checkpoint in listed(folder):
         reason = _invalid_reason(checkpoint)
         if reason is None:
             return checkpoint / MODEL_FILE
@@ -72,29 +70,7 @@ def _in_folder(path: Path) -> Path:
 
 def _invalid_reason(folder: Path) -> str | None:
     """Why the checkpoint in `folder` is not valid, or None. Checks every file's size, and the SHA-256 of the files read from here."""
-    try:
-        with understood("manifest.json: cannot be used", "write it again"):
-            return _difference(folder)
-    except ConfigError as error:
-        return str(error)
-
-
-def _difference(folder: Path) -> str | None:
-    """How the files in `folder` differ from its manifest, or None."""
-    try:
-        files = parse_json((folder / "manifest.json").read_bytes(), "manifest.json")["files"]
-        if MODEL_FILE not in files:
-            return f"manifest.json does not list {MODEL_FILE}"
-        for name, expected in files.items():
-            size = (folder / name).stat().st_size
-            if size != expected["bytes"]:
-                return f"{name} has {size} bytes instead of {expected['bytes']}"
-        for name in sorted({MODEL_FILE, "state.json"} & files.keys()):
-            if sha256(folder / name) != files[name]["sha256"]:
-                return f"{name} does not match its SHA-256"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    return None
+    return invalid_reason(folder, (MODEL_FILE,), (MODEL_FILE, "state.json"))
 
 
 def belongs_to_run(folder: Path) -> bool:
@@ -103,13 +79,4 @@ def belongs_to_run(folder: Path) -> bool:
     return any((folder / mark).exists() for mark in marks) or next(folder.glob("update-*"), None) is not None
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-__all__ = ["MODEL_FILE", "belongs_to_run", "resolve_model_file", "sha256"]
+__all__ = ["MODEL_FILE", "belongs_to_run", "resolve_model_file"]

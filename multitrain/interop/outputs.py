@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from multitrain.config import ConfigError
 from multitrain.config.reading import parse_json
 from multitrain.files import OutputFolder
-from multitrain.interop.model_path import MODEL_FILE, sha256
+from multitrain.interop.model_path import MODEL_FILE
 from multitrain.interop.training_state import KEY, optimizer_file
 from multitrain.interop.weights import HEADER
+from multitrain.records.checkpoints import sha256
 
 if TYPE_CHECKING:
     import torch

@@ -1,4 +1,4 @@
-"""The order of the samples: ``ticket(g) → (dataset, index, pass)``, a pure function of the plan and the sample number g.
+"""The order of the samples: ``sample(g) → (dataset, index, pass)``, a pure function of the plan and the sample number g.
 
 Update s trains on the samples ``[s * effective_batch, (s + 1) * effective_batch)``. The only state is s, so a run resumes at any
 update, on any number of GPUs, and sees every video exactly once per epoch of its dataset ("pass" in the record's field).
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass
 from decimal import Context, Decimal
@@ -27,8 +28,10 @@ from multitrain.order.windows import SHARD_VIDEOS, Part, scatter, shard_pass
 ORDER_VERSION = 1
 """Incremented with every change of the order of an existing plan; a run refuses to resume in another order."""
 
-TICKET = np.dtype([("dataset", "<i4"), ("index", "<i8"), ("pass", "<i8")])
+SAMPLE_DTYPE = np.dtype([("dataset", "<i4"), ("index", "<i8"), ("pass", "<i8")])
 """One sample: its dataset (position in `Plan.sources`), its video in that dataset, and that dataset's epoch."""
+TICKET = SAMPLE_DTYPE
+"""The older name."""
 
 Mixture = Literal["interleave", "concat"]
 Proportions = Literal["size", "weights", "temperature"]
@@ -122,8 +125,8 @@ class Plan:
         """The fewest updates that hold `epochs` epochs; with proportions=size, those of one epoch omit no video."""
         return math.ceil(simplest(epochs) * self.epoch_size / self.effective_batch)
 
-    def tickets(self, start: int, stop: int) -> NDArray[np.void]:
-        """The videos of samples ``[start, stop)``, as `TICKET` [stop - start]; the cost does not depend on `start`.
+    def samples(self, start: int, stop: int) -> NDArray[np.void]:
+        """The videos of samples ``[start, stop)``, as `SAMPLE_DTYPE` [stop - start]; the cost does not depend on `start`.
 
         Raises:
             ValueError: unless 0 <= start <= stop.
@@ -131,27 +134,32 @@ class Plan:
         start, stop = index(start), index(stop)
         if not 0 <= start <= stop:
             raise ValueError(f"samples are numbered from 0 upwards, so there is no range [{start}, {stop})")
-        tickets = np.empty(stop - start, TICKET)
+        samples = np.empty(stop - start, SAMPLE_DTYPE)
         if start < stop:
             fill = self._interleave if self.mixture == "interleave" else self._concat
-            fill(tickets, start, stop)
-        return tickets
+            fill(samples, start, stop)
+        return samples
+
+    def tickets(self, start: int, stop: int) -> NDArray[np.void]:
+        """The older name of :meth:`samples`."""
+        warnings.warn("Plan.tickets is now called Plan.samples", DeprecationWarning, stacklevel=2)
+        return self.samples(start, stop)
 
     def digest(self, start: int, stop: int) -> str:
-        """16 hex digits that stand for the tickets of samples ``[start, stop)``."""
-        return hashlib.blake2b(self.tickets(start, stop).tobytes(), digest_size=8).hexdigest()
+        """A digest of the samples ``[start, stop)``, 16 hex digits."""
+        return hashlib.blake2b(self.samples(start, stop).tobytes(), digest_size=8).hexdigest()
 
-    def fallback_index(self, ticket: np.void, attempt: int) -> int:
+    def fallback_index(self, sample: np.void, attempt: int) -> int:
         """The index of the video to show in place of an unreadable one, from the same dataset.
 
         Attempts 0, 1, 2 … name different videos, and never the unreadable one itself, until the dataset has no more.
         """
-        source, bad = self.sources[int(ticket["dataset"])], int(ticket["index"])
+        source, bad = self.sources[int(sample["dataset"])], int(sample["index"])
         others = source.size - 1
         if not others:
             return bad
         turn = np.array([attempt % others])
-        other = int(permute(turn, others, key("stand-in", self.seed, source.name, bad, int(ticket["pass"])))[0])
+        other = int(permute(turn, others, key("stand-in", self.seed, source.name, bad, int(sample["pass"])))[0])
         return other + (other >= bad)
 
     stand_in = fallback_index
@@ -195,28 +203,28 @@ class Plan:
             lines.append(f"the order of the datasets was {', '.join(old)}; is now {', '.join(new)}")
         return lines
 
-    def _concat(self, tickets: NDArray[np.void], start: int, stop: int) -> None:
+    def _concat(self, samples: NDArray[np.void], start: int, stop: int) -> None:
         """One epoch of the union of all replicas of all datasets, shuffled by one permutation."""
         ends = np.cumsum([s.draws for s in self.sources])
         sizes = np.array([s.size for s in self.sources])
         replicas = np.array([s.replicas for s in self.sources])
         if self.shuffle_window is not None:
-            self._concat_in_windows(tickets, start, stop)
+            self._concat_in_windows(samples, start, stop)
             return
         union, place = self._shuffled(("concat", self.seed), np.arange(start, stop), self.epoch_size)
         dataset = np.searchsorted(ends, place, side="right")
         replica, video = np.divmod(place - (ends - sizes * replicas)[dataset], sizes[dataset])
-        tickets["dataset"], tickets["index"], tickets["pass"] = dataset, video, union * replicas[dataset] + replica
+        samples["dataset"], samples["index"], samples["pass"] = dataset, video, union * replicas[dataset] + replica
 
-    def _interleave(self, tickets: NDArray[np.void], start: int, stop: int) -> None:
+    def _interleave(self, samples: NDArray[np.void], start: int, stop: int) -> None:
         """Sample k of a dataset is at position k of an infinite sequence of permutations of the dataset."""
-        tickets["dataset"], draw = self._assign_slots(start, stop)
+        samples["dataset"], draw = self._assign_slots(start, stop)
         for number, source in enumerate(self.sources):
-            own = np.flatnonzero(tickets["dataset"] == number)
+            own = np.flatnonzero(samples["dataset"] == number)
             if own.size:
                 shuffled = self._shuffled if self.shuffle_window is None else self._in_windows
                 epoch, video = shuffled(("order", self.seed, source.name), draw[own], source.size)
-                tickets["index"][own], tickets["pass"][own] = video, epoch
+                samples["index"][own], samples["pass"][own] = video, epoch
 
     def _in_windows(
         self, name: tuple[str | int, ...], place: NDArray[np.int64], size: int
@@ -225,7 +233,7 @@ class Plan:
         epoch, _, video = self._windowed((Part(size, 1),), name, place)
         return epoch, scatter(video, size)
 
-    def _concat_in_windows(self, tickets: NDArray[np.void], start: int, stop: int) -> None:
+    def _concat_in_windows(self, samples: NDArray[np.void], start: int, stop: int) -> None:
         """As `_concat`, permuting the shards of all replicas of all datasets."""
         parts = tuple(Part(s.size, s.replicas) for s in self.sources)
         union, part, video = self._windowed(parts, ("concat", self.seed), np.arange(start, stop))
@@ -234,8 +242,8 @@ class Plan:
         replica = part - (np.cumsum(replicas) - replicas)[dataset]
         for number, source in enumerate(self.sources):
             own = np.flatnonzero(dataset == number)
-            tickets["index"][own] = scatter(video[own], source.size)
-        tickets["dataset"], tickets["pass"] = dataset, union * replicas[dataset] + replica
+            samples["index"][own] = scatter(video[own], source.size)
+        samples["dataset"], samples["pass"] = dataset, union * replicas[dataset] + replica
 
     def _windowed(
         self, parts: tuple[Part, ...], name: tuple[str | int, ...], place: NDArray[np.int64]

@@ -90,6 +90,3 @@ def shard_pass(parts: tuple[Part, ...], shard_videos: int, reach: int, name: tup
     for array in arrays:
         array.flags.writeable = False
     return Pass(*arrays, name)
-
-
-__all__ = ["SHARD_VIDEOS", "Part", "Pass", "scatter", "shard_pass"]

@@ -58,15 +58,27 @@ def valid_fields(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def encode(record: Mapping[str, Any]) -> bytes:
-    """One line of strict JSON in UTF-8. Floats keep every bit; NaN and infinities, which JSON lacks, become null.
+    """One line of strict JSON, see :func:`dumps`."""
+    return dumps(record).encode() + b"\n"
+
+
+def dumps(value: Mapping[str, Any], indent: int | None = None) -> str:
+    """Strict JSON, which UTF-8 can encode. Floats keep every bit; NaN and infinities, which JSON lacks, become null.
 
     Bytes of file names that are not UTF-8 (surrogates) are written as escapes, which :func:`decode` reads back.
     """
-    plain = _jsonable(record)
+    plain = _jsonable(value)
+    text = json.dumps(plain, ensure_ascii=False, allow_nan=False, indent=indent)
+    return text if _is_utf8(text) else json.dumps(plain, allow_nan=False, indent=indent)
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether UTF-8 can encode `text`: it holds no bytes of file names (surrogates)."""
     try:
-        return (json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        text.encode()
     except UnicodeEncodeError:
-        return (json.dumps(plain, allow_nan=False) + "\n").encode()
+        return False
+    return True
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:

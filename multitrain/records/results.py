@@ -49,6 +49,3 @@ def checked(result: Mapping[str, Any]) -> dict[str, Any]:
     if "confusion" in out:
         out["confusion"] = [[int(t), int(p), int(n)] for t, p, n in out["confusion"]]
     return out
-
-
-__all__ = ["FILE", "MEASURES", "checked", "read_results"]

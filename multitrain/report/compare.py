@@ -10,9 +10,9 @@ from typing import Any
 from multitrain.config import ConfigError, flat, load
 from multitrain.config.arguments import Arguments, Parser
 from multitrain.config.paths import find_run
-from multitrain.plot_style import table
 from multitrain.records.results import FILE, read_results
 from multitrain.report.status import status
+from multitrain.text import table
 
 IGNORED_OPTIONS = ("name", "runs", "experiment_name", "dry_run", "then", "preflight")
 """Options that the comparison ignores."""
@@ -92,6 +92,3 @@ def main(arguments: Arguments) -> int:
     rows = compare(given.runs)
     print(json.dumps({"runs": rows}) if given.json else text(rows))
     return 0
-
-
-__all__ = ["compare", "main", "text"]

@@ -1,12 +1,13 @@
-"""Build a self-contained HTML page: sections with tables, images and collapsible text."""
+"""The report's HTML page: one jinja2 template, self-contained, in which every text is escaped and printable."""
 
 from __future__ import annotations
 
 import base64
-import html
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
 from multitrain.text import printable
 
@@ -33,98 +34,120 @@ summary{cursor:pointer;color:#57606a}
 @media print{nav{display:none}section{break-inside:avoid}}
 """
 
+_TEMPLATE = """
+{%- macro table(header, rows, bars=()) %}
+{% if rows %}
+{% set kinds = alignment(rows) %}
+<div class="scroll"><table>
+<tr>{% for text in header %}<th{{ kinds[loop.index0] }}>{{ text }}</th>{% endfor %}</tr>
+{% for row in rows %}
+{% set bar = bars[loop.index0] if bars else none %}
+<tr>
+{% for text in row %}<td{{ kinds[loop.index0] }}>{{ text }}</td>{% endfor %}
+{% if bar %}
+<td><span class="bar"><i style="width:{{ "%.1f" % bar[0] }}%"></i><b style="left:{{ "%.1f" % bar[1] }}%"></b></span></td>
+{% endif %}
+</tr>
+{% endfor %}
+</table></div>
+{% endif %}
+{% endmacro %}
 
-@dataclass(frozen=True)
-class Section:
-    """A section of the page."""
+{%- macro facts(values, state="") %}
+<dl>
+{% if state %}<dt>state</dt><dd><span class="state {{ state }}">{{ state }}</span></dd>{% endif %}
+{% for name, value in values.items() if value %}<dt>{{ name }}</dt><dd>{{ value }}</dd>{% endfor %}
+</dl>
+{% endmacro %}
 
-    title: str
-    """Empty for a section without a heading and without a navigation link."""
-    body: str
-    """HTML, made by the functions of this module, which escape their arguments."""
-    note: str = ""
-    """Explanation of the section, plain text."""
+{%- macro picture(name) %}
+{% if name in pictures %}<img alt="{{ name }}" src="data:image/png;base64,{{ pictures[name] | base64 }}">{% endif %}
+{% endmacro %}
+
+{%- macro beside(tables, header, title) %}
+{% if tables %}
+<div class="beside">
+{% for name, rows in tables.items() %}<div><h3>{{ name }}{{ title }}</h3>{{ table(header, rows) }}</div>{% endfor %}
+</div>
+{% endif %}
+{% endmacro %}
+
+{%- set accuracy_section = table(accuracy[0] + ("top-1, and chance in red",), accuracy[1:], bars) if accuracy else "" %}
+{%- set confusion_section = picture("confusion") ~ beside(confused, ("class", "predicted as", "videos"), ": most frequent") %}
+{%- set unread_section %}
+{{ facts(unread_counts if unread else {"unreadable": "none; every requested video was read"}) }}
+{{ table(("in", "dataset", "video", "reason"), unread) }}
+{% endset %}
+{%- set settings_section %}
+{% for title, text in settings.items() if text.strip() %}
+<details><summary>{{ title }}</summary><pre>
+{% for line in text.splitlines() %}
+{{ line }}
+{% endfor %}
+</pre></details>
+{% endfor %}
+{% endset %}
+{%- set sections = (
+  ("Accuracy", "Chance is the accuracy of always predicting the most frequent class.", accuracy_section),
+  ("Training", "Thin lines are single updates, thick ones moving means. Numbered dashed lines mark interruptions; the table "
+    "below gives the reasons.", picture("curves")),
+  ("Interruptions", "Times are UTC. Away: from the last event before the interruption to the next start, including the wait "
+    "in the queue. Redone: updates that were lost and repeated, with the same videos. Ranks: after the restart.",
+    table(("#", "restarted", "at update", "reason", "away", "redone", "ranks"), interruptions)),
+  ("Clips", "Each row is a video of the test split. The columns are the heads: every head predicts for every video, in its "
+    "own label space. Green: correct; red: wrong (the most confident mistake of a dataset is always shown); grey: the heads "
+    "of the other datasets, for which this video has no label.", picture("clips")),
+  ("Confusion", "Percent of the test videos of each true class (row).", confusion_section),
+  ("Hardest classes", "The classes of each dataset with the lowest accuracy.",
+    beside(hardest, ("class", "correct", "", "predicted as"), "")),
+  ("Not read", "Videos that could not be read. In training a fallback video of the same dataset replaced them; in testing "
+    "nothing did.", unread_section),
+  ("Settings", "Folders, machines, accounts and users are left out, so that the page can be shared; the run's folder has them.",
+    settings_section),
+) -%}
+<!doctype html><html lang="en"><meta charset="utf-8"><title>{{ name }} – MultiTrain</title>
+<meta name="viewport" content="width=device-width"><style>{{ style }}</style>
+<main><h1>{{ name }}</h1><p class="note">MultiTrain report, {{ made }}</p>
+<nav>
+{% for title, note, body in sections if body.strip() %}
+<a href="#{{ title | lower | replace(" ", "-") }}">{{ title }}</a>
+{% endfor %}
+</nav>
+<section>{{ facts(summary, state) }}</section>
+{% for title, note, body in sections if body.strip() %}
+<section id="{{ title | lower | replace(" ", "-") }}"><h2>{{ title }}</h2><p class="note">{{ note }}</p>
+{{ body }}
+</section>
+{% endfor %}
+</main></html>
+"""
 
 
-def page(name: str, sections: Sequence[Section]) -> str:
-    """The complete HTML document."""
-    shown = [s for s in sections if s.body]
-    links = "".join(f'<a href="#{_anchor(s.title)}">{_escaped(s.title)}</a>' for s in shown if s.title)
-    boxes = "".join(_box(s) for s in shown)
-    made = f"{datetime.now():%Y-%m-%d %H:%M}"
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_escaped(name)} – MultiTrain</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style>'
-        f'<main><h1>{_escaped(name)}</h1><p class="note">MultiTrain report, {made}</p><nav>{links}</nav>{boxes}</main></html>\n'
+def render(**values: Any) -> str:
+    """The complete HTML document.
+
+    Args:
+        values: ``name`` and ``made`` (the run, the time); ``summary`` (texts by name) and ``state``; ``pictures`` (PNG by name);
+            ``accuracy`` (a header and rows of texts) and ``bars`` (per row the percents of the bar and of the mark in it);
+            ``interruptions``, ``unread`` (rows) and ``unread_counts``; ``confused`` and ``hardest`` (rows by dataset); ``settings``
+            (texts by title). Sections without content are left out.
+    """
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_printable
     )
+    environment.filters["base64"] = lambda png: base64.b64encode(png).decode()
+    environment.globals.update(alignment=_alignment, style=Markup(_STYLE))
+    return environment.from_string(_TEMPLATE).render(values)
 
 
-def facts(values: Mapping[str, str], state: str = "") -> str:
-    """Names and values in two columns; `state` as a badge."""
-    rows = {name: _escaped(value) for name, value in values.items() if value}
-    if state:
-        rows = {"state": f'<span class="state {_escaped(state)}">{_escaped(state)}</span>', **rows}
-    return "<dl>" + "".join(f"<dt>{_escaped(name)}</dt><dd>{value}</dd>" for name, value in rows.items()) + "</dl>"
+def _printable(value: Any) -> Any:
+    return value if isinstance(value, Markup) else printable(str(value))
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, last_is_html: bool = False) -> str:
-    """A table of texts; columns that hold only numbers are aligned to the right. Empty without rows."""
-    if not rows:
-        return ""
-    numbers = [all(_is_number(row[c]) for row in rows) for c in range(len(header))]
-    kinds = [' class="n"' if n else "" for n in numbers]
-    head = "".join(f"<th{k}>{_escaped(h)}</th>" for k, h in zip(kinds, header, strict=True))
-    out = []
-    for row in rows:
-        cells = [_escaped(cell) for cell in row]
-        if last_is_html:
-            cells[-1] = row[-1]
-        out.append("<tr>" + "".join(f"<td{k}>{c}</td>" for k, c in zip(kinds, cells, strict=True)) + "</tr>")
-    return f'<div class="scroll"><table><tr>{head}</tr>{"".join(out)}</table></div>'
-
-
-def bar(percent: float, mark: float) -> str:
-    """A bar of `percent`, with a line at `mark` percent."""
-    return f'<span class="bar"><i style="width:{percent:.1f}%"></i><b style="left:{mark:.1f}%"></b></span>'
-
-
-def picture(png: bytes, title: str) -> str:
-    """An embedded PNG image."""
-    return f'<img alt="{_escaped(title)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-
-
-def heading(text: str) -> str:
-    """A heading inside a section."""
-    return f"<h3>{_escaped(text)}</h3>"
-
-
-def beside(parts: Sequence[str]) -> str:
-    """Parts side by side where the window is wide enough."""
-    return '<div class="beside">' + "".join(f"<div>{p}</div>" for p in parts if p) + "</div>" if any(parts) else ""
-
-
-def folded(title: str, text: str) -> str:
-    """Text that a click expands; empty without text."""
-    if not text.strip():
-        return ""
-    lines = "\n".join(_escaped(line) for line in text.splitlines())
-    return f"<details><summary>{_escaped(title)}</summary><pre>{lines}</pre></details>"
-
-
-def _escaped(text: str) -> str:
-    """Escape `text` for HTML."""
-    return html.escape(printable(text))
-
-
-def _box(section: Section) -> str:
-    title = f"<h2>{_escaped(section.title)}</h2>" if section.title else ""
-    note = f'<p class="note">{_escaped(section.note)}</p>' if section.note else ""
-    anchor = f' id="{_anchor(section.title)}"' if section.title else ""
-    return f"<section{anchor}>{title}{note}{section.body}</section>"
-
-
-def _anchor(title: str) -> str:
-    return "-".join("".join(c if c.isalnum() else " " for c in title.lower()).split())
+def _alignment(rows: Sequence[Sequence[str]]) -> list[Markup]:
+    """The class of each column's cells, and of one column more: those that hold only numbers are aligned to the right."""
+    numbers = [all(_is_number(text) for text in column) for column in zip(*rows, strict=True)]
+    return [Markup(' class="n"' if n else "") for n in (*numbers, False)]
 
 
 def _is_number(text: str) -> bool:

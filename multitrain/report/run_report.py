@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,17 @@ from multitrain.config.boundary import writing_to
 from multitrain.config.paths import find_run
 from multitrain.config.reading import read_yaml
 from multitrain.evaluation import pictures
-from multitrain.evaluation.beside import beside
+from multitrain.evaluation.output_folders import result_folder
 from multitrain.evaluation.pictures import Example, History
 from multitrain.evaluation.scored import Scored, confused, hardest, newest_evaluation, read_evaluation
 from multitrain.files import OutputFolder
 from multitrain.interop.sharing import redact, shareable, shareable_overrides
-from multitrain.plot_style import table as aligned
 from multitrain.records import events, jsonl, metrics
 from multitrain.records.progress import duration
 from multitrain.report import page
 from multitrain.report.interruptions import interruptions
-from multitrain.report.page import Section
 from multitrain.report.status import status
-from multitrain.text import markdown, printable
+from multitrain.text import markdown, printable, table
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def write_report(
     folder = Path(evaluation) if evaluation else newest_evaluation(run_dir)
     tested = read_evaluation(folder) if folder else {}
     history = read_history(run_dir, {name: t.chance for name, t in tested.items()})
-    place = OutputFolder(out or beside(run_dir, "report"), "report", [run_dir])
+    place = OutputFolder(out or result_folder(run_dir, "report"), "report", [run_dir])
     for file in ("report.html", "report.md", *(f"{name}.png" for name in IMAGES)):
         place.check(file, _is_report)
     with writing_to(place.root):
@@ -84,20 +83,25 @@ def write_report(
     state = status(run_dir)
     hidden = _hosts(run_dir)
     summary = {key: redact(text, hidden) for key, text in summarise(config, history, state).items()}
-    title = run_dir.resolve().name
-    sections = [
-        Section("", page.facts(summary, str(state["state"]))),
-        Section("Accuracy", _accuracy(tested), _ACCURACY),
-        Section("Training", _picture(shown, "curves"), _CURVES),
-        Section("Interruptions", _interruptions(history, hidden), _INTERRUPTIONS),
-        Section("Clips", _picture(shown, "clips"), _CLIPS),
-        Section("Confusion", _picture(shown, "confusion") + _confusions(tested), _CONFUSION),
-        Section("Hardest classes", _hardest(tested), _HARDEST),
-        Section("Not read", _not_read(run_dir, tested, notes, hidden), _NOT_READ),
-        Section("Settings", _settings(run_dir, config, hidden), _SETTINGS),
-    ]
-    place.write_text("report.md", _markdown(title, summary, tested), _is_report)
-    written = place.write_text("report.html", page.page(title, sections), _is_report)
+    name = run_dir.resolve().name
+    unread, unread_counts = _unread(run_dir, tested, notes)
+    text = page.render(
+        name=name,
+        made=f"{datetime.now():%Y-%m-%d %H:%M}",
+        summary=summary,
+        state=str(state["state"] or ""),
+        pictures=shown,
+        accuracy=_rows(tested) if tested else [],
+        bars=[(t.result.get("map") or t.result.get("top1") or 0.0, t.chance) for t in tested.values()],
+        interruptions=_interruptions(history, hidden),
+        confused={dataset: _confused(t) for dataset, t in tested.items() if confused(t, MAX_CONFUSED)},
+        hardest={dataset: _hardest(t) for dataset, t in tested.items() if hardest(t)},
+        unread=redact(unread, hidden),
+        unread_counts=unread_counts,
+        settings=_settings(run_dir, config, hidden),
+    )
+    place.write_text("report.md", _markdown(name, summary, tested), _is_report)
+    written = place.write_text("report.html", text, _is_report)
     return Report(written, accuracy_table(tested), notes)
 
 
@@ -129,7 +133,7 @@ def accuracy_table(tested: Mapping[str, Scored]) -> str:
     if not tested:
         return ""
     header, *rows = _rows(tested)
-    return aligned(header, rows)
+    return table(header, rows)
 
 
 _HEADER = ("dataset", "test videos", "classes", "top-1 %", "top-5 %", "mAP %", "chance %")
@@ -227,42 +231,15 @@ def _markdown(name: str, summary: Mapping[str, str], tested: Mapping[str, Scored
 
 # -- sections ---------------------------------------------------------------------------------------------------------
 
-_ACCURACY = "Chance is the accuracy of always predicting the most frequent class."
-_CURVES = (
-    "Thin lines are single updates, thick ones moving means. Numbered dashed lines mark interruptions; the table below gives "
-    "the reasons."
-)
-_INTERRUPTIONS = (
-    "Times are UTC. Away: from the last event before the interruption to the next start, including the wait in the queue. "
-    "Redone: updates that were lost and repeated, with the same videos. Ranks: after the restart."
-)
-_CLIPS = (
-    "Each row is a video of the test split. The columns are the heads: every head predicts for every video, in its own "
-    "label space. Green: correct; red: wrong (the most confident mistake of a dataset is always shown); grey: the heads of the "
-    "other datasets, for which this video has no label."
-)
-_CONFUSION = "Percent of the test videos of each true class (row)."
-_HARDEST = "The classes of each dataset with the lowest accuracy."
-_NOT_READ = "Videos that could not be read. In training a fallback video of the same dataset replaced them; in testing nothing did."
+MAX_CONFUSED = 8
+"""Number of pairs of classes listed per dataset."""
+
 MAX_UNREADABLE = 50
 """Limit of unreadable videos listed, for training and for each test."""
 
 
-def _picture(shown: Mapping[str, bytes], name: str) -> str:
-    return page.picture(shown[name], name) if name in shown else ""
-
-
-def _accuracy(tested: Mapping[str, Scored]) -> str:
-    if not tested:
-        return ""
-    header, *rows = _rows(tested)
-    bars = [page.bar(t.result.get("map") or t.result.get("top1") or 0.0, t.chance) for t in tested.values()]
-    texts = [[*row, b] for row, b in zip(rows, bars, strict=True)]
-    return page.table([*header, "top-1, and chance in red"], texts, last_is_html=True)
-
-
-def _interruptions(history: History, hidden: Sequence[str]) -> str:
-    rows = [
+def _interruptions(history: History, hidden: Sequence[str]) -> list[tuple[str, ...]]:
+    return [
         (
             str(number),
             str(i["time"] or "")[:19].replace("T", " "),
@@ -274,39 +251,28 @@ def _interruptions(history: History, hidden: Sequence[str]) -> str:
         )
         for number, i in enumerate(history.interruptions, 1)
     ]
-    return page.table(("#", "restarted", "at update", "reason", "away", "redone", "ranks"), rows)
 
 
-def _confusions(tested: Mapping[str, Scored]) -> str:
-    parts = []
-    for name, t in tested.items():
-        rows = [(true, taken, f"{times} of {of}") for true, taken, times, of in confused(t, 8)]
-        parts.append(
-            page.heading(f"{name}: most frequent") + page.table(("class", "predicted as", "videos"), rows)
-            if rows
-            else ""
+def _confused(tested: Scored) -> list[tuple[str, ...]]:
+    return [(true, taken, f"{times} of {of}") for true, taken, times, of in confused(tested, MAX_CONFUSED)]
+
+
+def _hardest(tested: Scored) -> list[tuple[str, ...]]:
+    return [
+        (
+            h.name,
+            f"{h.right} of {h.videos}",
+            f"{100 * h.right / h.videos:.0f} %",
+            ", ".join(f"{o} ({n})" for o, n in h.predicted_as),
         )
-    return page.beside(parts)
+        for h in hardest(tested)
+    ]
 
 
-def _hardest(tested: Mapping[str, Scored]) -> str:
-    parts = []
-    for name, t in tested.items():
-        rows = [
-            (
-                h.name,
-                f"{h.right} of {h.videos}",
-                f"{100 * h.right / h.videos:.0f} %",
-                ", ".join(f"{o} ({n})" for o, n in h.taken_for),
-            )
-            for h in hardest(t)
-        ]
-        if rows:
-            parts.append(page.heading(name) + page.table(("class", "correct", "", "predicted as"), rows))
-    return page.beside(parts)
-
-
-def _not_read(run_dir: Path, tested: Mapping[str, Scored], notes: Sequence[str], hidden: Sequence[str]) -> str:
+def _unread(
+    run_dir: Path, tested: Mapping[str, Scored], notes: Sequence[str]
+) -> tuple[list[tuple[str, ...]], Counter[str]]:
+    """Rows about the videos that could not be read, and the number of these videos by dataset."""
     skipped = list(jsonl.read(run_dir / "skipped.jsonl"))
     counts = Counter(str(r.get("dataset")) for r in skipped)
     rows = [
@@ -316,28 +282,18 @@ def _not_read(run_dir: Path, tested: Mapping[str, Scored], notes: Sequence[str],
     for name, t in tested.items():
         counts[f"{name} (test)"] += len(t.unreadable)
         rows += [("test", name, str(r.get("path")), _flat(r.get("reason"))) for r in t.unreadable[:MAX_UNREADABLE]]
-    rows += [("this report", "", "", _flat(note)) for note in notes]
-    if not rows:
-        return page.facts({"unreadable": "none; every requested video was read"})
-    totals = {name: str(count) for name, count in counts.items() if count}
-    return page.facts(totals) + page.table(("in", "dataset", "video", "reason"), redact(rows, hidden))
+    return [*rows, *(("this report", "", "", _flat(note)) for note in notes)], counts
 
 
-_SETTINGS = (
-    "Folders, machines, accounts and users are left out, so that the page can be shared; the run's folder has them."
-)
-
-
-def _settings(run_dir: Path, config: RunConfig, hidden: Sequence[str]) -> str:
-    """Collapsible details: configuration, submissions, environment, events."""
+def _settings(run_dir: Path, config: RunConfig, hidden: Sequence[str]) -> dict[str, str]:
+    """Texts by title: configuration, submissions, environment, events."""
     classes = {name: dataset.classes or 1 for name, dataset in config.data.datasets.items()}
-    texts = {
+    return {
         "Configuration": dump(validate(shareable(config, classes))),
         "Overrides": _typed(run_dir),
         "Environment": redact(_text(run_dir / "env.txt"), hidden),
         "Events": "\n".join(_event(e, hidden) for e in events.read(run_dir / "events.jsonl")[-MAX_EVENTS:]),
     }
-    return "".join(page.folded(title, text) for title, text in texts.items())
 
 
 MAX_EVENTS = 200

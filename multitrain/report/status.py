@@ -9,6 +9,7 @@ import shutil
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,6 +20,7 @@ from multitrain.cluster import scheduler
 from multitrain.config import ConfigError, nearest
 from multitrain.config.arguments import Parser
 from multitrain.records import events, jsonl
+from multitrain.records.checkpoints import MANIFEST, listed, update_of
 from multitrain.report.interruptions import interruptions
 from multitrain.report.status_text import card, table
 
@@ -246,8 +248,7 @@ def _tail(path: Path, size: int = 200_000) -> list[dict[str, Any]]:
 
 def _checkpoints(folder: Path) -> list[int]:
     """Completed updates of the complete checkpoints, ascending; a complete one has its manifest."""
-    names = (p.parent.name.removeprefix("update-") for p in folder.glob("update-*/manifest.json"))
-    return sorted(int(n) for n in names if n.isdecimal() and n.isascii())
+    return sorted(update_of(p) for p in listed(folder) if (p / MANIFEST).is_file())
 
 
 def _configured_updates(run_dir: Path) -> int | None:
@@ -260,11 +261,7 @@ def _configured_updates(run_dir: Path) -> int | None:
 
 
 def _skipped(path: Path) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for record in jsonl.read(path):
-        name = str(record.get("dataset"))
-        counts[name] = counts.get(name, 0) + 1
-    return counts
+    return dict(Counter(str(record.get("dataset")) for record in jsonl.read(path)))
 
 
 def _last(history: Sequence[Mapping[str, Any]], key: str) -> Any:

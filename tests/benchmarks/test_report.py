@@ -36,8 +36,18 @@ def test_a_saved_result_says_where_it_comes_from(tmp_path: Path) -> None:
     assert found["versions"]["numpy"]
 
 
+def test_a_result_file_stays_small_and_what_was_observed_besides_lies_beside_it(tmp_path: Path) -> None:
+    drawn = results.plot("p", "x", "y", {"line": [(x, x / 3) for x in range(5000)]})
+    file = results.save("thing", [], plots=[drawn], folder=tmp_path, table="| a |", interruptions=[1 / 3] * 5000)
+    found = json.loads(file.read_text())
+    assert len(found["plots"][0]["lines"]["line"]) <= results.MAX_POINTS
+    assert found["table"] == "| a |"
+    assert file.stat().st_size < 5000
+    assert json.loads((tmp_path / "raw" / "thing.json").read_text()) == {"interruptions": [1 / 3] * 5000}
+
+
 @pytest.mark.parametrize(
-    ("ours", "ratio", "target", "aim", "verdict"),
+    ("ours", "ratio", "target", "aim", "grade"),
     [
         (1.0, 4.2, ">= 4.1×", ">= 6×", "yes"),
         (1.0, 6.2, ">= 4.1×", ">= 6×", "aim"),
@@ -49,8 +59,8 @@ def test_a_saved_result_says_where_it_comes_from(tmp_path: Path) -> None:
         (1.0, None, ">= 4×", "", ""),
     ],
 )
-def test_verdicts(ours: float, ratio: float | None, target: str, aim: str, verdict: str) -> None:
-    assert report.verdict(results.row("x", ours=ours, ratio=ratio, target=target, aim=aim)) == verdict
+def test_grades(ours: float, ratio: float | None, target: str, aim: str, grade: str) -> None:
+    assert report.grade(results.row("x", ours=ours, ratio=ratio, target=target, aim=aim)) == grade
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from multitrain.config import ConfigError, RunConfig, compose
-from multitrain.config.compose import _fields
+from multitrain.config.schema import fields
 from multitrain.config.typed import idle_words, refuse_typed
 from multitrain.config.without_effect import REPLACED, WITHOUT_EFFECT, idle
 
@@ -56,6 +56,10 @@ CASES: dict[str, tuple[str, Words, Words]] = {
     "loss.scope=micro": ("loss.scope", ONE, MANY),
     "optim.warmup_epochs=0": ("optim.warmup_epochs", ("optim.warmup_updates=5",), ()),
     "optim.start_lr=0": ("optim.start_lr", ("optim.warmup_epochs=0",), ("optim.warmup_updates=5",)),
+    "optim.decay_fraction=0.2": ("optim.decay_fraction", (), ("optim.schedule=wsd",)),
+    "optim.milestones=[0.2]": ("optim.milestones", ("optim.schedule=wsd",), ("optim.schedule=step",)),
+    "optim.gamma=0.5": ("optim.gamma", (), ("optim.schedule=step",)),
+    "optim.end_lr=0": ("optim.end_lr", ("optim.schedule=constant",), ("optim.schedule=wsd",)),
     "engine.loss_scale_start=0": ("engine.loss_scale_start", ("precision=bf16",), ("precision=fp16",)),
     "engine.collective_timeout=1000": ("engine.collective_timeout", (), ("engine.hang_limit=null",)),
     "augment.flip_probability=0.2": ("augment.flip_probability", ("experiment=ssv2",), MANY),
@@ -85,7 +89,7 @@ data.datasets.<name>.test_short_side
 model model.frames model.crop model.depth model.width model.heads model.stages model.kv_stride model.mlp_ratio
 model.pool_q_everywhere model.residual_q model.drop_path model.head model.head_dropout model.expander
 loss loss.informative_weight loss.dataset_weights
-optim optim.lr optim.end_lr optim.warmup_updates optim.weight_decay optim.betas optim.eps optim.clip_norm optim.schedule
+optim optim.lr optim.warmup_updates optim.weight_decay optim.betas optim.eps optim.clip_norm optim.schedule
 engine engine.zero_stage engine.bucket_elements engine.hang_limit engine.threads
 augment augment.copies augment.randaugment augment.crop_area augment.crop_aspect augment.erase_probability augment.backend
 eval eval.every eval.videos_per_batch eval.precision eval.workers
@@ -106,7 +110,7 @@ def composed(word: str, others: Words) -> RunConfig:
 
 
 def test_every_option_always_counts_or_is_in_the_table_and_tried_here() -> None:
-    assert {name for name in _fields(RunConfig) if idle(name) is None} == set(ALWAYS.split())
+    assert {name for name in fields() if idle(name) is None} == set(ALWAYS.split())
     assert {option for option, _, _ in CASES.values()} == set(WITHOUT_EFFECT)
 
 

@@ -10,10 +10,9 @@ import pytest
 
 from multitrain.config import ConfigError, compose, load
 from multitrain.config.aliases import HINTS
-from multitrain.config.compose import _fields
 from multitrain.config.overrides import split, tidy
 from multitrain.config.paths import find_run
-from multitrain.config.run import RunConfig
+from multitrain.config.schema import fields
 from multitrain.evaluation.settings import with_overrides
 
 RAW = (
@@ -196,7 +195,7 @@ def test_a_name_from_elsewhere_is_answered_with_ours(word: str, says: str) -> No
 
 
 def test_hints_name_options_that_there_are() -> None:
-    known = set(_fields(RunConfig))
+    known = set(fields())
     for hint in HINTS.values():
         names = [
             w.partition("=")[0].strip("(),;")

@@ -31,8 +31,8 @@ from multitrain.data.annotations import (
 )
 from multitrain.data.catalog import Catalog, summary
 from multitrain.data.index import ensure_index
-from multitrain.data.prepare.check import list_entries
-from multitrain.data.prepare.listing import AnnotationFiles, Layout, segments
+from multitrain.data.tools.check import list_entries
+from multitrain.data.tools.listing import AnnotationFiles, Layout, segments
 from multitrain.records import jsonl as jsonl
 from tests.data.numbered import run_config
 

@@ -18,7 +18,7 @@ from benchmarks import footage
 from benchmarks.published import matching, same_bits, values
 from multitrain.config import AugmentConfig, ConfigError
 from multitrain.data import augment, randaugment_opencv, randaugment_pil
-from multitrain.data.augment import augment_clip, draw_augmentation
+from multitrain.data.augment import draw_augmentation
 from multitrain.data.randaugment import (
     OPERATIONS,
     Operation,
@@ -31,6 +31,7 @@ from multitrain.data.randaugment import (
 from multitrain.data.random import KeyedRNG
 from multitrain.data.spatial import Box, erase_box, random_resized_crop
 from tests import material
+from tests.data.augmented import augment_clip
 
 PUBLISHED = "rand-m7-n4-mstd0.5-inc1"
 TABLES_AND_STATISTICS = (

@@ -28,7 +28,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> TrainClipFn:
 def test_a_clip_has_the_same_pixels_however_many_frames_are_held(
     job: TrainClipFn, held: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tickets = job.plan.tickets(0, 12)
+    tickets = job.plan.samples(0, 12)
     whole, parts = np.zeros((2, len(tickets), *job.shape), job.dtype)
     for sample, out in zip(tickets, whole):
         job.run(Task(0, sample), out)

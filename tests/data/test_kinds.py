@@ -13,12 +13,12 @@ import pytest
 
 from multitrain.config import AugmentConfig
 from multitrain.data import randaugment_opencv, spatial
-from multitrain.data.augment import augment_clip
 from multitrain.data.decode import VideoError, container, open_video, scan_video
 from multitrain.data.frames import view_windows
 from multitrain.data.random import KeyedRNG
 from multitrain.data.spatial import Box, resize_crop
 from tests import material
+from tests.data.augmented import augment_clip
 from tests.data.numbered import number_of, write_numbered
 
 X264 = {"x264-params": "keyint=20:min-keyint=20:scenecut=0:bframes=2"}

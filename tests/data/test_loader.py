@@ -122,7 +122,7 @@ def test_a_batch_is_what_the_plan_says(setting: Setting) -> None:
     batches = setting.batches()
     assert [b.start for b in batches] == list(range(0, UPDATES * BATCH, 4))
     for b in batches:
-        tickets = setting.plan.tickets(b.start, b.start + 4)
+        tickets = setting.plan.samples(b.start, b.start + 4)
         assert (b.tickets == tickets).all()
         assert b.clips.shape == (8, 4, 32, 32, 3)
         assert b.clips.dtype == torch.uint8
@@ -312,7 +312,7 @@ class StallingJob(TrainClipFn):
     """Gets stuck in the first video of the plan, as a decoder in a library would."""
 
     def read(self, path: Path, *rest: Any) -> np.ndarray:
-        if str(path) == self.describe(Task(0, self.plan.tickets(0, 1)[0])):
+        if str(path) == self.describe(Task(0, self.plan.samples(0, 1)[0])):
             time.sleep(1000)
         return super().read(path, *rest)
 
@@ -324,7 +324,7 @@ def test_a_stalled_decode_is_a_bad_video(
     monkeypatch.setattr(loader, "TrainClipFn", StallingJob)
     setting = Setting(videos, tmp_path / "index", data__decode_timeout=4.0)
     records = [r for b in setting.batches(0, 1, workers=workers) for r in b.skipped]
-    stuck = StallingJob(setting.catalogs, setting.plan, setting.config).describe(Task(0, setting.plan.tickets(0, 1)[0]))
+    stuck = StallingJob(setting.catalogs, setting.plan, setting.config).describe(Task(0, setting.plan.samples(0, 1)[0]))
     assert [stuck.endswith(r["path"]) for r in records] == [True]
     assert [r["reason"] for r in records] == ["decoding took longer than data.decode_timeout"]
 

@@ -25,8 +25,8 @@ from multitrain.data.clips import Task, TrainClipFn
 from multitrain.data.decode import VideoError, open_video
 from multitrain.data.index import _MAGIC, read_header
 from multitrain.data.packs import BLOCK, INDEX, Pack, find_packed, open_pack
-from multitrain.data.prepare.packing import Unpack
-from multitrain.data.prepare.scan import ScanFile
+from multitrain.data.tools.packing import Unpack
+from multitrain.data.tools.scan import ScanFile
 
 NAMES = ("stride", "segment", "with.dot")
 
@@ -106,7 +106,7 @@ def test_a_run_on_shards_has_the_plan_and_the_clips_of_a_run_on_files(
         catalogs = open_catalogs(config.data, "train", tmp_path)
         jobs.append(TrainClipFn(catalogs, plan_of(config, catalogs), config))
     assert jobs[0].plan.fingerprint == jobs[1].plan.fingerprint
-    for sample in jobs[0].plan.tickets(0, 12):
+    for sample in jobs[0].plan.samples(0, 12):
         out = [np.zeros(job.shape, job.dtype) for job in jobs]
         clips = [job.run(Task(0, sample), buffer) for job, buffer in zip(jobs, out)]
         assert np.array_equal(*out)

@@ -12,9 +12,9 @@ from multitrain.config import validate
 from multitrain.data.catalog import open_catalogs, plan_of
 from multitrain.data.loader import TrainLoader
 from multitrain.data.mix import finalize_batch
-from multitrain.data.prepare.stats import balance, collect, draws, text
 from multitrain.data.show import clips_of, picture
 from multitrain.data.spatial import MEAN, STD
+from multitrain.data.tools.stats import balance, collect, draws, text
 from multitrain.order import solve
 
 

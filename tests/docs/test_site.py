@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from multitrain.config import reference
-from multitrain.config.compose import _fields
-from multitrain.config.run import RunConfig
+from multitrain.config.schema import fields
 
 
 def test_the_configuration_reference_is_that_of_the_schema(root: Path) -> None:
@@ -25,7 +24,7 @@ def test_the_configuration_reference_is_that_of_the_schema(root: Path) -> None:
 def test_every_option_is_in_the_reference_with_a_description() -> None:
     text = reference.reference()
     rows = dict(re.findall(r"^\| `([^`]+)` \|.*\| (.*) \|$", text, re.MULTILINE))
-    leaves = [f for f in _fields(RunConfig) if not any(o.startswith(f"{f}.") for o in _fields(RunConfig))]
+    leaves = [f for f in fields() if not any(o.startswith(f"{f}.") for o in fields())]
     assert set(leaves) <= set(rows)
     assert [name for name in leaves if len(rows[name]) < 5] == []
 

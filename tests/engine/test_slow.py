@@ -102,7 +102,7 @@ def test_a_video_whose_decoding_never_ends_is_cut_off_told_of_and_replaced(
     plan = plan_of(load(run), catalogs)
     segment = [s.name for s in plan.sources].index("segment")
     number = next(i for i in range(10) if catalogs["segment"].relative_path(i) == stuck)
-    tickets = plan.tickets(0, 2 * config.effective_batch)
+    tickets = plan.samples(0, 2 * config.effective_batch)
     shown = [
         (at // config.effective_batch, catalogs["segment"].relative_path(plan.stand_in(t, 0)))
         for at, t in enumerate(tickets)

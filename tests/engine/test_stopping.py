@@ -154,7 +154,7 @@ def test_an_update_is_held_up_only_for_the_copy(run: Path) -> None:
 
 def test_a_stop_that_comes_while_slurm_takes_the_nodes_away_is_for_the_next_start(tmp_path: Path) -> None:
     start = Interruption(tmp_path, lambda value: value, watches_files=True, file_interval=0)
-    start.ask(Request.LEAVE)
+    start.signals.append(signal.SIGTERM)
     assert start.agreed() == Request.LEAVE
     (tmp_path / "STOP").touch()
     start.stopped(Request.LEAVE)

@@ -14,7 +14,7 @@ from multitrain.cli import main
 from multitrain.commands.embed import _lines
 from multitrain.config import ConfigError, RunConfig
 from multitrain.data.views import load_views
-from multitrain.evaluation.embed import Embeddings, Item, embed, flattened, map_of, write
+from multitrain.evaluation.embed import Embeddings, Item, embed, feature_map, principal_components, write
 from multitrain.evaluation.nearest import affinity, heat_map, matches
 from multitrain.evaluation.predictor import Predictor
 from multitrain.files import OutputFolder
@@ -67,11 +67,11 @@ def test_the_map_shows_the_directions_of_largest_spread() -> None:
     rng = np.random.default_rng(0)
     features = np.zeros((40, 6), np.float32)
     features[:, 3], features[:, 1] = rng.normal(0, 10, 40), rng.normal(0, 3, 40)
-    axes = flattened(features)
+    axes = principal_components(features)
     assert abs(np.corrcoef(axes[:, 0], features[:, 3])[0, 1]) > 0.99
     assert abs(np.corrcoef(axes[:, 1], features[:, 1])[0, 1]) > 0.99
     items = [Item(str(i), "ab"[i % 2], str(i % 3)) for i in range(40)]
-    assert map_of(Embeddings(items, features)).startswith(b"\x89PNG")
+    assert feature_map(Embeddings(items, features)).startswith(b"\x89PNG")
 
 
 def test_nearest_finds_the_pair_that_the_projection_ties(model: Predictor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from multitrain.data.catalog import Catalog, open_catalogs
 from multitrain.data.views import load_views
 from multitrain.evaluation import metrics, shards, tables
 from multitrain.evaluation.evaluator import Evaluation, EvaluationError, evaluate
+from multitrain.evaluation.scored import read_evaluation
 from multitrain.evaluation.shards import ShardReader, ShardWriter
 from multitrain.evaluation.validation import validate
 from multitrain.model import MultiTrain
@@ -273,7 +275,7 @@ def test_rank_0_waits_for_the_others_and_says_who_is_missing(
     model: MultiTrain, config: RunConfig, tmp_path: Path
 ) -> None:
     with pytest.raises(EvaluationError, match=r"4 of 10 videos have no scores.*number 4"):
-        evaluate(model, config, ["stride"], out_dir=tmp_path, world_size=2, patience=0.0)
+        evaluate(model, config, ["stride"], out_dir=tmp_path, world_size=2, peer_timeout=0.0)
     assert evaluate(model, config, ["stride"], out_dir=tmp_path, world_size=1).finished
 
 
@@ -466,3 +468,17 @@ def test_validation_stops_on_all_ranks_when_one_is_asked_to(model: MultiTrain, c
     assert validate(model, config, catalogs, rank=0, world_size=2, reduce=keep, stop=after(1)) == {}
     assert validate(model, config, catalogs, rank=1, world_size=2, reduce=keep) == {}
     assert vectors[0].shape == vectors[1].shape
+
+
+def test_an_unreadable_video_whose_name_is_not_utf8_is_listed_and_its_results_can_be_read(tmp_path: Path) -> None:
+    support.write_dataset(tmp_path / "d", 2, 2, seed=3)
+    odd = os.fsdecode(b"caf\xe9.mp4")
+    with (tmp_path / "d/test.csv").open("a", errors="surrogateescape") as lines:
+        lines.write(f"{odd} 1\n")
+    settings = support.settings(tmp_path)
+    settings["data"] |= {"datasets": {"d": _entry(tmp_path, "d", 2)}, "index": str(tmp_path / "index")}
+    config = checked(settings)
+    model = MultiTrain(config.model, {"d": 2})
+    assert evaluate(model, config, ["d"], out_dir=tmp_path / "out").finished
+    assert evaluate(model, config, ["d"], out_dir=tmp_path / "out").finished  # reads the shards of before
+    assert [Path(r["path"]).name for r in read_evaluation(tmp_path / "out")["d"].unreadable] == [odd]

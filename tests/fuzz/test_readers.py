@@ -145,7 +145,7 @@ def test_a_fuzz_that_was_ended_goes_on_after_its_last_case(tmp_path: Path, monke
     assert saved["outcomes"] == {"csv": {"refused": 2}, "events": {"refused": 1}}
     assert main(words, tmp_path) == 1
     assert [f"{c.reader}/{c.number}" for c in asked[3:]] == ["events/1", "events/1", "csv/2", "events/2", "csv/3"]
-    result = json.loads((tmp_path / "fuzz.json").read_text())
+    result = json.loads((tmp_path / "raw/fuzz.json").read_text())
     assert (result["done"], result["outcomes"]["csv"]) == (7, {"refused": 3, "traceback": 1})
     assert [f["case"] for f in result["faults"]] == ["csv/2", "events/2"]
     assert not (tmp_path / "unfinished/fuzz-small.json").exists()

@@ -92,7 +92,7 @@ GOLDEN_STAND_INS: list[int] = [159611, 97691, 223593, 203432, 87962]
 @pytest.mark.parametrize("name", GOLDEN_TICKETS)
 def test_the_order_is_frozen_for_ever(name: str) -> None:
     plan = golden(name)
-    assert plan.tickets(0, 12).tolist() == GOLDEN_TICKETS[name]
+    assert plan.samples(0, 12).tolist() == GOLDEN_TICKETS[name]
     assert (plan.digest(0, 1200), plan.digest(10**6, 10**6 + 99), plan.digest(2**40, 2**40 + 99)) == GOLDEN_DIGESTS[
         name
     ]
@@ -101,4 +101,4 @@ def test_the_order_is_frozen_for_ever(name: str) -> None:
 def test_fingerprint_and_stand_ins_are_frozen_for_ever() -> None:
     assert ORDER_VERSION == 1
     assert GOLDEN.fingerprint == GOLDEN_FINGERPRINT
-    assert [GOLDEN.stand_in(GOLDEN.tickets(5, 6)[0], n) for n in range(5)] == GOLDEN_STAND_INS
+    assert [GOLDEN.stand_in(GOLDEN.samples(5, 6)[0], n) for n in range(5)] == GOLDEN_STAND_INS

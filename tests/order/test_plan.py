@@ -19,7 +19,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from multitrain.order import ORDER_VERSION, TICKET, Plan, Source, solve
+from multitrain.order import ORDER_VERSION, SAMPLE_DTYPE, TICKET, Plan, Source, solve
 from multitrain.order.plan import apportion, layout, simplest
 
 PAPER = (Source("kinetics", 240_436), Source("mit", 791_297), Source("ssv2", 168_913))
@@ -66,7 +66,7 @@ def test_every_video_comes_exactly_once_per_pass_over_its_dataset_two_passes_dee
         weights = plan._weights()
         horizon = max((2 * s.size + 3) * sum(weights) // w + 1 for s, w in zip(plan.sources, weights))
     assume(horizon < min(20_000, 3000 * plan.effective_batch))
-    tickets = plan.tickets(0, -(-horizon // plan.effective_batch) * plan.effective_batch)
+    tickets = plan.samples(0, -(-horizon // plan.effective_batch) * plan.effective_batch)
     assert len(np.unique(tickets)) == len(tickets)
     for number, source in enumerate(plan.sources):
         own = tickets[tickets["dataset"] == number]
@@ -77,7 +77,7 @@ def test_every_video_comes_exactly_once_per_pass_over_its_dataset_two_passes_dee
 @moderate
 @given(plans(mixture="interleave"))
 def test_interleave_ends_a_pass_before_it_begins_the_next(plan: Plan) -> None:
-    tickets = plan.tickets(0, 40 * plan.effective_batch)
+    tickets = plan.samples(0, 40 * plan.effective_batch)
     for number, source in enumerate(plan.sources):
         own = tickets[tickets["dataset"] == number]
         assert own["pass"].tolist() == [k // source.size for k in range(len(own))]
@@ -87,7 +87,7 @@ def test_interleave_ends_a_pass_before_it_begins_the_next(plan: Plan) -> None:
 @given(plans(mixture="concat"), st.integers(0, 2**20))
 def test_concat_shows_every_replica_exactly_once_per_pass_over_the_union(plan: Plan, union: int) -> None:
     size = plan.epoch_size
-    tickets = plan.tickets(union * size, (union + 1) * size)
+    tickets = plan.samples(union * size, (union + 1) * size)
     expected = {
         (d, i, union * s.replicas + r)
         for d, s in enumerate(plan.sources)
@@ -102,8 +102,8 @@ def test_concat_shows_every_replica_exactly_once_per_pass_over_the_union(plan: P
 def test_by_size_an_epoch_is_exactly_one_pass_times_replicas_over_each_dataset(plan: Plan, epochs: int) -> None:
     """As far as whole updates can: to the video where updates and epochs meet, and never a video late or early."""
     batch, size = plan.effective_batch, plan.epoch_size
-    within = counts(plan.tickets(0, epochs * size // batch * batch), len(plan.sources))
-    enough = counts(plan.tickets(0, plan.updates(epochs) * batch), len(plan.sources))
+    within = counts(plan.samples(0, epochs * size // batch * batch), len(plan.sources))
+    enough = counts(plan.samples(0, plan.updates(epochs) * batch), len(plan.sources))
     for source, least, most in zip(plan.sources, enough, within):
         assert most <= epochs * source.draws <= least
 
@@ -113,28 +113,28 @@ def test_by_size_an_epoch_is_exactly_one_pass_times_replicas_over_each_dataset(p
 def test_by_size_updates_that_fill_whole_epochs_hold_whole_passes(plan: Plan) -> None:
     epochs = plan.effective_batch
     assert plan.updates(epochs) == plan.epoch_size
-    tickets = plan.tickets(0, epochs * plan.epoch_size)
+    tickets = plan.samples(0, epochs * plan.epoch_size)
     assert counts(tickets, len(plan.sources)) == [epochs * s.draws for s in plan.sources]
 
 
 @pytest.mark.parametrize("mixture", ["interleave", "concat"])
 def test_positions_around_the_end_of_a_pass(mixture: Any) -> None:
     plan = Plan([Source("one", 17)], seed=3, effective_batch=4, mixture=mixture)
-    first, second = plan.tickets(0, 17), plan.tickets(17, 34)
+    first, second = plan.samples(0, 17), plan.samples(17, 34)
     assert sorted(first["index"]) == sorted(second["index"]) == list(range(17))
     assert first["index"].tolist() != second["index"].tolist()
     assert set(first["pass"]) == {0}
     assert set(second["pass"]) == {1}
-    everything = plan.tickets(0, 40)
+    everything = plan.samples(0, 40)
     for position in (0, 1, 15, 16, 17, 18, 33, 34, 35):
-        assert plan.tickets(position, position + 1).tolist() == [everything[position].item()]
-        assert len(plan.tickets(position, position)) == 0
+        assert plan.samples(position, position + 1).tolist() == [everything[position].item()]
+        assert len(plan.samples(position, position)) == 0
 
 
 @pytest.mark.parametrize("mixture", ["interleave", "concat"])
 def test_the_published_datasets_are_seen_exactly_once_in_an_epoch(mixture: Any) -> None:
     plan = Plan(PAPER, seed=0, effective_batch=512, mixture=mixture)
-    tickets = plan.tickets(0, plan.updates(1) * 512)
+    tickets = plan.samples(0, plan.updates(1) * 512)
     for number, source in enumerate(PAPER):
         first = tickets[(tickets["dataset"] == number) & (tickets["pass"] == 0)]["index"]
         assert np.array_equal(np.sort(first), np.arange(source.size))
@@ -160,9 +160,9 @@ def test_any_world_size_micro_batch_and_interruption_gives_the_same_updates(
         shape = solve(batch, nodes=1, gpus=world, micro_batch=micro, group=plan.group)
         for update in range(len(done), min(updates, len(done) + length)):
             slices = [shape.slice(update, a, r) for r in range(world) for a in range(shape.accumulation)]
-            done.append(np.concatenate([plan.tickets(*s) for s in slices]))
-        plan.tickets(*shape.slice(len(done), 0, 0))
-    assert np.array_equal(np.concatenate(done), plan.tickets(0, updates * batch))
+            done.append(np.concatenate([plan.samples(*s) for s in slices]))
+        plan.samples(*shape.slice(len(done), 0, 0))
+    assert np.array_equal(np.concatenate(done), plan.samples(0, updates * batch))
 
 
 @moderate
@@ -170,9 +170,9 @@ def test_any_world_size_micro_batch_and_interruption_gives_the_same_updates(
 @example(Plan(PAPER, seed=0, effective_batch=512), 2**40, [1, 511, 2])
 def test_tickets_do_not_depend_on_how_they_are_asked_for(plan: Plan, start: int, steps: list[int]) -> None:
     cuts = np.cumsum([start, *steps]).tolist()
-    parts = [plan.tickets(a, b) for a, b in pairwise(cuts)]
-    assert np.array_equal(np.concatenate(parts), plan.tickets(cuts[0], cuts[-1]))
-    assert np.array_equal(plan.tickets(np.int64(start), np.int64(cuts[-1])), plan.tickets(start, cuts[-1]))
+    parts = [plan.samples(a, b) for a, b in pairwise(cuts)]
+    assert np.array_equal(np.concatenate(parts), plan.samples(cuts[0], cuts[-1]))
+    assert np.array_equal(plan.samples(np.int64(start), np.int64(cuts[-1])), plan.samples(start, cuts[-1]))
 
 
 @pytest.mark.parametrize("mixture", ["interleave", "concat"])
@@ -180,13 +180,13 @@ def test_tickets_do_not_depend_on_how_they_are_asked_for(plan: Plan, start: int,
 def test_far_positions_do_not_overflow(mixture: Any, start: int) -> None:
     sources = [Source("large", 2**40 + 15, 5), Source("small", 3, 7), Source("medium", 10**6 + 3)]
     plan = Plan(sources, seed=1, effective_batch=510, mixture=mixture)
-    tickets = plan.tickets(start, start + 2000)
+    tickets = plan.samples(start, start + 2000)
     assert len(np.unique(tickets)) == 2000
-    assert np.array_equal(plan.tickets(np.uint64(start), np.uint64(start + 2000)), tickets)  # type: ignore[arg-type]
+    assert np.array_equal(plan.samples(np.uint64(start), np.uint64(start + 2000)), tickets)  # type: ignore[arg-type]
     assert tickets["index"].min() >= 0
     assert tickets["pass"].min() >= 0
     plan = Plan(PAPER, seed=1, effective_batch=512, mixture=mixture)
-    tickets = plan.tickets(start, start + 2000)
+    tickets = plan.samples(start, start + 2000)
     assert abs(int(tickets["pass"][0]) - start // plan.epoch_size) <= 1
 
 
@@ -198,7 +198,7 @@ def test_cost_is_independent_of_the_position() -> None:
         times = []
         for n in range(20):
             begin = time.process_time()
-            plan.tickets(start + n * 512, start + (n + 1) * 512)
+            plan.samples(start + n * 512, start + (n + 1) * 512)
             times.append(time.process_time() - begin)
         return min(times)
 
@@ -227,7 +227,7 @@ def test_float_weights_give_exact_counts_in_every_update(
     plan = Plan(sources, seed=0, effective_batch=batch, proportions="weights")
     first = position // batch
     for update in (0, 1, 2, first, first + 1):
-        tickets = plan.tickets(update * batch, (update + 1) * batch)
+        tickets = plan.samples(update * batch, (update + 1) * batch)
         assert counts(tickets, len(shares)) == [share * times for share in shares]
 
 
@@ -238,7 +238,7 @@ def test_a_dataset_whose_share_is_whole_gets_it_exactly_even_when_the_others_are
     sources = [Source(f"d{n}", 50, weight=w) for n, w in enumerate(weights)]
     plan = Plan(sources, seed=0, effective_batch=512, proportions="weights")
     for update in range(50):
-        half, *others = counts(plan.tickets(update * 512, update * 512 + 512), len(weights))
+        half, *others = counts(plan.samples(update * 512, update * 512 + 512), len(weights))
         assert half == 256
         assert all(abs(count - 512 * w) < 2 for count, w in zip(others, weights[1:]))
 
@@ -249,7 +249,7 @@ def test_counts_never_stray_from_the_proportions(plan: Plan) -> None:
     number, batch, weights = len(plan.sources), plan.effective_batch, plan._weights()
     whole = [batch * w % sum(weights) == 0 for w in weights]
     shared = sum(w for w, exact in zip(weights, whole) if not exact)
-    dataset = plan.tickets(0, 20 * batch)["dataset"].reshape(20, batch)
+    dataset = plan.samples(0, 20 * batch)["dataset"].reshape(20, batch)
     so_far = np.cumsum([(dataset == n).sum(1) for n in range(number)], axis=1)
     for update in range(20):
         for count, w, exact in zip(so_far[:, update].tolist(), weights, whole):
@@ -262,7 +262,7 @@ def test_every_dataset_is_in_every_update_as_soon_as_its_share_allows() -> None:
     sources = [Source("a", 10_007), Source("b", 90_001), Source("c", 203)]  # c: 1.04 videos of 512
     plan = Plan(sources, seed=0, effective_batch=512)
     for update in range(400):
-        assert min(counts(plan.tickets(update * 512, update * 512 + 512), 3)) >= 1
+        assert min(counts(plan.samples(update * 512, update * 512 + 512), 3)) >= 1
 
 
 def test_temperature_is_the_power_of_size_times_replicas() -> None:
@@ -272,15 +272,15 @@ def test_temperature_is_the_power_of_size_times_replicas() -> None:
         batch = sum(share)
         plan = Plan(sources, seed=0, effective_batch=batch, proportions="temperature", temperature=temperature)
         for update in range(3):
-            assert counts(plan.tickets(update * batch, (update + 1) * batch), 3) == list(share)
+            assert counts(plan.samples(update * batch, (update + 1) * batch), 3) == list(share)
     hot = Plan(sources, seed=0, effective_batch=3000, proportions="temperature", temperature=1e9)
-    assert counts(hot.tickets(0, 3000), 3) == [1000, 1000, 1000]
+    assert counts(hot.samples(0, 3000), 3) == [1000, 1000, 1000]
 
 
 def test_temperature_one_is_by_size() -> None:
     by_size = Plan(PAPER, seed=5, effective_batch=64)
     by_temperature = replace(by_size, proportions="temperature")
-    assert np.array_equal(by_size.tickets(1000, 3000), by_temperature.tickets(1000, 3000))
+    assert np.array_equal(by_size.samples(1000, 3000), by_temperature.samples(1000, 3000))
 
 
 @moderate
@@ -321,7 +321,7 @@ def test_no_positive_number_is_lost_in_simplification(number: float) -> None:
 @given(plans(mixture="interleave"))
 def test_mix_groups_are_of_one_dataset_except_at_the_end_of_an_update(plan: Plan) -> None:
     group, batch = plan.group, plan.effective_batch
-    tickets = plan.tickets(0, 10 * batch)
+    tickets = plan.samples(0, 10 * batch)
     for update in range(10):
         own = tickets["dataset"][update * batch : (update + 1) * batch]
         held = counts(tickets[update * batch : (update + 1) * batch], len(plan.sources))
@@ -352,7 +352,7 @@ def test_each_rank_gets_a_fair_mixture() -> None:
         [Source("a", 1000, 2), Source("b", 2000, 2), Source("c", 1000, 2)], seed=0, effective_batch=512, group=2
     )
     for rank in range(16):
-        assert counts(plan.tickets(512 + rank * 32, 512 + rank * 32 + 32), 3) == [8, 16, 8]
+        assert counts(plan.samples(512 + rank * 32, 512 + rank * 32 + 32), 3) == [8, 16, 8]
 
 
 # What the order depends on, and what not.
@@ -361,7 +361,7 @@ def test_each_rank_gets_a_fair_mixture() -> None:
 def test_the_order_of_a_dataset_depends_on_seed_name_and_pass_only() -> None:
     def order(plan: Plan, name: str) -> list[int]:
         number = [s.name for s in plan.sources].index(name)
-        tickets = plan.tickets(0, 4000)
+        tickets = plan.samples(0, 4000)
         return tickets["index"][tickets["dataset"] == number][:200].tolist()
 
     base = Plan([Source("a", 300), Source("b", 300)], seed=0, effective_batch=8)
@@ -375,7 +375,7 @@ def test_seeds_and_passes_never_share_an_order(mixture: Any) -> None:
     """With seed + epoch as the key, pass 1 of seed 0 is pass 0 of seed 1."""
     orders = set()
     for seed in range(10):
-        tickets = Plan([Source("a", 50)], seed=seed, effective_batch=5, mixture=mixture).tickets(0, 500)
+        tickets = Plan([Source("a", 50)], seed=seed, effective_batch=5, mixture=mixture).samples(0, 500)
         orders |= {tuple(tickets["index"][n * 50 : n * 50 + 50].tolist()) for n in range(10)}
     assert len(orders) == 100
 
@@ -437,7 +437,7 @@ def test_numbers_of_numpy_and_whole_floats_make_the_same_plan() -> None:
     sources = [Source("k400", np.int64(10)), Source("mit", np.int32(20), digest="0123456789abcdef0123")]  # type: ignore
     other = Plan(sources, seed=np.int64(0), effective_batch=np.int64(512), temperature=1)  # type: ignore[arg-type]
     assert other.fingerprint == BASE.fingerprint
-    assert np.array_equal(other.tickets(2**40, 2**40 + 9), BASE.tickets(2**40, 2**40 + 9))
+    assert np.array_equal(other.samples(2**40, 2**40 + 9), BASE.samples(2**40, 2**40 + 9))
 
 
 def test_digest_stands_for_the_tickets() -> None:
@@ -455,7 +455,7 @@ def test_digest_stands_for_the_tickets() -> None:
 @moderate
 @given(plans(), st.integers(0, 2000))
 def test_stand_ins_are_all_the_other_videos_of_the_dataset_in_turn(plan: Plan, position: int) -> None:
-    ticket = plan.tickets(position, position + 1)[0]
+    ticket = plan.samples(position, position + 1)[0]
     size, bad = plan.sources[int(ticket["dataset"])].size, int(ticket["index"])
     others = [plan.stand_in(ticket, attempt) for attempt in range(size - 1)]
     assert sorted(others) == [i for i in range(size) if i != bad]
@@ -465,7 +465,7 @@ def test_stand_ins_are_all_the_other_videos_of_the_dataset_in_turn(plan: Plan, p
 
 def test_stand_ins_of_different_passes_differ() -> None:
     plan = Plan([Source("a", 10_000)], seed=0, effective_batch=8)
-    tickets = np.zeros(20, TICKET)
+    tickets = np.zeros(20, SAMPLE_DTYPE)
     tickets["pass"] = np.arange(20)
     assert len({plan.stand_in(t, 0) for t in tickets}) > 15
 
@@ -502,9 +502,9 @@ def test_a_source_refuses_to_be_empty(bad: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("start", "stop"), [(-1, 3), (3, 2)])
 def test_there_are_no_samples_before_the_first(start: int, stop: int) -> None:
     with pytest.raises(ValueError, match="no range"):
-        BASE.tickets(start, stop)
+        BASE.samples(start, stop)
     with pytest.raises(TypeError):
-        BASE.tickets(0.0, 3.0)  # type: ignore[arg-type]
+        BASE.samples(0.0, 3.0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -521,3 +521,10 @@ def test_order_needs_numpy_and_the_standard_library_only() -> None:
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "numpy" in loaded
     assert not {"torch", "pydantic", "hydra", "yaml", "cv2", "av", "scipy"} & set(loaded)
+
+
+def test_the_older_names_of_samples_still_work() -> None:
+    with pytest.warns(DeprecationWarning, match=r"Plan\.samples"):
+        older = BASE.tickets(3, 9)
+    assert older.dtype == TICKET
+    assert np.array_equal(older, BASE.samples(3, 9))

@@ -49,7 +49,7 @@ def test_every_pass_has_every_video_once_for_all_sizes_to_2000(window: int, shar
     step = 1 if window == 3 and shard_videos == 7 else 37
     for size in (*range(1, 40), *range(40, 2001, step)):
         plan = Plan([Source("a", size)], seed=size, effective_batch=1, shuffle_window=window, shard_videos=shard_videos)
-        tickets = plan.tickets(size, 3 * size)
+        tickets = plan.samples(size, 3 * size)
         for lap in (1, 2):
             assert np.array_equal(np.sort(tickets["index"][tickets["pass"] == lap]), np.arange(size))
 
@@ -58,9 +58,9 @@ def test_every_pass_has_every_video_once_for_all_sizes_to_2000(window: int, shar
 def test_replicas_and_several_datasets_have_every_video_once_a_pass(mixture: str) -> None:
     sources = [Source("a", 101, 2), Source("b", 17, 3), Source("c", 1)]
     plan = Plan(sources, seed=5, effective_batch=8, mixture=mixture, shuffle_window=4, shard_videos=10)  # type: ignore[arg-type]
-    tickets = plan.tickets(0, 2 * plan.epoch_size)
+    tickets = plan.samples(0, 2 * plan.epoch_size)
     if mixture == "interleave":
-        tickets = plan.tickets(0, plan.effective_batch * plan.epoch_size)
+        tickets = plan.samples(0, plan.effective_batch * plan.epoch_size)
     for number, source in enumerate(sources):
         own = tickets[tickets["dataset"] == number]
         for lap in range(2 * source.replicas):
@@ -70,14 +70,14 @@ def test_replicas_and_several_datasets_have_every_video_once_a_pass(mixture: str
 def test_all_of_the_flagship_comes_exactly_once() -> None:
     size = sum(s.size for s in FLAGSHIP)
     plan = Plan([Source("all", size)], seed=3, effective_batch=512, shuffle_window=64)
-    assert np.array_equal(np.sort(plan.tickets(size, 2 * size)["index"]), np.arange(size))
+    assert np.array_equal(np.sort(plan.samples(size, 2 * size)["index"]), np.arange(size))
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 64])
 def test_an_update_reads_window_plus_one_shards_of_a_dataset_at_most(window: int) -> None:
     plan = Plan(FLAGSHIP, seed=1, effective_batch=512, shuffle_window=window)
     for first, updates in ((0, 400), (10**7, 100)):
-        tickets = plan.tickets(first * 512, (first + updates) * 512)
+        tickets = plan.samples(first * 512, (first + updates) * 512)
         update = np.arange(len(tickets)) // 512
         for number, source in enumerate(FLAGSHIP):
             own = tickets["dataset"] == number
@@ -90,18 +90,18 @@ def test_an_update_reads_window_plus_one_shards_of_a_dataset_at_most(window: int
 def test_windows_change_no_proportion(proportions: str) -> None:
     plain = replace(GOLDEN, proportions=proportions, temperature=2.0)  # type: ignore[arg-type]
     windowed = replace(plain, shuffle_window=4)
-    a, b = plain.tickets(0, 1200), windowed.tickets(0, 1200)
+    a, b = plain.samples(0, 1200), windowed.samples(0, 1200)
     assert np.array_equal(a["dataset"], b["dataset"])
     assert np.array_equal(a["pass"], b["pass"])
 
 
 def test_any_world_size_sees_the_same_update() -> None:
     plan = Plan(FLAGSHIP, seed=1, effective_batch=512, shuffle_window=64)
-    whole = plan.tickets(300 * 512, 301 * 512)
+    whole = plan.samples(300 * 512, 301 * 512)
     for nodes, gpus in ((1, 1), (1, 8), (4, 8), (16, 8)):
         shape = solve(512, nodes=nodes, gpus=gpus)
         parts = [
-            plan.tickets(*shape.slice(300, step, rank))
+            plan.samples(*shape.slice(300, step, rank))
             for rank in range(shape.world_size)
             for step in range(shape.accumulation)
         ]

@@ -24,6 +24,7 @@ from multitrain.evaluation.scored import Scored, confused, hardest, newest_evalu
 from multitrain.model import MultiTrain
 from multitrain.records.recorder import Recorder
 from multitrain.report import run_report
+from multitrain.report.page import render
 from multitrain.report.run_report import accuracy_table, write_report
 from tests import support
 
@@ -122,6 +123,33 @@ def test_the_page_tells_interruptions_what_was_not_read_the_hardest_classes_and_
         assert link in sections
 
 
+def test_no_text_of_a_stranger_becomes_markup_or_steers_the_page() -> None:
+    bad = "</style><img src=x>'\"&{{ 7*7 }}\x1b[31m\u202e\udce9"
+    row = (bad,) * 7
+    page = render(
+        name=bad,
+        made=bad,
+        state=bad,
+        summary={bad: bad},
+        pictures={"curves": b"png"},
+        accuracy=[(bad, bad), (bad, bad)],
+        bars=[(1.0, 2.0)],
+        interruptions=[row],
+        confused={bad: [row[:3]]},
+        hardest={bad: [row[:4]]},
+        unread=[row[:4]],
+        unread_counts={bad: 1},
+        settings={bad: f"one\n{bad}"},
+    )
+    assert not re.search("[\x1b\u202e\udce9]", page)
+    assert "49" not in page
+    assert page.count("<img") == 1
+    assert page.count("</style>") == 1
+    assert page.count("{{ 7*7 }}\\x1b[31m\\u202e\\xe9") >= 25
+    tags = re.findall(r"<[^>]*>", page)
+    assert not [tag for tag in tags if "7*7" in tag and 'class="state' not in tag]
+
+
 def test_a_browser_shows_every_picture_and_nothing_sticks_out(run: Path, tmp_path: Path) -> None:
     made = write_report(run, out=tmp_path, clips=1)
     script = (
@@ -190,7 +218,7 @@ def test_the_hardest_classes_come_first_and_those_always_right_are_left_out() ->
     t = scored([0, 1, 2, 3], np.eye(5)[:4], confusion=pairs)
     found = hardest(t)
     assert [(h.name, h.right, h.videos) for h in found] == [("class 1", 1, 4), ("class 3", 3, 6), ("class 2", 1, 2)]
-    assert found[1].taken_for == (("class 1", 2), ("class 0", 1))
+    assert found[1].predicted_as == (("class 1", 2), ("class 0", 1))
     assert confused(t, 2) == [("class 1", "class 0", 3, 4), ("class 3", "class 1", 2, 6)]
     several = scored(np.array([[1, 1], [0, 1]], bool), np.eye(2))
     assert (hardest(several), confused(several)) == ([], [])

@@ -196,17 +196,3 @@ def _reason(error: BaseException) -> str:
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     log = getattr(error, "log", None)
     return f"{text} ({log[2].strip()})" if log else str(text).splitlines()[-1]
-
-
-__all__ = [
-    "MAX_PIXELS",
-    "VIDEO_FORMATS",
-    "as_video_error",
-    "check_size",
-    "content_of",
-    "has_flag",
-    "local_name",
-    "open_container",
-    "opened",
-    "stream_index",
-]

@@ -103,6 +103,3 @@ def _reason(error: Exception, path: Path) -> str:
     text = lines[0] if lines else type(error).__name__
     text = text.split("Check failed: ")[-1] if "Check failed" in text else text.split("] ", 1)[-1]
     return text.replace(f"file:{path.absolute()}", "the file").replace(str(path), "the file").rstrip(".")
-
-
-__all__ = ["DecordVideo"]

@@ -157,6 +157,3 @@ _READERS: dict[str, tuple[Callable[[bytes], int], _Reader]] = {
     "mov": (_from_start, _box),
 }
 """By format: a function for the offset of the first chunk, and the reader of a chunk."""
-
-
-__all__ = ["needed_bytes"]

@@ -135,6 +135,3 @@ def _later(pts: np.ndarray, keys: np.ndarray, at: np.ndarray, shown: np.ndarray)
     if not len(keys):
         return np.zeros(len(shown), bool)
     return (at >= 0) & (pts[keys[at]] > pts[shown])
-
-
-__all__ = ["NO_TIME", "FrameIndex", "Packets", "index_by_count", "index_by_pts"]

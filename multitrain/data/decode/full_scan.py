@@ -116,6 +116,3 @@ def _digest(video: PyAVVideo) -> tuple[str, str, int]:
         hidden.append(packet.is_discard)
     which = hashlib.blake2b(hidden, digest_size=16).hexdigest() if any(hidden) else ""
     return digest.hexdigest(), which, placeholders
-
-
-__all__ = ["VideoScan", "check_complete", "scan_video"]

@@ -164,6 +164,3 @@ def _orders(turn: Turn) -> tuple[bool, bool, bool]:
     first = int(corners[0, 0])
     last_row, last_column = first >= 3, first % 3 == 2
     return (swapped, last_column, last_row) if swapped else (False, last_row, last_column)
-
-
-__all__ = ["LARGE", "Cutter", "Frame", "Picture", "can_be_cut", "part", "pixels"]

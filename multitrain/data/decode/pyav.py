@@ -339,6 +339,3 @@ def _upright(image: np.ndarray, matrix: tuple[int, int, int, int] | None) -> np.
     else:
         across, down = a < 0, d < 0
     return image[:: -1 if down else 1, :: -1 if across else 1]
-
-
-__all__ = ["MAX_CACHED_BYTES", "MAX_FRAMES", "Converter", "PyAVVideo", "upright_size"]

@@ -67,6 +67,3 @@ def frame_seconds(container: av.container.InputContainer, stream: av.VideoStream
 def cut_off_avi(stream: av.VideoStream) -> bool:
     """Whether an AVI file ends before the length in its header. libavformat then shortens the stream's duration, not its frame count."""
     return bool(stream.frames and stream.duration and stream.duration < stream.frames)
-
-
-__all__ = ["DEFAULT_FPS", "average_rate", "cut_off_avi", "frame_seconds"]

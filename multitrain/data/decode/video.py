@@ -17,6 +17,7 @@ import numpy as np
 
 from multitrain.data.decode.picture import Frame, pixels
 from multitrain.data.packs import DamagedError, Stored, find_packed, os_error_text
+from multitrain.text import printable
 
 _PERMANENT_ERRNOS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
@@ -32,16 +33,10 @@ class VideoError(Exception):
 
     def __init__(self, path: Path | str, reason: str, *, transient: bool = False) -> None:
         self.path, self.reason, self.transient = Path(path), " ".join(reason.split()), transient
-        super().__init__(f"{printable(path)}: {self.reason}")
+        super().__init__(f"{printable(str(path))}: {self.reason}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _video_error, (str(self.path), self.reason, self.transient)
-
-
-def printable(path: Path | str) -> str:
-    """A file name as one printable line of text, with escapes for control characters and undecodable bytes."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _video_error(path: str, reason: str, transient: bool) -> VideoError:
@@ -176,6 +171,3 @@ def check_deadline(path: Path, deadline: float) -> None:
     """Raise VideoError if the monotonic clock is past `deadline`."""
     if time.monotonic() > deadline:
         raise VideoError(path, "decoding took longer than data.decode_timeout")
-
-
-__all__ = ["Video", "VideoError", "check_deadline", "check_file", "from_pack", "is_transient", "located"]

@@ -9,7 +9,7 @@ import pytest
 
 from multitrain.cli import main
 from multitrain.data.annotations import CatalogError
-from multitrain.data.prepare.importing import find, read, write
+from multitrain.data.tools.importing import find, read, write
 
 
 def put(path: Path, content: object) -> Path:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from multitrain.data.annotations import CatalogError, Line, Syntax, lines, read_annotations
 from multitrain.data.packs import open_pack
-from multitrain.data.prepare.importing import SPLITS, VIDEO_ENDINGS
+from multitrain.data.tools.importing import SPLITS, VIDEO_ENDINGS
 from multitrain.text import quoted
 
 PARTS = ".parts"
@@ -256,17 +256,3 @@ def located(source: Path) -> Path:
     """The source, or a file of the same name with another suffix (downloads are mp4, mkv or webm)."""
     others = (source.with_suffix(ending) for ending in (".mkv", ".webm", ".mp4"))
     return source if os.path.exists(source) else next((p for p in others if os.path.exists(p)), source)
-
-
-__all__ = [
-    "PARTS",
-    "AnnotationFiles",
-    "Copy",
-    "Layout",
-    "Listed",
-    "copies",
-    "found_below",
-    "located",
-    "segments",
-    "target_of",
-]

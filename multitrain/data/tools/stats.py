@@ -13,9 +13,10 @@ import numpy as np
 from multitrain.config import DatasetConfig, RunConfig
 from multitrain.data.catalog import Catalog, open_catalogs, plan_of
 from multitrain.data.decode import VideoError, open_video
-from multitrain.data.prepare.check import SPLITS
+from multitrain.data.tools.check import SPLITS
 from multitrain.order import Plan
-from multitrain.plot_style import COLOURS, figure, png, table
+from multitrain.plot_style import cycle, figure, png
+from multitrain.text import table
 
 _COUNTED = 2_000_000
 """Maximum number of samples whose draws are counted; of a longer epoch, only the first updates are counted."""
@@ -89,7 +90,7 @@ def draws(config: RunConfig, plan: Plan) -> dict[str, Any]:
     whole = min(updates, max(1, _COUNTED // plan.effective_batch))
     counts = np.zeros(len(plan.sources), np.int64)
     for first in range(0, whole, 256):
-        span = plan.tickets(first * plan.effective_batch, min(first + 256, whole) * plan.effective_batch)
+        span = plan.samples(first * plan.effective_batch, min(first + 256, whole) * plan.effective_batch)
         counts += np.bincount(span["dataset"], minlength=len(counts))
     share = counts / counts.sum()
     total = updates * plan.effective_batch
@@ -192,7 +193,7 @@ def picture(found: Mapping[str, Any], measured: Mapping[str, Lengths]) -> bytes:
     names = list(measured)
     drawn, axes = figure(4, 1, width=17, height=3.8)
     classes, seconds, fps, mixture = axes[0]
-    for colour, name in zip(_colours(len(names)), names):
+    for colour, name in zip(cycle(len(names)), names):
         counts = np.sort(found["datasets"][name]["balance"]["counts"])[::-1]
         classes.plot(np.arange(1, len(counts) + 1) / len(counts), np.maximum(counts, 0.5), color=colour, label=name)
         for axis, values in ((seconds, measured[name].seconds), (fps, measured[name].fps)):
@@ -207,17 +208,10 @@ def picture(found: Mapping[str, Any], measured: Mapping[str, Lengths]) -> bytes:
     ):
         axis.set_title(title, loc="left", size=10)
     shares = [100 * found["mixture"]["datasets"][n]["share"] for n in names]
-    mixture.barh(names, shares, color=_colours(len(names)))
+    mixture.barh(names, shares, color=cycle(len(names)))
     mixture.invert_yaxis()
     for place, name in enumerate(names):
         passes = found["mixture"]["datasets"][name]["passes"]
         mixture.text(1, place, f"{shares[place]:.1f} %, {passes:.3g} passes", va="center", size=8)
     mixture.set_title("What the mixture draws, % of videos", loc="left", size=10)
     return png(drawn)
-
-
-def _colours(count: int) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(count)]
-
-
-__all__ = ["Lengths", "balance", "collect", "draws", "lengths", "picture", "text"]

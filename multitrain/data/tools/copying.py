@@ -12,9 +12,9 @@ from typing import Any
 
 from multitrain.config.class_names import LARGEST
 from multitrain.config.reading import read_bytes
-from multitrain.data.prepare.listing import PARTS, AnnotationFiles, Copy, Layout, copies, located, segments
-from multitrain.data.prepare.parallel_map import FINAL, Journal, Shard, version
-from multitrain.data.prepare.resize import Encoding, Item, clean_parts, stamps
+from multitrain.data.tools.listing import PARTS, AnnotationFiles, Copy, Layout, copies, located, segments
+from multitrain.data.tools.parallel_map import FINAL, Journal, Shard, version
+from multitrain.data.tools.resize import Encoding, Item, clean_parts, stamps
 from multitrain.errors import ConfigError
 from multitrain.files import InTheWayError, OutputFolder
 from multitrain.text import csv_text
@@ -218,6 +218,3 @@ def _size(file: Path) -> int:
         return file.lstat().st_size
     except OSError:
         return -1
-
-
-__all__ = ["TABLE", "CopyJob", "CopyOptions"]

@@ -17,9 +17,9 @@ from multitrain.data.decode.container import open_container
 from multitrain.data.decode.extent import needed_bytes
 from multitrain.data.encode import VideoWriter
 from multitrain.data.encode import write_video as writing
-from multitrain.data.prepare.listing import PARTS, Copy
-from multitrain.data.prepare.resize import Encoding, Item, Resize, _timing_options
-from multitrain.data.prepare.scan import ScanFile
+from multitrain.data.tools.listing import PARTS, Copy
+from multitrain.data.tools.resize import Encoding, Item, Resize, _timing_options
+from multitrain.data.tools.scan import ScanFile
 
 pytestmark = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg on this machine")
 

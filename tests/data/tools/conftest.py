@@ -11,7 +11,7 @@ import pytest
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """No workers: starting them takes most of the time of a small task, and another user may not run this interpreter."""
-    from multitrain.data.prepare import parallel_map
+    from multitrain.data.tools import parallel_map
 
     def map_resumable(
         items: Iterable[Any], work: parallel_map.Work, **_: object

@@ -19,9 +19,9 @@ from multitrain.data.demo import generate
 from multitrain.data.demo import main as demo
 from multitrain.data.encode import write_video
 from multitrain.data.index import ensure_index
-from multitrain.data.prepare.importing import read
+from multitrain.data.tools.importing import read
 from multitrain.errors import ConfigError
-from tests.data.prepare.test_nothing_destroyed import state
+from tests.data.tools.test_nothing_destroyed import state
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def run(tiny_data: Path, tmp_path: Path) -> Path:
 def checked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every file passes, without workers."""
 
-    from multitrain.data.prepare import parallel_map
+    from multitrain.data.tools import parallel_map
 
     def map_resumable(
         items: Iterable[Any], work: parallel_map.Work, **_: object

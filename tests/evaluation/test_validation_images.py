@@ -13,7 +13,7 @@ from PIL import Image
 from multitrain.config import RunConfig, validate
 from multitrain.data.catalog import open_catalogs
 from multitrain.evaluation import validation
-from multitrain.evaluation.showing import Showing
+from multitrain.evaluation.validation_images import ValidationImages
 from multitrain.model import MultiTrain
 from tests import support
 
@@ -25,7 +25,7 @@ def test_the_confusion_is_that_of_all_ranks_and_agrees_with_the_accuracy(tiny_da
     catalogs = open_catalogs(config.data, "val", tmp_path)
     torch.manual_seed(0)
     model = MultiTrain(config.model, {name: c.classes for name, c in catalogs.items()})
-    ranks = [Showing(config, catalogs, clips=2) for _ in range(2)]
+    ranks = [ValidationImages(config, catalogs, clips=2) for _ in range(2)]
     hits = dict.fromkeys(catalogs, 0.0)
     for rank, showing in enumerate(ranks):
         found = validation.validate(model, config, catalogs, rank=rank, world_size=2, observe=showing.add)

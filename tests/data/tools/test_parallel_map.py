@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from multitrain.config import ConfigError
-from multitrain.data.prepare.parallel_map import FINAL, Journal, Shard, map_resumable
+from multitrain.data.tools.parallel_map import FINAL, Journal, Shard, map_resumable
 
 
 def unruly(item: str) -> dict[str, Any]:

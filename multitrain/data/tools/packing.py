@@ -30,9 +30,9 @@ from multitrain.data.packs import (
     os_error_text,
     read_stored,
 )
-from multitrain.data.prepare.listing import PARTS, AnnotationFiles, Layout, Listed
-from multitrain.data.prepare.parallel_map import Journal, Shard
-from multitrain.data.prepare.resize import clean_parts, make_durable, stamps
+from multitrain.data.tools.listing import PARTS, AnnotationFiles, Layout, Listed
+from multitrain.data.tools.parallel_map import Journal, Shard
+from multitrain.data.tools.resize import clean_parts, make_durable, stamps
 from multitrain.errors import ConfigError
 from multitrain.files import InTheWayError, OutputFolder
 from multitrain.order.windows import scatter
@@ -327,6 +327,3 @@ class Unpack:
             return "there"
         folder.write_bytes(video.name, content)
         return "written"
-
-
-__all__ = ["Item", "PackJob", "PackOptions", "PackShard", "Unpack", "shards"]

@@ -158,7 +158,7 @@ def test_what_cannot_be_read_or_written_is_one_line(
 
 def test_a_folder_of_videos_is_looked_at_whole_whatever_container_a_camera_writes(tmp_path: Path) -> None:
     """AVCHD camcorders (.MTS), DVDs (.VOB), broadcast (.mxf), recorders (.dav), raw streams: none is left out in silence."""
-    from multitrain.data.prepare.listing import found_below
+    from multitrain.data.tools.listing import found_below
 
     videos = [
         "00001.MTS",

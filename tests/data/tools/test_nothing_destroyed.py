@@ -335,7 +335,7 @@ def test_a_kill_at_any_point_of_a_copys_way_is_resumed_and_what_came_in_its_plac
     orig: Path, tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from multitrain import files
-    from multitrain.data.prepare import parallel_map
+    from multitrain.data.tools import parallel_map
 
     out, real, noting = tmp_path / "out", files._move, parallel_map.Journal.add
 

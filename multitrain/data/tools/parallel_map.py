@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Generic, TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from multitrain.config import ConfigError
 from multitrain.data.packs import DamagedError, find_packed
@@ -139,7 +139,7 @@ class Journal:
 
     def _refused(self, error: OSError) -> ConfigError:
         return ConfigError(
-            f"{self._file}: cannot be written ({error.strerror}); the same command goes on when it can, or with another folder"
+            f"{self._file}: cannot be written ({error.strerror}); make it writable, or choose another folder, and run the command again"
         )
 
     def add(self, item: str, version: object, record: dict[str, Any]) -> None:
@@ -174,7 +174,7 @@ def version(path: Path) -> list[int]:
     return [found.st_size, found.st_mtime_ns]
 
 
-class ProgressBar(Generic[Item]):
+class ProgressBar:
     """A progress bar with the remaining time on a terminal; a line every half minute in logs."""
 
     EVERY = 30.0
@@ -336,6 +336,3 @@ def _serve(pipe: Connection, work: Work) -> None:
             pipe.send(answer)
         except BrokenPipeError:
             return
-
-
-__all__ = ["FINAL", "INTERRUPTED", "Journal", "ProgressBar", "Shard", "map_resumable", "version"]

@@ -29,9 +29,9 @@ from multitrain.config import ConfigError
 from multitrain.data.decode import Video, VideoError, check_complete, open_video, scan_video
 from multitrain.data.decode.container import MAX_PIXELS, VIDEO_FORMATS, stream_index
 from multitrain.data.encode import retime
-from multitrain.data.prepare.listing import PARTS, Copy, located
-from multitrain.data.prepare.parallel_map import FINAL
-from multitrain.data.prepare.scan import is_of_system
+from multitrain.data.tools.listing import PARTS, Copy, located
+from multitrain.data.tools.parallel_map import FINAL
+from multitrain.data.tools.scan import is_of_system
 from multitrain.files import stamp
 
 _STALE = 3600.0  # seconds after which a temporary file of another machine is abandoned
@@ -323,6 +323,3 @@ def make_durable(file: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-__all__ = ["Encoding", "Item", "Resize", "clean_parts", "ffmpeg", "make_durable", "stamps", "timing_options"]

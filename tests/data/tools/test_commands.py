@@ -19,10 +19,10 @@ from support import write_video
 from multitrain.cli import main
 from multitrain.config import DatasetConfig
 from multitrain.data.decode import scan_video
-from multitrain.data.prepare.check import Entry, find_problems, list_entries
-from multitrain.data.prepare.listing import PARTS, Copy, Layout, Listed, copies, found_below
-from multitrain.data.prepare.resize import Encoding, Item, Resize
-from multitrain.data.prepare.scan import ScanFile
+from multitrain.data.tools.check import Entry, find_problems, list_entries
+from multitrain.data.tools.listing import PARTS, Copy, Layout, Listed, copies, found_below
+from multitrain.data.tools.resize import Encoding, Item, Resize
+from multitrain.data.tools.scan import ScanFile
 from tests import material
 
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg on this machine")

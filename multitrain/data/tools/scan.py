@@ -10,7 +10,7 @@ from typing import Any
 from multitrain.data.decode import VideoError, scan_video
 from multitrain.data.decode.video import located
 from multitrain.data.packs import framing_error
-from multitrain.data.prepare.parallel_map import FINAL
+from multitrain.data.tools.parallel_map import FINAL
 
 
 class ScanFile:
@@ -35,6 +35,3 @@ class ScanFile:
 def is_of_system(error: VideoError) -> bool:
     """Whether the operating system caused the error, so that the file itself may be intact."""
     return error.transient or isinstance(error.__cause__, OSError)
-
-
-__all__ = ["ScanFile", "is_of_system"]

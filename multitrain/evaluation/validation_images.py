@@ -1,7 +1,7 @@
 """Plots of a validation: confusion matrices and clips with predictions, from the validation's own scores.
 
-A process of its own draws them and then ends. matplotlib and a decoder in the training process would leave memory behind at
-every validation (seen: 230 MB after 20 of them), and would hold up its updates meanwhile.
+They are drawn in a separate process, which then ends: matplotlib and a decoder in the training process would leak memory at every
+validation (seen: 230 MB after 20 validations) and delay its updates.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ PATIENCE = 300.0
 """Timeout for the plots of one dataset, in seconds."""
 
 
-class Showing:
+class ValidationImages:
     """Collects the predictions of a validation on this rank; rank 0 draws.
 
     Args:
         config: of the run.
         catalogs: of the validation split, by dataset.
-        clips: videos of each dataset that are shown, of those that rank 0 scores.
+        clips: number of videos shown per dataset, from those that rank 0 scores.
     """
 
     def __init__(self, config: RunConfig, catalogs: Mapping[str, Catalog], clips: int = 3) -> None:
@@ -77,9 +77,9 @@ class Showing:
 
         Raises:
             ConfigError: matplotlib is not installed.
-            LoaderError: the process that draws has died, or met an error.
+            LoaderError: the drawing process died or raised an error.
         """
-        drawing = _Drawing(self._config, dict(self._catalogs), self._names, self._matrices, self._seen)
+        drawing = _DrawImages(self._config, dict(self._catalogs), self._names, self._matrices, self._seen)
         drawn: dict[str, bytes] = {}
         with contextlib.closing(open_pool(drawing, list(self._catalogs), workers=1, ahead=1)) as pool:
             while True:
@@ -92,11 +92,11 @@ class Showing:
 
 
 @dataclass
-class _Drawing:
-    """Draws the pictures of one dataset after the other; a :class:`multitrain.data.pool.WorkerFn` whose tasks are their names.
+class _DrawImages:
+    """Draws the images of each dataset; a :class:`multitrain.data.pool.WorkerFn` whose tasks are names of datasets.
 
-    `names`: class names by dataset, None where there are none. `matrices`: int [K, K] by dataset. `seen`: by dataset, numbers of
-    the videos that are shown, and their scores.
+    `names`: class names by dataset, None where unknown. `matrices`: int [K, K] by dataset. `seen`: by dataset, (index, scores) of the
+    videos to show.
     """
 
     config: RunConfig

@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from multitrain.config import ConfigError, nearest
 from multitrain.config.boundary import in_words
@@ -72,7 +71,7 @@ def read(form: str, files: list[Path], classes: Path | None = None) -> Imported:
         classes: the dataset's own list of classes, if it has one.
 
     Raises:
-        CatalogError: a file is not of this format.
+        ConfigError: a file cannot be read, or is not of this format.
     """
     if form not in FORMATS:
         raise CatalogError(f"no format {form!r}; {nearest(form, FORMATS)}")
@@ -167,7 +166,7 @@ def something(files: list[Path], classes: Path | None) -> Imported:
     answers = {row[0]: row[1] for f in files if f.suffix == ".csv" for _, row in _rows(f, 2, delimiter=";")}
     for file in (f for f in files if f.suffix != ".csv"):
         unlabelled, split = 0, _split(file.stem, file, 0)
-        for place, video in enumerate(_json(file)):
+        for place, video in enumerate(read_json(file)):
             if not isinstance(video, dict) or "id" not in video:
                 raise CatalogError(f"{file}: entry {place} has no 'id'; it is something-something-v2-{split}.json")
             template = video.get("template") or answers.get(str(video["id"]))
@@ -191,7 +190,7 @@ def activitynet(files: list[Path], classes: Path | None) -> Imported:
     """
     out = Imported([], [])
     for file in files:
-        content = _json(file)
+        content = read_json(file)
         if not isinstance(content, dict) or "database" not in content:
             raise CatalogError(f"{file}: no 'database' in it; it is activity_net.v1-3.min.json")
         unlabelled = useless = 0
@@ -222,27 +221,13 @@ FORMATS: dict[str, tuple[Reader, str]] = {
 }
 """By format: its reader, and the files that it takes."""
 
+# fmt: off
 VIDEO_ENDINGS = (
-    *(".mp4", ".avi", ".webm", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp", ".ts", ".ogv"),
-    *(".mts", ".m2ts", ".m2t", ".vob", ".mxf", ".asf", ".f4v", ".3g2", ".ogm", ".divx", ".qt", ".mpe", ".m1v", ".m2v"),
-    *(
-        ".dv",
-        ".rm",
-        ".gif",
-        ".mjpeg",
-        ".mjpg",
-        ".264",
-        ".h264",
-        ".265",
-        ".h265",
-        ".hevc",
-        ".ivf",
-        ".obu",
-        ".y4m",
-        ".dav",
-        ".nut",
-    ),
+    ".mp4", ".avi", ".webm", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp", ".ts", ".ogv", ".mts",
+    ".m2ts", ".m2t", ".vob", ".mxf", ".asf", ".f4v", ".3g2", ".ogm", ".divx", ".qt", ".mpe", ".m1v", ".m2v", ".dv",
+    ".rm", ".gif", ".mjpeg", ".mjpg", ".264", ".h264", ".265", ".h265", ".hevc", ".ivf", ".obu", ".y4m", ".dav", ".nut",
 )
+# fmt: on
 """Suffixes of video files."""
 
 LAYOUTS: tuple[Callable[[Sample], str], ...] = (
@@ -365,11 +350,8 @@ def _named(out: Imported, classes: Path | None) -> Imported:
 
 
 def _class_list(file: Path) -> list[str]:
-    """Class names in label order: see :mod:`multitrain.config.class_names`. Raises CatalogError, also for a repeated name."""
-    try:
-        names = read_class_names(file)
-    except ConfigError as error:
-        raise CatalogError(str(error)) from None
+    """Class names in label order: see :mod:`multitrain.config.class_names`. Raises ConfigError, also for a repeated name."""
+    names = read_class_names(file)
     if said := repeated_name(names):
         raise CatalogError(f"{file}: {said}; give each its own name")
     return names
@@ -389,23 +371,11 @@ def _note_unlabelled(out: Imported, file: Path, count: int) -> None:
         out.notes.append(f"{file.name}: {count} videos without a label left out")
 
 
-def _text(file: Path) -> str:
-    try:
-        return as_text(read_annotations(file), file)
-    except ConfigError as error:
-        raise CatalogError(str(error)) from None
-
-
-def _json(file: Path) -> Any:
-    try:
-        return read_json(file)
-    except ConfigError as error:
-        raise CatalogError(str(error)) from None
-
-
 def _rows(file: Path, at_least: int, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
     """Non-blank rows with their line numbers."""
-    for number, row in enumerate(csv.reader(_text(file).splitlines(), delimiter=delimiter), start=1):
+    for number, row in enumerate(
+        csv.reader(as_text(read_annotations(file), file).splitlines(), delimiter=delimiter), start=1
+    ):
         if not any(row):
             continue
         if len(row) < at_least:
@@ -425,6 +395,3 @@ def _rows_with_header(file: Path, needed: Iterable[str]) -> Iterator[tuple[int, 
         if len(row) != len(header):
             raise CatalogError(f"{file}:{number}: {len(row)} columns, not {len(header)}; restore the official file")
         yield number, dict(zip(header, row))
-
-
-__all__ = ["FORMATS", "VIDEO_ENDINGS", "Imported", "Sample", "find", "read", "write"]

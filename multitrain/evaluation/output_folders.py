@@ -17,17 +17,14 @@ def is_ours(folder: Path) -> bool:
 
 
 def index_folder(config: RunConfig, given: Path | None = None, here: Path = Path()) -> Path:
-    """Where the index of annotation files lies: `given`, else ``data.index``, else ``RUNS/.index``; of another user's runs,
-    which are never written into, ``HERE/.index``."""
+    """Where the index of annotation files lies: `given`, else ``data.index``, else ``RUNS/.index``; in another user's runs,
+    where nothing is written, ``HERE/.index``."""
     runs = Path(config.runs)
     return given or Path(config.data.index or (runs if is_ours(runs) else here) / ".index")
 
 
-def beside(run: Path, *parts: str) -> Path:
+def result_folder(run: Path, *parts: str) -> Path:
     """``RUN/PART/…``; of another user's run, which is never written into, ``PART/RUN/…`` in the working folder."""
     if is_ours(run):
         return run.joinpath(*parts)
     return Path(parts[0], run.resolve().name, *parts[1:])
-
-
-__all__ = ["beside", "is_ours"]

@@ -24,10 +24,9 @@ from multitrain.config import DatasetConfig
 from multitrain.config.class_names import LARGEST
 from multitrain.config.reading import read_bytes
 from multitrain.data.annotations import CatalogError, Syntax, lines, read_annotations
-from multitrain.data.prepare.listing import found_below
+from multitrain.data.tools.listing import found_below
 from multitrain.files import OutputFolder
-from multitrain.plot_style import table
-from multitrain.text import csv_text, printable
+from multitrain.text import csv_text, printable, table
 
 KINDS = ("missing", "broken", "short", "duplicate", "labelled twice", "leak")
 SPLITS = ("train", "val", "test")
@@ -142,7 +141,7 @@ def find_problems(entries: Sequence[Entry], scans: Mapping[str, Mapping[str, Any
     """Find the problems of `entries`.
 
     Args:
-        scans: the record of `multitrain.data.prepare.scan.ScanFile` by file.
+        scans: the record of `multitrain.data.tools.scan.ScanFile` by file.
         min_frames: videos with fewer frames are short.
     """
     found = [f for e in entries if (f := _problem_of(e, scans[e.file], min_frames)) is not None]
@@ -243,18 +242,3 @@ def write_clean(report: CheckReport, datasets: Mapping[str, DatasetConfig], out:
 def is_table(content: bytes) -> bool:
     """Whether a file is a table of findings by an earlier version, which kept no record of its files."""
     return content.startswith(",".join(_COLUMNS).encode() + b"\n")
-
-
-__all__ = [
-    "KINDS",
-    "TABLE",
-    "CheckReport",
-    "Entry",
-    "Finding",
-    "clean_folder",
-    "entries_in_folder",
-    "find_problems",
-    "is_table",
-    "list_entries",
-    "write_clean",
-]
