@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from multitrain.config import RunConfig
+from multitrain.records.checkpoints import BEST
 from multitrain.records.events import Events
 
 
-def testing(run: Path, dataset: str) -> tuple[str, ...]:
-    """The arguments of Python that test the run in folder `run` on one of its datasets."""
-    return ("-m", "multitrain.cli", "evaluate", str(run), "--dataset", dataset)
+def testing(run: Path, config: RunConfig, dataset: str) -> tuple[str, ...]:
+    """The arguments of Python that test the run in folder `run` on one of its datasets: its best checkpoint if it keeps one, else the
+    newest."""
+    model = run / BEST if config.checkpoint.best else run
+    return ("-m", "multitrain.cli", "evaluate", str(model), "--dataset", dataset)
 
 
 def submit(run: Path, config: RunConfig, job: str) -> dict[str, str]:
@@ -28,7 +31,7 @@ def submit(run: Path, config: RunConfig, job: str) -> dict[str, str]:
         cluster = config.cluster.model_copy(update={"nodelist": None})  # lists more nodes than the one of a test
         changes = {"name": f"{config.name}-test-{dataset}", "nodes": 1, "preflight": False, "cluster": cluster}
         test = config.model_copy(update=changes)
-        jobs[dataset] = slurm.submit(run, test, testing(run, dataset), after=job)
+        jobs[dataset] = slurm.submit(run, test, testing(run, config, dataset), after=job)
         Events(run / "events.jsonl", job=job, restart=0).write("then", dataset=dataset, test_job=jobs[dataset])
     return jobs
 
@@ -38,7 +41,7 @@ def run_here(run: Path, config: RunConfig) -> int:
     from launch import local
 
     for dataset in config.data.datasets:
-        code = local.run(run, config, testing(run, dataset))
+        code = local.run(run, config, testing(run, config, dataset))
         if code:
             return code
     return 0

@@ -205,19 +205,30 @@ def refuse_another_run(name: str, saved: RunConfig, config: RunConfig) -> None:
     Raises:
         ConfigError: names the option, both values, and the remedy.
     """
-    before, now = _frozen_options(saved), _frozen_options(config)
-    changed = [k for k in {**before, **now} if before.get(k, "absent") != now.get(k, "absent")]
+    changed = changed_options(saved, config)
     if changed:
-        k = changed[0]
+        k, before, now = changed[0]
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise ConfigError(
-            f"{k}: run {name!r} has {before.get(k, 'absent')}, and {now.get(k, 'absent')} was requested{more}; "
+            f"{k}: run {name!r} has {before}, and {now} was requested{more}; "
             f"that is another run: give it another name (name=…), or leave {k} as it is"
         )
 
 
+def changed_options(saved: RunConfig, config: RunConfig) -> list[tuple[str, Any, Any]]:
+    """The options that a resumed run must keep and that differ: name, value of `saved`, value of `config`."""
+    before, now = _frozen_options(saved), _frozen_options(config)
+    pairs = [(k, before.get(k, "absent"), now.get(k, "absent")) for k in {**before, **now}]
+    return [(k, old, new) for k, old, new in pairs if old != new]
+
+
 def refuse_another_start(path: Path, saved: RunConfig, config: RunConfig) -> None:
     """Refuse other initial weights for a run that has a checkpoint: resuming would ignore them."""
+    if config.branch_from != saved.branch_from:
+        raise ConfigError(
+            f"branch_from: run {path.name!r} exists, and begins with {saved.branch_from or 'update 0'}; a branch is a new run: give it "
+            "another name (name=…), or leave branch_from out to resume"
+        )
     started = any((path / "checkpoints").glob("update-*"))
     if started and config.init_from not in (saved.init_from, None):
         raise ConfigError(

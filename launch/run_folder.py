@@ -28,7 +28,7 @@ from pathlib import Path
 
 import yaml
 
-from launch import resume
+from launch import branch, resume
 from launch.resume import SUBMISSION_OPTIONS, Flat, key, options
 from launch.snapshot import digest, environment, is_own_code, snapshot
 from multitrain import lease
@@ -112,8 +112,11 @@ def compose_run(words: Sequence[str], *, config_dirs: Sequence[str] = (), defaul
     else:
         dirs = list(config_dirs)
         refuse_run(path, run=path.parent)
-        config = resume.with_absolute_paths(leaves(compose(options(typed), config_dirs=dirs)), path)
         new = options(typed)
+        if found := _origin(typed, path.parent):
+            config, dirs, typed = branch.config_of(found, path, typed, dirs)
+        else:
+            config = resume.with_absolute_paths(leaves(compose(new, config_dirs=dirs)), path)
         refuse_typed(new, config)
     idle = idle_words(new, config)
     if config.update_code and not saved:
@@ -127,6 +130,12 @@ def compose_run(words: Sequence[str], *, config_dirs: Sequence[str] = (), defaul
     _refuse_wrong_start(run)
     _refuse_single_clips(config, shape)
     return run
+
+
+def _origin(typed: Sequence[str], runs: Path) -> branch.Origin | None:
+    """The checkpoint that the typed ``branch_from`` names; None without one."""
+    given = [_unquoted(o.partition("=")[2].strip()) for o in typed if key(o) == branch.OPTION]
+    return branch.origin(given[-1], runs) if given and given[-1] not in ("", "null") else None
 
 
 def tell_idle(runs: Sequence[Run]) -> None:
@@ -324,6 +333,8 @@ def write(run: Run) -> None:
         else:
             snapshot(new / "code", run.config_dirs)
             (new / "logs").mkdir()
+            if found := _origin(run.typed, run.path.parent):
+                branch.copy(found, new / "checkpoints")
             run.path.parent.mkdir(parents=True, exist_ok=True)
             _publish(new, run.path)
     except OSError as error:

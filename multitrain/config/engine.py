@@ -35,6 +35,19 @@ class EngineConfig(Settings):
         return 30 * 24 * 3600 if watched else self.collective_timeout
 
 
+MEASURE = r"^val/.+/(top1|top5|map)$"
+"""Form of `checkpoint.best`."""
+
+MEAN = "mean"
+"""Stands for all datasets in `checkpoint.best`."""
+
+
+def measure_of(text: str) -> tuple[str, str]:
+    """The dataset (or :data:`MEAN`) and the name of the measure in ``val/DATASET/NAME``."""
+    dataset, _, name = text.removeprefix("val/").rpartition("/")
+    return dataset, name
+
+
 class CheckpointConfig(Settings):
     """When checkpoints are written and which are kept."""
 
@@ -44,6 +57,9 @@ class CheckpointConfig(Settings):
     """Number of newest checkpoints to keep; at least 2, so that a damaged newest one has a predecessor."""
     keep_every: int | None = Field(None, ge=1)
     """Checkpoints whose update is a multiple of this are never deleted."""
+    best: str | None = Field(None, pattern=MEASURE)
+    """Measure of the validation by which the best checkpoint is kept as well: `val/DATASET/top1`, `top5` or `map`, or `val/mean/top1`
+    for the mean over the datasets. `RUN/best` is its name in every command."""
 
 
 class MonitorConfig(Settings):

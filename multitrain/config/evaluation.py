@@ -14,6 +14,8 @@ class EvalConfig(Settings):
 
     every: int | None = Field(None, ge=1)
     """Updates between two validations during training; null for none. If set, there is always a validation after the last update."""
+    patience: int | None = Field(None, ge=1)
+    """Validations in a row without a better `checkpoint.best` after which the run ends early; null for never."""
     val_stride: int = Field(1, ge=1)
     """Validate on every n-th line of `val.csv` (published: 5)."""
     videos_per_batch: int = Field(4, ge=1)

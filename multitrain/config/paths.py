@@ -11,17 +11,24 @@ from typing import Any
 PATH_OPTIONS = re.compile(r"init_from|runs|data\.(root|index)|data\.datasets\..+\.(annotations|videos|class_names)")
 """Dotted names of the options that are paths."""
 
+POINTERS = ("latest", "best")
+"""Files in a run's ``checkpoints`` that name one of them; ``RUN/best`` stands for ``RUN/checkpoints/best``."""
+
 _OF_A_MODEL = ("config.yaml", "events.jsonl", "checkpoints", "model.safetensors", "manifest.json")
 
 
 def find_run(word: str | Path, runs: str | Path = "runs") -> Path:
     """The path for an argument: the argument itself if it is a run, a checkpoint or a file, else the run of that name in `runs`.
+    ``RUN/best`` and ``RUN/latest`` are files in the run's folder of checkpoints.
 
     An argument that is neither is returned unchanged; its reader reports what is missing.
     """
     path = Path(word)
     name = str(word)
     try:
+        if path.name in POINTERS and len(path.parts) > 1 and not path.exists():
+            pointer = find_run(path.parent, runs) / "checkpoints" / path.name
+            return pointer if pointer.is_file() else path
         if len(path.parts) != 1 or name.startswith(("~", ".")) or path.is_file() or _holds_model(path):
             return path
         named = Path(runs) / name

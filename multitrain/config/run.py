@@ -11,7 +11,7 @@ from multitrain.config.augment import AugmentConfig
 from multitrain.config.base import Settings
 from multitrain.config.cluster import ClusterConfig
 from multitrain.config.data import DataConfig
-from multitrain.config.engine import CheckpointConfig, EngineConfig, MonitorConfig
+from multitrain.config.engine import MEAN, CheckpointConfig, EngineConfig, MonitorConfig, measure_of
 from multitrain.config.evaluation import EvalConfig
 from multitrain.config.loss import LossConfig
 from multitrain.config.model import ModelConfig
@@ -72,6 +72,9 @@ class RunConfig(Settings):
     """Use deterministic kernels only: on GPUs, too, an interrupted run then ends with bit-identical weights."""
     init_from: str | None = None
     """Initial weights: a `.pyth`, `.safetensors`, run or checkpoint folder. Not for resuming: the run starts at update 0."""
+    branch_from: str | None = None
+    """`RUN@UPDATE`: a new run that begins with this checkpoint of another one, to extend it or to cool it down. It has the other run's
+    options, except for those that are typed; its videos, their order and the network stay as they are."""
     interpolate_positions: bool = False
     """Resize the position embeddings of `init_from` if they are for clips of another size; otherwise such weights are refused."""
     from_scratch: bool = False
@@ -132,6 +135,7 @@ class RunConfig(Settings):
                 raise ValueError(
                     f"loss.dataset_weights names {name!r}, which is not a dataset of this run: {', '.join(datasets)}"
                 )
+        self._consistent_best()
         if self.micro_batch is not None and self.mixes and self.micro_batch % self.augment.mix_group:
             raise ValueError(
                 f"micro_batch={self.micro_batch} does not hold whole mix groups of {self.augment.mix_group} videos; "
@@ -146,6 +150,25 @@ class RunConfig(Settings):
         if self.mixes and any(d.multi_label for d in datasets.values()) and self.augment.mix_across_datasets:
             raise ValueError("augment.mix_across_datasets=true cannot mix multi-label datasets; set it to false")
         return self
+
+    def _consistent_best(self) -> None:
+        best, datasets = self.checkpoint.best, self.data.datasets
+        if best is None:
+            if self.eval.patience is not None:
+                raise ValueError(
+                    f"eval.patience={self.eval.patience} needs a measure; set checkpoint.best=val/{next(iter(datasets))}/top1"
+                )
+            return
+        if self.eval.every is None:
+            raise ValueError(f"checkpoint.best={best} needs validations; set eval.every=UPDATES")
+        name, measure = measure_of(best)
+        if name not in datasets and name != MEAN:
+            raise ValueError(
+                f"checkpoint.best={best} names {name!r}, which is not a dataset of this run: {', '.join(datasets)} (or mean)"
+            )
+        measured = [name] if name in datasets else list(datasets)
+        if measure == "map" and not all(datasets[n].multi_label for n in measured):
+            raise ValueError(f"checkpoint.best={best}: map is measured on multi_label datasets only; use top1")
 
     def _consistent_hosts(self) -> None:
         cluster = self.cluster

@@ -28,7 +28,7 @@ from torch import Tensor
 from multitrain import lease
 from multitrain.config import ConfigError
 from multitrain.config.reading import parse_json
-from multitrain.records.checkpoints import MANIFEST, invalid_reason, listed, update_of
+from multitrain.records.checkpoints import BEST, LATEST, MANIFEST, invalid_reason, listed, pointed_to, update_of
 
 FORMAT = 1
 _CHUNK = 1 << 24
@@ -156,8 +156,23 @@ def write(checkpoints: Path, checkpoint: Checkpoint, config_text: str) -> Path:
     return final
 
 
+def point_to_best(checkpoints: Path, update: int | None) -> None:
+    """Make ``checkpoints/best`` name the checkpoint after `update` updates, if there is one; otherwise it stays.
+
+    Raises:
+        OSError: it could not be written, and names the one that it named before.
+    """
+    if update is None or not (folder_of(checkpoints, update) / MANIFEST).is_file():
+        return
+    name = folder_of(checkpoints, update).name
+    if pointed_to(checkpoints, BEST) != name:
+        lease.verify(checkpoints)
+        _point_to(checkpoints, name, BEST)
+
+
 def prune(checkpoints: Path, keep: int, keep_every: int | None) -> list[Path]:
-    """Delete checkpoints that retention does not cover, never one of the newest `keep` valid ones; returns the deleted folders.
+    """Delete checkpoints that retention does not cover, never one of the newest `keep` valid ones, nor the one that
+    ``checkpoints/best`` names; returns the deleted folders.
 
     A checkpoint is deleted only after `keep` newer ones were read and verified. The manifest is deleted first, so that an
     interrupted deletion leaves no folder that looks valid. Links and their targets were put there by another program and stay.
@@ -172,7 +187,10 @@ def prune(checkpoints: Path, keep: int, keep_every: int | None) -> list[Path]:
         kept += verify(folders.pop(0)) is None
     if kept < keep:
         return []
+    best = pointed_to(checkpoints, BEST)
     for folder in folders:
+        if folder.name == best:
+            continue
         if keep_every is not None and update_of(folder) % keep_every == 0 and (folder / MANIFEST).is_file():
             continue
         if folder.is_symlink():
@@ -198,15 +216,16 @@ def clear_temporary(checkpoints: Path) -> None:
     if checkpoints.is_dir():
         for leftover in checkpoints.glob(".update-*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)  # it does not follow a link
-        for leftover in checkpoints.glob(".latest.*.tmp"):
-            leftover.unlink(missing_ok=True)
+        for pointer in (LATEST, BEST):
+            for leftover in checkpoints.glob(f".{pointer}.*.tmp"):
+                leftover.unlink(missing_ok=True)
 
 
-def _point_to(checkpoints: Path, name: str) -> None:
-    temporary = checkpoints / f".latest.{os.getpid()}.tmp"
+def _point_to(checkpoints: Path, name: str, pointer: str = LATEST) -> None:
+    temporary = checkpoints / f".{pointer}.{os.getpid()}.tmp"
     try:
         _write_synced(temporary, (name + "\n").encode())
-        os.replace(temporary, checkpoints / "latest")
+        os.replace(temporary, checkpoints / pointer)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise

@@ -59,14 +59,15 @@ class CheckpointPolicy:
         self._saved = -1 if saved is None else saved
         self._saver.preallocate()
 
-    def save_if_due(self, completed: int) -> None:
-        """Begin a checkpoint after `completed` updates at the interval or on request; report the one begun before."""
+    def save_if_due(self, completed: int, *, is_best: bool = False) -> None:
+        """Begin a checkpoint after `completed` updates at the interval, on request, or if it is the best so far; report the one begun
+        before."""
         self._report(self._saver.poll_result())
         asked = self._interruption.agreed() == Request.SAVE
         due = completed % self._every == 0
         late = due and self._saver.in_flight and not self._saver.done
         began = time.monotonic()
-        if asked or due:
+        if asked or due or is_best:
             self._begin_save(completed)
         if late:
             self._report_slow(completed, time.monotonic() - began)

@@ -174,6 +174,7 @@ class Saver:
         except Exception as error:
             return f"{self._folder}: {type(error).__name__}: {error}", None
         try:
+            checkpoints.point_to_best(self._folder, state.get("best", {}).get("update"))
             checkpoints.prune(self._folder, self._config.keep, self._config.keep_every)
         except OSError as error:
             return None, f"{error.filename or self._folder}: {error.strerror or error}"

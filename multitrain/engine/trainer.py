@@ -17,6 +17,7 @@ import torch
 from multitrain.config import RunConfig, dump
 from multitrain.data.loader import Batch, TrainLoader
 from multitrain.engine import checkpoint as checkpoints
+from multitrain.engine.best import Best
 from multitrain.engine.checkpoint import Checkpoint
 from multitrain.engine.checkpoint_policy import CheckpointPolicy
 from multitrain.engine.deepspeed import Engine
@@ -128,6 +129,7 @@ class Trainer:
         self._step_metrics = StepMetrics(config, list(model.datasets), shape.accumulation, world)
         self._timer = UpdateTimer()
         self._validated = -1
+        self._best = Best(config)
         self._nonfinite = 0
         self._fp16_scale: dict[str, Any] | None = None  # of earlier starts, kept while this one is not in fp16
 
@@ -171,10 +173,10 @@ class Trainer:
         request = Request.NONE
         try:
             self._validate_if_due()  # one that was interrupted
-            while self.completed < self.updates:
+            while self.completed < self.updates and not self._best.patience_is_over:
                 self._one_update()
                 self._validate_if_due()
-                self._saving.save_if_due(self.completed)
+                self._saving.save_if_due(self.completed, is_best=self._best.update == self.completed)
         except _Stopped:
             request = self._interruption.agreed()
             self.recorder.event("signal", request=request.name.lower(), signals=self._interruption.signals)
@@ -227,8 +229,20 @@ class Trainer:
             raise _Stopped
         self._validated = self.completed
         self.recorder.validation(self.completed, results)
+        if self._best.add(self.completed, results):
+            self.recorder.event("best", update=self.completed, measure=self._best.measure, value=self._best.value)
+        if self._best.patience_is_over:
+            self._say_early_end()
         if self._validation.draws:
             self.recorder.pictures(self.completed, self._validation.pictures)
+
+    def _say_early_end(self) -> None:
+        best = self._best
+        self.recorder.event("early_end", update=self.completed, best=best.update, value=best.value)
+        self.recorder.write(
+            f"ends early after update {self.completed}: {best.measure} was best after update {best.update} ({best.value:.2f}), "
+            f"{best.since} validations ago (eval.patience={best.since})"
+        )
 
     def _micro_batches(self) -> Iterator[Batch]:
         """This rank's micro-batches of the current update; raises _Stopped on all ranks before the same one."""
@@ -269,6 +283,7 @@ class Trainer:
             "update": self.completed,
             "updates": self.updates,
             "validated": self._validated,
+            **({"best": self._best.state()} if self._best.measure else {}),
             "plan": self.plan.describe(),
             "fingerprint": self.plan.fingerprint,
             "steps_applied": self.engine.steps_applied,
@@ -306,3 +321,4 @@ class Trainer:
         self._restore_scale(content.state)
         self.completed = content.update
         self._validated = int(content.state["validated"])
+        self._best.restore(content.state.get("best"))

@@ -6,10 +6,9 @@ import os
 from pathlib import Path
 
 from multitrain.config import ConfigError
-from multitrain.config.paths import find_run
-from multitrain.config.reading import read_text
+from multitrain.config.paths import POINTERS, find_run
 from multitrain.interop.state_dict_report import abbreviated
-from multitrain.records.checkpoints import MANIFEST, invalid_reason, listed
+from multitrain.records.checkpoints import BEST, MANIFEST, invalid_reason, listed, pointed_to
 
 MODEL_FILE = "model.safetensors"
 
@@ -21,8 +20,8 @@ def resolve_model_file(path: Path) -> Path:
         ConfigError: there is none, or it is damaged; the message names what was found.
     """
     path = find_run(path)
-    if path.name == "latest" and path.is_file() and not path.is_dir():
-        path = path.parent / read_text(path, 1 << 12).strip()
+    if path.name in POINTERS:
+        path = _pointed_to(path)
     if path.is_dir():
         return _in_folder(path)
     if not os.path.exists(path):
@@ -33,6 +32,20 @@ def resolve_model_file(path: Path) -> Path:
     if path.suffix != ".safetensors":
         raise ConfigError(
             f"{path}: cannot hold a model; give a .pyth or .safetensors file, a run's folder or a checkpoint's folder"
+        )
+    return path
+
+
+def _pointed_to(path: Path) -> Path:
+    """The checkpoint's folder that a file ``latest`` or ``best`` names; other paths stay as they are."""
+    if path.is_file():
+        name = pointed_to(path.parent, path.name)
+        if name is None:
+            raise ConfigError(f"{path}: names no checkpoint; give a checkpoint's folder (update-…), or the run's")
+        return path.parent / name
+    if path.name == BEST and not path.exists() and (path.parent / "checkpoints").is_dir():
+        raise ConfigError(
+            f"{path}: the run keeps no best checkpoint; train with checkpoint.best=val/DATASET/top1, or give the run's folder"
         )
     return path
 

@@ -12,6 +12,8 @@ from multitrain.config.reading import parse_json
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"update-(\d{8,})$", re.ASCII)
 _CHUNK = 1 << 24
+LATEST, BEST = "latest", "best"
+"""Files beside the checkpoints that name the newest one, and the best one by `checkpoint.best`."""
 
 
 def listed(checkpoints: Path) -> list[Path]:
@@ -25,6 +27,15 @@ def listed(checkpoints: Path) -> list[Path]:
 def update_of(folder: Path) -> int:
     """The number of completed updates in the name of a checkpoint's folder."""
     return int(folder.name.removeprefix("update-"))
+
+
+def pointed_to(checkpoints: Path, pointer: str) -> str | None:
+    """The name of the checkpoint's folder in the file ``latest`` or ``best``; None if there is none, or it names none."""
+    try:
+        name = (checkpoints / pointer).read_text(errors="replace")[:64].strip()
+    except OSError:
+        return None
+    return name if _NAME.fullmatch(name) else None
 
 
 def invalid_reason(folder: Path, required: Collection[str], hashed: Collection[str]) -> str | None:

@@ -41,7 +41,9 @@ def _are_numbers(value: Any) -> bool:
 FIELD_CHECKS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("update", "total_updates", "world_size", "redone", "restart"), _is_count),
     **dict.fromkeys(("loss", "loss_classification", "loss_projection", "loss_informative", "lr"), _is_number),
-    **dict.fromkeys(("grad_norm", "seconds", "clips_per_second", "data_wait_fraction", "max_memory_gb"), _is_amount),
+    **dict.fromkeys(
+        ("grad_norm", "value", "seconds", "clips_per_second", "data_wait_fraction", "max_memory_gb"), _is_amount
+    ),
     **dict.fromkeys(("event", "time", "host", "status", "reason", "dataset", "path", "device", "backend"), _is_text),
     "job": lambda value: _is_text(value) or _is_count(value),
     "pid": lambda value: _is_count(value) and 0 < value < 1 << 31,

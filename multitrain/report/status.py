@@ -20,7 +20,7 @@ from multitrain.cluster import scheduler
 from multitrain.config import ConfigError, nearest
 from multitrain.config.arguments import Parser
 from multitrain.records import events, jsonl
-from multitrain.records.checkpoints import MANIFEST, listed, update_of
+from multitrain.records.checkpoints import BEST, MANIFEST, listed, pointed_to, update_of
 from multitrain.report.interruptions import interruptions
 from multitrain.report.status_text import card, table
 
@@ -39,7 +39,8 @@ SILENCE_SECONDS = 600.0
 FIELDS = (
     *("name", "run_dir", "state", "update", "total_updates", "world_size", "loss", "lr", "clips_per_second"),
     *("seconds_per_update", "data_wait_fraction", "eta_seconds", "last_metric", "silent_seconds", "validation"),
-    *("validation_update", "checkpoint", "checkpoint_age_seconds", "checkpoints", "job", "job_state", "reason"),
+    *("validation_update", "checkpoint", "checkpoint_age_seconds", "checkpoints", "best", "best_value"),
+    *("job", "job_state", "reason"),
     *("job_start", "nodes", "restarts", "interruptions", "skipped", "last_event", "last_error"),
 )
 """Keys of a status."""
@@ -55,7 +56,8 @@ def status(run_dir: str | Path) -> dict[str, Any]:
         ``seconds_per_update`` and ``data_wait_fraction`` (0–1); ``eta_seconds``, ``last_metric`` (ISO time, UTC),
         ``silent_seconds`` (when a running run has not finished an update for suspiciously long), ``validation``
         {dataset: {measure: value}} and ``validation_update``, ``checkpoint`` (completed updates of the newest one),
-        ``checkpoint_age_seconds``, ``checkpoints``, ``job``, ``job_state``, ``reason`` (the scheduler's),
+        ``checkpoint_age_seconds``, ``checkpoints``, ``best`` (completed updates of the best one by `checkpoint.best`) and
+        ``best_value``, ``job``, ``job_state``, ``reason`` (the scheduler's),
         ``job_start``, ``nodes``, ``restarts`` and ``interruptions`` (see
         :func:`multitrain.report.interruptions.interruptions`), ``skipped`` {dataset: bad videos}, ``last_event``,
         ``last_error``. Unknown values are None.
@@ -181,6 +183,7 @@ def _status(run_dir: Path, history: Sequence[Mapping[str, Any]], queue: Mapping[
         if saved
         else None,
         "checkpoints": saved,
+        **_best(run_dir / "checkpoints", history),
         "job": _last(history, "job"),
         "job_state": queue.get("job_state"),
         "reason": queue.get("reason"),
@@ -249,6 +252,13 @@ def _tail(path: Path, size: int = 200_000) -> list[dict[str, Any]]:
 def _checkpoints(folder: Path) -> list[int]:
     """Completed updates of the complete checkpoints, ascending; a complete one has its manifest."""
     return sorted(update_of(p) for p in listed(folder) if (p / MANIFEST).is_file())
+
+
+def _best(folder: Path, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    name = pointed_to(folder, BEST)
+    update = None if name is None else update_of(folder / name)
+    said = [e for e in history if e.get("event") == "best" and e.get("update") == update]
+    return {"best": update, "best_value": said[-1].get("value") if said else None}
 
 
 def _configured_updates(run_dir: Path) -> int | None:

@@ -171,6 +171,8 @@ def _checkpoint(row: Mapping[str, Any]) -> str:
         f"update {row['checkpoint']}"
         + (f", written {duration(age)} ago" if age is not None else "")
         + (f" ({kept} kept)" if kept > 1 else "")
+        + (f"; best: update {row['best']}" if row.get("best") is not None else "")
+        + (f" ({row['best_value']:.2f})" if row.get("best_value") is not None else "")
     )
 
 

@@ -78,7 +78,7 @@ CASES: dict[str, tuple[str, Words, Words]] = {
 
 ALWAYS = """
 name runs experiment_name nodes gpus updates effective_batch micro_batch precision activation_checkpointing seed deterministic
-init_from from_scratch update_code dry_run then
+init_from branch_from from_scratch update_code dry_run then
 cluster cluster.kind cluster.lead_time cluster.cpus_per_gpu cluster.gpu_request cluster.gpu_memory cluster.gpu_clips
 cluster.python cluster.max_restarts cluster.max_stalled_restarts cluster.restarts_in_place cluster.check_data
 data data.root data.mixture data.shuffle_window data.decoder data.workers data.prefetch data.skip_cap data.decode_timeout
@@ -92,8 +92,8 @@ loss loss.informative_weight loss.dataset_weights
 optim optim.lr optim.warmup_updates optim.weight_decay optim.betas optim.eps optim.clip_norm optim.schedule
 engine engine.zero_stage engine.bucket_elements engine.hang_limit engine.threads
 augment augment.copies augment.randaugment augment.crop_area augment.crop_aspect augment.erase_probability augment.backend
-eval eval.every eval.videos_per_batch eval.precision eval.workers
-checkpoint checkpoint.every checkpoint.keep checkpoint.keep_every
+eval eval.every eval.patience eval.videos_per_batch eval.precision eval.workers
+checkpoint checkpoint.every checkpoint.keep checkpoint.keep_every checkpoint.best
 monitor monitor.log_every monitor.tensorboard monitor.wandb
 """
 """Options that have an effect in every run, or later, when it is tested."""
