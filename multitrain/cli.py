@@ -6,10 +6,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from multitrain.cluster.exit_status import Exit
 from multitrain.config import ConfigError, nearest
-from multitrain.config.arguments import MISTAKE, answered, piped
-
-FINISHED = 0
+from multitrain.config.arguments import answered, piped
 
 VERBS: dict[str, tuple[str, str]] = {
     "submit": ("launch.submit", "Submit a training run to SLURM, or run it here with cluster=local."),
@@ -44,12 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
-        return FINISHED if arguments else MISTAKE
+        return Exit.FINISHED if arguments else Exit.MISTAKE
     if arguments[0] in ("-V", "--version", "version"):
         from multitrain import __version__
 
         print(__version__)
-        return FINISHED
+        return Exit.FINISHED
     return answered(lambda: _verb(arguments[0], arguments[1:]), "multitrain")
 
 

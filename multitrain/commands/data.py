@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 
+from multitrain.cluster.exit_status import Exit
 from multitrain.config import ConfigError, nearest
-from multitrain.config.arguments import MISTAKE, Arguments
+from multitrain.config.arguments import Arguments
 
 VERBS: dict[str, tuple[str, str]] = {
     "import": ("multitrain.commands.data_import", "Official annotation files as `path label` files and class names."),
@@ -34,7 +35,7 @@ def main(arguments: Arguments) -> int:
     """``multitrain data``; returns the exit status. Without a verb, options run ``data index``."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
-        return 0 if arguments else MISTAKE
+        return Exit.FINISHED if arguments else Exit.MISTAKE
     first, rest = arguments[0], list(arguments[1:])
     if first not in VERBS:
         if first.startswith("-") or "=" in first:

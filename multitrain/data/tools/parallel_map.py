@@ -31,9 +31,6 @@ Work = Callable[[Any], dict[str, Any]]
 FINAL = "final"
 """Key in the record of a failed item: False if the cause is not the item (e.g. a full disk), so that it is tried again."""
 
-INTERRUPTED = 75
-"""Exit status of an interrupted command; the same command continues."""
-
 FIELDS = {"check": ("frames", "fps", "width", "height"), "resize": ("frames", "width", "height", "bytes")}
 """Keys of positive numbers in the record of every successful item, by kind of work."""
 
