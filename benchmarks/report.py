@@ -5,6 +5,7 @@ python -m benchmarks.report
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
@@ -142,7 +143,9 @@ def draw(results: Sequence[Result], folder: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "multitrain", "svg.fonttype": "none", "font.size": 9})
+    matplotlib.rcParams.update(
+        {"svg.hashsalt": "multitrain", "svg.fonttype": "none", "font.size": 9, "font.sans-serif": ["DejaVu Sans"]}
+    )
     matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
     from matplotlib import pyplot
 
@@ -160,7 +163,10 @@ def draw(results: Sequence[Result], folder: Path) -> None:
             axes.grid(alpha=0.25)
             if len(drawn["lines"]) > 1:
                 axes.legend(frameon=False)
-            figure.savefig(folder / f"{result['name']}-{number}.svg", metadata={"Date": None})
+            text = io.StringIO()
+            figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+            small = re.sub(r"(\.\d)\d{3,}", r"\1", re.sub(r"\s*\n\s*", "\n", text.getvalue()))  # coordinates, no labels
+            (folder / f"{result['name']}-{number}.svg").write_text(small, encoding="utf-8")
             pyplot.close(figure)
 
 

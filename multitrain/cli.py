@@ -1,44 +1,33 @@
-"""``multitrain VERB``: thin. Every verb is a function elsewhere; mistakes are one line and exit status 2."""
+"""``multitrain VERB``: calls the module of the verb; a mistake of the user is one line and exit status 2."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import Any
 
+from multitrain.cluster.exit_status import Exit
 from multitrain.config import ConfigError, nearest
-from multitrain.config.arguments import MISTAKE, answered, piped
-
-FINISHED = 0
+from multitrain.config.arguments import answered, piped
 
 VERBS: dict[str, tuple[str, str]] = {
     "submit": ("launch.submit", "Submit a training run to SLURM, or run it here with cluster=local."),
     "sweep": ("launch.sweep", "Several runs that differ in some options, as one array of jobs."),
-    "predict": ("multitrain.commands.predict", "Which action is in a video file?"),
-    "evaluate": ("multitrain.commands.evaluate", "Multi-view test of a model; goes on where it was interrupted."),
-    "convert": (
-        "multitrain.commands.convert",
-        "One kind of weights into another: .pyth, .safetensors + config.json, or a folder.",
-    ),
-    "export": ("multitrain.interop.export", "A model to give away: weights, class names, card with results."),
+    "predict": ("multitrain.commands.predict", "Classify the action in video files."),
+    "evaluate": ("multitrain.commands.evaluate", "Multi-view test of a model; resumes after an interruption."),
+    "convert": ("multitrain.commands.convert", "Convert weights to .pyth, .safetensors + config.json, or a folder."),
+    "export": ("multitrain.interop.export", "A folder to publish: weights, class names, model card with results."),
     "completion": ("multitrain.commands.completion", "Completion of commands and options for bash, zsh or fish."),
-    "status": ("multitrain.report.status", "How runs are doing."),
-    "report": ("multitrain.report.run_report", "Curves, figures and example clips of a run as one page."),
-    "compare": (
-        "multitrain.report.compare",
-        "Runs side by side: what differs in their options, and how they came out.",
-    ),
+    "status": ("multitrain.report.status", "Status of runs."),
+    "report": ("multitrain.report.run_report", "Curves, metrics and example clips of a run as one HTML page."),
+    "compare": ("multitrain.report.compare", "Runs side by side: the options in which they differ, and their results."),
     "embed": ("multitrain.commands.embed", "Features of videos, and a map of them by dataset and class."),
-    "nearest": (
-        "multitrain.commands.nearest",
-        "Which classes go together across datasets, by the learned projections.",
-    ),
-    "data": ("multitrain.commands.data", "Make datasets ready: import, resize, check, index, stats, show."),
+    "nearest": ("multitrain.commands.nearest", "Related classes of different datasets, by the learned projections."),
+    "data": ("multitrain.commands.data", "Prepare datasets: import, resize, pack, check, index, stats, show."),
     "preflight": ("multitrain.commands.preflight", "Check nodes and GPUs before a long run."),
     "flops": ("multitrain.commands.flops", "Parameters and multiply-accumulates of a clip."),
 }
-"""Verb: the module whose `main(arguments)` is called, and what it does. Modules are imported when they are asked for."""
+"""By verb: the module whose `main(arguments)` is called, imported when needed; and a description."""
 
 ELSEWHERE = {
     "train": "to train: multitrain submit nodes=2 gpus=8 (the same: python launch/submit.py)",
@@ -47,19 +36,19 @@ ELSEWHERE = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns the exit status: 0, 2 for a mistake, 75 for an evaluation that was interrupted."""
+    """Run one verb; return its exit status: 0, 2 for a mistake, 75 if it was interrupted and can be resumed."""
     return piped(lambda: _main(sys.argv[1:] if arguments is None else list(arguments)))
 
 
 def _main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
-        return FINISHED if arguments else MISTAKE
+        return Exit.FINISHED if arguments else Exit.MISTAKE
     if arguments[0] in ("-V", "--version", "version"):
         from multitrain import __version__
 
         print(__version__)
-        return FINISHED
+        return Exit.FINISHED
     return answered(lambda: _verb(arguments[0], arguments[1:]), "multitrain")
 
 
@@ -84,5 +73,3 @@ def _overview() -> str:
 
 if __name__ == "__main__":
     raise SystemExit(main())
-
-__all__: list[Any] = ["main"]

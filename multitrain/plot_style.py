@@ -55,10 +55,10 @@ def cycle(count: int) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(count)]
 
 
-def png(drawn: Figure, dpi: int = 125) -> bytes:
+def png(drawn: Figure) -> bytes:
     """The figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
-    drawn.savefig(buffer, format="png", dpi=dpi)
+    drawn.savefig(buffer, format="png", dpi=125)
     return buffer.getvalue()
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import os
 
+from multitrain.cluster.exit_status import Exit
 from multitrain.config import ConfigError, nearest
-from multitrain.config.arguments import MISTAKE, Arguments
-from multitrain.text import printable
+from multitrain.config.arguments import Arguments
 
 VERBS: dict[str, tuple[str, str]] = {
     "import": ("multitrain.commands.data_import", "Official annotation files as `path label` files and class names."),
@@ -34,25 +33,16 @@ VERBS: dict[str, tuple[str, str]] = {
 
 def main(arguments: Arguments) -> int:
     """``multitrain data``; returns the exit status. Without a verb, options run ``data index``."""
-    if arguments and arguments[0] in ("-h", "--help"):
+    if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
-        return 0
-    if not arguments:
-        print(_overview())
-        return MISTAKE
+        return Exit.FINISHED if arguments else Exit.MISTAKE
     first, rest = arguments[0], list(arguments[1:])
     if first not in VERBS:
         if first.startswith("-") or "=" in first:
             first, rest = "index", list(arguments)
         else:
             raise ConfigError(f"data {first!r}: no such verb; {nearest(first, VERBS)}")
-    try:
-        status: int = importlib.import_module(VERBS[first][0]).main(rest)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        where = printable(os.fsdecode(error.filename)) + ": " if isinstance(error.filename, (str, bytes)) else ""
-        raise ConfigError(f"{where}{error.strerror or error}; data {first} needs to read or write it") from None
+    status: int = importlib.import_module(VERBS[first][0]).main(rest)
     return status
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from multitrain.cluster.exit_status import Exit
 from multitrain.commands.common import StopSignals, configured
 from multitrain.commands.data_work import add_run_option, add_work_options, interrupted
 from multitrain.config import ConfigError
@@ -55,7 +56,7 @@ def main(arguments: Arguments) -> int:
     """``multitrain data check``; returns the exit status: 0, 1 if there are findings, 75 if interrupted."""
     given = _parser().parse_with_overrides(arguments)
     from multitrain.data.tools import check as c
-    from multitrain.data.tools.parallel_map import INTERRUPTED, Journal, Shard, version
+    from multitrain.data.tools.parallel_map import Journal, Shard, version
 
     shard = Shard.parse(given.shard)
     if given.folders and (given.overrides or given.run or given.write_clean):
@@ -71,7 +72,7 @@ def main(arguments: Arguments) -> int:
     clean = c.clean_folder(datasets, given.write_clean) if given.write_clean else None
     journal = Journal(out.root, "check", shard)
     if _scan(journal, shard.of(files), given):
-        return INTERRUPTED
+        return Exit.INTERRUPTED
     journal.refresh()
     scans = {f: r for f in files if (r := journal.get(f, version(Path(f)))) is not None}
     if len(scans) < len(files):

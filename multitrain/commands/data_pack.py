@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from multitrain.cluster.exit_status import Exit
 from multitrain.commands.common import StopSignals
 from multitrain.commands.data_work import add_work_options, interrupted
 from multitrain.config.arguments import Arguments, Parser, whole_number
@@ -51,7 +52,7 @@ def main(arguments: Arguments) -> int:
     parser = _parser()
     given = parser.parse_args(list(arguments))
     from multitrain.data.tools.packing import Item, PackJob, PackOptions, PackShard
-    from multitrain.data.tools.parallel_map import INTERRUPTED, Shard
+    from multitrain.data.tools.parallel_map import Shard
 
     wanted = PackOptions(
         given.videos.absolute(), given.out.absolute(), given.annotations, given.separator, given.shard_videos, given.leave_out
@@ -70,7 +71,7 @@ def main(arguments: Arguments) -> int:
         return not reason
 
     if interrupted("pack", items, work, given, done, timeout=limit, stop=stop, unit="shard"):
-        return INTERRUPTED
+        return Exit.INTERRUPTED
     return _report(task, failed, as_json=given.json)
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from multitrain.cluster.exit_status import Exit
 from multitrain.commands.common import StopSignals
 from multitrain.commands.data_work import add_work_options, interrupted
 from multitrain.config.arguments import Arguments, Parser, whole_number
@@ -72,7 +73,7 @@ def main(arguments: Arguments) -> int:
     if given.write_annotations and not given.annotations:
         parser.error("--write-annotations needs --annotations")
     from multitrain.data.tools.copying import CopyJob, CopyOptions
-    from multitrain.data.tools.parallel_map import INTERRUPTED, Shard
+    from multitrain.data.tools.parallel_map import Shard
     from multitrain.data.tools.resize import Encoding, Resize
 
     encoding = Encoding(given.short_side, given.crf, given.preset, given.fast_decode, given.salvage)
@@ -90,7 +91,7 @@ def main(arguments: Arguments) -> int:
     if task.before:
         print(", ".join(f"{n} of {mine} {what}" for what, n in task.before.items()), file=sys.stderr)
     if interrupted("resize", items, work, given, task.done, timeout=3 * given.timeout + 30, stop=stop):
-        return INTERRUPTED
+        return Exit.INTERRUPTED
     return _report(task, as_json=given.json)
 
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from multitrain.cluster.exit_status import Exit
 from multitrain.commands.common import StopSignals
 from multitrain.commands.data_work import add_work_options, interrupted
 from multitrain.config import ConfigError
@@ -33,7 +34,7 @@ def main(arguments: Arguments) -> int:
     given = parser.parse_args(list(arguments))
     from multitrain.data.packs import INDEX, Stored, open_pack
     from multitrain.data.tools.packing import Unpack
-    from multitrain.data.tools.parallel_map import INTERRUPTED, Shard
+    from multitrain.data.tools.parallel_map import Shard
     from multitrain.files import OutputFolder
 
     found = open_pack(given.pack)
@@ -54,7 +55,7 @@ def main(arguments: Arguments) -> int:
         return not bad
 
     if interrupted("unpack", mine, work, given, done, timeout=limit, stop=StopSignals(), unit="shard"):
-        return INTERRUPTED
+        return Exit.INTERRUPTED
     if given.json:
         print(json.dumps({**counts, "failures": dict(failed)}))
     else:

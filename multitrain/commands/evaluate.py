@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from multitrain.cluster.exit_status import Exit
 from multitrain.commands.common import MODEL, StopSignals, device
 from multitrain.config import ClusterConfig, ConfigError, RunConfig
 from multitrain.config.arguments import Arguments, Parser
@@ -17,7 +18,6 @@ from multitrain.text import printable
 if TYPE_CHECKING:
     from multitrain.evaluation.evaluator import Evaluation
 
-FINISHED, INTERRUPTED = 0, 75
 WAIT_FOR_END = 120.0
 """Seconds that a rank waits for SLURM to end it after its job was requeued."""
 
@@ -89,7 +89,7 @@ def main(arguments: Arguments) -> int:
         return _leave(rank, stop)
     if rank == 0:
         _print_evaluation(done)
-    return FINISHED
+    return Exit.FINISHED
 
 
 def _leave(rank: int, stop: StopSignals) -> int:
@@ -99,20 +99,20 @@ def _leave(rank: int, stop: StopSignals) -> int:
 
     job = slurm.job_id() if slurm.in_step() else None
     if job is None or set(stop.received) == {signal.SIGINT}:
-        return INTERRUPTED
+        return Exit.INTERRUPTED
     if rank == 0:
         try:
-            ended = Ended(slurm.show_job(job), stop.received, INTERRUPTED)
+            ended = Ended(slurm.show_job(job), stop.received, Exit.INTERRUPTED)
             decision = requeue.decide_evaluation(ended, ClusterConfig())
             if decision.action != Action.REQUEUE:
-                return INTERRUPTED
+                return Exit.INTERRUPTED
             print(f"{decision.status}: back into the queue", flush=True)
             slurm.requeue(job)
         except slurm.SlurmError as error:
             print(f"multitrain: {error}; submit the same command again", file=sys.stderr, flush=True)
-            return INTERRUPTED
+            return Exit.INTERRUPTED
     time.sleep(WAIT_FOR_END)
-    return INTERRUPTED
+    return Exit.INTERRUPTED
 
 
 def _require_same_network(stored: RunConfig, config: RunConfig) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from multitrain.cluster.exit_status import Exit
 from multitrain.config import ConfigError, RunConfig, load
-from multitrain.config.arguments import MISTAKE
 
 
 def fits(config: RunConfig) -> str:
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
         print(fits(load(arguments[0])))
     except ConfigError as error:
         print(error, file=sys.stderr)
-        return MISTAKE
+        return Exit.MISTAKE
     return 0
 
 

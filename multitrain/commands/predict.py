@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from multitrain.cluster.exit_status import Exit
 from multitrain.commands.common import MODEL, device
 from multitrain.config import ConfigError
-from multitrain.config.arguments import MISTAKE, Arguments, Parser, pair, whole_number
+from multitrain.config.arguments import Arguments, Parser, pair, whole_number
 from multitrain.files import refuse_run
 from multitrain.text import printable
 
@@ -58,7 +59,7 @@ def main(arguments: Arguments) -> int:
     model = load(given.checkpoint, class_names=names).to(device(given.device))
     model.reconfigure(with_overrides(model.run, given.overrides, config_dirs=given.config_dir))
     overlays = _overlays(given.overlay, given.videos)
-    status = 0
+    status = Exit.FINISHED
     for video in given.videos:
         try:
             found = model.predict(video, given.top, views=given.views)
@@ -66,7 +67,7 @@ def main(arguments: Arguments) -> int:
                 write_overlay(video, overlays[video], found, model.run.data.decoder)
         except VideoError as error:
             print(printable(f"multitrain: {error}"), file=sys.stderr, flush=True)
-            status = MISTAKE
+            status = Exit.MISTAKE
             continue
         if given.json:
             print(json.dumps({"video": video, "predictions": found}, ensure_ascii=False), flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,7 @@ def understood(where: str, remedy: str) -> Iterator[None]:
 
 def refused_by_system(error: OSError) -> str:
     """The message of one line for an error of the operating system."""
-    where = f"{shown(error.filename)}: " if error.filename else ""
+    where = f"{shown(os.fsdecode(error.filename))}: " if isinstance(error.filename, (str, bytes)) else ""
     return f"{where}{error.strerror or error}; check the path, its permissions and the space left"
 
 

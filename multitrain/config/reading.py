@@ -134,9 +134,9 @@ def refuse_utf16(content: bytes, where: object) -> None:
         raise ConfigError(f"{where}: is UTF-16, not UTF-8; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
 
 
-def read_json(file: Path, largest: int = LARGEST_JSON) -> Any:
+def read_json(file: Path) -> Any:
     """The value in a JSON file. Raises ConfigError."""
-    return parse_json(read_bytes(file, largest), file)
+    return parse_json(read_bytes(file, LARGEST_JSON), file)
 
 
 def parse_json(text: str | bytes, where: object, *, unique: bool = False) -> Any:

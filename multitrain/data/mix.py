@@ -59,21 +59,18 @@ def finalize_batch(
     augment: AugmentConfig,
     device: torch.device | str,
     seed: int,
-    train: bool = True,
 ) -> DeviceBatch:
     """Copy a batch to the device, and normalise, erase and mix it there; the batch itself is not changed.
 
     Args:
         datasets: class count by name, in head order; all are datasets of `data`.
-        train: if false, clips are neither erased nor mixed, and labels are not smoothed.
     """
     clips = normalise(batch.clips.to(device, non_blocking=True))
     targets = one_hot(batch.labels, batch.dataset, datasets)
-    if train:
-        erase(clips, batch.boxes, batch.keys)
-        multi_label = [name for name in datasets if data.datasets[name].multi_label]
-        smooth(targets, batch.dataset, augment, multi_label)
-        mix(clips, targets, batch.dataset, batch.start, augment, seed)
+    erase(clips, batch.boxes, batch.keys)
+    multi_label = [name for name in datasets if data.datasets[name].multi_label]
+    smooth(targets, batch.dataset, augment, multi_label)
+    mix(clips, targets, batch.dataset, batch.start, augment, seed)
     return DeviceBatch(
         clips=clips,
         targets={name: rows.to(device, non_blocking=True) for name, rows in targets.items()},

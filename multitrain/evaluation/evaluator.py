@@ -75,7 +75,6 @@ def evaluate(
     head: str | None = None,
     precision: Precision | None = None,
     stop: Stop | None = None,
-    barrier: Callable[[], None] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     peer_timeout: float = PEER_TIMEOUT_SECONDS,
 ) -> Evaluation:
@@ -95,7 +94,6 @@ def evaluate(
         head: score with this dataset's head instead of each dataset's own; gives scores without metrics.
         precision: default: `config.eval.precision`, else fp32, which does not use TF32.
         stop: called between videos; when it returns True, the scores so far are kept and the result is not `finished`.
-        barrier: returns when all ranks have called it; optional, saves rank 0 from polling for the other ranks' files.
         progress: called on each rank with dataset, videos done and videos in its share.
         peer_timeout: seconds that rank 0 waits for a new score from the other ranks.
 
@@ -122,8 +120,6 @@ def evaluate(
         done = _score_share(model, config, task, headers[task.key], out, rank, world_size, precision, stop, progress)
         if not done:
             return Evaluation(finished=False, folder=out)
-    if barrier is not None:
-        barrier()
     if rank:
         return Evaluation(finished=True, folder=out)
     results: dict[str, dict[str, Any]] = {}

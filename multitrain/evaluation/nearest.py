@@ -69,12 +69,10 @@ def matches(model: MultiTrain, source: str, target: str, top: int) -> list[Match
     return sorted(found, key=lambda m: -m.score)
 
 
-def heat_map(
-    model: MultiTrain, pairs: Sequence[tuple[str, str]], names: dict[str, list[str]], shown: int = SHOWN
-) -> bytes:
+def heat_map(model: MultiTrain, pairs: Sequence[tuple[str, str]], names: dict[str, list[str]]) -> bytes:
     """One heat map of z-scores per pair (source, target), as PNG: the classes with the strongest matches, matches on the diagonal."""
     sides = [(affinity(model, a, b)[1], a, b) for a, b in pairs]
-    sizes = [(min(s.shape[0], shown), min(s.shape[1], shown)) for s, _, _ in sides]
+    sizes = [(min(s.shape[0], SHOWN), min(s.shape[1], SHOWN)) for s, _, _ in sides]
     widths = [3.2 + 0.22 * columns for _, columns in sizes]
     height = 2.8 + 0.2 * max(rows for rows, _ in sizes)
     drawn, axes = figure(len(sides), 1, width=sum(widths), height=height, widths=widths)

@@ -74,10 +74,10 @@ class HardClass(NamedTuple):
     """Predicted wrong classes with counts, the most frequent first."""
 
 
-def hardest(tested: Scored, count: int = 10, others: int = 3) -> list[HardClass]:
-    """The classes with the lowest accuracy, lowest first; among equals the one with more videos first.
+def hardest(tested: Scored) -> list[HardClass]:
+    """The ten classes with the lowest accuracy, lowest first, each with the three most frequent wrong predictions.
 
-    Classes without test videos, and those that are always right, are left out.
+    Of equal accuracy, the class with more videos comes first. Classes without test videos, and those that are always right, are left out.
     """
     matrix = tested.confusion
     if matrix is None:
@@ -85,10 +85,10 @@ def hardest(tested: Scored, count: int = 10, others: int = 3) -> list[HardClass]
     names, totals, right = tested.class_names, matrix.sum(1), matrix.diagonal()
     order = sorted(np.flatnonzero(right < totals), key=lambda k: (right[k] / totals[k], -totals[k], k))
     found = []
-    for k in order[:count]:
+    for k in order[:10]:
         row = matrix[k].copy()
         row[k] = 0
-        most = [int(o) for o in np.argsort(-row, kind="stable")[:others] if row[o]]
+        most = [int(o) for o in np.argsort(-row, kind="stable")[:3] if row[o]]
         found.append(HardClass(names[k], int(totals[k]), int(right[k]), tuple((names[o], int(row[o])) for o in most)))
     return found
 

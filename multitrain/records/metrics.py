@@ -12,6 +12,9 @@ from typing import Any
 from multitrain import lease
 from multitrain.records import jsonl
 
+SYNC_SECONDS = 30.0
+"""Seconds between two syncs to disk."""
+
 
 class Metrics:
     """Appends one line per update. Opening it at a resume drops the lines of updates that will be done again.
@@ -19,14 +22,12 @@ class Metrics:
     Args:
         path: the file, e.g. ``RUN/metrics.jsonl``.
         start_update: updates completed; lines with ``"update"`` (counted from 0) at or above it are dropped.
-        sync_seconds: seconds between forced writes to disk.
     """
 
-    def __init__(self, path: str | Path, *, start_update: int = 0, sync_seconds: float = 30.0) -> None:
+    def __init__(self, path: str | Path, *, start_update: int = 0) -> None:
         self.path = Path(path)
         self.dropped = jsonl.drop_from(self.path, start_update)
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
-        self._sync_seconds = sync_seconds
         self._synced = time.monotonic()
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -38,7 +39,7 @@ class Metrics:
         """
         lease.verify(self.path)
         jsonl.write(self._file.fileno(), jsonl.encode(record))
-        if time.monotonic() - self._synced > self._sync_seconds:
+        if time.monotonic() - self._synced > SYNC_SECONDS:
             with contextlib.suppress(OSError):  # the line is written; the sync at the next checkpoint reports the error
                 self.sync()
 

@@ -37,7 +37,6 @@ class Recorder:
         start_update: updates completed when this start begins; 0 for a fresh run.
         rank: rank of this process; ranks other than 0 write nothing.
         job: the scheduler's job id; default: from the environment.
-        restart: number of earlier starts; default: from the environment or the events.
         log_every: updates between two lines in the log.
         tensorboard: whether to write TensorBoard scalars.
         wandb: project of Weights & Biases; default: none.
@@ -53,7 +52,6 @@ class Recorder:
         start_update: int = 0,
         rank: int = 0,
         job: str | None = None,
-        restart: int | None = None,
         log_every: int = 1,
         tensorboard: bool = True,
         wandb: str | None = None,
@@ -73,7 +71,7 @@ class Recorder:
         if self._closed:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self.events = Events(self.run_dir / "events.jsonl", job=job, restart=restart)
+        self.events = Events(self.run_dir / "events.jsonl", job=job)
         self.metrics = Metrics(self.run_dir / "metrics.jsonl", start_update=start_update)
         jsonl.drop_from(skipped, start_update)
         self.progress = Progress(total_updates, start_update, log_every=log_every)

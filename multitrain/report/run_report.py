@@ -72,12 +72,7 @@ def write_report(
     with writing_to(place.root):
         place.root.mkdir(parents=True, exist_ok=True)
     examples, notes = pick_examples(run_dir, config, tested, clips)
-    shown = {"curves": pictures.curves(history)} if history.metrics else {}
-    if examples:
-        shown["clips"] = pictures.film_strips(examples, list(examples[0].predictions))
-    matrices = {name: t.confusion for name, t in tested.items() if t.confusion is not None}
-    if matrices:
-        shown["confusion"] = pictures.confusion(matrices, {name: tested[name].class_names for name in matrices})
+    shown = _draw(history, examples, tested)
     for name, png in shown.items():
         place.write_bytes(f"{name}.png", png, _is_report)
     state = status(run_dir)
@@ -103,6 +98,17 @@ def write_report(
     place.write_text("report.md", _markdown(name, summary, tested), _is_report)
     written = place.write_text("report.html", text, _is_report)
     return Report(written, accuracy_table(tested), notes)
+
+
+def _draw(history: History, examples: Sequence[Example], tested: Mapping[str, Scored]) -> dict[str, bytes]:
+    """PNG images by name, those of :data:`IMAGES` for which there is data."""
+    drawn = {"curves": pictures.curves(history)} if history.metrics else {}
+    if examples:
+        drawn["clips"] = pictures.film_strips(examples, list(examples[0].predictions))
+    matrices = {name: t.confusion for name, t in tested.items() if t.confusion is not None}
+    if matrices:
+        drawn["confusion"] = pictures.confusion(matrices, {name: tested[name].class_names for name in matrices})
+    return drawn
 
 
 IMAGES = ("curves", "clips", "confusion")

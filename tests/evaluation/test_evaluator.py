@@ -279,14 +279,6 @@ def test_rank_0_waits_for_the_others_and_says_who_is_missing(
     assert evaluate(model, config, ["stride"], out_dir=tmp_path, world_size=1).finished
 
 
-def test_rank_0_meets_the_others_at_a_barrier_when_there_is_one(
-    model: MultiTrain, config: RunConfig, tmp_path: Path
-) -> None:
-    met = []
-    evaluate(model, config, ["segment"], out_dir=tmp_path, barrier=lambda: met.append(records(tmp_path)))
-    assert met == [{"segment": 3}]
-
-
 def test_a_folder_of_another_evaluation_is_refused(
     model: MultiTrain, config: RunConfig, data: Path, tmp_path: Path
 ) -> None:

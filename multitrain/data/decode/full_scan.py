@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,18 +38,15 @@ class VideoScan:
     """Digest of the set of frames that the container hides (edit list); empty if it hides none."""
 
 
-def scan_video(path: Path | str, timeout: float | None = None) -> VideoScan:
+def scan_video(path: Path | str) -> VideoScan:
     """Decode the complete file once, single-threaded.
-
-    Args:
-        timeout: time limit in seconds.
 
     Raises:
         VideoError: the file has no video, is truncated, or has a frame that cannot be decoded.
     """
     path = Path(path)
     check_file(path)
-    video = PyAVVideo(path, math.inf if timeout is None else time.monotonic() + timeout)
+    video = PyAVVideo(path, math.inf)
     with video:
         decoded, height, width = _decode_all(video)
         check_complete(video)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 from multitrain.config import ConfigError
 from multitrain.data.packs import DamagedError, find_packed
@@ -30,9 +30,6 @@ Work = Callable[[Any], dict[str, Any]]
 
 FINAL = "final"
 """Key in the record of a failed item: False if the cause is not the item (e.g. a full disk), so that it is tried again."""
-
-INTERRUPTED = 75
-"""Exit status of an interrupted command; the same command continues."""
 
 FIELDS = {"check": ("frames", "fps", "width", "height"), "resize": ("frames", "width", "height", "bytes")}
 """Keys of positive numbers in the record of every successful item, by kind of work."""
@@ -179,15 +176,15 @@ class ProgressBar:
 
     EVERY = 30.0
 
-    def __init__(self, title: str, total: int, stream: TextIO | None = None, unit: str = "file") -> None:
-        self._unit, self._title, self._total, self._stream = unit, title, total, stream or sys.stderr
+    def __init__(self, title: str, total: int, unit: str = "file") -> None:
+        self._unit, self._title, self._total = unit, title, total
         self._done = self._bad = 0
         self._began = self._said = time.monotonic()
         self._bar: Any = None
-        if self._stream.isatty():
+        if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, desc=title, unit=self._unit, file=self._stream, dynamic_ncols=True)
+            self._bar = tqdm(total=total, desc=title, unit=self._unit, file=sys.stderr, dynamic_ncols=True)
 
     def add(self, *, bad: bool) -> None:
         """Count one more item."""
@@ -203,7 +200,7 @@ class ProgressBar:
             some = f", {self._bad} bad" if self._bad else ""
             print(
                 f"{self._title}: {self._done} of {self._total} {self._unit}s{some}, {pace:.1f} a second{left}",
-                file=self._stream,
+                file=sys.stderr,
                 flush=True,
             )
 
