@@ -13,7 +13,7 @@ Results = Mapping[str, Mapping[str, float]]
 
 
 class Best:
-    """Remembers the best validation. Its state is a function of the updates, and stored in checkpoints.
+    """The best validation so far. Its state is a function of the updates, and stored in checkpoints.
 
     Args:
         config: uses `checkpoint.best` and `eval.patience`.
