@@ -21,7 +21,7 @@ NVIDIA_SMI = """#!/bin/sh
 """
 
 
-def test_a_time_limit_that_arrives_while_a_rank_or_a_whole_node_stands_still_brings_the_job_back(
+def test_a_time_limit_that_arrives_while_a_rank_a_node_or_all_of_them_stand_still_brings_the_job_back(
     runs: Runs, reference: Path
 ) -> None:
     run, job = runs.submit("still", "checkpoint.every=2", "cluster.lead_time=15")
@@ -35,6 +35,13 @@ def test_a_time_limit_that_arrives_while_a_rank_or_a_whole_node_stands_still_bri
     send(still, signal.SIGSTOP)
     runs.cluster.ends_in(job, 5)
     assert runs.back_in_queue(run, job, starts=2)["status"] == "time limit"
+    send(still, signal.SIGKILL)
+    runs.cluster.start_now(job)
+    runs.reach(run, job, len(runs.metrics(run)) + 1)
+    still = [*ranks(run).values(), *supervisors(run).values()]  # nobody is left who could end the step
+    send(still, signal.SIGSTOP)
+    runs.cluster.ends_in(job, 5)
+    assert runs.back_in_queue(run, job, starts=3)["status"] == "time limit"
     send(still, signal.SIGKILL)
     runs.cluster.start_now(job)
     runs.finish(run, job)
