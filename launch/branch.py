@@ -15,7 +15,7 @@ from pathlib import Path
 from launch import resume
 from multitrain.config import ConfigError, RunConfig, load
 from multitrain.config.paths import find_run
-from multitrain.records.checkpoints import BEST, MANIFEST, invalid_reason, listed, pointed_to, update_of
+from multitrain.records.checkpoints import AVERAGE, BEST, invalid_reason, listed, pointed_to, update_of
 
 OPTION = "branch_from"
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "config.yaml")
@@ -51,7 +51,7 @@ def origin(value: str, runs: Path) -> Origin:
     if not chosen:
         there = ", ".join(str(update_of(c)) for c in reversed(found)) or "none"
         raise ConfigError(f"{OPTION}={value}: {run} has no such checkpoint; it has those after updates: {there}")
-    reason = invalid_reason(chosen[0], FILES, FILES)
+    reason = invalid_reason(chosen[0], FILES, (*FILES, AVERAGE))
     if reason is not None:
         raise ConfigError(f"{OPTION}={value}: {chosen[0]}: {reason}; choose another checkpoint")
     return Origin(run.absolute(), chosen[0].absolute())
@@ -90,7 +90,7 @@ def copy(found: Origin, checkpoints: Path) -> None:
     """
     target = checkpoints / found.checkpoint.name
     target.mkdir(parents=True)
-    for name in (*FILES, MANIFEST):
+    for name in sorted(p.name for p in found.checkpoint.iterdir() if p.is_file()):
         try:
             os.link(found.checkpoint / name, target / name)
         except OSError:  # another file system, or another user's file

@@ -10,9 +10,9 @@ from multitrain.records.events import Events
 
 
 def testing(run: Path, config: RunConfig, dataset: str) -> tuple[str, ...]:
-    """The arguments of Python that test the run in folder `run` on one of its datasets: its best checkpoint if it keeps one, else the
-    newest."""
-    model = run / BEST if config.checkpoint.best else run
+    """The arguments of Python that test the run in folder `run` on one of its datasets: the weights that were validated, of its
+    best checkpoint if it keeps one, else of the newest."""
+    model = run / BEST if config.checkpoint.best else run / "ema" if config.ema.decay else run
     return ("-m", "multitrain.cli", "evaluate", str(model), "--dataset", dataset)
 
 

@@ -63,7 +63,12 @@ def forecast(config: RunConfig, shape: BatchShape) -> Forecast:
     count = parameters(model, [d.classes or 400 for d in config.data.datasets.values()])
     buckets = 2 * min(config.engine.bucket_elements, count)
     low = 0 if config.precision == "fp32" else 2
-    fixed = count * (4 + 4 + low) + 12 * count / shape.world_size + 4 * buckets + CUDA_CONTEXT_BYTES
+    fixed = (
+        count * (4 + 4 + low)
+        + (12 if config.ema.decay is None else 16) * count / shape.world_size
+        + 4 * buckets
+        + CUDA_CONTEXT_BYTES
+    )
     return Forecast(
         clips=clips,
         clip_bytes=clip,

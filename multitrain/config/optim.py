@@ -55,3 +55,11 @@ class OptimConfig(Settings):
                 f"{list(value)} are not decay rates; both must be at least 0 and below 1, e.g. [0.9,0.999]"
             )
         return value
+
+
+class EmaConfig(Settings):
+    """An exponential moving average of the weights, beside them."""
+
+    decay: float | None = Field(None, gt=0, lt=1)
+    """Decay of the average at each update, e.g. 0.9999; null for none. Early in a run it is (1 + n) / (10 + n) after n updates, if that is
+    smaller. Validation then scores the average, and `RUN/ema` is its name in every command."""

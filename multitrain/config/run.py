@@ -15,7 +15,7 @@ from multitrain.config.engine import MEAN, CheckpointConfig, EngineConfig, Monit
 from multitrain.config.evaluation import EvalConfig
 from multitrain.config.loss import LossConfig
 from multitrain.config.model import ModelConfig
-from multitrain.config.optim import OptimConfig
+from multitrain.config.optim import EmaConfig, OptimConfig
 from multitrain.config.reading import shown
 
 LONGEST_NAME = 255
@@ -96,6 +96,7 @@ class RunConfig(Settings):
     engine: EngineConfig
     augment: AugmentConfig
     eval: EvalConfig
+    ema: EmaConfig = EmaConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
 

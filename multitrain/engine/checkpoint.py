@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,16 @@ from torch import Tensor
 from multitrain import lease
 from multitrain.config import ConfigError
 from multitrain.config.reading import parse_json
-from multitrain.records.checkpoints import BEST, LATEST, MANIFEST, invalid_reason, listed, pointed_to, update_of
+from multitrain.records.checkpoints import (
+    AVERAGE,
+    BEST,
+    LATEST,
+    MANIFEST,
+    invalid_reason,
+    listed,
+    pointed_to,
+    update_of,
+)
 
 FORMAT = 1
 _CHUNK = 1 << 24
@@ -45,12 +54,13 @@ class Checkpoint:
 
     `weights`: fp32 by parameter name. `moments`: fp32 as ``exp_avg.NAME`` and ``exp_avg_sq.NAME``. Both on the CPU;
     a mapping may assemble its tensors on access. `state`: the update, the plan's fingerprint, the loss-scale state and
-    the model's description, as JSON.
+    the model's description, as JSON. `average`: the averaged weights, fp32 by parameter name; empty without `ema.decay`.
     """
 
     weights: Mapping[str, Tensor]
     moments: Mapping[str, Tensor]
     state: dict[str, Any]
+    average: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def update(self) -> int:
@@ -65,7 +75,7 @@ def folder_of(checkpoints: Path, update: int) -> Path:
 
 def verify(folder: Path) -> str | None:
     """Why `folder` is not a valid checkpoint; None when every file matches its manifest."""
-    return invalid_reason(folder, FILES, FILES)
+    return invalid_reason(folder, FILES, (*FILES, AVERAGE))
 
 
 def newest_verified(checkpoints: Path) -> tuple[Path | None, dict[Path, str]]:
@@ -99,7 +109,10 @@ def read(folder: Path) -> Checkpoint:
         raise CheckpointError(
             f"{folder}: format {state.get('format')!r}, this version reads format {FORMAT}; use the version that wrote it"
         )
-    return Checkpoint(_tensors(folder / "model.safetensors"), _tensors(folder / "optimizer.safetensors"), state)
+    average = _tensors(folder / AVERAGE) if (folder / AVERAGE).is_file() else {}
+    return Checkpoint(
+        _tensors(folder / "model.safetensors"), _tensors(folder / "optimizer.safetensors"), state, average
+    )
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
@@ -136,6 +149,7 @@ def write(checkpoints: Path, checkpoint: Checkpoint, config_text: str) -> Path:
         manifest = {
             "model.safetensors": _write_tensors(temporary / "model.safetensors", checkpoint.weights),
             "optimizer.safetensors": _write_tensors(temporary / "optimizer.safetensors", checkpoint.moments),
+            **({AVERAGE: _write_tensors(temporary / AVERAGE, checkpoint.average)} if checkpoint.average else {}),
             "state.json": _write_synced(temporary / "state.json", _json({"format": FORMAT, **checkpoint.state})),
             "config.yaml": _write_synced(temporary / "config.yaml", config_text.encode()),
         }

@@ -11,12 +11,13 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from multitrain.config import ConfigError, EngineConfig, OptimConfig
@@ -24,6 +25,14 @@ from multitrain.engine import without_compiler
 from multitrain.model.device import autocast
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+EMA = "ema"
+"""Name of the averaged weights beside the moments."""
+
+
+def ema_decay(limit: float, updates: int) -> float:
+    """Decay of the moving average at the update number `updates`, counted from 1: `limit`, and less at the beginning, so that the
+    initial weights are forgotten."""
+    return min(limit, (1 + updates) / (10 + updates))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -63,6 +72,69 @@ class ShardFragment(NamedTuple):
     offset: int
 
 
+class Sharded(Mapping[str, Tensor]):
+    """Tensors of the shapes of parameters, as ``KIND.NAME``, assembled on access from the parts of all ranks. Iteration yields the names
+    of the moments.
+
+    Args:
+        shapes: of the parameters, by name.
+        layouts: for each rank, which pieces of which parameters its part holds.
+        parts: for each rank, its part, float32 [len(kinds) n], kind by kind.
+        kinds: e.g. the names of the moments.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, torch.Size],
+        layouts: list[list[ShardFragment]],
+        parts: list[Tensor],
+        kinds: Sequence[str],
+    ) -> None:
+        self._shapes = shapes
+        self._parts = parts
+        self._kinds = list(kinds)
+        self._pieces: dict[str, list[tuple[int, ShardFragment]]] = {name: [] for name in shapes}
+        for rank, pieces in enumerate(layouts):
+            for piece in pieces:
+                self._pieces[piece.name].append((rank, piece))
+
+    def __getitem__(self, key: str) -> Tensor:
+        kind, _, name = key.partition(".")
+        found = []
+        for rank, piece in sorted(self._pieces[name], key=lambda pair: pair[1].start):
+            begin = self._kinds.index(kind) * (self._parts[rank].numel() // len(self._kinds))
+            found.append(self._parts[rank].narrow(0, begin + piece.offset, piece.numel))
+        return (found[0] if len(found) == 1 else torch.cat(found)).view(self._shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"{kind}.{name}" for name in self._shapes for kind in self._kinds if kind != EMA)
+
+    def __len__(self) -> int:
+        return sum(kind != EMA for kind in self._kinds) * len(self._shapes)
+
+    def average(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The averaged weights by name, with the tensors of `weights` that are not trained; empty if there is no average."""
+        return Averaged(self, self._shapes, weights) if EMA in self._kinds else {}
+
+
+class Averaged(Mapping[str, Tensor]):
+    """What :meth:`Sharded.average` returns."""
+
+    def __init__(self, sharded: Sharded, trained: Collection[str], weights: Mapping[str, Tensor]) -> None:
+        self._sharded = sharded
+        self._trained = trained
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._sharded[f"{EMA}.{name}"] if name in self._trained else self._weights[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
 class Engine:
     """A model, its AdamW state sharded over the ranks by ZeRO-1, and the one way to change both.
 
@@ -70,7 +142,13 @@ class Engine:
     """
 
     def __init__(
-        self, model: nn.Module, optim: OptimConfig, config: EngineConfig, precision: str, device: torch.device
+        self,
+        model: nn.Module,
+        optim: OptimConfig,
+        config: EngineConfig,
+        precision: str,
+        device: torch.device,
+        ema: float | None = None,
     ) -> None:
         deepspeed = _import_deepspeed()
         self.model = model.to(device)
@@ -107,6 +185,11 @@ class Engine:
                 model=self.model, optimizer=optimizer, config=settings, dist_init_required=False
             )
         self.steps_applied = 0
+        self._layouts: list[list[ShardFragment]] | None = None  # of all ranks
+        self._ema_limit = ema
+        self._ema = [] if ema is None else [flat.detach().clone() for flat in self._flat_partitions()]
+        self.sharded = MOMENTS if ema is None else (*MOMENTS, EMA)
+        """What the ranks hold a part of, for each trained parameter."""
 
     @property
     def named_parameters(self) -> dict[str, nn.Parameter]:
@@ -144,6 +227,9 @@ class Engine:
         self.steps_applied += applied
         if not applied:
             return float("inf")
+        if self._ema_limit is not None:
+            decay = ema_decay(self._ema_limit, self.steps_applied)
+            torch._foreach_lerp_(self._ema, [flat.detach() for flat in self._flat_partitions()], 1.0 - decay)
         norm = self._engine.get_global_grad_norm()
         return float(norm)
 
@@ -177,12 +263,13 @@ class Engine:
         return found
 
     def copy_moments(self, into: Tensor | None) -> Tensor:
-        """This rank's part of AdamW's moments, fp32 [2 n] on the CPU, in `into` when given: what :meth:`pieces` points into
-        (n of the first moment, then n of the second). The same n on all ranks. No collective; zeros before the first step.
+        """This rank's part of :attr:`sharded`, fp32 [2 n] or [3 n] on the CPU, in `into` when given: what :meth:`pieces` points into
+        (n of AdamW's first moment, n of the second, n of the averaged weights). The same n on all ranks. No collective; the moments are
+        zeros before the first step.
         """
         self._link_moments()
         state = self._engine.optimizer.optimizer.state
-        own = [state[flat][moment] for moment in MOMENTS for flat in self._flat_partitions()]
+        own = [state[flat][moment] for moment in MOMENTS for flat in self._flat_partitions()] + self._ema
         if into is None:
             into = _host(torch.Size([sum(t.numel() for t in own)]), self.device)
         for target, tensor in zip(into.split([t.numel() for t in own]), own):
@@ -190,12 +277,44 @@ class Engine:
         _wait_for(self.device)
         return into
 
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Have the model compute with the averaged weights meanwhile, if there are any. A collective at the beginning."""
+        if self._ema_limit is None:
+            yield
+            return
+        own = torch.cat([part.flatten() for part in self._ema])
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, own)
+        if self._layouts is None:
+            self._layouts = [[] for _ in parts]
+            dist.all_gather_object(self._layouts, self.pieces())
+        average = Sharded(self.shapes, self._layouts, parts, (EMA,))
+        trained = {name: (parameter, parameter.detach().clone()) for name, parameter in self.named_parameters.items()}
+        with torch.no_grad():
+            for name, (parameter, _) in trained.items():
+                parameter.copy_(average[f"{EMA}.{name}"])
+            try:
+                yield
+            finally:
+                for parameter, kept in trained.values():
+                    parameter.copy_(kept)
+
     def _flat_partitions(self) -> list[Tensor]:
         """The fp32 tensors that AdamW steps on this rank, one a parameter group."""
         return [flat for group in self._engine.optimizer.optimizer.param_groups for flat in group["params"]]
 
-    def restore(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], steps_applied: int) -> None:
+    def restore(
+        self,
+        weights: Mapping[str, Tensor],
+        moments: Mapping[str, Tensor],
+        steps_applied: int,
+        average: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Put back the weights and moments of a checkpoint, on any world size. All ranks call it.
+
+        Args:
+            average: the averaged weights; an average begins with the weights where there was none.
 
         Raises:
             ConfigError: when names or shapes are not those of this model.
@@ -212,6 +331,17 @@ class Engine:
                 for moment in MOMENTS:
                     safe_set_full_optimizer_state(parameter, moments[f"{moment}.{name}"].to(self.device), moment)
         self.steps_applied = steps_applied
+        self._restore_average(average or weights)
+
+    def _restore_average(self, average: Mapping[str, Tensor]) -> None:
+        """Take this rank's part of the averaged weights."""
+        if self._ema_limit is None:
+            return
+        flat = torch.cat([part.flatten() for part in self._ema])
+        for piece in self.pieces():
+            values = average[piece.name].flatten()[piece.start : piece.start + piece.numel]
+            flat[piece.offset : piece.offset + piece.numel] = values.to(self.device)
+        self._ema = [part.view_as(own) for part, own in zip(flat.split([p.numel() for p in self._ema]), self._ema)]
 
     def _check_fits(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
         expected = {n: t.shape for n, t in self.model.state_dict().items()}

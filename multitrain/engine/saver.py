@@ -12,7 +12,6 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from torch import Tensor
 from multitrain.config import CheckpointConfig
 from multitrain.engine import checkpoint as checkpoints
 from multitrain.engine.checkpoint import Checkpoint
-from multitrain.engine.deepspeed import MOMENTS, Engine, ShardFragment
+from multitrain.engine.deepspeed import Engine, Sharded, ShardFragment
 from multitrain.engine.distributed import World
 from multitrain.lease import LeaseLost
 
@@ -166,9 +165,10 @@ class Saver:
 
     def _write(self, parts: list[Tensor], state: dict[str, Any]) -> tuple[str | None, str | None]:
         assert self._layouts is not None
-        moments = GatheredMoments(self._engine.shapes, self._layouts, parts)
+        moments = Sharded(self._engine.shapes, self._layouts, parts, self._engine.sharded)
         try:
-            checkpoints.write(self._folder, Checkpoint(self._weights, moments, state), self._config_text)
+            content = Checkpoint(self._weights, moments, state, moments.average(self._weights))
+            checkpoints.write(self._folder, content, self._config_text)
         except OSError as error:
             return f"{self._folder}: {error.strerror or error}", None
         except Exception as error:
@@ -179,37 +179,3 @@ class Saver:
         except OSError as error:
             return None, f"{error.filename or self._folder}: {error.strerror or error}"
         return None, None
-
-
-class GatheredMoments(Mapping[str, Tensor]):
-    """Both moments of every parameter, as ``exp_avg.NAME`` and ``exp_avg_sq.NAME``, assembled on access.
-
-    Args:
-        shapes: of the parameters, by name.
-        layouts: for each rank, which pieces of which parameters its part holds.
-        parts: for each rank, its moments, float32 [2 n], the first moments before the second ones.
-    """
-
-    def __init__(
-        self, shapes: Mapping[str, torch.Size], layouts: list[list[ShardFragment]], parts: list[Tensor]
-    ) -> None:
-        self._shapes = shapes
-        self._parts = parts
-        self._pieces: dict[str, list[tuple[int, ShardFragment]]] = {name: [] for name in shapes}
-        for rank, pieces in enumerate(layouts):
-            for piece in pieces:
-                self._pieces[piece.name].append((rank, piece))
-
-    def __getitem__(self, key: str) -> Tensor:
-        moment, _, name = key.partition(".")
-        found = []
-        for rank, piece in sorted(self._pieces[name], key=lambda pair: pair[1].start):
-            half = MOMENTS.index(moment) * (self._parts[rank].numel() // 2)
-            found.append(self._parts[rank].narrow(0, half + piece.offset, piece.numel))
-        return (found[0] if len(found) == 1 else torch.cat(found)).view(self._shapes[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return (f"{moment}.{name}" for name in self._shapes for moment in MOMENTS)
-
-    def __len__(self) -> int:
-        return len(MOMENTS) * len(self._shapes)

@@ -105,7 +105,7 @@ class Trainer:
         self.shape = shape
         self.updates = updates
         self.completed = 0
-        self.engine = Engine(model, config.optim, config.engine, config.precision, world.device)
+        self.engine = Engine(model, config.optim, config.engine, config.precision, world.device, config.ema.decay)
         self.gradient = Gradient(config, model, self.engine, shape, world)
         self.schedule = Schedule.of(config.optim, updates, plan.epoch_size / config.effective_batch)
         self._checkpoints = run / "checkpoints"
@@ -224,7 +224,8 @@ class Trainer:
             return
         if self.completed % every and self.completed != self.updates:
             return
-        results = self._validation(self.model)
+        with self.engine.averaged():
+            results = self._validation(self.model)
         if not results:  # interrupted on all ranks; the next start validates first
             raise _Stopped
         self._validated = self.completed
@@ -317,7 +318,7 @@ class Trainer:
                 f"{self._checkpoints}: the checkpoint belongs to another plan ({'; '.join(lines)}); "
                 "undo the change, or start a new run with init_from="
             )
-        self.engine.restore(content.weights, content.moments, int(content.state["steps_applied"]))
+        self.engine.restore(content.weights, content.moments, int(content.state["steps_applied"]), content.average)
         self._restore_scale(content.state)
         self.completed = content.update
         self._validated = int(content.state["validated"])

@@ -6,11 +6,13 @@ import os
 from pathlib import Path
 
 from multitrain.config import ConfigError
-from multitrain.config.paths import POINTERS, find_run
+from multitrain.config.paths import find_run
 from multitrain.interop.state_dict_report import abbreviated
-from multitrain.records.checkpoints import BEST, MANIFEST, invalid_reason, listed, pointed_to
+from multitrain.records.checkpoints import AVERAGE, BEST, LATEST, MANIFEST, invalid_reason, listed, pointed_to
 
 MODEL_FILE = "model.safetensors"
+EMA = "ema"
+"""``RUN/ema`` stands for the averaged weights of a run."""
 
 
 def resolve_model_file(path: Path) -> Path:
@@ -20,8 +22,10 @@ def resolve_model_file(path: Path) -> Path:
         ConfigError: there is none, or it is damaged; the message names what was found.
     """
     path = find_run(path)
-    if path.name in POINTERS:
-        path = _pointed_to(path)
+    if path.name in (LATEST, BEST) and path.is_file():
+        return _pointed_to(path)
+    if path.name in (BEST, EMA) and not path.exists() and len(path.parts) > 1:
+        return _of_run(find_run(path.parent), path.name)
     if path.is_dir():
         return _in_folder(path)
     if not os.path.exists(path):
@@ -36,18 +40,42 @@ def resolve_model_file(path: Path) -> Path:
     return path
 
 
-def _pointed_to(path: Path) -> Path:
-    """The checkpoint's folder that a file ``latest`` or ``best`` names; other paths stay as they are."""
-    if path.is_file():
-        name = pointed_to(path.parent, path.name)
-        if name is None:
-            raise ConfigError(f"{path}: names no checkpoint; give a checkpoint's folder (update-…), or the run's")
-        return path.parent / name
-    if path.name == BEST and not path.exists() and (path.parent / "checkpoints").is_dir():
-        raise ConfigError(
-            f"{path}: the run keeps no best checkpoint; train with checkpoint.best=val/DATASET/top1, or give the run's folder"
-        )
-    return path
+def _pointed_to(pointer: Path) -> Path:
+    """The weights of the checkpoint that a file ``latest`` or ``best`` names; of the best one, those that were validated."""
+    name = pointed_to(pointer.parent, pointer.name)
+    if name is None:
+        raise ConfigError(f"{pointer}: names no checkpoint; give a checkpoint's folder (update-…), or the run's")
+    file = _in_folder(pointer.parent / name)
+    return _average_beside(file) or file if pointer.name == BEST else file
+
+
+def _of_run(run: Path, name: str) -> Path:
+    """``RUN/ema``: the averaged weights of the run's newest valid checkpoint.
+
+    Raises:
+        ConfigError: the run has no such weights.
+    """
+    if not (run / "checkpoints").is_dir():
+        raise ConfigError(f"{run}: no run of that name, and {name} stands for weights of a run; give RUN/{name}")
+    average = _average_beside(_in_folder(run)) if name == EMA else None
+    if average is None:
+        option = "ema.decay=0.9999" if name == EMA else "checkpoint.best=val/DATASET/top1"
+        raise ConfigError(f"{run}: keeps no {name} weights; train with {option}, or give the run's folder")
+    return average
+
+
+def _average_beside(model: Path) -> Path | None:
+    """The averaged weights in the checkpoint of `model`, verified; None where there are none.
+
+    Raises:
+        ConfigError: they are damaged.
+    """
+    file = model.with_name(AVERAGE)
+    if not file.is_file():
+        return None
+    if reason := invalid_reason(file.parent, (AVERAGE,), (AVERAGE, "state.json")):
+        raise ConfigError(f"{file.parent}: {reason}; use an older checkpoint of the run")
+    return file
 
 
 def _in_folder(path: Path) -> Path:

@@ -12,6 +12,8 @@ from multitrain.config.reading import parse_json
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"update-(\d{8,})$", re.ASCII)
 _CHUNK = 1 << 24
+AVERAGE = "ema.safetensors"
+"""File of the averaged weights, in the checkpoints of a run with `ema.decay`."""
 LATEST, BEST = "latest", "best"
 """Files beside the checkpoints that name the newest one, and the best one by `checkpoint.best`."""
 

@@ -93,6 +93,7 @@ optim optim.lr optim.warmup_updates optim.weight_decay optim.betas optim.eps opt
 engine engine.zero_stage engine.bucket_elements engine.hang_limit engine.threads
 augment augment.copies augment.randaugment augment.crop_area augment.crop_aspect augment.erase_probability augment.backend
 eval eval.every eval.patience eval.videos_per_batch eval.precision eval.workers
+ema ema.decay
 checkpoint checkpoint.every checkpoint.keep checkpoint.keep_every checkpoint.best
 monitor monitor.log_every monitor.tensorboard monitor.wandb
 """

@@ -29,7 +29,7 @@ def counted(action: Callable[[], None]) -> dict[str, int]:
 def main(run: Path) -> None:
     config = load(run)
     world = join(config.world_size, 60, 1)
-    trainer = build(config, run, world, Interruption(run, world.agree, watches_files=False))
+    trainer = build(config, run, world, Interruption(run, world.max, watches_files=False))
     trainer.resume()
     found: dict[str, int] = {}
     one_update = Trainer._one_update

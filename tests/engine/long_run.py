@@ -24,7 +24,7 @@ def resident() -> float:
 def main(run: Path) -> None:
     config = load(run)
     world = join(config.world_size, 60, 1)
-    trainer = build(config, run, world, Interruption(run, world.agree, watches_files=False))
+    trainer = build(config, run, world, Interruption(run, world.max, watches_files=False))
     trainer.resume()
     seen: list[tuple[float, int]] = []
     validate_if_due = Trainer._validate_if_due

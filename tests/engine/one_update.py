@@ -15,9 +15,9 @@ from support import excite
 
 from multitrain.config import load
 from multitrain.engine.build import build
+from multitrain.engine.deepspeed import Sharded
 from multitrain.engine.distributed import join
 from multitrain.engine.interruption import Interruption
-from multitrain.engine.saver import GatheredMoments
 from multitrain.model.multitrain import MultiTrain
 
 
@@ -26,14 +26,16 @@ def main(run: Path) -> None:
     world = join(config.world_size, 60, 1)
     initialise = MultiTrain.initialise
     MultiTrain.initialise = lambda self, seed: (initialise(self, seed), excite(self))[0]  # type: ignore[method-assign]
-    trainer = build(config, run, world, Interruption(run, world.agree, watches_files=False))
+    trainer = build(config, run, world, Interruption(run, world.max, watches_files=False))
     trainer.resume()
     records: list[Any] = []
     trainer.recorder.update = records.append  # type: ignore[method-assign]
     trainer.updates = 1
     trainer.train()
     engine = trainer.engine
-    moments = GatheredMoments(engine.shapes, world.gather(engine.pieces()), world.gather(engine.copy_moments(None)))
+    moments = Sharded(
+        engine.shapes, world.gather(engine.pieces()), world.gather(engine.copy_moments(None)), engine.sharded
+    )
     if world.is_main:
         beta1 = config.optim.betas[0]
         gradient = {n.removeprefix("exp_avg."): t / (1 - beta1) for n, t in moments.items() if n.startswith("exp_avg.")}

@@ -10,18 +10,20 @@ import torch
 
 from multitrain.config import load
 from multitrain.engine.build import build
+from multitrain.engine.deepspeed import Sharded
 from multitrain.engine.distributed import join
 from multitrain.engine.interruption import Interruption
-from multitrain.engine.saver import GatheredMoments
 
 
 def main(run: Path) -> None:
     config = load(run)
     world = join(config.world_size, 60, 1)
-    trainer = build(config, run, world, Interruption(run, world.agree, watches_files=False))
+    trainer = build(config, run, world, Interruption(run, world.max, watches_files=False))
     trainer.resume()
     engine = trainer.engine
-    moments = GatheredMoments(engine.shapes, world.gather(engine.pieces()), world.gather(engine.copy_moments(None)))
+    moments = Sharded(
+        engine.shapes, world.gather(engine.pieces()), world.gather(engine.copy_moments(None)), engine.sharded
+    )
     inner = engine._engine.optimizer.optimizer
     steps = {float(inner.state[flat]["step"]) for group in inner.param_groups for flat in group["params"]}
     if world.is_main:
