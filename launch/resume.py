@@ -13,10 +13,10 @@ from multitrain.config import ConfigError, RunConfig, compose, leaves, load, val
 from multitrain.config.reading import parse_yaml
 
 MUTABLE_DATA_OPTIONS = re.compile(
-    r"data\.(root|index|workers|prefetch|skip_cap|decoder|decode_timeout)"
+    r"data\.(root|index|workers|prefetch|skip_cap|decoder|decode_timeout|stage|stage_limit)"
     r"|data\.datasets\..+\.(annotations|videos|class_names|temporal_views|spatial_views|test_short_side)"
 )
-"""Options under `data` that a resumed run may change: the paths of files, how fast they are read, the views of a test.
+"""Options under `data` that a resumed run may change: the paths of files, how fast they are read and staged, the views of a test.
 The run itself checks by content whether other files hold the same videos."""
 
 SUBMISSION_OPTIONS = ("name", "runs", "dry_run", "from_scratch", "update_code")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import ByteSize, Field, field_validator, model_validator
 
 from multitrain.config.base import Settings
 
@@ -88,8 +88,23 @@ class DataConfig(Settings):
     """Fraction of a dataset's videos that may be unreadable before the run stops."""
     decode_timeout: float = Field(60.0, gt=0)
     """Seconds after which a stalled decode counts as a bad video."""
+    stage: str | None = None
+    """Folder on each node's own disk for copies of the shards that the next updates need, e.g. `$SLURM_TMPDIR`; expanded on the
+    node, so quote it on a command line. Never part of the result. See docs/million.md."""
+    stage_limit: ByteSize = Field(ByteSize(200 * 10**9), ge=1)
+    """Limit of the bytes in that folder, e.g. `200G`; 5 % of the disk stay free in any case."""
     index: str | None = None
     """Folder for the memory-mapped index of the annotation files; default: `RUNS/.index`."""
+
+    @field_validator("stage")
+    @classmethod
+    def _absolute(cls, stage: str | None) -> str | None:
+        if stage is not None and not stage.startswith(("/", "$", "~")):
+            shown = "is empty" if not stage else "is relative"
+            raise ValueError(
+                f"{shown}; give an absolute path or a variable of the node, quoted: 'data.stage=$SLURM_TMPDIR'"
+            )
+        return stage
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:

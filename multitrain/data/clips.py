@@ -20,6 +20,7 @@ from multitrain.data.call_timeout import CallTimeout, TimeoutRunner, WriteLease
 from multitrain.data.catalog import Catalog
 from multitrain.data.decode import Frame, Picture, VideoError, open_video, preload
 from multitrain.data.frames import training_indices
+from multitrain.data.packs import use_stage
 from multitrain.data.random import KeyedRNG
 from multitrain.data.views import load_views, views_shape
 from multitrain.order import Plan, key
@@ -99,6 +100,7 @@ class TrainClipFn:
     def warm_up(self) -> None:
         """Import the decoder."""
         preload(self.config.data.decoder)
+        use_stage(self.config.data.stage)
 
     def describe(self, task: Task) -> str:
         """The video of a task, for error messages."""
@@ -243,6 +245,7 @@ class EvalViewsFn:
     def warm_up(self) -> None:
         """Import the decoder."""
         preload(self.config.data.decoder)
+        use_stage(self.config.data.stage)
 
     def describe(self, task: int) -> str:
         """The video of a task, for error messages."""

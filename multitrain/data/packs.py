@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from multitrain.data.index import aligned_parts, read_index
+from multitrain.data.staged import Stage
 from multitrain.errors import ConfigError
 from multitrain.text import printable
 
@@ -82,6 +84,20 @@ class Pack:
 
     def __len__(self) -> int:
         return len(self._hashes)
+
+    @cached_property
+    def identity(self) -> str:
+        """32 hex digits that stand for the content: equal for copies of a pack, other after it was packed from other files."""
+        digest = hashlib.blake2b(json.dumps(self.header, sort_keys=True).encode(), digest_size=16)
+        digest.update(self._offset.tobytes() + self._crc.tobytes())
+        return digest.hexdigest()
+
+    def shards(self) -> dict[str, int]:
+        """The bytes of each shard, by name."""
+        ends = np.zeros(len(self._shards), np.int64)
+        end = self._offset.astype(np.int64) + self._size.astype(np.int64)
+        np.maximum.at(ends, np.minimum(self._shard, len(ends) - 1), end)
+        return {shard: int(-(-end // BLOCK) + 2) * BLOCK for shard, end in zip(self._shards, ends)}
 
     def find(self, name: str) -> Stored | None:
         """The location of a video, by its normalised path below the folder, or None."""
@@ -149,6 +165,11 @@ def open_pack(folder: Path) -> Pack | None:
     return _pack_in(os.path.abspath(folder))
 
 
+def pack_of(path: Path | str) -> Pack | None:
+    """The pack that `path` is below, whether or not it holds a video of this name. Raises as `Pack` does."""
+    return _pack_above(os.path.dirname(os.path.abspath(path)))
+
+
 def find_packed(path: Path | str) -> Stored | None:
     """The location of a packed video, or None if the path is not in a pack.
 
@@ -178,6 +199,9 @@ def read(path: Path | str) -> bytes | None:
 
 def read_stored(stored: Stored) -> bytes:
     """`read` for a known location; an OSError names the shard."""
+    staged = _from_stage(stored)
+    if staged is not None:
+        return staged
     try:
         content = _range(stored)
         if not _is_intact(stored, content):
@@ -224,6 +248,31 @@ def header(name: str, size: int) -> bytes:
         return info.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape")
     except ValueError:
         return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+
+
+_stage: Stage | None = None
+
+
+def use_stage(expression: str | None) -> None:
+    """From now on, this process reads the copies that this node has of a shard (`data.stage`), where it has one."""
+    global _stage
+    _stage = None if expression is None else Stage(expression)
+
+
+def _from_stage(stored: Stored) -> bytes | None:
+    """The bytes of a video from this node's copy of its shard; None if there is no copy, or it is damaged."""
+    if _stage is None or stored.crc is None or (pack := _pack_in(str(stored.shard.parent))) is None:
+        return None
+    content = _stage.read(pack.identity, stored.shard.name, stored.offset, stored.size)
+    if content is None or _is_intact(stored, content):
+        return content
+    _stage.discard(pack.identity, stored.shard.name)
+    return None
+
+
+def read_chunk(shard: Path, offset: int, size: int) -> bytes:
+    """Bytes of a shard, fewer at its end. Raises OSError."""
+    return _range(Stored(shard, offset, size, None, ""))
 
 
 def _is_intact(stored: Stored, content: bytes) -> bool:
@@ -305,6 +354,9 @@ __all__ = [
     "index_parts",
     "open_pack",
     "os_error_text",
+    "pack_of",
     "read",
+    "read_chunk",
     "read_stored",
+    "use_stage",
 ]
