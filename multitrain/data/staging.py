@@ -18,53 +18,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import IO
 
-import numpy as np
-
 from multitrain.config import ConfigError
-from multitrain.data.catalog import Catalog
-from multitrain.data.packs import DamagedError, Pack, find_packed, pack_of, read_chunk
+from multitrain.data.packs import DamagedError, read_chunk
 from multitrain.data.pool import IGNORED, shared_memory
+from multitrain.data.shards_ahead import Horizon, Job, Needs, Shard
 from multitrain.data.stage_folder import Busy, Full, StageFolder
 from multitrain.data.staged import StageError, locate
-from multitrain.order import BatchShape, Plan
 from multitrain.text import printable
 
-AHEAD = 50
-"""Minimum number of updates whose shards are looked up ahead."""
-FURTHEST = 5000
-"""Maximum number of updates, if their shards fit."""
 CHUNK = 8 << 20  # bytes
 _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 5.0, 600.0  # before the next try after an error
+_CANDIDATES = 32  # shards that are considered for the next copy
 _IDLE_SECONDS = 10.0  # between two looks at the copies, when there is nothing to copy
 _STOP_SECONDS = 1.0  # that the training process waits for this one
 _DELETE_SECONDS = 20.0  # the same after the last update, when copies are deleted
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from multitrain.data.staging import main; main(int(sys.argv[2]))"
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the staging process of a node needs to know.
-
-    Attributes:
-        stage, limit: `data.stage`, `data.stage_limit` in bytes.
-        ranks: the ranks of this node.
-        start, stop: the updates [start, stop) that are trained.
-    """
-
-    stage: str
-    limit: int
-    plan: Plan
-    catalogs: Mapping[str, Catalog]
-    shape: BatchShape
-    ranks: range
-    start: int
-    stop: int
 
 
 # ----------------------------------------------------------------------------------------------- in the training process
@@ -140,112 +110,6 @@ def say(line: str) -> None:
 # ------------------------------------------------------------------------------------------------ in the staging process
 
 
-class Shard:
-    """A shard that is read in this run."""
-
-    def __init__(self, pack: Pack, path: Path, size: int) -> None:
-        self.path, self.size = path, size
-        self.identity = pack.identity
-        self.name = f"{self.identity}/{path.name}"
-        """Name of the copy below the folder of copies, without its ending."""
-
-
-class Needs:
-    """The shards that the ranks of a node read, update by update.
-
-    Attributes:
-        packs: the packs of the run, by folder.
-        loose: the datasets that are no packs.
-    """
-
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self.packs: dict[Path, Pack] = {}
-        self.loose: list[str] = []
-        self.shards: dict[Path, Shard] = {}
-        self._numbers = [np.full(len(job.catalogs[s.name]), -2, np.int32) for s in job.plan.sources]
-        self._listed: list[Shard] = []
-        for name, catalog in job.catalogs.items():
-            pack = pack_of(catalog.path(0))
-            if pack is None:
-                self.loose.append(name)
-            else:
-                self._open(pack)
-
-    def _open(self, pack: Pack) -> None:
-        if pack.folder not in self.packs:
-            self.packs[pack.folder] = pack
-            sizes = pack.shards().items()
-            self.shards |= {pack.folder / name: Shard(pack, pack.folder / name, size) for name, size in sizes}
-            self._places = {path: number for number, path in enumerate(self.shards)}
-            self._listed = list(self.shards.values())
-
-    def of(self, update: int) -> list[Shard]:
-        """The shards that this node reads in an update, in order of first use."""
-        found: dict[int, None] = {}
-        for rank in self._job.ranks:
-            start, _ = self._job.shape.slice(update, 0, rank)
-            for ticket in self._job.plan.tickets(start, start + self._job.shape.videos_per_rank):
-                found[self._number(int(ticket["dataset"]), int(ticket["index"]))] = None
-        return [self._listed[number] for number in found if number >= 0]
-
-    def _number(self, dataset: int, index: int) -> int:
-        """Number of the shard of a video; -1 for a file."""
-        known = int(self._numbers[dataset][index])
-        if known == -2:
-            known = self._numbers[dataset][index] = self._look_up(dataset, index)
-        return known
-
-    def _look_up(self, dataset: int, index: int) -> int:
-        catalog = self._job.catalogs[self._job.plan.sources[dataset].name]
-        try:
-            stored = find_packed(catalog.path(index))
-            if stored is not None and stored.shard not in self._places and (pack := pack_of(stored.shard)):
-                self._open(pack)
-        except (OSError, ValueError, DamagedError):
-            return -1
-        return -1 if stored is None else self._places.get(stored.shard, -1)
-
-
-class Horizon:
-    """The shards of the next updates: of `AHEAD` or more, as far as they fit into the limit."""
-
-    def __init__(self, needs: Needs, start: int, stop: int, limit: int) -> None:
-        self._needs, self._stop, self._limit = needs, stop, limit
-        self._updates: deque[tuple[int, list[Shard]]] = deque()
-        self._next = start
-        self._bytes = 0
-        self._count: dict[str, int] = {}
-        self.wanted: list[Shard] = []
-        """Distinct shards in order of first use."""
-
-    def advance(self, update: int) -> None:
-        """Forget the updates before `update`, and look further ahead for a short time."""
-        while self._updates and self._updates[0][0] < update:
-            for shard in self._updates.popleft()[1]:
-                self._count[shard.name] -= 1
-                if not self._count[shard.name]:
-                    del self._count[shard.name]
-                    self._bytes -= shard.size
-        self._next = max(self._next, update)
-        until = time.monotonic() + 0.2
-        while time.monotonic() < until and not self.complete:
-            shards = self._needs.of(self._next)
-            for shard in shards:
-                if shard.name not in self._count:
-                    self._bytes += shard.size
-                self._count[shard.name] = self._count.get(shard.name, 0) + 1
-            self._updates.append((self._next, shards))
-            self._next += 1
-        self.wanted = list({shard.name: shard for _, shards in self._updates for shard in shards}.values())
-
-    @property
-    def complete(self) -> bool:
-        """Whether there is nothing to look up further ahead."""
-        ahead = len(self._updates)
-        return self._next >= self._stop or (ahead >= AHEAD and (self._bytes > self._limit or ahead >= FURTHEST))
-
-
 class Stager:
     """Copies shards in the order in which they are needed.
 
@@ -280,50 +144,70 @@ class Stager:
             say(f"data.stage={self._job.stage}: {reason}; shards are read from their folders")
             return
         total = sum(shard.size for shard in needs.shards.values())
-        self._whole = total <= space
-        part = "all of" if self._whole else "the next updates' part of"
+        part = "all of" if total <= space else "the next updates' part of"
         say(f"{part} {len(needs.shards)} shards ({in_words(total)}) go to {folder.root}, {in_words(space)} at most")
-        horizon = Horizon(needs, self._job.start, self._job.stop, space)
+        others = needs.shards.values() if total <= space else ()
+        horizon = Horizon(self._job, needs, space)
         while self._listen(0.0):
             horizon.advance(self._update)
-            wanted = horizon.wanted
-            if self._whole:
-                wanted = list({s.name: s for s in (*wanted, *needs.shards.values())}.values())
-            if time.monotonic() < self._again:
-                copied = False
-            else:
-                copied = self._step(folder, wanted)
-            if not copied and not self._listen(0.0 if not horizon.complete else _IDLE_SECONDS):
+            wanted = list(dict.fromkeys((*horizon.wanted(), *others)))
+            copied = time.monotonic() >= self._again and self._step(folder, horizon, wanted, space)
+            if not copied and not self._listen(_IDLE_SECONDS if horizon.complete else 0.0):
                 break
         if self._done:
             with contextlib.suppress(OSError):
                 folder.clear({pack.identity for pack in needs.packs.values()})
 
-    def _step(self, folder: StageFolder, wanted: list[Shard]) -> bool:
-        """Copy the first of these shards that has no copy; whether one was copied."""
+    def _step(self, folder: StageFolder, horizon: Horizon, wanted: list[Shard], space: int) -> bool:
+        """Copy one of these shards that has no copy; whether one was copied."""
         try:
-            folder.want([shard.name for shard in wanted])
             there = folder.copies()
             self._check(folder, wanted, there)
-            for shard in wanted:
-                if shard.name in there or shard.name in self._bad:
+            staged = [shard for shard in wanted if shard.name in there]
+            folder.want([shard.name for shard in staged])
+            missing = [s for s in wanted if s.name not in there and s.name not in self._bad]
+            for shard in missing[:_CANDIDATES]:
+                kept = self._kept(horizon, staged, shard, space)
+                if kept is None:
                     continue
+                folder.want([s.name for s in kept])
+                self._made &= {s.name for s in kept}
                 with contextlib.suppress(Busy), folder.reserve(shard.name, shard.size) as file:
                     self._copy(shard, file)
                     self._made.add(shard.name)
                     self._pause = _PAUSE_SECONDS
                     return True
-        except Full:
+        except (Full, Ended):
             pass
-        except Ended:
-            return False
         except (OSError, StageError) as error:
             self._failed(folder, error)
         return False
 
+    def _kept(self, horizon: Horizon, staged: list[Shard], shard: Shard, space: int) -> list[Shard] | None:
+        """The shards to keep with a new one, those that are used soonest; None if the new one is not worth the others.
+
+        It is if this node reads half of its share of it before the next use of the others. Without windows, all shards are read all
+        the time, and no copy is replaced.
+        """
+        kept, size = [], 0
+        for candidate in sorted([*staged, shard], key=horizon.next_use):
+            size += candidate.size
+            if size > space:
+                break
+            kept.append(candidate)
+        given_up = set(staged).difference(kept)
+        if not given_up:
+            return kept if shard in kept else None
+        if self._job.plan.shuffle_window is None:
+            return None
+        until = min(map(horizon.next_use, given_up))
+        share = len(self._job.ranks) / self._job.shape.world_size
+        worth = horizon.uses(shard, until) >= share * self._job.plan.shard_videos / 2
+        return kept if shard in kept and worth else None
+
     def _check(self, folder: StageFolder, wanted: list[Shard], there: dict[str, os.stat_result]) -> None:
         """Remove left-overs of another size, and report copies of this process that are gone."""
-        self._made &= {shard.name for shard in wanted}  # others may have been deleted to make space
+        self._made &= {shard.name for shard in wanted}
         for shard in wanted:
             found = there.get(shard.name)
             if found is not None and found.st_size != shard.size:
