@@ -23,9 +23,9 @@ import numpy as np
 from multitrain.config import ConfigError, DataConfig, DatasetConfig, RunConfig, load, nearest
 from multitrain.config.class_names import find_class_names, read_class_names, repeated_name
 from multitrain.config.reading import shown
+from multitrain.data import storage
 from multitrain.data.annotations import CatalogError, Syntax, lines, read_annotations
 from multitrain.data.index import ensure_index, read_index
-from multitrain.data.packs import open_pack
 from multitrain.data.presence import PresenceCheck, absent, frames_column
 from multitrain.order import Plan, Source
 
@@ -280,23 +280,6 @@ def plan_of(config: RunConfig, catalogs: Mapping[str, Catalog]) -> Plan:
     )
 
 
-def warn_of_other_shards(data: DataConfig, catalogs: Mapping[str, Catalog]) -> None:
-    """Warn about packs whose shards differ from those that `data.shuffle_window` assumes: same samples, but from more shards."""
-    if data.shuffle_window is None:
-        return
-    for catalog in catalogs.values():
-        pack = open_pack(catalog.videos)
-        if pack is None:
-            continue
-        was = pack.header.get("shard_videos"), dict(pack.header.get("rows", {})).get("train")
-        if was != (data.shard_videos, len(catalog)):
-            _log.warning(
-                "%s was packed with %s videos a shard for %s lines of train.csv; with data.shard_videos=%d and %d lines updates read "
-                "from more shards than data.shuffle_window=%d says. Set data.shard_videos, or pack again",
-                catalog.videos, *was, data.shard_videos, len(catalog), data.shuffle_window,
-            )  # fmt: skip
-
-
 def resolve_classes(dataset: DatasetConfig) -> int:
     """Number of classes: `classes`, or the number of lines of `class_names`.
 
@@ -379,7 +362,7 @@ def summary(config: RunConfig, index_dir: Path | str) -> dict[str, Any]:
         CatalogError: an annotation file of the run cannot be used, or too many of its videos are missing.
     """
     train = open_catalogs(config.data, "train", index_dir)
-    warn_of_other_shards(config.data, train)
+    storage.warn(config.data, train)
     validation, tests = {}, {}
     val: dict[str, Catalog] = {}
     if config.eval.every is not None:
@@ -407,9 +390,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("config", type=Path, help="config.yaml of a run, or the run's folder")
     parser.add_argument("--index", type=Path, required=True, help="folder for the index files")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--clips", type=float, help="print only what a node that trains on so many clips per second reads of packs"
+    )
     given = parser.parse_args(arguments)
     try:
-        found = summary(load(given.config), given.index)
+        config = load(given.config)
+        found = summary(config, given.index)
+        if given.clips is not None:
+            catalogs = open_catalogs(config.data, "train", given.index)
+            print("\n".join(storage.lines(config, catalogs, plan_of(config, catalogs), given.clips)))
+            return 0
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

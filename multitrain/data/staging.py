@@ -26,6 +26,7 @@ from multitrain.data.pool import IGNORED, shared_memory
 from multitrain.data.shards_ahead import Horizon, Job, Needs, Shard
 from multitrain.data.stage_folder import Busy, Full, StageFolder
 from multitrain.data.staged import StageError, locate
+from multitrain.data.storage import size
 from multitrain.text import printable
 
 CHUNK = 8 << 20  # bytes
@@ -145,7 +146,7 @@ class Stager:
             return
         total = sum(shard.size for shard in needs.shards.values())
         part = "all of" if total <= space else "the next updates' part of"
-        say(f"{part} {len(needs.shards)} shards ({in_words(total)}) go to {folder.root}, {in_words(space)} at most")
+        say(f"{part} {len(needs.shards)} shards ({size(total)}) go to {folder.root}, {size(space)} at most")
         others = needs.shards.values() if total <= space else ()
         horizon = Horizon(self._job, needs, space)
         while self._listen(0.0):
@@ -269,16 +270,6 @@ class SourceError(OSError):
     """The shared shard cannot be read."""
 
 
-def in_words(size: int) -> str:
-    """Bytes in a unit that people read."""
-    value = float(size)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
-
-
 def main(given: int) -> None:
     """Run the staging process. Never returns.
 
@@ -301,4 +292,4 @@ def main(given: int) -> None:
     os._exit(0)
 
 
-__all__ = ["Job", "Staging", "in_words", "main"]
+__all__ = ["Job", "Staging", "main"]

@@ -127,7 +127,12 @@ def test_shards_that_fit_are_all_copied_read_and_deleted_at_the_end(
         assert_reads(made)
         assert shared == []
         folder = root_of(tmp_path) / the_pack(made).identity
-        foreign = [root_of(tmp_path) / "mine.tar", folder / "mine.tar", folder / "shard-000001.tar", folder / "x.part-1"]
+        foreign = [
+            root_of(tmp_path) / "mine.tar",
+            folder / "mine.tar",
+            folder / "shard-000001.tar",
+            folder / "x.part-1",
+        ]
         for path in foreign:
             path.write_text("a file of the user's")
         (folder / "link.staged").symlink_to(made / "train.csv")
