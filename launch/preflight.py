@@ -37,6 +37,7 @@ from launch.assess import Finding
 from launch.channel import Channel, ChannelError, Server
 from launch.child_error import child_error
 from launch.events import record
+from multitrain.cluster import quota
 from multitrain.cluster.exit_status import Exit
 from multitrain.cluster.slurm import STOP_SIGNALS, free_port, in_step, job_id, rank_environment, restart_count
 from multitrain.cluster.supervised import STORE_KEY
@@ -75,8 +76,13 @@ def _main(given: argparse.Namespace, arguments: Sequence[str]) -> int:
     with _key(given.dir, rank_env) as key:
         if rank_env["RANK"] != "0":
             return follow(rank_env, key, given.timeout)
-        result = lead(rank_env, key, _request(given), given.timeout)
-    print(json.dumps(result.as_json(), indent=1) if given.json else assess.table(result.rows), flush=True)
+        request = _request(given)
+        result = lead(rank_env, key, request, given.timeout)
+    space = [] if given.json else quota.lines([request.folder, *request.videos])
+    print(
+        json.dumps(result.as_json(), indent=1) if given.json else "\n".join([assess.table(result.rows), *space]),
+        flush=True,
+    )
     for finding in result.findings:
         print(f"preflight: {'' if finding.fatal else 'warning: '}{finding.text}", file=sys.stderr)
     if (bad := assess.nodes_to_exclude(result.findings, result.rows)) and in_step():

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from multitrain.cluster import quota
 from multitrain.commands.common import StopSignals, configured
 from multitrain.commands.data_resize import add_work_options
 from multitrain.config import ConfigError
@@ -87,6 +88,9 @@ def main(arguments: Arguments) -> int:
     for name, count in c.write_clean(report, datasets, clean).items() if clean else ():
         print(f"{name}: {count} lines left out", file=sys.stderr)
     _print_report(report, table, as_json=given.json)
+    places = given.folders or [d.videos for d in datasets.values()]
+    for line in quota.lines([*places, out.root]):
+        print(line, file=sys.stderr)
     return 1 if report.findings else 0
 
 

@@ -26,8 +26,7 @@ from multitrain.data.pool import IGNORED, shared_memory
 from multitrain.data.shards_ahead import Horizon, Job, Needs, Shard
 from multitrain.data.stage_folder import Busy, Full, StageFolder
 from multitrain.data.staged import StageError, locate
-from multitrain.data.storage import size
-from multitrain.text import printable
+from multitrain.text import byte_size, printable
 
 CHUNK = 8 << 20  # bytes
 _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 5.0, 600.0  # before the next try after an error
@@ -146,7 +145,7 @@ class Stager:
             return
         total = sum(shard.size for shard in needs.shards.values())
         part = "all of" if total <= space else "the next updates' part of"
-        say(f"{part} {len(needs.shards)} shards ({size(total)}) go to {folder.root}, {size(space)} at most")
+        say(f"{part} {len(needs.shards)} shards ({byte_size(total)}) go to {folder.root}, {byte_size(space)} at most")
         others = needs.shards.values() if total <= space else ()
         horizon = Horizon(self._job, needs, space)
         while self._listen(0.0):

@@ -11,6 +11,7 @@ import numpy as np
 from multitrain.config import DataConfig, RunConfig
 from multitrain.data.packs import Pack, open_pack
 from multitrain.order import Plan
+from multitrain.text import byte_size
 
 if TYPE_CHECKING:
     from multitrain.data.catalog import Catalog
@@ -55,10 +56,10 @@ def lines(config: RunConfig, catalogs: Mapping[str, Catalog], plan: Plan, clips:
     share = np.bincount(sample["dataset"], minlength=len(plan.sources)) / len(sample)
     shares = {source.name: float(part) for source, part in zip(plan.sources, share)}
     videos = clips / config.augment.copies
-    said = [f"pack   {p.name}: {len(p.shards) + 1} files, {size(p.bytes)}, {len(p.pack)} videos" for p in packed]
+    said = [f"pack   {p.name}: {len(p.shards) + 1} files, {byte_size(p.bytes)}, {len(p.pack)} videos" for p in packed]
     reads = sum(videos * shares[p.name] for p in packed) * (2 if config.data.decoder == "decord" else 1)
     rate = sum(videos * shares[p.name] * p.bytes / len(p.pack) for p in packed)
-    return [*said, f"reads  of packs, a node and second: {size(rate)}, {reads:.3g} reads"]
+    return [*said, f"reads  of packs, a node and second: {byte_size(rate)}, {reads:.3g} reads"]
 
 
 def warn(data: DataConfig, catalogs: Mapping[str, Catalog]) -> None:
@@ -81,7 +82,7 @@ def warn(data: DataConfig, catalogs: Mapping[str, Catalog]) -> None:
         _log.warning(
             "data.stage_limit=%s holds %.0f %% of %s of shards, and with an order without windows every update reads of all: the "
             "other reads go to the shared folders. Raise it, or set data.shuffle_window (for a new run)",
-            size(limit), 100 * limit / total, size(total),
+            byte_size(limit), 100 * limit / total, byte_size(total),
         )  # fmt: skip
         return
     window = sum(p.window(data.shuffle_window + 1) for p in packed)
@@ -89,7 +90,7 @@ def warn(data: DataConfig, catalogs: Mapping[str, Catalog]) -> None:
         _log.warning(
             "data.stage_limit=%s cannot hold the %s of the shards that updates read with data.shuffle_window=%d: the other reads go to "
             "the shared folders. Raise it, or lower the window (for a new run)",
-            size(limit), size(window), data.shuffle_window,
+            byte_size(limit), byte_size(window), data.shuffle_window,
         )  # fmt: skip
 
 
@@ -105,13 +106,4 @@ def _warn_of_other_shards(data: DataConfig, packed: Packed, catalog: Catalog) ->
         )  # fmt: skip
 
 
-def size(count: float) -> str:
-    """Bytes in a unit that people read."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
-__all__ = ["Packed", "lines", "packed_datasets", "size", "warn"]
+__all__ = ["Packed", "lines", "packed_datasets", "warn"]

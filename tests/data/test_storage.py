@@ -15,7 +15,7 @@ from multitrain.cli import main
 from multitrain.config import validate
 from multitrain.data import catalog
 from multitrain.data.packs import INDEX
-from multitrain.data.storage import size
+from multitrain.text import byte_size
 
 NAMES = ("stride", "segment", "with.dot")
 
@@ -45,7 +45,7 @@ def test_the_lines_of_a_dry_run_count_files_bytes_and_reads(
     lines = capsys.readouterr().out.splitlines()
     shards = list((packed / "stride").glob("*.tar"))
     total = sum(s.stat().st_size for s in shards)
-    assert lines[0] == f"pack   stride: {len(shards) + 1} files, {size(total)}, 11 videos"
+    assert lines[0] == f"pack   stride: {len(shards) + 1} files, {byte_size(total)}, 11 videos"
     assert (packed / "stride" / INDEX).exists()
     assert len(lines) == 4
     assert lines[3].endswith(", 240 reads")
