@@ -206,9 +206,10 @@ def _request(given: argparse.Namespace) -> Request:
     request = Request(str(given.dir.absolute()), videos, given.collective or "never")
     if (given.dir / "config.yaml").is_file():
         from multitrain.config import load
+        from multitrain.config.paths import is_remote
 
         config = load(given.dir)
-        request.videos += sorted({d.videos for d in config.data.datasets.values()})
+        request.videos += sorted({d.videos for d in config.data.datasets.values() if not is_remote(d.videos)})
         request.cpus = config.cluster.cpus_per_gpu
         request.gpus = config.gpus if config.cluster.kind == "local" or config.cluster.gpu_request != "none" else None
         request.collective = given.collective or "gpu"

@@ -10,6 +10,7 @@ from typing import Any
 
 from launch.snapshot import ROOT, digest, is_own_code, snapshot
 from multitrain.config import ConfigError, RunConfig, compose, leaves, load, validate
+from multitrain.config.paths import is_remote
 from multitrain.config.reading import parse_yaml
 
 MUTABLE_DATA_OPTIONS = re.compile(
@@ -187,7 +188,7 @@ def with_absolute_paths(flat: Flat, path: Path) -> RunConfig:
     """
     nested: dict[str, Any] = {}
     for leaf, value in flat.items():
-        if value is not None and PATH_OPTIONS.fullmatch(".".join(leaf)):
+        if value is not None and PATH_OPTIONS.fullmatch(".".join(leaf)) and not is_remote(value):
             value = str(Path(value).expanduser().absolute())
         inner = nested
         for part in leaf[:-1]:

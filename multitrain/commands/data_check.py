@@ -13,6 +13,7 @@ from multitrain.commands.common import StopSignals, configured
 from multitrain.commands.data_resize import add_work_options
 from multitrain.config import ConfigError
 from multitrain.config.arguments import Arguments, Parser, whole_number
+from multitrain.config.paths import is_remote
 from multitrain.files import OutputFolder
 
 if TYPE_CHECKING:
@@ -63,6 +64,11 @@ def main(arguments: Arguments) -> int:
     if given.folders and (given.overrides or given.run or given.write_clean):
         raise ConfigError("folders hold no annotations; give folders, or datasets as key=value, not both")
     datasets = {} if given.folders else configured(given.run, given.overrides, given.config_dir).data.datasets
+    for name, dataset in datasets.items():
+        if is_remote(dataset.videos):
+            raise ConfigError(
+                f"videos of {name!r}: {dataset.videos} is an address; check the pack before it is uploaded"
+            )
     entries = (
         [e for f in given.folders for e in c.entries_in_folder(Path(f))] if given.folders else c.list_entries(datasets)
     )

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import ByteSize, Field, field_validator, model_validator
 
 from multitrain.config.base import Settings
+from multitrain.config.paths import check_address, is_remote
 
 
 class DatasetConfig(Settings):
@@ -15,7 +16,8 @@ class DatasetConfig(Settings):
     annotations: str
     """Folder with `train.csv`, `val.csv` and `test.csv`; each line is `path label`."""
     videos: str
-    """Folder to which the paths in the annotation files are relative."""
+    """Folder to which the paths in the annotation files are relative: of files, or a pack. A pack may also be at an address
+    (`s3://`, `gs://`, `https://`); see docs/million.md."""
     classes: int | None = Field(None, ge=1, le=10**7)
     """Number of classes. Not needed if `class_names` is given."""
     class_names: str | None = None
@@ -41,6 +43,20 @@ class DatasetConfig(Settings):
     test_short_side: int | None = Field(None, ge=16)
     """Short side in pixels before the test crop. If not given: 8/7 of the crop with one spatial view of a `stride` dataset, else
     the crop itself (the published rule: 256 and 224)."""
+
+    @field_validator("annotations")
+    @classmethod
+    def _annotations_are_files(cls, annotations: str) -> str:
+        if is_remote(annotations):
+            raise ValueError(
+                "annotation files are read from a folder, and only videos from an address; copy them to a folder"
+            )
+        return annotations
+
+    @field_validator("videos")
+    @classmethod
+    def _videos_without_credentials(cls, videos: str) -> str:
+        return check_address(videos) if is_remote(videos) else videos
 
     @model_validator(mode="after")
     def _has_classes(self) -> DatasetConfig:

@@ -11,6 +11,36 @@ from typing import Any
 PATH_OPTIONS = re.compile(r"init_from|runs|data\.(root|index)|data\.datasets\..+\.(annotations|videos|class_names)")
 """Dotted names of the options that are paths."""
 
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+REMOTE = ("s3", "gs", "https", "http")
+"""Schemes of addresses from which packs are read."""
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether `path` is an address (``s3://…``), and no path of this machine."""
+    return _ADDRESS.match(str(path)) is not None
+
+
+def check_address(address: str) -> str:
+    """An address of a folder, without its final slash.
+
+    Raises:
+        ValueError: it is none that can be read, or it holds credentials. The message does not repeat it.
+    """
+    scheme, _, rest = address.partition("://")
+    host = rest.partition("/")[0]
+    if scheme not in REMOTE:
+        raise ValueError(f"an address begins with {', '.join(f'{s}://' for s in REMOTE[:-1])}; this is another")
+    if "@" in host or "?" in rest or "#" in rest:
+        raise ValueError(
+            "an address with a user, password, key or signature would be stored in the run; put credentials into the environment "
+            "(AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, ~/.netrc) and give the plain address of the folder"
+        )
+    if not host or any(c.isspace() or not c.isprintable() for c in address):
+        raise ValueError("an address needs a host or bucket, and holds no blanks")
+    return address.rstrip("/")
+
+
 _OF_A_MODEL = ("config.yaml", "events.jsonl", "checkpoints", "model.safetensors", "manifest.json")
 
 
@@ -53,4 +83,4 @@ def _paths(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[dict[str, A
             yield node, key
 
 
-__all__ = ["PATH_OPTIONS", "expanded", "find_run"]
+__all__ = ["PATH_OPTIONS", "REMOTE", "check_address", "expanded", "find_run", "is_remote"]

@@ -22,10 +22,12 @@ import numpy as np
 
 from multitrain.config import ConfigError, DataConfig, DatasetConfig, RunConfig, load, nearest
 from multitrain.config.class_names import find_class_names, read_class_names, repeated_name
+from multitrain.config.paths import is_remote
 from multitrain.config.reading import shown
-from multitrain.data import storage
+from multitrain.data import remote, storage
 from multitrain.data.annotations import CatalogError, Syntax, lines, read_annotations
 from multitrain.data.index import ensure_index, read_index
+from multitrain.data.packs import at_address
 from multitrain.data.presence import PresenceCheck, absent, frames_column
 from multitrain.order import Plan, Source
 
@@ -47,7 +49,8 @@ class Catalog:
     Attributes:
         name: the dataset's name.
         csv: the annotation file.
-        videos: the folder from which paths start.
+        videos: the folder from which paths start; for a pack at an address, the folder with its index.
+        address: the address of the pack, or None.
         classes: number of classes; labels are below it.
         class_names: one name per class, or None.
         multi_label: whether a video may have several labels.
@@ -65,8 +68,9 @@ class Catalog:
         classes: int,
         class_names: list[str] | None,
         stride: int = 1,
+        address: str | None = None,
     ) -> None:
-        self.name, self.csv, self.videos = name, csv, videos
+        self.name, self.csv, self.videos, self.address = name, csv, videos, address
         self.classes, self.class_names = classes, class_names
         self._index, self._stride = index, stride
         self._map()
@@ -86,12 +90,15 @@ class Catalog:
         classes = resolve_classes(dataset)
         csv = _annotation_file(dataset, name, split)
         syntax = Syntax.of(dataset, csv)
-        index = ensure_index(csv, syntax, Path(index_dir), Path(dataset.videos))
+        address = dataset.videos if is_remote(dataset.videos) else None
+        videos = Path(os.path.abspath(dataset.videos if address is None else _mirror(address, Path(index_dir))))
+        index = ensure_index(csv, syntax, Path(index_dir), videos)
         catalog = Catalog(
             index,
             name=name,
             csv=csv,
-            videos=Path(os.path.abspath(dataset.videos)),
+            videos=videos,
+            address=address,
             classes=classes,
             class_names=_class_names(dataset, classes),
             stride=stride,
@@ -107,6 +114,8 @@ class Catalog:
         return catalog
 
     def _map(self) -> None:
+        if self.address is not None:
+            at_address(self.videos, self.address)
         try:
             header, arrays = read_index(self._index)
         except (OSError, ValueError) as error:
@@ -240,7 +249,7 @@ class Catalog:
         if found.reason == "folder":
             return f"{self.csv}:{line}: {what}: {shown(path)} is a folder; pictures of frames are not read, name video files"
         return (
-            f"{self.csv}:{line}: {what}, e.g. {shown(path)}{why}; set data.datasets.{self.name}.videos (now {self.videos}) "
+            f"{self.csv}:{line}: {what}, e.g. {shown(path)}{why}; set data.datasets.{self.name}.videos (now {self.address or self.videos}) "
             "to the folder that the paths start from, or leave the lines out (multitrain data check --write-clean)"
         )
 
@@ -333,6 +342,14 @@ def _class_names(dataset: DatasetConfig, classes: int) -> list[str] | None:
         except CatalogError as error:
             _log.warning("%s; classes are shown by number", error)
     return names
+
+
+def _mirror(address: str, folder: Path) -> Path:
+    """The folder with the index of the pack at an address. Raises CatalogError."""
+    try:
+        return remote.mirror(address, folder)
+    except ConfigError as error:
+        raise CatalogError(str(error)) from None
 
 
 def _annotation_file(dataset: DatasetConfig, name: str, split: Split) -> Path:

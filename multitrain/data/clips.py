@@ -6,7 +6,7 @@ Both are pure functions: the same task gives the same result in any process, at 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from multitrain.config import DatasetConfig, RunConfig
+from multitrain.config import DataConfig, DatasetConfig, RunConfig
+from multitrain.data import remote
 from multitrain.data.augment import Augmenter
 from multitrain.data.call_timeout import CallTimeout, TimeoutRunner, WriteLease
 from multitrain.data.catalog import Catalog
@@ -98,9 +99,9 @@ class TrainClipFn:
         return {**self.__dict__, "_guard": TimeoutRunner()}
 
     def warm_up(self) -> None:
-        """Import the decoder."""
+        """Import the decoder, and set up where this process reads packs."""
         preload(self.config.data.decoder)
-        use_stage(self.config.data.stage)
+        _set_up_reading(self.config.data, self.catalogs.values())
 
     def describe(self, task: Task) -> str:
         """The video of a task, for error messages."""
@@ -243,9 +244,9 @@ class EvalViewsFn:
         return {**self.__dict__, "_guard": TimeoutRunner()}
 
     def warm_up(self) -> None:
-        """Import the decoder."""
+        """Import the decoder, and set up where this process reads packs."""
         preload(self.config.data.decoder)
-        use_stage(self.config.data.stage)
+        _set_up_reading(self.config.data, [self.catalog])
 
     def describe(self, task: int) -> str:
         """The video of a task, for error messages."""
@@ -267,6 +268,14 @@ class EvalViewsFn:
             finally:
                 lease.end()
         raise AssertionError  # the second iteration returns
+
+
+def _set_up_reading(data: DataConfig, catalogs: Iterable[Catalog]) -> None:
+    use_stage(data.stage)
+    remote.set_patience(data.decode_timeout)
+    for catalog in catalogs:
+        if catalog.address is not None:
+            remote.preload(catalog.address)
 
 
 def _within(guard: TimeoutRunner, path: Path, seconds: float, work: Callable[[], np.ndarray]) -> np.ndarray:

@@ -22,6 +22,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from multitrain.data import remote
 from multitrain.data.index import aligned_parts, read_index
 from multitrain.data.staged import Stage
 from multitrain.errors import ConfigError
@@ -208,7 +209,7 @@ def read_stored(stored: Stored) -> bytes:
             content = _range(stored)  # read again: the error may be the file server's, not the disk's
     except OSError as error:
         _opened.cache_clear()  # e.g. a stale handle: the next attempt reopens the shard
-        raise OSError(error.errno, error.strerror or str(error), str(stored.shard)) from error
+        raise OSError(error.errno, error.strerror or str(error), error.filename or str(stored.shard)) from error
     if len(content) < stored.size:
         raise DamagedError(f"{printable(stored.shard.name)} is cut off: it ends within this video; pack it again")
     if not _is_intact(stored, content):
@@ -279,7 +280,17 @@ def _is_intact(stored: Stored, content: bytes) -> bool:
     return len(content) == stored.size and (stored.crc is None or zlib.crc32(content) == stored.crc)
 
 
+_addresses: dict[str, str] = {}
+
+
+def at_address(folder: Path, address: str) -> None:
+    """From now on, this process reads the shards of the pack in `folder` at an address (see `multitrain.data.remote`)."""
+    _addresses[str(folder)] = address
+
+
 def _range(stored: Stored) -> bytes:
+    if (address := _addresses.get(str(stored.shard.parent))) is not None:
+        return remote.read(f"{address}/{stored.shard.name}", stored.offset, stored.size)
     file = _opened(str(stored.shard)).fileno()
     size = max(0, min(stored.size, os.fstat(file).st_size - stored.offset))  # allocate no more than the file holds
     content = os.pread(file, size, stored.offset)
@@ -347,6 +358,7 @@ __all__ = [
     "DamagedError",
     "Pack",
     "Stored",
+    "at_address",
     "find_packed",
     "forget",
     "framing_error",
