@@ -78,11 +78,9 @@ def _main(given: argparse.Namespace, arguments: Sequence[str]) -> int:
             return follow(rank_env, key, given.timeout)
         request = _request(given)
         result = lead(rank_env, key, request, given.timeout)
-    space = [] if given.json else quota.lines([request.folder, *request.videos])
-    print(
-        json.dumps(result.as_json(), indent=1) if given.json else "\n".join([assess.table(result.rows), *space]),
-        flush=True,
-    )
+    print(json.dumps(result.as_json(), indent=1) if given.json else assess.table(result.rows), flush=True)
+    for line in quota.lines([request.folder, *request.videos]):
+        print(f"preflight: {line}", file=sys.stderr)
     for finding in result.findings:
         print(f"preflight: {'' if finding.fatal else 'warning: '}{finding.text}", file=sys.stderr)
     if (bad := assess.nodes_to_exclude(result.findings, result.rows)) and in_step():

@@ -43,6 +43,7 @@ CASES: dict[str, tuple[str, Words, Words]] = {
     "data.proportions=temperature": ("data.proportions", ONE, MANY),
     "data.datasets.kinetics.weight=2": ("data.datasets.*.weight", ONE, (*ONE, "data.proportions=weights")),
     "data.datasets.kinetics.flip=true": ("data.datasets.*.flip", ("augment.flip_probability=0",), ()),
+    "data.stage_limit=9G": ("data.stage_limit", (), ("data.stage=/tmp",)),
     "data.shard_videos=9": ("data.shard_videos", (), ("data.shuffle_window=4",)),
     "data.sampling_rate=5": ("data.sampling_rate", ("experiment=ssv2",), MANY),
     "data.target_fps=5": ("data.target_fps", ("experiment=ssv2",), MANY),
