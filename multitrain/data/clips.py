@@ -21,7 +21,7 @@ from multitrain.data.call_timeout import CallTimeout, TimeoutRunner, WriteLease
 from multitrain.data.catalog import Catalog
 from multitrain.data.decode import Frame, Picture, VideoError, open_video, preload
 from multitrain.data.frames import training_indices
-from multitrain.data.packs import use_stage
+from multitrain.data.packs import stage_trouble, use_stage
 from multitrain.data.random import KeyedRNG
 from multitrain.data.views import load_views, views_shape
 from multitrain.order import Plan, key
@@ -64,6 +64,8 @@ class Clips:
     skipped: list[dict[str, Any]] = field(default_factory=list)
     """Records of unreadable videos: dataset, path, reason, update, stand_in (path of the fallback video)."""
     seconds: float = 0.0
+    trouble: str = ""
+    """Why the worker does not read the node's copies of shards, if it met an error; see `multitrain.data.staged`."""
 
 
 class Clip:
@@ -123,7 +125,7 @@ class TrainClipFn:
         boxes, index, skipped = self._readable(task, name, Clip(dataset, identity, config.model.frames), out)
         keys = np.array([key("clip", *identity, copy) for copy in range(len(out))], np.uint64).view(np.int64)
         labels = self.catalogs[name].labels(index)
-        return Clips(number, labels, boxes, keys, skipped, time.perf_counter() - began)
+        return Clips(number, labels, boxes, keys, skipped, time.perf_counter() - began, stage_trouble())
 
     def _readable(
         self, task: Task, name: str, clip: Clip, out: np.ndarray

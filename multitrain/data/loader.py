@@ -112,6 +112,8 @@ class TrainLoader:
             if answer is None:
                 return None
             self._part.add(answer)
+            if answer.result.trouble and self._staging is not None:
+                self._staging.report(answer.result.trouble)
         batch, self._part = self._part.batch(), None
         self._left -= 1
         return batch

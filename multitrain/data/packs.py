@@ -94,10 +94,12 @@ class Pack:
         return digest.hexdigest()
 
     def shards(self) -> dict[str, int]:
-        """The bytes of each shard, by name."""
+        """The bytes of each shard, by name. Raises ConfigError: the index is damaged."""
+        if int(self._shard.max(initial=0)) >= max(1, len(self._shards)):
+            raise ConfigError(f"{self.folder / INDEX}: is damaged (no shard {int(self._shard.max())}); pack again")
         ends = np.zeros(len(self._shards), np.int64)
         end = self._offset.astype(np.int64) + self._size.astype(np.int64)
-        np.maximum.at(ends, np.minimum(self._shard, len(ends) - 1), end)
+        np.maximum.at(ends, self._shard, end)
         return {shard: int(-(-end // BLOCK) + 2) * BLOCK for shard, end in zip(self._shards, ends)}
 
     def find(self, name: str) -> Stored | None:
@@ -260,6 +262,11 @@ def use_stage(expression: str | None) -> None:
     _stage = None if expression is None else Stage(expression)
 
 
+def stage_trouble() -> str:
+    """Why this process does not read the node's copies, for a message; empty if it does, or there are none."""
+    return "" if _stage is None else _stage.trouble
+
+
 def _from_stage(stored: Stored) -> bytes | None:
     """The bytes of a video from this node's copy of its shard; None if there is no copy, or it is damaged."""
     if _stage is None or stored.crc is None or (pack := _pack_in(str(stored.shard.parent))) is None:
@@ -370,5 +377,6 @@ __all__ = [
     "read",
     "read_chunk",
     "read_stored",
+    "stage_trouble",
     "use_stage",
 ]

@@ -63,6 +63,8 @@ class Stage:
 
     def __init__(self, expression: str) -> None:
         self._expression = expression
+        self.trouble = ""
+        """Why this process does not read copies at present, or has not for a while; empty if it always has."""
         self._guard = TimeoutRunner()
         self._resume = 0.0
 
@@ -74,9 +76,13 @@ class Stage:
             return self._guard.run(lambda: self._read(identity, shard, offset, size), READ_SECONDS)
         except FileNotFoundError:
             return None
-        except (OSError, StageError, CallTimeout):
+        except (OSError, StageError, CallTimeout) as error:
             self._resume = time.monotonic() + PAUSE_SECONDS
-            return None
+            if isinstance(error, OSError):
+                self.trouble = f"{error.filename or self._expression}: {error.strerror or error}"
+            elif isinstance(error, CallTimeout):
+                self.trouble = f"{self._expression}: the disk has not answered for {READ_SECONDS:g} s"
+            return None  # the staging process reports a StageError
 
     def discard(self, identity: str, shard: str) -> None:
         """Delete a damaged copy, which the staging process then reports and makes again."""

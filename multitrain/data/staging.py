@@ -45,7 +45,7 @@ class Staging:
 
     def __init__(self, job: Job) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._said = False
+        self._broken = self._reported = False
         environment = os.environ | {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
         path = [p or os.getcwd() for p in sys.path]
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)  # inherited until the process ignores them
@@ -73,6 +73,12 @@ class Staging:
         """Report that training has reached `update`."""
         self._send(b"%d\n" % update)
 
+    def report(self, trouble: str) -> None:
+        """Say once that a reader of this node met an error with the copies."""
+        if not self._reported:
+            self._reported = True
+            say(f"{trouble}; readers take the shared shards and try the copies again after some minutes")
+
     def close(self, *, done: bool) -> None:
         """End the process; after the last update (`done`) it deletes the copies that no other run needs."""
         if self._process is None:
@@ -88,14 +94,14 @@ class Staging:
         self._process = None
 
     def _send(self, line: bytes) -> None:
-        if self._process is None or self._said:
+        if self._process is None or self._broken:
             return
         try:
             self._pipe.write(line)
         except BlockingIOError:
             pass
         except OSError:
-            self._said = True
+            self._broken = True
             status = self._process.poll()
             if status != 0:  # with 0, it has said why
                 say(f"the process ended (status {status}); shards that are not copied yet are read from their folders")

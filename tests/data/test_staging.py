@@ -265,7 +265,9 @@ def test_a_damaged_copy_is_replaced_and_the_shared_shard_read(
         eventually(lambda: tell(b"3\n") and "made again" in capsys.readouterr().err)
 
 
-def test_a_disk_that_hangs_is_left_alone(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_hangs_is_left_alone(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(staged, "READ_SECONDS", 0.2)
     folder = root_of(tmp_path) / the_pack(made).identity
     folder.mkdir(parents=True)
@@ -276,6 +278,12 @@ def test_a_disk_that_hangs_is_left_alone(made: Path, tmp_path: Path, monkeypatch
     began = time.monotonic()
     assert_reads(made)
     assert time.monotonic() - began < 0.2 * VIDEOS / 2  # not once a video
+    assert "has not answered" in packs.stage_trouble()
+    process = Staging(job(made, tmp_path))
+    for _ in range(3):
+        process.report(packs.stage_trouble())
+    process.close(done=False)
+    assert capsys.readouterr().err.count("has not answered") == 1
 
 
 def test_a_disk_that_vanishes_is_read_no_more(

@@ -87,3 +87,10 @@ def test_a_dry_run_prints_them(videos: Path, packed: Path, tmp_path: Path, root:
     assert done.returncode == 0, done.stderr
     assert "# pack   stride: 4 files" in done.stdout
     assert "# reads  of packs, a node and second" in done.stdout
+
+
+def test_data_check_says_what_the_file_system_still_allows(
+    packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["data", "check", str(packed / "with.dot"), "--out", str(tmp_path / "out"), "--workers", "1"]) in (0, 1)
+    assert f"{packed / 'with.dot'}: " in capsys.readouterr().err
