@@ -76,34 +76,32 @@ class _Handler(BaseHTTPRequestHandler):
         if path in self.server.forbidden or not file.is_file():
             self._answer(403 if path in self.server.forbidden else 404, b"", 0)
             return
-        content = file.read_bytes()
-        self._answer(200, content, 0) if "Range" not in self.headers or not self.server.ranges else self._part(
-            content, fault
-        )
+        self._whole(file) if "Range" not in self.headers or not self.server.ranges else self._part(file, fault)
 
-    def _part(self, content: bytes, fault: int) -> None:
+    def _whole(self, file: Path) -> None:
+        self._answer(200, file.read_bytes(), 0, {"ETag": _tag(file)})
+
+    def _part(self, file: Path, fault: int) -> None:
         found = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"])
         assert found is not None
-        start, end = int(found[1]), min(int(found[2] or len(content)), len(content) - 1)
-        if start >= len(content):
+        size = file.stat().st_size
+        start, end = int(found[1]), min(int(found[2] or size), size - 1)
+        if start >= size:
             self._answer(416, b"", 0)
-        else:
-            whole = f"bytes {start}-{end}/{len(content)}"
-            self._answer(
-                206, content[start : end + 1], fault, {"Content-Range": whole}, hashlib.md5(content).hexdigest()
-            )
+            return
+        with open(file, "rb") as content:
+            content.seek(start)
+            body = content.read(end + 1 - start)
+        self._answer(206, body, fault, {"Content-Range": f"bytes {start}-{end}/{size}", "ETag": _tag(file)})
 
-    def _answer(
-        self, status: int, body: bytes, fault: int, more: dict[str, str] | None = None, tag: str | None = None
-    ) -> None:
+    def _answer(self, status: int, body: bytes, fault: int, more: dict[str, str] | None = None) -> None:
         self.send_response(status)
         headers = {
             "Content-Length": str(len(body)),
             "Accept-Ranges": "bytes",
             "Last-Modified": formatdate(0, usegmt=True),
         }
-        headers |= {"ETag": f'"{tag or hashlib.md5(body).hexdigest()}"', **(more or {})}
-        for name, value in headers.items():
+        for name, value in {**headers, **(more or {})}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
@@ -115,6 +113,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         self.wfile.write(body)
+
+
+def _tag(file: Path) -> str:
+    found = file.stat()
+    return f'"{hashlib.md5(f"{file} {found.st_size} {found.st_mtime_ns}".encode()).hexdigest()}"'
 
 
 @contextmanager

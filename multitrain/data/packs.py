@@ -104,12 +104,21 @@ class Pack:
 
     def find(self, name: str) -> Stored | None:
         """The location of a video, by its normalised path below the folder, or None."""
+        at = self._place(name)
+        return None if at is None else self._stored(at)
+
+    def shard_number(self, name: str) -> int | None:
+        """The position in `shards` of the shard that holds a video, or None."""
+        at = self._place(name)
+        return None if at is None else int(self._shard[at])
+
+    def _place(self, name: str) -> int | None:
         wanted = os.fsencode(name)
         hashed = np.uint64(_hash(wanted))
         at = int(np.searchsorted(self._hashes, hashed))
         while at < len(self._hashes) and self._hashes[at] == hashed:
             if self._name(at) == wanted:
-                return self._stored(at)
+                return at
             at += 1
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -61,6 +62,7 @@ class Needs:
         self.packs: dict[Path, Pack] = {}
         self.loose: list[str] = []
         self.shards: dict[Path, Shard] = {}
+        self._first: dict[Path, int] = {}
         self._numbers = [np.full(len(job.catalogs[s.name]), -2, np.int32) for s in job.plan.sources]
         self._listed: list[Shard] = []
         for name, catalog in job.catalogs.items():
@@ -74,6 +76,7 @@ class Needs:
         if pack.folder not in self.packs:
             self.packs[pack.folder] = pack
             sizes = pack.shards().items()
+            self._first[pack.folder] = len(self.shards)
             self.shards |= {pack.folder / name: Shard(pack, pack.folder / name, size) for name, size in sizes}
             self._places = {path: number for number, path in enumerate(self.shards)}
             self._listed = list(self.shards.values())
@@ -97,10 +100,14 @@ class Needs:
 
     def _look_up(self, dataset: int, index: int) -> int:
         catalog = self._job.catalogs[self._job.plan.sources[dataset].name]
+        pack = self.packs.get(catalog.videos)
+        found = None if pack is None else pack.shard_number(os.path.normpath(catalog.relative_path(index)))
+        if pack is not None and found is not None:
+            return self._first[pack.folder] + found
         try:
             stored = find_packed(catalog.path(index))
-            if stored is not None and stored.shard not in self._places and (pack := pack_of(stored.shard)):
-                self._open(pack)
+            if stored is not None and stored.shard not in self._places and (other := pack_of(stored.shard)):
+                self._open(other)
         except (OSError, ValueError, DamagedError):
             return -1
         return -1 if stored is None else self._places.get(stored.shard, -1)
