@@ -102,6 +102,10 @@ class Pack:
         np.maximum.at(ends, self._shard, end)
         return {shard: int(-(-end // BLOCK) + 2) * BLOCK for shard, end in zip(self._shards, ends)}
 
+    def videos_of_shards(self) -> list[int]:
+        """The number of videos in each of `shards`."""
+        return np.bincount(self._shard, minlength=len(self._shards)).tolist()
+
     def find(self, name: str) -> Stored | None:
         """The location of a video, by its normalised path below the folder, or None."""
         at = self._place(name)

@@ -42,10 +42,9 @@ class Job:
 class Shard:
     """A shard that is read in this run."""
 
-    def __init__(self, pack: Pack, path: Path, size: int) -> None:
-        self.path, self.size = path, size
-        self.identity = pack.identity
-        self.name = f"{self.identity}/{path.name}"
+    def __init__(self, pack: Pack, path: Path, size: int, videos: int) -> None:
+        self.path, self.size, self.videos = path, size, videos
+        self.name = f"{pack.identity}/{path.name}"
         """Name of the copy below the folder of copies, without its ending."""
 
 
@@ -75,9 +74,10 @@ class Needs:
     def _open(self, pack: Pack) -> None:
         if pack.folder not in self.packs:
             self.packs[pack.folder] = pack
-            sizes = pack.shards().items()
+            listed = zip(pack.shards().items(), pack.videos_of_shards())
             self._first[pack.folder] = len(self.shards)
-            self.shards |= {pack.folder / name: Shard(pack, pack.folder / name, size) for name, size in sizes}
+            for (name, size), videos in listed:
+                self.shards[pack.folder / name] = Shard(pack, pack.folder / name, size, videos)
             self._places = {path: number for number, path in enumerate(self.shards)}
             self._listed = list(self.shards.values())
 

@@ -50,9 +50,9 @@ class StageFolder:
         self.token = f"{os.getpid()}-{os.urandom(4).hex()}"
         self._claim = -1
         self._own: set[str] = set()
-        self._open()
+        self.ensure()
 
-    def _open(self) -> None:
+    def ensure(self) -> None:
         """Create the folder and this process's file of wanted copies, unless they are there."""
         with contextlib.suppress(OSError):
             if self._claim >= 0 and os.path.samestat(os.fstat(self._claim), os.lstat(self._claim_path)):
@@ -83,7 +83,7 @@ class StageFolder:
 
     def want(self, names: Collection[str]) -> None:
         """Announce the copies that this process needs, which other processes then keep."""
-        self._open()
+        self.ensure()
         if self._own == set(names):
             return
         content = "\n".join(names).encode()
@@ -158,9 +158,12 @@ class StageFolder:
         return int((disk.f_bavail - KEEP_FREE * disk.f_blocks) * disk.f_frsize)
 
     def space(self) -> int:
-        """Bytes that copies may take altogether, those that exist included."""
+        """Bytes that the copies of this process may take, those that exist included."""
         with self._locked():
-            return min(self.limit, self._free() + sum(found.st_size for _, found in self._files()))
+            others = self._living() - self._own
+            files = dict(self._files())
+            taken = sum(found.st_size for name, found in files.items() if name.removesuffix(SUFFIX) in others)
+            return min(self.limit, self._free() + sum(found.st_size for found in files.values())) - taken
 
     def _living(self) -> set[str]:
         """The copies that living processes need; removes what processes that ended have left in the making."""

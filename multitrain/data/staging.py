@@ -157,20 +157,22 @@ class Stager:
         while self._listen(0.0):
             horizon.advance(self._update)
             wanted = list(dict.fromkeys((*horizon.wanted(), *others)))
-            copied = time.monotonic() >= self._again and self._step(folder, horizon, wanted, space)
+            copied = time.monotonic() >= self._again and self._step(folder, horizon, wanted)
             if not copied and not self._listen(_IDLE_SECONDS if horizon.complete else 0.0):
                 break
         if self._done:
             with contextlib.suppress(OSError):
                 folder.clear({pack.identity for pack in needs.packs.values()})
 
-    def _step(self, folder: StageFolder, horizon: Horizon, wanted: list[Shard], space: int) -> bool:
+    def _step(self, folder: StageFolder, horizon: Horizon, wanted: list[Shard]) -> bool:
         """Copy one of these shards that has no copy; whether one was copied."""
         try:
+            folder.ensure()
             there = folder.copies()
             self._check(folder, wanted, there)
             staged = [shard for shard in wanted if shard.name in there]
             folder.want([shard.name for shard in staged])
+            space = folder.space()
             missing = [s for s in wanted if s.name not in there and s.name not in self._bad]
             for shard in missing[:_CANDIDATES]:
                 kept = self._kept(horizon, staged, shard, space)
@@ -208,7 +210,7 @@ class Stager:
             return None
         until = min(map(horizon.next_use, given_up))
         share = len(self._job.ranks) / self._job.shape.world_size
-        worth = horizon.uses(shard, until) >= share * self._job.plan.shard_videos / 2
+        worth = horizon.uses(shard, until) >= share * shard.videos / 2
         return kept if shard in kept and worth else None
 
     def _check(self, folder: StageFolder, wanted: list[Shard], there: dict[str, os.stat_result]) -> None:
@@ -286,10 +288,10 @@ def main(given: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)
     with contextlib.suppress(OSError):
         os.nice(5)
-    with os.fdopen(given, "rb") as file:
-        file.seek(0)
-        job: Job = pickle.load(file)
     try:
+        with os.fdopen(given, "rb") as file:
+            file.seek(0)
+            job: Job = pickle.load(file)
         Stager(job, sys.stdin.fileno()).run()
     except (OSError, ConfigError, DamagedError) as error:
         say(f"{error}; shards are read from their folders")

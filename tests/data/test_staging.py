@@ -302,6 +302,8 @@ def test_a_disk_that_vanishes_is_read_no_more(
         (tmp_path / "gone").rename(disk)
         (root_of(disk) / the_pack(made).identity / "shard-000003.tar.staged").unlink()
         eventually(lambda: tell(b"2\n") and len(copies(disk)) == 15)
+        root_of(disk).rename(tmp_path / "cleaned")  # as a cleaner of temporary folders does
+        eventually(lambda: tell(b"3\n") and len(copies(disk)) == 15)
     assert_reads(made)
 
 
@@ -376,6 +378,7 @@ def test_runs_of_one_user_share_copies_and_take_none_that_another_needs(made: Pa
             )
             tell_one(b"0\n")
         assert wanted <= set(copies(tmp_path))
+        assert taken(tmp_path) <= limit
         tell_other(b"done\n")
         eventually(lambda: len(list(root_of(tmp_path).glob("wanted-*"))) == 1)
         assert wanted <= set(copies(tmp_path))
