@@ -188,7 +188,8 @@ def with_absolute_paths(flat: Flat, path: Path) -> RunConfig:
     """
     nested: dict[str, Any] = {}
     for leaf, value in flat.items():
-        if value is not None and PATH_OPTIONS.fullmatch(".".join(leaf)) and not is_remote(value):
+        at_address = leaf[-1] == "videos" and value is not None and is_remote(value)
+        if value is not None and PATH_OPTIONS.fullmatch(".".join(leaf)) and not at_address:
             value = str(Path(value).expanduser().absolute())
         inner = nested
         for part in leaf[:-1]:

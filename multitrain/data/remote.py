@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -32,6 +33,7 @@ _MISSING, _FORBIDDEN, _NO_RANGE = (404, 410), (401, 403), 416
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
 
 _patience = 48.0
+_log = logging.getLogger(__name__)
 
 
 def set_patience(decode_timeout: float) -> None:
@@ -75,15 +77,18 @@ def read(address: str, offset: int, size: int) -> bytes:
 def mirror(address: str, folder: Path) -> Path:
     """A folder below `folder` with the index of the pack at `address`; fetched if it is missing or was changed there.
 
+    If the server does not answer, the index that was fetched last is used, so that a run can start during an outage.
+
     Raises:
         ConfigError: there is no pack, or it cannot be read.
     """
+    index = f"{address}/{INDEX}"
+    here = f"remote-{_digest(address)}"
     try:
-        index = f"{address}/{INDEX}"
         system, path = _opened(os.getpid(), *_split(index))
         about = _repeated(index, lambda: system._info(path), system.loop)
         tags = {tag: str(about[tag]) for tag in _TAGS if about.get(tag)}
-        place = folder / f"remote-{_digest(address, about.get('size'), tags)}"
+        place = folder / f"{here}-{_digest(about.get('size'), tags)}"
         if not tags or not (place / INDEX).is_file():
             place.mkdir(parents=True, exist_ok=True)
             with replacing(place / INDEX) as temporary:
@@ -94,10 +99,12 @@ def mirror(address: str, folder: Path) -> Path:
             f"{address}: no {INDEX} there; give the address of a folder that `multitrain data pack` wrote"
         ) from None
     except OSError as error:
-        where = error.filename or index
-        raise ConfigError(
-            f"{printable(str(where))}: {error.strerror or error}; check the address, and the credentials in the environment"
-        ) from None
+        said = f"{printable(str(error.filename or index))}: {error.strerror or error}"
+        earlier = sorted(folder.glob(f"{here}-*/{INDEX}"), key=lambda file: file.stat().st_mtime)
+        if earlier and not isinstance(error, PermissionError):
+            _log.warning("%s; the index that was fetched earlier is used", said)
+            return earlier[-1].parent
+        raise ConfigError(f"{said}; check the address, and the credentials in the environment") from None
 
 
 def _fetch(address: str, file: Path) -> None:
@@ -109,7 +116,7 @@ def _fetch(address: str, file: Path) -> None:
 
 
 def _digest(*parts: Any) -> str:
-    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
 def _split(address: str) -> tuple[str, str]:

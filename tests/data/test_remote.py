@@ -187,7 +187,13 @@ def test_an_index_that_was_changed_there_is_fetched_again(
     content = index.read_bytes()
     try:
         index.write_bytes(content + b"\0")
-        assert remote.mirror(base, tmp_path) != first
+        second = remote.mirror(base, tmp_path)
+        assert second != first
+        store.down = True
+        remote.set_patience(0.5)
+        assert remote.mirror(base, tmp_path) == second, "during an outage"
+        with pytest.raises(ConfigError, match="did not answer"):
+            remote.mirror(base + "/other", tmp_path)
     finally:
         index.write_bytes(content)
     assert (first / "pack.index").read_bytes() == content
