@@ -27,6 +27,7 @@ class ObjectStore(ThreadingHTTPServer):
         requests: the method and path of every request.
         faults: whether each tenth request is dropped (before or within the answer), and each twentieth stalls.
         down: whether all requests are dropped.
+        failing: how many of the next requests are dropped.
         ranges: whether ranges are honoured.
     """
 
@@ -37,6 +38,7 @@ class ObjectStore(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder, self.faults, self.ranges, self.down = folder, False, True, False
         self.requests: list[tuple[str, str]] = []
+        self.failing = 0
         self.forbidden: set[str] = set()
         self.closing = threading.Event()
         self.lock = threading.Lock()
@@ -64,8 +66,9 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.requests.append((self.command, path))
             number = len(self.server.requests)
+            failing, self.server.failing = self.server.failing, max(0, self.server.failing - 1)
         fault = number % 20 if self.server.faults else 0
-        if fault == 7 or self.server.down:
+        if fault == 7 or self.server.down or failing:
             self.close_connection = True
             return
         if fault == 13:

@@ -117,6 +117,15 @@ def test_dropped_and_stalled_requests_change_no_bit_and_skip_no_video(
     assert clips(stored, 48) == clips(job_of(settings(videos), tmp_path), 48)
 
 
+@pytest.mark.parametrize("scheme", ["http", S3])
+def test_a_request_is_repeated_until_the_server_answers(store: ObjectStore, packed: Path, scheme: str) -> None:
+    store.failing = 8  # the libraries themselves repeat some
+    shard = "bucket/stride/shard-000000.tar"
+    content = remote.read(f"{address(store, scheme)}/stride/shard-000000.tar", 100, 900)
+    assert content == (packed / shard).read_bytes()[100:1000]
+    assert not store.failing
+
+
 def test_worker_processes_read_from_a_server(videos: Path, store: ObjectStore, tmp_path: Path) -> None:
     batches = []
     for mapping in (settings(videos), on_server(videos, address(store, "http"))):
