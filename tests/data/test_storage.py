@@ -13,8 +13,10 @@ from support import settings, write_run
 
 from multitrain.cli import main
 from multitrain.config import validate
-from multitrain.data import catalog
+from multitrain.data import catalog, loader
 from multitrain.data.packs import INDEX
+from multitrain.data.shards_ahead import Job
+from multitrain.order import BatchShape
 from multitrain.text import byte_size
 
 NAMES = ("stride", "segment", "with.dot")
@@ -94,3 +96,25 @@ def test_data_check_says_what_the_file_system_still_allows(
 ) -> None:
     assert main(["data", "check", str(packed / "with.dot"), "--out", str(tmp_path / "out"), "--workers", "1"]) in (0, 1)
     assert f"{packed / 'with.dot'}: " in capsys.readouterr().err
+
+
+def test_the_first_rank_of_each_node_starts_the_process_that_copies(
+    videos: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[range] = []
+
+    class Recorded:
+        def __init__(self, job: Job) -> None:
+            started.append(job.ranks)
+
+        def close(self, *, done: bool) -> None:
+            assert not done
+
+    monkeypatch.setattr(loader, "Staging", Recorded)
+    for stage in (None, "$TMPDIR"):
+        config = validate(on_packs(videos, packed, data__stage=stage, gpus=2, nodes=2, cluster__kind="slurm"))
+        catalogs = catalog.open_catalogs(config.data, "train", tmp_path)
+        plan = catalog.plan_of(config, catalogs)
+        for rank in range(4):
+            loader.TrainLoader(catalogs, plan, BatchShape(16, 4, 2, 2), rank, config, 0, 1).close()
+        assert started == ([] if stage is None else [range(2), range(2, 4)])
