@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import stat
+import threading
 import time
 from pathlib import Path
 
@@ -65,7 +66,7 @@ class Stage:
         self._expression = expression
         self.trouble = ""
         """Why this process does not read copies at present, or has not for a while; empty if it always has."""
-        self._guard = TimeoutRunner()
+        self._local = threading.local()
         self._resume = 0.0
 
     def read(self, identity: str, shard: str, offset: int, size: int) -> bytes | None:
@@ -73,7 +74,7 @@ class Stage:
         if time.monotonic() < self._resume:
             return None
         try:
-            return self._guard.run(lambda: self._read(identity, shard, offset, size), READ_SECONDS)
+            return self._guard().run(lambda: self._read(identity, shard, offset, size), READ_SECONDS)
         except FileNotFoundError:
             return None
         except (OSError, StageError, CallTimeout) as error:
@@ -87,7 +88,14 @@ class Stage:
     def discard(self, identity: str, shard: str) -> None:
         """Delete a damaged copy, which the staging process then reports and makes again."""
         with contextlib.suppress(OSError, StageError, CallTimeout):
-            self._guard.run(lambda: self._discard(identity, shard), READ_SECONDS)
+            self._guard().run(lambda: self._discard(identity, shard), READ_SECONDS)
+
+    def _guard(self) -> TimeoutRunner:
+        """The runner of this thread: one whose caller was abandoned may still be in use."""
+        if not hasattr(self._local, "guard"):
+            self._local.guard = TimeoutRunner()
+        guard: TimeoutRunner = self._local.guard
+        return guard
 
     def _read(self, identity: str, shard: str, offset: int, size: int) -> bytes:
         folder = self._folder()
