@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from multitrain.config import ConfigError, DatasetConfig, compose
 from multitrain.data import packs, stage_folder, staged, staging
 from multitrain.data.catalog import Catalog
 from multitrain.data.packs import Pack, find_packed, open_pack
-from multitrain.data.shards_ahead import AHEAD, Horizon, Job, Needs
+from multitrain.data.shards_ahead import AHEAD, Horizon, Job, Needs, Shard
 from multitrain.data.staging import Stager, Staging
 from multitrain.order import BatchShape, Plan, Source
+from multitrain.order.windows import scatter
 from tests.users import ALICE
 
 VIDEOS, BATCH = 60, 4
@@ -180,6 +182,56 @@ def test_a_node_copies_what_its_own_ranks_read(made: Path, tmp_path: Path) -> No
     every, *halves = ([{s.path for s in needs.of(u)} for u in range(8)] for needs in parts)
     assert [a | b for a, b in zip(*halves)] == every
     assert halves[0] != halves[1]
+
+
+class Arithmetic:
+    """The shards of each update of one of `nodes` nodes, without files."""
+
+    def __init__(self, plan: Plan, nodes: int) -> None:
+        self._plan, self._nodes = plan, nodes
+        size, per = plan.sources[0].size, plan.shard_videos
+        self.shards = [Shard.__new__(Shard) for _ in range(size // per)]
+        for number, shard in enumerate(self.shards):
+            shard.name, shard.size, shard.videos = str(number), 1, per
+        self._shard = np.empty(size, np.int64)
+        self._shard[scatter(np.arange(size), size)] = np.arange(size) // per
+
+    def of(self, update: int) -> dict[Shard, int]:
+        batch = self._plan.effective_batch
+        drawn = self._plan.tickets(update * batch, update * batch + batch // self._nodes)["index"]
+        numbers, videos = np.unique(self._shard[drawn], return_counts=True)
+        return {self.shards[n]: int(count) for n, count in zip(numbers, videos)}
+
+
+@pytest.mark.parametrize(
+    ("window", "nodes", "least", "copies"), [(16, 1, 0.98, 80), (16, 4, 0.98, 80), (None, 1, 0.2, 12)]
+)
+def test_with_a_window_each_shard_is_copied_once_an_epoch_and_nearly_every_read_is_from_a_copy(
+    made: Path, tmp_path: Path, window: int | None, nodes: int, least: float, copies: int
+) -> None:
+    """With room for the window's shards only, and the time to copy one shard an update."""
+    plan = Plan([Source("a", 4000)], seed=0, effective_batch=32, shuffle_window=window, shard_videos=50)
+    given = replace(job(made, tmp_path, stop=250), plan=plan, shape=BatchShape(32, nodes, 1, 32 // nodes))
+    needs, stager, room = Arithmetic(plan, nodes), Stager(given, 0), 17
+    horizon = Horizon(given, needs, room)  # type: ignore[arg-type]
+    there: list[Shard] = []
+    made_copies = found = reads = 0
+    for update in range(given.stop):
+        horizon.advance(update)
+        while not horizon.complete:
+            horizon.advance(update)
+        staged = [shard for shard in horizon.wanted() if shard in there]
+        for shard in [s for s in horizon.wanted() if s not in there]:
+            kept = stager._kept(horizon, staged, shard, room)
+            if kept is not None:
+                there, made_copies = kept, made_copies + 1
+                break
+        used = needs.of(update)
+        found += sum(videos for shard, videos in used.items() if shard in there)
+        reads += sum(used.values())
+        assert len(there) <= room
+    assert found / reads >= least
+    assert made_copies <= 2 * copies
 
 
 def test_looking_ahead_ends_at_the_limit_or_the_last_update(made: Path, tmp_path: Path) -> None:
