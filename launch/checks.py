@@ -15,6 +15,7 @@ from pathlib import Path
 
 from launch import run_folder
 from launch.child_error import child_error
+from launch.memory_estimate import forecast
 from launch.rank import python_path
 from launch.run_folder import Run
 from launch.snapshot import ROOT
@@ -25,7 +26,8 @@ def refuse_unstartable(runs: Sequence[Run], *, keep_index: bool) -> None:
     """Refuse runs that could not start; what several of them share is checked once.
 
     Args:
-        keep_index: whether the index of the annotation files is written where the run reads it, or thrown away.
+        keep_index: whether the index of the annotation files is written where the run reads it, or thrown away (a dry run, which
+            prints what a node reads of packs).
 
     Raises:
         ConfigError: one line about the first of them that cannot start.
@@ -39,7 +41,10 @@ def refuse_unstartable(runs: Sequence[Run], *, keep_index: bool) -> None:
         for run in _distinct(runs, ("data", "eval", "then")):
             if run.config.cluster.check_data:
                 index = str(thrown_away or run.index)
-                _run_check("data", "multitrain.data.catalog", run, "--index", index)
+                clips = run.config.gpus * forecast(run.config, run.shape).gpu_clips
+                said = _run_check("data", "multitrain.data.catalog", run, "--index", index, "--clips", f"{clips:g}")
+                if not keep_index:
+                    print("".join(f"# {line}\n" for line in said.splitlines() if line), end="", flush=True)
 
 
 def _distinct(runs: Sequence[Run], options: Sequence[str]) -> list[Run]:
@@ -73,8 +78,8 @@ def _check_weights(run: Run) -> None:
     _run_check("initial weights", "multitrain.commands.fits", run, prefix=f"init_from={path}: ")
 
 
-def _run_check(what: str, module: str, run: Run, *arguments: str, prefix: str = "") -> None:
-    """Check the run's configuration with `module`, in a separate process.
+def _run_check(what: str, module: str, run: Run, *arguments: str, prefix: str = "") -> str:
+    """Check the run's configuration with `module`, in a separate process, and return what it prints.
 
     Raises:
         ConfigError: after `prefix`, the line with which the module refused it, or how the process died.
@@ -91,6 +96,7 @@ def _run_check(what: str, module: str, run: Run, *arguments: str, prefix: str = 
             prefix + child_error(f"the check of the {what} (python -m {module})", done.returncode, done.stderr, skip)
         )
     sys.stderr.write(done.stderr)
+    return done.stdout
 
 
 __all__ = ["refuse_unstartable"]

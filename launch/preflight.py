@@ -37,6 +37,7 @@ from launch.assess import Finding
 from launch.channel import Channel, ChannelError, Server
 from launch.child_error import child_error
 from launch.events import record
+from multitrain.cluster import quota
 from multitrain.cluster.exit_status import Exit
 from multitrain.cluster.slurm import STOP_SIGNALS, free_port, in_step, job_id, rank_environment, restart_count
 from multitrain.cluster.supervised import STORE_KEY
@@ -75,8 +76,11 @@ def _main(given: argparse.Namespace, arguments: Sequence[str]) -> int:
     with _key(given.dir, rank_env) as key:
         if rank_env["RANK"] != "0":
             return follow(rank_env, key, given.timeout)
-        result = lead(rank_env, key, _request(given), given.timeout)
+        request = _request(given)
+        result = lead(rank_env, key, request, given.timeout)
     print(json.dumps(result.as_json(), indent=1) if given.json else assess.table(result.rows), flush=True)
+    for line in quota.lines([request.folder, *request.videos]):
+        print(f"preflight: {line}", file=sys.stderr)
     for finding in result.findings:
         print(f"preflight: {'' if finding.fatal else 'warning: '}{finding.text}", file=sys.stderr)
     if (bad := assess.nodes_to_exclude(result.findings, result.rows)) and in_step():
@@ -200,9 +204,10 @@ def _request(given: argparse.Namespace) -> Request:
     request = Request(str(given.dir.absolute()), videos, given.collective or "never")
     if (given.dir / "config.yaml").is_file():
         from multitrain.config import load
+        from multitrain.config.paths import is_remote
 
         config = load(given.dir)
-        request.videos += sorted({d.videos for d in config.data.datasets.values()})
+        request.videos += sorted({d.videos for d in config.data.datasets.values() if not is_remote(d.videos)})
         request.cpus = config.cluster.cpus_per_gpu
         request.gpus = config.gpus if config.cluster.kind == "local" or config.cluster.gpu_request != "none" else None
         request.collective = given.collective or "gpu"

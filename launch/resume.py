@@ -10,13 +10,14 @@ from typing import Any
 
 from launch.snapshot import ROOT, digest, is_own_code, snapshot
 from multitrain.config import ConfigError, RunConfig, compose, leaves, load, validate
+from multitrain.config.paths import is_remote
 from multitrain.config.reading import parse_yaml
 
 MUTABLE_DATA_OPTIONS = re.compile(
-    r"data\.(root|index|workers|prefetch|skip_cap|decoder|decode_timeout)"
+    r"data\.(root|index|workers|prefetch|skip_cap|decoder|decode_timeout|stage|stage_limit)"
     r"|data\.datasets\..+\.(annotations|videos|class_names|temporal_views|spatial_views|test_short_side)"
 )
-"""Options under `data` that a resumed run may change: the paths of files, how fast they are read, the views of a test.
+"""Options under `data` that a resumed run may change: the paths of files, how fast they are read and staged, the views of a test.
 The run itself checks by content whether other files hold the same videos."""
 
 SUBMISSION_OPTIONS = ("name", "runs", "dry_run", "from_scratch", "update_code")
@@ -187,7 +188,8 @@ def with_absolute_paths(flat: Flat, path: Path) -> RunConfig:
     """
     nested: dict[str, Any] = {}
     for leaf, value in flat.items():
-        if value is not None and PATH_OPTIONS.fullmatch(".".join(leaf)):
+        at_address = leaf[-1] == "videos" and value is not None and is_remote(value)
+        if value is not None and PATH_OPTIONS.fullmatch(".".join(leaf)) and not at_address:
             value = str(Path(value).expanduser().absolute())
         inner = nested
         for part in leaf[:-1]:

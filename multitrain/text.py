@@ -32,6 +32,15 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
+def byte_size(count: float) -> str:
+    """A number of bytes in a unit that people read, e.g. ``1.44 MB``."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
 def quoted(text: str, length: int = 200) -> str:
     """`text` for an error message: printable and in quotation marks; beyond `length` characters its middle is left out."""
     shown = printable(text)

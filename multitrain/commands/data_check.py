@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from multitrain.cluster import quota
 from multitrain.cluster.exit_status import Exit
 from multitrain.commands.common import StopSignals, configured
 from multitrain.commands.data_work import add_run_option, add_work_options, interrupted
 from multitrain.config import ConfigError
 from multitrain.config.arguments import Arguments, Parser, whole_number
+from multitrain.config.paths import is_remote
 from multitrain.files import OutputFolder
 
 if TYPE_CHECKING:
@@ -62,6 +64,11 @@ def main(arguments: Arguments) -> int:
     if given.folders and (given.overrides or given.run or given.write_clean):
         raise ConfigError("folders hold no annotations; give folders, or datasets as key=value, not both")
     datasets = {} if given.folders else configured(given.run, given.overrides, given.config_dir).data.datasets
+    for name, dataset in datasets.items():
+        if is_remote(dataset.videos):
+            raise ConfigError(
+                f"videos of {name!r}: {dataset.videos} is an address; check the pack before it is uploaded"
+            )
     entries = (
         [e for f in given.folders for e in c.entries_in_folder(Path(f))] if given.folders else c.list_entries(datasets)
     )
@@ -86,6 +93,9 @@ def main(arguments: Arguments) -> int:
     for name, count in c.write_clean(report, datasets, clean).items() if clean else ():
         print(f"{name}: {count} lines left out", file=sys.stderr)
     _print_report(report, table, as_json=given.json)
+    places = given.folders or [d.videos for d in datasets.values()]
+    for line in quota.lines([*places, out.root]):
+        print(line, file=sys.stderr)
     return 1 if report.findings else 0
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import ByteSize, Field, field_validator, model_validator
 
 from multitrain.config.base import Settings
+from multitrain.config.paths import check_address, is_remote
 
 
 class DatasetConfig(Settings):
@@ -15,7 +16,8 @@ class DatasetConfig(Settings):
     annotations: str
     """Folder with `train.csv`, `val.csv` and `test.csv`; each line is `path label`."""
     videos: str
-    """Folder to which the paths in the annotation files are relative."""
+    """Folder to which the paths in the annotation files are relative: of files, or a pack. A pack may also be at an address
+    (`s3://`, `gs://`, `https://`); see docs/million.md."""
     classes: int | None = Field(None, ge=1, le=10**7)
     """Number of classes. Not needed if `class_names` is given."""
     class_names: str | None = None
@@ -41,6 +43,20 @@ class DatasetConfig(Settings):
     test_short_side: int | None = Field(None, ge=16)
     """Short side in pixels before the test crop. If not given: 8/7 of the crop with one spatial view of a `stride` dataset, else
     the crop itself (the published rule: 256 and 224)."""
+
+    @field_validator("annotations")
+    @classmethod
+    def _annotations_are_files(cls, annotations: str) -> str:
+        if is_remote(annotations):
+            raise ValueError(
+                "annotation files are read from a folder, and only videos from an address; copy them to a folder"
+            )
+        return annotations
+
+    @field_validator("videos")
+    @classmethod
+    def _videos_without_credentials(cls, videos: str) -> str:
+        return check_address(videos) if is_remote(videos) else videos
 
     @model_validator(mode="after")
     def _has_classes(self) -> DatasetConfig:
@@ -88,8 +104,23 @@ class DataConfig(Settings):
     """Fraction of a dataset's videos that may be unreadable before the run stops."""
     decode_timeout: float = Field(60.0, gt=0)
     """Seconds after which a stalled decode counts as a bad video."""
+    stage: str | None = None
+    """Folder on each node's own disk for copies of the shards that the next updates need, e.g. `$SLURM_TMPDIR`; expanded on the
+    node, so quote it on a command line. Never part of the result. See docs/million.md."""
+    stage_limit: ByteSize = Field(ByteSize(200 * 10**9), ge=1)
+    """Limit of the bytes in that folder, e.g. `200G`; 5 % of the disk stay free in any case."""
     index: str | None = None
     """Folder for the memory-mapped index of the annotation files; default: `RUNS/.index`."""
+
+    @field_validator("stage")
+    @classmethod
+    def _absolute(cls, stage: str | None) -> str | None:
+        if stage is not None and not stage.startswith(("/", "$", "~")):
+            shown = "is empty" if not stage else "is relative"
+            raise ValueError(
+                f"{shown}; give an absolute path or a variable of the node, quoted: 'data.stage=$SLURM_TMPDIR'"
+            )
+        return stage
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:

@@ -14,6 +14,36 @@ PATH_OPTIONS = re.compile(r"init_from|runs|data\.(root|index)|data\.datasets\..+
 POINTERS = ("latest", "best")
 """Files in a run's ``checkpoints`` that name one of them; ``RUN/best`` stands for ``RUN/checkpoints/best``."""
 
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+REMOTE = ("s3", "gs", "https", "http")
+"""Schemes of addresses from which packs are read."""
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether `path` is an address (``s3://…``), and no path of this machine."""
+    return _ADDRESS.match(str(path)) is not None
+
+
+def check_address(address: str) -> str:
+    """An address of a folder, without its final slash.
+
+    Raises:
+        ValueError: it is none that can be read, or it holds credentials. The message does not repeat it.
+    """
+    scheme, _, rest = address.partition("://")
+    host = rest.partition("/")[0]
+    if scheme not in REMOTE:
+        raise ValueError(f"an address begins with {', '.join(f'{s}://' for s in REMOTE[:-1])}; this is another")
+    if "@" in host or "?" in rest or "#" in rest:
+        raise ValueError(
+            "an address with a user, password, key or signature would be stored in the run; put credentials into the environment "
+            "(AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, ~/.netrc) and give the plain address of the folder"
+        )
+    if not host or any(c.isspace() or not c.isprintable() for c in address):
+        raise ValueError("an address needs a host or bucket, and holds no blanks")
+    return address.rstrip("/")
+
+
 _OF_A_MODEL = ("config.yaml", "events.jsonl", "checkpoints", "model.safetensors", "manifest.json")
 
 

@@ -7,6 +7,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -95,7 +96,7 @@ def _kind(annotation: Any) -> str:
         return "list of " + _kind(next(a for a in arguments if a is not Ellipsis))
     if origin is dict:
         return f"mapping to {_kind(arguments[1])}"
-    names = {int: "whole number", float: "number", str: "text", bool: "`true` `false`"}
+    names = {int: "whole number", float: "number", str: "text", bool: "`true` `false`", ByteSize: "bytes, e.g. `200G`,"}
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 

@@ -101,6 +101,11 @@ WITHOUT_EFFECT: dict[str, tuple[Unused, str]] = {
         "data.shuffle_window is not set; add data.shuffle_window=N, or leave it out",
     ),
     **_rows(
+        "data.stage_limit",
+        lambda c: c.data.stage is None,
+        "data.stage is not set; add data.stage=FOLDER, or leave it out",
+    ),
+    **_rows(
         "data.sampling_rate data.target_fps",
         lambda c: all(dataset.sampling == "segment" for dataset in c.data.datasets.values()),
         "every dataset has sampling=segment, which takes a frame of each segment; change that, or leave it out",

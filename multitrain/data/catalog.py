@@ -22,10 +22,12 @@ import numpy as np
 from multitrain.config import ConfigError, DataConfig, DatasetConfig, RunConfig, load, nearest
 from multitrain.config.arguments import OneLineParser
 from multitrain.config.class_names import find_class_names, read_class_names, repeated_name
+from multitrain.config.paths import is_remote
 from multitrain.config.reading import shown
+from multitrain.data import remote, storage
 from multitrain.data.annotations import CatalogError, Syntax, lines, read_annotations
 from multitrain.data.index import ensure_index, read_index
-from multitrain.data.packs import open_pack
+from multitrain.data.packs import at_address
 from multitrain.data.presence import PresenceCheck, absent, frames_column
 from multitrain.order import Plan, Source
 
@@ -47,7 +49,8 @@ class Catalog:
     Attributes:
         name: the dataset's name.
         csv: the annotation file.
-        videos: the folder from which paths start.
+        videos: the folder from which paths start; for a pack at an address, the folder with its index.
+        address: the address of the pack, or None.
         classes: number of classes; labels are below it.
         class_names: one name per class, or None.
         multi_label: whether a video may have several labels.
@@ -65,8 +68,9 @@ class Catalog:
         classes: int,
         class_names: list[str] | None,
         stride: int = 1,
+        address: str | None = None,
     ) -> None:
-        self.name, self.csv, self.videos = name, csv, videos
+        self.name, self.csv, self.videos, self.address = name, csv, videos, address
         self.classes, self.class_names = classes, class_names
         self._index, self._stride = index, stride
         self._map()
@@ -86,12 +90,15 @@ class Catalog:
         classes = resolve_classes(dataset)
         csv = _annotation_file(dataset, name, split)
         syntax = Syntax.of(dataset, csv)
-        index = ensure_index(csv, syntax, Path(index_dir), Path(dataset.videos))
+        address = dataset.videos if is_remote(dataset.videos) else None
+        videos = Path(os.path.abspath(dataset.videos if address is None else _mirror(address, Path(index_dir))))
+        index = ensure_index(csv, syntax, Path(index_dir), videos)
         catalog = Catalog(
             index,
             name=name,
             csv=csv,
-            videos=Path(os.path.abspath(dataset.videos)),
+            videos=videos,
+            address=address,
             classes=classes,
             class_names=_class_names(dataset, classes),
             stride=stride,
@@ -107,6 +114,8 @@ class Catalog:
         return catalog
 
     def _map(self) -> None:
+        if self.address is not None:
+            at_address(self.videos, self.address)
         try:
             header, arrays = read_index(self._index)
         except (OSError, ValueError) as error:
@@ -240,7 +249,7 @@ class Catalog:
         if found.reason == "folder":
             return f"{self.csv}:{line}: {what}: {shown(path)} is a folder; pictures of frames are not read, name video files"
         return (
-            f"{self.csv}:{line}: {what}, e.g. {shown(path)}{why}; set data.datasets.{self.name}.videos (now {self.videos}) "
+            f"{self.csv}:{line}: {what}, e.g. {shown(path)}{why}; set data.datasets.{self.name}.videos (now {self.address or self.videos}) "
             "to the folder that the paths start from, or leave the lines out (multitrain data check --write-clean)"
         )
 
@@ -278,23 +287,6 @@ def plan_of(config: RunConfig, catalogs: Mapping[str, Catalog]) -> Plan:
         shuffle_window=config.data.shuffle_window,
         shard_videos=config.data.shard_videos,
     )
-
-
-def warn_of_other_shards(data: DataConfig, catalogs: Mapping[str, Catalog]) -> None:
-    """Warn about packs whose shards differ from those that `data.shuffle_window` assumes: same samples, but from more shards."""
-    if data.shuffle_window is None:
-        return
-    for catalog in catalogs.values():
-        pack = open_pack(catalog.videos)
-        if pack is None:
-            continue
-        was = pack.header.get("shard_videos"), dict(pack.header.get("rows", {})).get("train")
-        if was != (data.shard_videos, len(catalog)):
-            _log.warning(
-                "%s was packed with %s videos a shard for %s lines of train.csv; with data.shard_videos=%d and %d lines updates read "
-                "from more shards than data.shuffle_window=%d says. Set data.shard_videos, or pack again",
-                catalog.videos, *was, data.shard_videos, len(catalog), data.shuffle_window,
-            )  # fmt: skip
 
 
 def resolve_classes(dataset: DatasetConfig) -> int:
@@ -352,6 +344,14 @@ def _class_names(dataset: DatasetConfig, classes: int) -> list[str] | None:
     return names
 
 
+def _mirror(address: str, folder: Path) -> Path:
+    """The folder with the index of the pack at an address. Raises CatalogError."""
+    try:
+        return remote.mirror(address, folder)
+    except ConfigError as error:
+        raise CatalogError(str(error)) from None
+
+
 def _annotation_file(dataset: DatasetConfig, name: str, split: Split) -> Path:
     folder = Path(os.path.abspath(dataset.annotations))
     csv = folder / f"{split}.csv"
@@ -379,7 +379,7 @@ def summary(config: RunConfig, index_dir: Path | str) -> dict[str, Any]:
         CatalogError: an annotation file of the run cannot be used, or too many of its videos are missing.
     """
     train = open_catalogs(config.data, "train", index_dir)
-    warn_of_other_shards(config.data, train)
+    storage.warn(config.data, train)
     validation, tests = {}, {}
     val: dict[str, Catalog] = {}
     if config.eval.every is not None:
@@ -405,9 +405,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("config", type=Path, help="config.yaml of a run, or the run's folder")
     parser.add_argument("--index", type=Path, required=True, help="folder for the index files")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--clips", type=float, help="print only what a node that trains on so many clips per second reads of packs"
+    )
     given = parser.parse_args(arguments)
     try:
-        found = summary(load(given.config), given.index)
+        config = load(given.config)
+        found = summary(config, given.index)
+        if given.clips is not None:
+            catalogs = open_catalogs(config.data, "train", given.index)
+            print("\n".join(storage.lines(config, catalogs, plan_of(config, catalogs), given.clips)))
+            return 0
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

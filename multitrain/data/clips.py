@@ -6,7 +6,7 @@ Both are pure functions: the same task gives the same result in any process, at 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from multitrain.config import DatasetConfig, RunConfig
+from multitrain.config import DataConfig, DatasetConfig, RunConfig
+from multitrain.data import remote
 from multitrain.data.augment import Augmenter
 from multitrain.data.call_timeout import CallTimeout, TimeoutRunner, WriteLease
 from multitrain.data.catalog import Catalog
 from multitrain.data.decode import Frame, Picture, VideoError, open_video, preload
 from multitrain.data.frames import training_indices
+from multitrain.data.packs import stage_trouble, use_stage
 from multitrain.data.random import KeyedRNG
 from multitrain.data.views import load_views, views_shape
 from multitrain.order import Plan, key
@@ -62,6 +64,8 @@ class Clips:
     skipped: list[dict[str, Any]] = field(default_factory=list)
     """Records of unreadable videos: dataset, path, reason, update, stand_in (path of the fallback video)."""
     seconds: float = 0.0
+    trouble: str = ""
+    """Why the worker does not read the node's copies of shards, if it met an error; see `multitrain.data.staged`."""
 
 
 class Clip:
@@ -97,8 +101,9 @@ class TrainClipFn:
         return {**self.__dict__, "_guard": TimeoutRunner()}
 
     def warm_up(self) -> None:
-        """Import the decoder."""
+        """Import the decoder, and set up where this process reads packs."""
         preload(self.config.data.decoder)
+        _set_up_reading(self.config.data, self.catalogs.values())
 
     def describe(self, task: Task) -> str:
         """The video of a task, for error messages."""
@@ -120,7 +125,7 @@ class TrainClipFn:
         boxes, index, skipped = self._readable(task, name, Clip(dataset, identity, config.model.frames), out)
         keys = np.array([key("clip", *identity, copy) for copy in range(len(out))], np.uint64).view(np.int64)
         labels = self.catalogs[name].labels(index)
-        return Clips(number, labels, boxes, keys, skipped, time.perf_counter() - began)
+        return Clips(number, labels, boxes, keys, skipped, time.perf_counter() - began, stage_trouble())
 
     def _readable(
         self, task: Task, name: str, clip: Clip, out: np.ndarray
@@ -241,8 +246,9 @@ class EvalViewsFn:
         return {**self.__dict__, "_guard": TimeoutRunner()}
 
     def warm_up(self) -> None:
-        """Import the decoder."""
+        """Import the decoder, and set up where this process reads packs."""
         preload(self.config.data.decoder)
+        _set_up_reading(self.config.data, [self.catalog])
 
     def describe(self, task: int) -> str:
         """The video of a task, for error messages."""
@@ -264,6 +270,14 @@ class EvalViewsFn:
             finally:
                 lease.end()
         raise AssertionError  # the second iteration returns
+
+
+def _set_up_reading(data: DataConfig, catalogs: Iterable[Catalog]) -> None:
+    use_stage(data.stage)
+    remote.set_patience(data.decode_timeout)
+    for catalog in catalogs:
+        if catalog.address is not None:
+            remote.preload(catalog.address)
 
 
 def _within(guard: TimeoutRunner, path: Path, seconds: float, work: Callable[[], np.ndarray]) -> np.ndarray:

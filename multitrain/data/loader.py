@@ -20,6 +20,7 @@ from multitrain.config import DatasetConfig, RunConfig
 from multitrain.data.catalog import Catalog
 from multitrain.data.clips import Clips, EvalViewsFn, Task, TrainClipFn
 from multitrain.data.pool import LoaderError, Result, open_pool
+from multitrain.data.staging import Job, Staging
 from multitrain.order import BatchShape, Plan
 
 _LONG = 60.0  # timeout in seconds of one wait while iterating
@@ -67,7 +68,8 @@ class TrainLoader:
         plan: the sampling plan.
         shape: division of an update into micro-batches.
         rank: this rank, in range(shape.world_size).
-        config: uses `data` (decoder, workers, prefetch, decode_timeout), `augment`, `model` (frames, crop) and `seed`.
+        config: uses `data` (decoder, workers, prefetch, decode_timeout, stage, stage_limit), `augment`, `model` (frames, crop), `seed`
+            and `gpus` (per node).
     """
 
     def __init__(
@@ -91,6 +93,8 @@ class TrainLoader:
         self._pool = open_pool(
             job, self._tasks(), workers=workers, ahead=max(1, workers) * config.data.prefetch * shape.micro_batch
         )
+        self._staging = self._start_staging(catalogs, config)
+        self._left = len(self._range) * shape.accumulation
 
     def next_batch(self, timeout: float) -> Batch | None:
         """The next micro-batch, or None if it is not complete within `timeout` seconds; call again then.
@@ -108,7 +112,10 @@ class TrainLoader:
             if answer is None:
                 return None
             self._part.add(answer)
+            if answer.result.trouble and self._staging is not None:
+                self._staging.report(answer.result.trouble)
         batch, self._part = self._part.batch(), None
+        self._left -= 1
         return batch
 
     def __iter__(self) -> Iterator[Batch]:
@@ -121,14 +128,25 @@ class TrainLoader:
                 yield batch
 
     def close(self) -> None:
-        """Stop all workers immediately; within two seconds even if one hangs in a read."""
+        """Stop all workers immediately; within three seconds even if one hangs in a read. After the last micro-batch, the node's
+        staged copies are deleted."""
         self._pool.close()
+        if self._staging is not None:
+            self._staging.close(done=not self._left)
 
     def __enter__(self) -> TrainLoader:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _start_staging(self, catalogs: Mapping[str, Catalog], config: RunConfig) -> Staging | None:
+        """The staging process of this node, which its first rank starts if `data.stage` is set."""
+        stage, limit = config.data.stage, config.data.stage_limit
+        if stage is None or self._rank % config.gpus:
+            return None
+        ranks = range(self._rank, min(self._rank + config.gpus, self._shape.world_size))
+        return Staging(Job(stage, limit, self._plan, catalogs, self._shape, ranks, self._range.start, self._range.stop))
 
     def _slices(self) -> Iterator[tuple[int, int, int]]:
         """(update, start, stop) of this rank's micro-batches, as sample numbers [start, stop)."""
@@ -142,7 +160,9 @@ class TrainLoader:
                 yield Task(update, sample)
 
     def _new_part(self) -> _Part:
-        _, start, stop = next(self._steps)
+        update, start, stop = next(self._steps)
+        if self._staging is not None:
+            self._staging.reached(update)
         clips = torch.empty(((stop - start) * self._copies, *self._clip), dtype=torch.uint8, pin_memory=self._pin)
         return _Part(start, clips, self._copies, [], [])
 

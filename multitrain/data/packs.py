@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from multitrain.data import remote
 from multitrain.data.index import aligned_parts, read_index
+from multitrain.data.staged import Stage
 from multitrain.errors import ConfigError
 from multitrain.text import printable
 
@@ -83,14 +86,43 @@ class Pack:
     def __len__(self) -> int:
         return len(self._hashes)
 
+    @cached_property
+    def identity(self) -> str:
+        """32 hex digits that stand for the content: equal for copies of a pack, other after it was packed from other files."""
+        digest = hashlib.blake2b(json.dumps(self.header, sort_keys=True).encode(), digest_size=16)
+        digest.update(self._offset.tobytes() + self._crc.tobytes())
+        return digest.hexdigest()
+
+    def shards(self) -> dict[str, int]:
+        """The bytes of each shard, by name. Raises ConfigError: the index is damaged."""
+        if int(self._shard.max(initial=0)) >= max(1, len(self._shards)):
+            raise ConfigError(f"{self.folder / INDEX}: is damaged (no shard {int(self._shard.max())}); pack again")
+        ends = np.zeros(len(self._shards), np.int64)
+        end = self._offset.astype(np.int64) + self._size.astype(np.int64)
+        np.maximum.at(ends, self._shard, end)
+        return {shard: int(-(-end // BLOCK) + 2) * BLOCK for shard, end in zip(self._shards, ends)}
+
+    def videos_of_shards(self) -> list[int]:
+        """The number of videos in each of `shards`."""
+        return np.bincount(self._shard, minlength=len(self._shards)).tolist()
+
     def find(self, name: str) -> Stored | None:
         """The location of a video, by its normalised path below the folder, or None."""
+        at = self._place(name)
+        return None if at is None else self._stored(at)
+
+    def shard_number(self, name: str) -> int | None:
+        """The position in `shards` of the shard that holds a video, or None."""
+        at = self._place(name)
+        return None if at is None else int(self._shard[at])
+
+    def _place(self, name: str) -> int | None:
         wanted = os.fsencode(name)
         hashed = np.uint64(_hash(wanted))
         at = int(np.searchsorted(self._hashes, hashed))
         while at < len(self._hashes) and self._hashes[at] == hashed:
             if self._name(at) == wanted:
-                return self._stored(at)
+                return at
             at += 1
         return None
 
@@ -149,6 +181,11 @@ def open_pack(folder: Path) -> Pack | None:
     return _pack_in(os.path.abspath(folder))
 
 
+def pack_of(path: Path | str) -> Pack | None:
+    """The pack that `path` is below, whether or not it holds a video of this name. Raises as `Pack` does."""
+    return _pack_above(os.path.dirname(os.path.abspath(path)))
+
+
 def find_packed(path: Path | str) -> Stored | None:
     """The location of a packed video, or None if the path is not in a pack.
 
@@ -178,13 +215,16 @@ def read(path: Path | str) -> bytes | None:
 
 def read_stored(stored: Stored) -> bytes:
     """`read` for a known location; an OSError names the shard."""
+    staged = _from_stage(stored)
+    if staged is not None:
+        return staged
     try:
         content = _range(stored)
         if not _is_intact(stored, content):
             content = _range(stored)  # read again: the error may be the file server's, not the disk's
     except OSError as error:
         _opened.cache_clear()  # e.g. a stale handle: the next attempt reopens the shard
-        raise OSError(error.errno, error.strerror or str(error), str(stored.shard)) from error
+        raise OSError(error.errno, error.strerror or str(error), error.filename or str(stored.shard)) from error
     if len(content) < stored.size:
         raise DamagedError(f"{printable(stored.shard.name)} is cut off: it ends within this video; pack it again")
     if not _is_intact(stored, content):
@@ -226,11 +266,51 @@ def header(name: str, size: int) -> bytes:
         return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
 
 
+_stage: Stage | None = None
+
+
+def use_stage(expression: str | None) -> None:
+    """From now on, this process reads the copies that this node has of a shard (`data.stage`), where it has one."""
+    global _stage
+    _stage = None if expression is None else Stage(expression)
+
+
+def stage_trouble() -> str:
+    """Why this process does not read the node's copies, for a message; empty if it does, or there are none."""
+    return "" if _stage is None else _stage.trouble
+
+
+def _from_stage(stored: Stored) -> bytes | None:
+    """The bytes of a video from this node's copy of its shard; None if there is no copy, or it is damaged."""
+    if _stage is None or stored.crc is None or (pack := _pack_in(str(stored.shard.parent))) is None:
+        return None
+    content = _stage.read(pack.identity, stored.shard.name, stored.offset, stored.size)
+    if content is None or _is_intact(stored, content):
+        return content
+    _stage.discard(pack.identity, stored.shard.name)
+    return None
+
+
+def read_chunk(shard: Path, offset: int, size: int) -> bytes:
+    """Bytes of a shard, fewer at its end. Raises OSError."""
+    return _range(Stored(shard, offset, size, None, ""))
+
+
 def _is_intact(stored: Stored, content: bytes) -> bool:
     return len(content) == stored.size and (stored.crc is None or zlib.crc32(content) == stored.crc)
 
 
+_addresses: dict[str, str] = {}
+
+
+def at_address(folder: Path, address: str) -> None:
+    """From now on, this process reads the shards of the pack in `folder` at an address (see `multitrain.data.remote`)."""
+    _addresses[str(folder)] = address
+
+
 def _range(stored: Stored) -> bytes:
+    if (address := _addresses.get(str(stored.shard.parent))) is not None:
+        return remote.read(f"{address}/{stored.shard.name}", stored.offset, stored.size)
     file = _opened(str(stored.shard)).fileno()
     size = max(0, min(stored.size, os.fstat(file).st_size - stored.offset))  # allocate no more than the file holds
     content = os.pread(file, size, stored.offset)
@@ -298,6 +378,7 @@ __all__ = [
     "DamagedError",
     "Pack",
     "Stored",
+    "at_address",
     "find_packed",
     "forget",
     "framing_error",
@@ -305,6 +386,10 @@ __all__ = [
     "index_parts",
     "open_pack",
     "os_error_text",
+    "pack_of",
     "read",
+    "read_chunk",
     "read_stored",
+    "stage_trouble",
+    "use_stage",
 ]

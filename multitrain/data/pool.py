@@ -60,7 +60,7 @@ class WorkerFn(Protocol):
     """Maximum seconds per task."""
 
     def warm_up(self) -> None:
-        """Import the modules that `run` needs; called once, before workers are forked."""
+        """Import the modules that `run` needs, and set up the process; called once, before workers are forked."""
         ...
 
     def run(self, task: Any, out: np.ndarray) -> Any:
@@ -143,6 +143,7 @@ class ThreadPool:
     def _work(self, tasks: Iterator[Any]) -> None:
         last: BaseException | None = None
         try:
+            self._job.warm_up()
             for task in tasks:
                 array = np.empty(self._job.shape, self._job.dtype)
                 if not self._put(Result(task, self._job.run(task, array), array)):
@@ -184,7 +185,7 @@ class ProcessPool:
         self._start(workers, slots)
 
     def _start(self, workers: int, slots: int) -> None:
-        memory = _shared_memory(slots * self._size)
+        memory = shared_memory(slots * self._size)
         ours, theirs = zip(*(socket.socketpair() for _ in range(workers + 1)))
         fds = [s.fileno() for s in theirs]
         given = {
@@ -330,7 +331,7 @@ def _failed(error: BaseException) -> LoaderError:
     return LoaderError(f"{' '.join(str(error).split()) or type(error).__name__}\n{text}")
 
 
-def _shared_memory(size: int) -> int:
+def shared_memory(size: int) -> int:
     """The descriptor of `size` bytes of anonymous shared memory, which the kernel frees after the last process closes it."""
     if hasattr(os, "memfd_create"):
         memory = os.memfd_create("multitrain-loader")
@@ -452,4 +453,5 @@ __all__ = [
     "configure_worker",
     "open_pool",
     "run_fork_server",
+    "shared_memory",
 ]

@@ -43,6 +43,7 @@ CASES: dict[str, tuple[str, Words, Words]] = {
     "data.proportions=temperature": ("data.proportions", ONE, MANY),
     "data.datasets.kinetics.weight=2": ("data.datasets.*.weight", ONE, (*ONE, "data.proportions=weights")),
     "data.datasets.kinetics.flip=true": ("data.datasets.*.flip", ("augment.flip_probability=0",), ()),
+    "data.stage_limit=9G": ("data.stage_limit", (), ("data.stage=/tmp",)),
     "data.shard_videos=9": ("data.shard_videos", (), ("data.shuffle_window=4",)),
     "data.sampling_rate=5": ("data.sampling_rate", ("experiment=ssv2",), MANY),
     "data.target_fps=5": ("data.target_fps", ("experiment=ssv2",), MANY),
@@ -81,7 +82,7 @@ name runs experiment_name nodes gpus updates effective_batch micro_batch precisi
 init_from branch_from from_scratch update_code dry_run then
 cluster cluster.kind cluster.lead_time cluster.cpus_per_gpu cluster.gpu_request cluster.gpu_memory cluster.gpu_clips
 cluster.python cluster.max_restarts cluster.max_stalled_restarts cluster.restarts_in_place cluster.check_data
-data data.root data.mixture data.shuffle_window data.decoder data.workers data.prefetch data.skip_cap data.decode_timeout
+data data.root data.mixture data.shuffle_window data.decoder data.workers data.prefetch data.skip_cap data.stage data.decode_timeout
 data.index data.datasets data.datasets.<name>.annotations data.datasets.<name>.videos data.datasets.<name>.classes
 data.datasets.<name>.class_names data.datasets.<name>.sampling data.datasets.<name>.replicas data.datasets.<name>.multi_label
 data.datasets.<name>.separator data.datasets.<name>.temporal_views data.datasets.<name>.spatial_views

@@ -142,6 +142,7 @@ def test_a_table_with_a_row_a_rank(tmp_path: Path) -> None:
     assert head.split()[:5] == ["rank", "node", "gpu", "cpus", "affinity"]
     assert [r.split()[0] for r in rows] == ["0", "1", "2"]
     assert [r.split()[2] for r in rows] == ["4", "5", "6"]
+    assert f"preflight: {tmp_path}: " in errors, "inodes and quota"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -150,7 +150,7 @@ def test_what_the_runs_of_a_sweep_share_is_looked_at_once(
     sweep_words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = []
-    monkeypatch.setattr("launch.checks._run_check", lambda what, module, run, *_, **__: asked.append(module))
+    monkeypatch.setattr("launch.checks._run_check", lambda what, module, run, *_, **__: asked.append(module) or "")
     assert main([*sweep_words, "seed=0,1,2,3", "dry_run=true"]) == 0
     assert asked == ["multitrain.data.catalog"]
 
