@@ -84,7 +84,7 @@ class Predictor(MultiTrain):
                     same = self._pixels(settings)
                     if same not in features:
                         clips = torch.from_numpy(load_views(path, settings, self.run.data, self.config))
-                        features[same] = self.features(clips.to(self.pos_embed_spatial.device))
+                        features[same] = self.features(clips.to(self.device))
                     out[name] = self.probabilities(name, self.heads.of(name)(features[same])).mean(0).cpu()
                     _require_numbers(path, name, out[name])
         finally:
