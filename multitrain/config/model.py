@@ -24,6 +24,10 @@ class ModelConfig(Settings):
     """Keyword arguments of your function, or options of ``mvitv2`` (class_token, relative_space, …: docs/backbones.md)."""
     channels: Literal["rgb", "bgr"] = "rgb"
     """Order of a clip's colour channels; the official releases for Something-Something read BGR."""
+    mean: tuple[float, float, float] = (0.45, 0.45, 0.45)
+    """Mean of red, green and blue, from 0 to 1, that normalising subtracts."""
+    std: tuple[float, float, float] = (0.225, 0.225, 0.225)
+    """Standard deviation of red, green and blue by which normalising divides."""
     frames: int = Field(32, ge=2, le=4096, multiple_of=2)
     """Frames per clip (T)."""
     crop: int = Field(224, ge=32, le=8192, multiple_of=4)
@@ -67,8 +71,12 @@ class ModelConfig(Settings):
             raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}; change one of them")
         if list(self.stages) != sorted(set(self.stages)) or any(not 0 < s < self.depth for s in self.stages):
             raise ValueError(f"stages={list(self.stages)} must increase and lie between 1 and depth-1={self.depth - 1}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std={list(self.std)} must be above 0")
         if self.backbone is None and self.backbone_args:
-            raise ValueError(f"backbone_args={self.backbone_args} without model.backbone; set model.backbone, or leave it out")
+            raise ValueError(
+                f"backbone_args={self.backbone_args} without model.backbone; set model.backbone, or leave it out"
+            )
         if self.backbone == MVITV2:
             _ = self.mvitv2
         elif self.backbone is not None and not OWN_BACKBONE.fullmatch(self.backbone):

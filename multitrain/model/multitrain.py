@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -154,9 +153,15 @@ def with_backbone(cls: type[MultiTrain], config: ModelConfig) -> type[MultiTrain
     return _subclass(cls, MViT if config.backbone is None else MViTv2)
 
 
-@cache
+_SUBCLASSES: dict[tuple[type, type], type[MultiTrain]] = {}
+
+
 def _subclass(cls: type[MultiTrain], backbone: type[Backbone]) -> type[MultiTrain]:
-    return type(cls.__name__, (cls, backbone), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    found = _SUBCLASSES.get((cls, backbone))
+    if found is None:
+        found = type(cls.__name__, (cls, backbone), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+        _SUBCLASSES[cls, backbone] = found
+    return found
 
 
 def _blank(cls: type[MultiTrain], config: ModelConfig) -> MultiTrain:

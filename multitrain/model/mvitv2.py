@@ -148,7 +148,7 @@ class RelativeAttention(nn.Module):
 
     def _pooled_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, each [B, 1 + M, h, d], of normed tokens x; they share a stride, so one convolution pools both."""
-        shape, grid, stride = self.shape, self.shape.grid, self.shape.kv_stride
+        grid, stride = self.shape.grid, self.shape.kv_stride
         read = read_positions(grid, stride, x.device) if self.compact else None
         if read is not None:
             (positions, grid), stride = read, 3
@@ -181,7 +181,7 @@ class RelativeBlock(nn.Module):
     def forward(self, x: Tensor, masks: tuple[Mask | None, Mask | None] = (None, None)) -> Tensor:
         u = normed(self.norm1, x)
         widens = self.proj is not None and self.shape.dim_attn == self.shape.dim_out
-        shortcut = self.proj(u) if self.proj is not None and widens else x
+        shortcut: Tensor = self.proj(u) if self.proj is not None and widens else x
         x = _add(self._pooled(shortcut), self.attn(u), masks[0])
         u = normed(self.norm2, x)
         shortcut = x if self.proj is None or widens else self.proj(u)
@@ -258,6 +258,9 @@ class MViTv2(Backbone):
         if self.options.absolute == "joint":
             x = x + self.pos_embed
         elif self.options.absolute == "separate":
-            table = (self.pos_embed_spatial[:, None] + self.pos_embed_temporal[:, :, None]).flatten(1, 2)
-            x = x + (torch.cat([self.pos_embed_class, table], 1) if self.options.class_token else table)
+            space, time = self.get_parameter("pos_embed_spatial"), self.get_parameter("pos_embed_temporal")
+            table = (space[:, None] + time[:, :, None]).flatten(1, 2)
+            x = x + (
+                torch.cat([self.get_parameter("pos_embed_class"), table], 1) if self.options.class_token else table
+            )
         return x if self.norm_stem is None else normed(self.norm_stem, x)

@@ -53,9 +53,10 @@ class Recomputed:
         forward = partial(type(self.layer).forward, self.layer)
         if not (self.layer.training and torch.is_grad_enabled()):
             return forward(*args, **kwargs)
+        if self.mode == "full":
+            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
         contexts = partial(create_selective_checkpoint_contexts, _policy(KEPT[self.mode]))
-        options = {} if self.mode == "full" else {"context_fn": contexts}
-        return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
 def _policy(kept: set[Any]) -> Any:

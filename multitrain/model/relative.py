@@ -1,6 +1,6 @@
 """Attention with decomposed relative positions (Li et al., CVPR 2022), without a bias of the size of the scores.
 
-The score of query i and key j is q_i·k_j/√d + q_i·Rh[i, j] + q_i·Rw[i, j] + q_i·Rt[i, j], where Rh depends on the rows of i and j alone, Rw on
+The score of query i and key j is q_i·k_j/√d + q_i·Rh[i, j] + q_i·Rw[i, j] + q_i·Rt[i, j], where Rh depends on the rows of i and j, Rw on
 their columns and Rt on their frames. A query's products with all rows, columns and frames are few (36 for keys of 8 × 14 × 14), so they
 become further channels of the query, and the key gets a one for its row, its column and its frame: the fused attention kernels then
 compute the sum, and nothing of size [N_q, N_k] exists in either pass.
