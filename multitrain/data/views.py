@@ -86,7 +86,7 @@ def load_views(
                 show(frame, np.argwhere(shown == number), plan, out)
             del frame  # free its memory before the next one is decoded
     if (wanted := network_pixels(model)) is not None:
-        scale, shift = (np.float32(values).reshape(3, 1, 1, 1) for values in wanted[:2])
+        scale, shift = (np.array(values, np.float32).reshape(3, 1, 1, 1) for values in wanted[:2])
         with lease:
             out *= scale
             out += shift

@@ -23,6 +23,7 @@ from multitrain.config import ConfigError, DatasetConfig, ModelConfig
 from multitrain.config.boundary import understood
 from multitrain.files import replacing
 from multitrain.interop.archive import open_archive, require_weights
+from multitrain.interop.incompatible_checkpoints import official_tensors
 from multitrain.interop.layout import layout, name_map, pairs, require_possible
 from multitrain.interop.optimizer_state import Grouping, published_state
 from multitrain.interop.pyslowfast_config import (
@@ -96,8 +97,11 @@ def read_published(path: str | Path, *, strict: bool = True, copy: str | None = 
     path = Path(path)
     published, content, notes = open_archive(path, copy)
     if not isinstance(content.get("cfg"), str):
+        start = (
+            "; to start a run from it: model=mvitv2_s init_from=… (or _b, _l)" if official_tensors(published) else ""
+        )
         raise ConfigError(
-            f"{path}: holds no 'cfg' text, so its network is unknown; use the checkpoint as the training code wrote it"
+            f"{path}: holds no 'cfg' text, so its network is unknown; use the checkpoint as the training code wrote it{start}"
         )
     config, datasets, multi_label, single = read_cfg(content["cfg"], path, tensors=published)
     require_possible(path, config, datasets, len(published))

@@ -128,14 +128,14 @@ class RelativeAttention(nn.Module):
         if hasattr(self, "qkv"):
             rows = slice(self.shape.dim_attn) if names == "q" else slice(self.shape.dim_attn, None)
             return self.qkv.weight[rows], None if self.qkv.bias is None else self.qkv.bias[rows]
-        layers = [self.get_submodule(name) for name in names]
-        bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])  # type: ignore[misc]
-        return torch.cat([layer.weight for layer in layers]), bias  # type: ignore[misc]
+        weight = torch.cat([self.get_parameter(f"{name}.weight") for name in names])
+        biased = self.get_submodule(names[0]).bias is not None
+        return weight, torch.cat([self.get_parameter(f"{name}.bias") for name in names]) if biased else None
 
     def _filters(self, names: str, dtype: torch.dtype) -> Tensor:
         """The filters of these poolings, one for each channel of all heads."""
-        filters = [self.get_submodule(f"pool_{name}").weight for name in names]
-        repeated = torch.stack(filters)[:, None].expand(-1, self.shape.heads, *[-1] * filters[0].dim())  # type: ignore[arg-type]
+        filters = [self.get_parameter(f"pool_{name}.weight") for name in names]
+        repeated = torch.stack(filters)[:, None].expand(-1, self.shape.heads, *[-1] * filters[0].dim())
         return repeated.flatten(0, 2).to(dtype)
 
     def _pooled_queries(self, q: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ class RelativeBlock(nn.Module):
     def forward(self, x: Tensor, masks: tuple[Mask | None, Mask | None] = (None, None)) -> Tensor:
         u = normed(self.norm1, x)
         widens = self.proj is not None and self.shape.dim_attn == self.shape.dim_out
-        shortcut: Tensor = self.proj(u) if self.proj is not None and widens else x
+        shortcut = x if self.proj is None or not widens else self.proj(u)
         x = _add(self._pooled(shortcut), self.attn(u), masks[0])
         u = normed(self.norm2, x)
         shortcut = x if self.proj is None or widens else self.proj(u)
