@@ -15,9 +15,10 @@ def require_possible(path: Path, config: ModelConfig, datasets: Mapping[str, int
 
     Cheap for any numbers, unlike :func:`layout`, whose time and memory grow with them.
     """
-    if max(config.depth, len(datasets)) > tensors:
+    blocks = 0 if config.own_backbone else config.depth
+    if max(blocks, len(datasets)) > tensors:
         raise ConfigError(
-            f"{path}: describes {config.depth} blocks and {len(datasets)} heads, but holds {tensors} tensors; copy it again"
+            f"{path}: describes {blocks} blocks and {len(datasets)} heads, but holds {tensors} tensors; copy it again"
         )
 
 

@@ -36,6 +36,17 @@ def resize_positions(
         frames, crop: clip size of the tables returned (frames, pixels).
     """
     wanted = layout(resized_config(config, frames, crop), {"any": 1})
+    if config.own_backbone:
+        other = [
+            name
+            for name, shape in wanted.items()
+            if name in state and tuple(state[name].shape) != shape and "heads" not in name
+        ]
+        if other:
+            raise ConfigError(
+                f"clips of {frames} × {crop}² give {other[0]} of model.backbone another shape; start a new run"
+            )
+        return dict(state)
     out = {}
     for name, tensor in state.items():
         shape = wanted.get(name, tuple(tensor.shape))

@@ -196,6 +196,10 @@ def write_pyth(
     import torch
 
     path = Path(path)
+    if config.own_backbone:
+        raise ConfigError(
+            f"{path}: the .pyth format cannot hold model.backbone={config.backbone}; write a .safetensors file"
+        )
     datasets = dict(datasets)
     wanted = layout(config, datasets)
     require_all(compare(shapes(state), wanted), str(path), "the weights are not those of the model to be written")

@@ -34,6 +34,13 @@ class Backbone(nn.Module):
         """The device of the parameters."""
         return next(self.parameters()).device
 
+    def untrainable(self) -> str | None:
+        """Why this backbone cannot be trained exactly, in one line; None if it can."""
+        return None
+
+    def reset_backbone(self, seed: int) -> None:
+        """Reset the parameters that `initialise` leaves as they are: those below `backbone.`, which only a backbone of the user has."""
+
     def forward(self, clips: Tensor, keys: Tensor | None = None) -> Tensor:
         return self.features(clips, keys)
 

@@ -17,6 +17,7 @@ from multitrain.model.layers import Mlp, Recompute
 from multitrain.model.low_precision import linear
 from multitrain.model.mvit import MViT
 from multitrain.model.mvitv2 import MViTv2
+from multitrain.model.own_backbone import OwnBackbone
 from multitrain.model.random import draw_keys
 
 EXPANDER = "/"
@@ -87,6 +88,7 @@ class MultiTrain(Backbone):
     def initialise(self, seed: int) -> None:
         """Reset every parameter to a pure function of its name and `seed`; a further head does not change the other parameters."""
         initialise(self, seed)
+        self.reset_backbone(seed)
 
     def forward(self, clips: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         """Probabilities by dataset, float [B, K], for normalised clips [B, 3, T, S, S]."""
@@ -145,12 +147,12 @@ class MultiTrain(Backbone):
         return draw_keys(clips.shape[0], clips.device) if keys is None and self.training else keys
 
 
-BACKBONES = (MViT, MViTv2)
+BACKBONES = (MViT, MViTv2, OwnBackbone)
 
 
 def with_backbone(cls: type[MultiTrain], config: ModelConfig) -> type[MultiTrain]:
     """The subclass of `cls`, and of the backbone of `config`."""
-    return _subclass(cls, MViT if config.backbone is None else MViTv2)
+    return _subclass(cls, OwnBackbone if config.own_backbone else MViT if config.backbone is None else MViTv2)
 
 
 _SUBCLASSES: dict[tuple[type, type], type[MultiTrain]] = {}

@@ -134,7 +134,7 @@ class RelativeAttention(nn.Module):
 
     def _filters(self, names: str, dtype: torch.dtype) -> Tensor:
         """The filters of these poolings, one for each channel of all heads."""
-        filters = [self.get_parameter(f"pool_{name}.weight") for name in names]
+        filters: list[Tensor] = [self.get_parameter(f"pool_{name}.weight") for name in names]
         repeated = torch.stack(filters)[:, None].expand(-1, self.shape.heads, *[-1] * filters[0].dim())
         return repeated.flatten(0, 2).to(dtype)
 

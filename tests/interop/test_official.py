@@ -146,12 +146,12 @@ def test_another_order_of_colours_is_the_same_function(tmp_path: Path) -> None:
 
 def test_a_run_of_another_network_is_told_what_to_set(tmp_path: Path) -> None:
     file = release(tmp_path)
-    with pytest.raises(ConfigError, match="model.backbone=mvitv2 model.frames=4 .*model.stages=\\[1,3\\]") as caught:
+    with pytest.raises(ConfigError, match=r"model\.backbone=mvitv2 model\.frames=4 .*model\.stages=\[1,3\]") as caught:
         initialise_from(MultiTrain(ModelConfig(frames=4, crop=32, depth=2, width=16, stages=(1,)), {"a": 2}), file)
     assert "\n" not in str(caught.value)
     config, *_ = read_cfg(text_of("release"))
     other = config.model_copy(update={"backbone_args": config.backbone_args | {"class_token": False}})
-    with pytest.raises(ConfigError, match="cls_token.*class_token=true"):
+    with pytest.raises(ConfigError, match=r"cls_token.*class_token=true"):
         initialise_from(MultiTrain(other, {"a": 2}), file)
 
 
