@@ -53,20 +53,20 @@ class Forecast:
         return self.fixed_bytes + self.clips * self.clip_bytes
 
 
-def forecast(config: RunConfig, shape: BatchShape, counted: Mapping[str, int] | None = None) -> Forecast:
+def forecast(config: RunConfig, shape: BatchShape, network: Mapping[str, int] | None = None) -> Forecast:
     """The estimate for a run whose effective batch is split as in `shape`.
 
     Args:
-        counted: parameters and bytes per clip of a network that is not the published one: see :mod:`multitrain.commands.backbone_needs`.
+        network: parameters and bytes per clip of a network that is not the published one: see :mod:`multitrain.commands.backbone_needs`.
     """
     model, clips = config.model, shape.micro_batch * config.augment.copies
     size = work(model) / work(ModelConfig())
-    if counted is None:
+    if network is None:
         clip = clip_bytes(model, config.activation_checkpointing)
         clip *= FP32_FACTOR if config.precision == "fp32" else 1
         count = parameters(model, [d.classes or 400 for d in config.data.datasets.values()])
     else:
-        clip, count = float(counted["clip_bytes"]), counted["parameters"]
+        clip, count = float(network["clip_bytes"]), network["parameters"]
     clip += 3 * model.frames * model.crop**2 * (4 + 4 + 1)  # as float32, its mixing partner, and as uint8
     buckets = 2 * min(config.engine.bucket_elements, count)
     low = 0 if config.precision == "fp32" else 2
@@ -80,9 +80,9 @@ def forecast(config: RunConfig, shape: BatchShape, counted: Mapping[str, int] | 
     )
 
 
-def summary_lines(config: RunConfig, shape: BatchShape, counted: Mapping[str, int] | None = None) -> list[str]:
-    """The estimate as comment lines for the user; warnings come last, each with a remedy. `counted`: see :func:`forecast`."""
-    f, cluster = forecast(config, shape, counted), config.cluster
+def summary_lines(config: RunConfig, shape: BatchShape, network: Mapping[str, int] | None = None) -> list[str]:
+    """The estimate as comment lines for the user; warnings come last, each with a remedy. `network`: see :func:`forecast`."""
+    f, cluster = forecast(config, shape, network), config.cluster
     cores = counted(cluster.cpus_per_gpu, "core")
     needed = f.gpu_clips / cluster.cpus_per_gpu
     device = "rank" if on_cpus(config) else "GPU"

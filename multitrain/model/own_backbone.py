@@ -64,7 +64,7 @@ class OwnBackbone(Backbone):
 
     def reset_backbone(self, seed: int) -> None:
         """The values that the function gives its module under torch's `seed`."""
-        if all(not tensor.is_meta for tensor in self.backbone.state_dict().values()):
+        if all(type(t.data) is Tensor and not t.is_meta for t in self.backbone.state_dict().values()):
             fresh, _ = build(self.config, seed)
             self.backbone.load_state_dict(fresh.state_dict())
 
