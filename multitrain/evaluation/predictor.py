@@ -173,7 +173,11 @@ def load(
     if weights.report.fresh:
         model.to_empty(device="cpu").initialise(run.seed)
         warnings.warn(f"{path}: {weights.report}: {', '.join(weights.report.fresh)}", stacklevel=2)
-    model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True, strict=strict)
+    model.load_state_dict(
+        {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()},
+        assign=True,
+        strict=strict,
+    )
     return model.eval()
 
 

@@ -111,7 +111,7 @@ def _require_same_backbone(path: str | Path, report: LoadReport, config: ModelCo
     ]
     absent = [name for name in report.missing if of_backbone(name)]
     extra = [name for name in report.unexpected if of_backbone(name)]
-    if other or absent or extra or not any(name.startswith("blocks.") for name in report.matched):
+    if other or absent or extra or not any(of_backbone(name) for name in report.matched):
         parts = [describe_mismatch(*r) for r in other[:2]]
         parts += [f"{len(absent)} tensors missing, e.g. {absent[0]}"] if absent else []
         parts += [f"{len(extra)} not known here, e.g. {extra[0]}"] if extra else []

@@ -18,7 +18,8 @@ DRAW_CHUNK = 1 << 16
 
 
 def initialise(model: nn.Module, seed: int) -> None:
-    """Reset all parameters of `model` in place, except those without data (on the meta device, fake) and those below `backbone.`, a module of the user.
+    """Reset all parameters of `model` in place, except those without data (on the meta device, fake) and those below `backbone.`, a
+    module of the user.
 
     Linear weights and position tables: normal with standard deviation 0.02, truncated at ±2 (100 standard deviations). Linear biases: 0.
     Layer norms: weight 1, bias 0. Convolutions and poolings: weights and biases uniform in ±1/√fan_in.

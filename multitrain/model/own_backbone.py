@@ -51,15 +51,13 @@ class OwnBackbone(Backbone):
     def untrainable(self) -> str | None:
         norms = [n for n, m in self.backbone.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
         self.backbone.train()
-        live = [n for n in norms if self.backbone.get_submodule(n).training]
+        live = [n or "the module" for n in norms if self.backbone.get_submodule(n).training]
         self.backbone.train(self.training)
+        if not live:
+            return None
         return (
-            None
-            if not live
-            else (
-                f"model.backbone={self.config.backbone}: {live[0] or 'the module'} is a batch norm ({len(live)} in all), whose statistics depend "
-                "on ranks and micro-batches; use layer or group norm, or keep it in eval mode (override train)"
-            )
+            f"model.backbone={self.config.backbone}: {live[0]} is a batch norm ({len(live)} in all), whose statistics depend on ranks and "
+            "micro-batches; use layer or group norm, or keep it in eval mode (override train)"
         )
 
     def reset_backbone(self, seed: int) -> None:

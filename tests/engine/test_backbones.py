@@ -18,7 +18,15 @@ SIZE = {"frames": 4, "crop": 64, "head_hidden": 24, "head_dropout": 0.5, "expand
 NETWORKS: dict[str, dict[str, Any]] = {
     "own": SIZE | {"backbone": "mynet:build", "backbone_args": {"width": 16, "dropout": 0.3}},
     "mvitv2": SIZE
-    | {"backbone": "mvitv2", "depth": 3, "width": 16, "stages": [1], "kv_stride": 4, "drop_path": 0.3, "channels": "bgr"},
+    | {
+        "backbone": "mvitv2",
+        "depth": 3,
+        "width": 16,
+        "stages": [1],
+        "kv_stride": 4,
+        "drop_path": 0.3,
+        "channels": "bgr",
+    },
 }
 
 
