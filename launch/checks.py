@@ -6,6 +6,7 @@ A separate process checks weights and data, since submitting does not import tor
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from launch.child_error import child_error
 from launch.memory_estimate import forecast
 from launch.rank import python_path
 from launch.run_folder import Run
-from launch.snapshot import ROOT
+from launch.snapshot import ROOT, own_module
 from multitrain.config import ConfigError, dump
 
 
@@ -34,6 +35,9 @@ def refuse_unstartable(runs: Sequence[Run], *, keep_index: bool) -> None:
     """
     for run in runs:
         run_folder.check_places(run)
+    for run in _distinct(runs, ("model", "data", "activation_checkpointing", "precision")):
+        if run.config.model.own_backbone and not run.exists:
+            count_network(run)
     for run in _distinct(runs, ("init_from", "interpolate_positions", "model", "data")):
         _check_weights(run)
     with contextlib.ExitStack() as stack:
@@ -78,6 +82,25 @@ def _check_weights(run: Run) -> None:
     _run_check("initial weights", "multitrain.commands.fits", run, prefix=f"init_from={path}: ")
 
 
+def count_network(run: Run) -> dict[str, int] | None:
+    """Parameters and bytes per clip of a network that is not the published one, counted in a separate process; None for the published one.
+
+    Raises:
+        ConfigError: the network cannot be built; one line.
+    """
+    if run.config.model.backbone is None:
+        return None
+    found: dict[str, int] = json.loads(_run_check("network", "multitrain.commands.backbone_needs", run))
+    return found
+
+
+def _python_path(run: Run) -> str:
+    """PYTHONPATH with the code, and with the folder of the user's own backbone."""
+    folders = [str(run.path / "code"), *run.config_dirs, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    own = own_module(run.config.model.backbone, [folder for folder in folders if folder])
+    return os.pathsep.join([python_path(ROOT), *([str(own.parent)] if own else [])])
+
+
 def _run_check(what: str, module: str, run: Run, *arguments: str, prefix: str = "") -> str:
     """Check the run's configuration with `module`, in a separate process, and return what it prints.
 
@@ -88,7 +111,7 @@ def _run_check(what: str, module: str, run: Run, *arguments: str, prefix: str = 
         file = Path(folder) / "config.yaml"
         file.write_text(dump(run.config))
         command = [sys.executable, "-m", module, str(file), *arguments]
-        environment = {**os.environ, "PYTHONPATH": python_path(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": _python_path(run)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         skip = "submit where it has memory and its libraries, or without the check: cluster.check_data=false"

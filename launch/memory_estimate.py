@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,15 +53,21 @@ class Forecast:
         return self.fixed_bytes + self.clips * self.clip_bytes
 
 
-def forecast(config: RunConfig, shape: BatchShape) -> Forecast:
-    """The estimate for a run whose effective batch is split as in `shape`."""
+def forecast(config: RunConfig, shape: BatchShape, network: Mapping[str, int] | None = None) -> Forecast:
+    """The estimate for a run whose effective batch is split as in `shape`.
+
+    Args:
+        network: parameters and bytes per clip of a network that is not the published one: see :mod:`multitrain.commands.backbone_needs`.
+    """
     model, clips = config.model, shape.micro_batch * config.augment.copies
     size = work(model) / work(ModelConfig())
-    clip = clip_bytes(model, config.activation_checkpointing)
-    if config.precision == "fp32":
-        clip *= FP32_FACTOR
+    if network is None:
+        clip = clip_bytes(model, config.activation_checkpointing)
+        clip *= FP32_FACTOR if config.precision == "fp32" else 1
+        count = parameters(model, [d.classes or 400 for d in config.data.datasets.values()])
+    else:
+        clip, count = float(network["clip_bytes"]), network["parameters"]
     clip += 3 * model.frames * model.crop**2 * (4 + 4 + 1)  # as float32, its mixing partner, and as uint8
-    count = parameters(model, [d.classes or 400 for d in config.data.datasets.values()])
     buckets = 2 * min(config.engine.bucket_elements, count)
     low = 0 if config.precision == "fp32" else 2
     fixed = (
@@ -78,9 +85,9 @@ def forecast(config: RunConfig, shape: BatchShape) -> Forecast:
     )
 
 
-def summary_lines(config: RunConfig, shape: BatchShape) -> list[str]:
-    """The estimate as comment lines for the user; warnings come last, each with a remedy."""
-    f, cluster = forecast(config, shape), config.cluster
+def summary_lines(config: RunConfig, shape: BatchShape, network: Mapping[str, int] | None = None) -> list[str]:
+    """The estimate as comment lines for the user; warnings come last, each with a remedy. `network`: see :func:`forecast`."""
+    f, cluster = forecast(config, shape, network), config.cluster
     cores = counted(cluster.cpus_per_gpu, "core")
     needed = f.gpu_clips / cluster.cpus_per_gpu
     device = "rank" if on_cpus(config) else "GPU"
@@ -93,6 +100,13 @@ def summary_lines(config: RunConfig, shape: BatchShape) -> list[str]:
         return [
             *notes,
             f"# loader the ranks compute on CPU cores, which is slower than loading: {made}",
+            *local_notes(config),
+        ]
+    if config.model.own_backbone and cluster.gpu_clips is None:
+        return [
+            *notes,
+            *_memory_warning(config, f),
+            f"# loader no estimate for a backbone of your own; {made}",
             *local_notes(config),
         ]
     if cluster.gpu_clips is None and work(config.model) < MIN_RELATIVE_WORK * work(ModelConfig()):

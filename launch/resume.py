@@ -176,7 +176,7 @@ def _digest_here(path: Path) -> str:
     """The digest that a new snapshot of the code would have for this run."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "code"
-        snapshot(copy, _config_dirs(history(path)))
+        snapshot(copy, _config_dirs(history(path)), load(path).model.backbone, path / "code")
         return digest(copy)
 
 

@@ -331,7 +331,7 @@ def write(run: Run) -> None:
         if run.exists:
             _replace(run, new)
         else:
-            snapshot(new / "code", run.config_dirs)
+            snapshot(new / "code", run.config_dirs, run.config.model.backbone)
             (new / "logs").mkdir()
             if found := _origin(run.typed, run.path.parent):
                 branch.copy(found, new / "checkpoints")
@@ -457,7 +457,7 @@ def _replace(run: Run, new: Path) -> None:
         os.replace(new / name, path / name)
     if is_own_code(path):
         return
-    snapshot(new / "code", run.config_dirs)
+    snapshot(new / "code", run.config_dirs, run.config.model.backbone, path / "code")
     if digest(path / "code") != digest(new / "code"):
         old = new / "replaced"
         if (path / "code").exists():

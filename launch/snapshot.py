@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 import platform
 import shutil
 import subprocess
@@ -26,12 +27,20 @@ def is_own_code(run: Path) -> bool:
     return (run / "code").resolve() == ROOT
 
 
-def snapshot(target: Path, config_dirs: Sequence[str] = ()) -> None:
+def snapshot(
+    target: Path, config_dirs: Sequence[str] = (), backbone: str | None = None, earlier: Path | None = None
+) -> None:
     """Copy the code to `target`: files that git tracks, and new Python, shell and YAML files that it does not ignore; without git,
     all source files. Hidden files and links are left out.
 
     The user's own config groups go to ``target/config_dirs/0``, ``1`` … Only groups with the name of a shipped group are copied,
     since the folder may hold anything else.
+
+    Args:
+        target: the new folder.
+        config_dirs: folders with the user's own config groups.
+        backbone: `model.backbone` of the run; the user's file or package goes to `target`, where every start of the run finds it first.
+        earlier: an older snapshot of the run, which has a copy of that file.
 
     Raises:
         ConfigError: a file is too large for code.
@@ -42,11 +51,42 @@ def snapshot(target: Path, config_dirs: Sequence[str] = ()) -> None:
     if configs != ROOT / "configs":  # installed, not a checkout
         for file in _plain_files(configs, "*.yaml"):
             _copy(file, target / "configs" / file.relative_to(configs))
+    own = own_module(backbone, [*config_dirs, *_python_path(), *([str(earlier)] if earlier else [])])
+    if own is not None:
+        for file in [own] if own.is_file() else _plain_files(own, "*.py"):
+            _copy(file, target / file.relative_to(own.parent))
     groups = sorted(p.name for p in configs.iterdir() if p.is_dir())
     for i, folder in enumerate(config_dirs):
         for group in groups:
             for file in _plain_files(Path(folder) / group, "*.yaml"):
                 _copy(file, target / "config_dirs" / str(i) / file.relative_to(folder))
+
+
+def own_module(backbone: str | None, folders: Sequence[str]) -> Path | None:
+    """The user's file ``package.py`` or folder ``package`` of ``model.backbone=package.module:function``; None if it needs none.
+
+    Raises:
+        ConfigError: it is in none of the folders.
+    """
+    if backbone is None or ":" not in backbone:
+        return None
+    name = backbone.partition(":")[0].partition(".")[0]
+    for folder in folders:
+        for found in (Path(folder) / name, Path(folder) / f"{name}.py"):
+            if found.is_file() or (found.is_dir() and any(found.glob("*.py"))):
+                return found.absolute()
+    raise ConfigError(
+        f"model.backbone={backbone}: no {name}.py or folder {name} in {', '.join(folders) or 'the Python path'}; "
+        "give its folder: --config-dir FOLDER, or PYTHONPATH=FOLDER"
+    )
+
+
+def _python_path() -> list[str]:
+    return [
+        folder
+        for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        if folder and Path(folder).resolve() != ROOT
+    ]
 
 
 def _copy(file: Path, copy: Path) -> None:

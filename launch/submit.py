@@ -171,7 +171,7 @@ def _run_replacement(command: list[str], environment: dict[str, str]) -> int:
 def _dry_run(run: Run) -> int:
     print(f"# run    {run.path}{' (resumed)' if run.exists else ''}")
     print(f"# batch  {_batch(run)}")
-    print("\n".join(memory_estimate.summary_lines(run.config, run.shape)))
+    print("\n".join(memory_estimate.summary_lines(run.config, run.shape, checks.count_network(run))))
     if run.config.cluster.kind == "local":
         print(f"# ranks  {run.config.gpus} on this machine, one process each")
     else:
@@ -200,10 +200,16 @@ def _show_config(words: list[str], options: argparse.Namespace) -> int:
             "micro_batch": shape.micro_batch,
             "accumulation": shape.accumulation,
             "clips_an_update": shape.effective_batch * run.config.augment.copies,
-            "parameters": memory_estimate.parameters(run.config.model, known) if len(known) == len(classes) else None,
+            "parameters": _parameters(run) if len(known) == len(classes) else None,
         }
         print(yaml.safe_dump({"resolved": follows}, sort_keys=False), end="")
     return 0
+
+
+def _parameters(run: Run) -> int:
+    counted = checks.count_network(run)
+    classes = [d.classes for d in run.config.data.datasets.values() if d.classes is not None]
+    return counted["parameters"] if counted else memory_estimate.parameters(run.config.model, classes)
 
 
 def _to_slurm(run: Run, resumed: bool) -> int:

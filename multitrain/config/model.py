@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from multitrain.config.base import Settings
+from multitrain.config.mvitv2 import MVITV2, MViTv2Config
+
+OWN_BACKBONE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+"""How `model.backbone` names a function of the user: ``package.module:function``."""
 
 
 class ModelConfig(Settings):
-    """An MViT video transformer with one head per dataset (Liang et al., NeurIPS 2022)."""
+    """A video network with one head per dataset (Liang et al., NeurIPS 2022)."""
 
+    backbone: str | None = None
+    """The network from clips to features: unset for the published MViT, ``mvitv2`` for the official MViT and MViTv2, or a function of your
+    own, ``package.module:function`` (docs/backbones.md)."""
+    backbone_args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of your function, or options of ``mvitv2`` (class_token, relative_space, …: docs/backbones.md)."""
+    channels: Literal["rgb", "bgr"] = "rgb"
+    """Order of a clip's colour channels; the official releases for Something-Something read BGR."""
+    mean: tuple[float, float, float] = (0.45, 0.45, 0.45)
+    """Mean of red, green and blue, from 0 to 1, that normalising subtracts."""
+    std: tuple[float, float, float] = (0.225, 0.225, 0.225)
+    """Standard deviation of red, green and blue by which normalising divides."""
     frames: int = Field(32, ge=2, le=4096, multiple_of=2)
     """Frames per clip (T)."""
     crop: int = Field(224, ge=32, le=8192, multiple_of=4)
@@ -55,4 +71,31 @@ class ModelConfig(Settings):
             raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}; change one of them")
         if list(self.stages) != sorted(set(self.stages)) or any(not 0 < s < self.depth for s in self.stages):
             raise ValueError(f"stages={list(self.stages)} must increase and lie between 1 and depth-1={self.depth - 1}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std={list(self.std)} must be above 0")
+        if self.backbone is None and self.backbone_args:
+            raise ValueError(
+                f"backbone_args={self.backbone_args} without model.backbone; set model.backbone, or leave it out"
+            )
+        if self.backbone == MVITV2:
+            _ = self.mvitv2
+        elif self.backbone is not None and not OWN_BACKBONE.fullmatch(self.backbone):
+            raise ValueError(f"backbone={self.backbone!r}: write mvitv2, or package.module:function of your own")
         return self
+
+    @property
+    def mvitv2(self) -> MViTv2Config:
+        """`backbone_args` as the options of ``mvitv2``. Raises ValueError."""
+        try:
+            return MViTv2Config.model_validate(self.backbone_args)
+        except ValidationError as error:
+            first = error.errors()[0]
+            known = ", ".join(MViTv2Config.model_fields)
+            raise ValueError(
+                f"backbone_args.{'.'.join(map(str, first['loc']))}: {first['msg']}; backbone=mvitv2 has {known}"
+            ) from None
+
+    @property
+    def own_backbone(self) -> bool:
+        """Whether the backbone is a function of the user."""
+        return self.backbone not in (None, MVITV2)

@@ -37,6 +37,9 @@ SLURM_ONLY = (
 )
 """Options of `cluster` that only a job of SLURM has."""
 
+BUILT_IN_ONLY = "depth width heads stages kv_stride mlp_ratio pool_q_everywhere residual_q drop_path"
+"""Options of `model` that only the networks of this project have."""
+
 NO_PARTNER = (
     "a clip is mixed with no other under augment.mix_probability={0.augment.mix_probability:g}, augment.mixup_alpha="
     "{0.augment.mixup_alpha:g}, augment.cutmix_alpha={0.augment.cutmix_alpha:g}, augment.mix_group={0.augment.mix_group} and "
@@ -109,6 +112,11 @@ WITHOUT_EFFECT: dict[str, tuple[Unused, str]] = {
         "data.sampling_rate data.target_fps",
         lambda c: all(dataset.sampling == "segment" for dataset in c.data.datasets.values()),
         "every dataset has sampling=segment, which takes a frame of each segment; change that, or leave it out",
+    ),
+    **_rows(
+        " ".join(f"model.{name}" for name in BUILT_IN_ONLY.split()),
+        lambda c: c.model.own_backbone,
+        "model.backbone={0.model.backbone} is a network of your own; give it model.backbone_args, or leave it out",
     ),
     **_rows(
         "model.head_hidden",

@@ -13,9 +13,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from multitrain.config import AugmentConfig, DataConfig
+from multitrain.config import AugmentConfig, DataConfig, ModelConfig
 from multitrain.data.random import KeyedRNG
-from multitrain.data.spatial import MEAN, STD, Box
+from multitrain.data.spatial import MEAN, STD, Box, network_pixels
 
 
 class BatchLike(Protocol):
@@ -59,13 +59,15 @@ def finalize_batch(
     augment: AugmentConfig,
     device: torch.device | str,
     seed: int,
+    model: ModelConfig | None = None,
 ) -> DeviceBatch:
     """Copy a batch to the device, and normalise, erase and mix it there; the batch itself is not changed.
 
     Args:
         datasets: class count by name, in head order; all are datasets of `data`.
+        model: the network, if its clips may be normalised by other values or have another order of channels.
     """
-    clips = normalise(batch.clips.to(device, non_blocking=True))
+    clips = for_network(normalise(batch.clips.to(device, non_blocking=True)), model)
     targets = one_hot(batch.labels, batch.dataset, datasets)
     erase(clips, batch.boxes, batch.keys)
     multi_label = [name for name in datasets if data.datasets[name].multi_label]
@@ -83,6 +85,16 @@ def normalise(clips: Tensor) -> Tensor:
     """(x / 255 − 0.45) / 0.225: uint8 [N, T, S, S, 3] to float32 [N, 3, T, S, S], contiguous."""
     out = clips.permute(0, 4, 1, 2, 3).to(torch.float32, memory_format=torch.contiguous_format)
     return out.div_(255.0).sub_(MEAN).div_(STD)
+
+
+def for_network(clips: Tensor, model: ModelConfig | None) -> Tensor:
+    """Normalised clips float32 [N, 3, T, S, S] with the mean, standard deviation and order of channels of the network; may change them."""
+    wanted = None if model is None else network_pixels(model)
+    if wanted is None:
+        return clips
+    scale, shift = (torch.tensor(values, device=clips.device).view(3, 1, 1, 1) for values in wanted[:2])
+    clips.mul_(scale).add_(shift)
+    return clips.flip(1) if wanted[2] else clips
 
 
 def erase(clips: Tensor, boxes: Tensor, keys: Tensor) -> None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from multitrain.config import ModelConfig
 from multitrain.data.decode import LARGE, Frame, part
 from multitrain.data.random import KeyedRNG
 
@@ -20,6 +21,17 @@ MEAN = 0.45
 """Mean of the pixel values, from 0 to 1, for normalising every channel."""
 STD = 0.225
 """Their standard deviation."""
+
+
+def network_pixels(model: ModelConfig) -> tuple[list[float], list[float], bool] | None:
+    """From values normalised by `MEAN` and `STD` to those of a network: factor and summand for red, green and blue, and whether the
+    order of the channels is then reversed; None if nothing changes."""
+    reverse = model.channels == "bgr"
+    if not reverse and set(model.mean) == {MEAN} and set(model.std) == {STD}:
+        return None
+    pairs = list(zip(model.mean, model.std))
+    return [STD / std for _, std in pairs], [(MEAN - mean) / std for mean, std in pairs], reverse
+
 
 _BAND = 64
 """Rows of a large frame that are resized at a time."""

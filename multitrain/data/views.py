@@ -17,7 +17,7 @@ from multitrain.config import ConfigError, DataConfig, DatasetConfig, ModelConfi
 from multitrain.data.call_timeout import WriteLease
 from multitrain.data.decode import Frame, open_video
 from multitrain.data.frames import view_indices
-from multitrain.data.spatial import MEAN, STD, Box, resize_crop, short_side_size, uniform_crop, union
+from multitrain.data.spatial import MEAN, STD, Box, network_pixels, resize_crop, short_side_size, uniform_crop, union
 
 _PLANES = [0, 0, 1, 1, 2, 2]
 """Argument of OpenCV's mixChannels: channel 0 to plane 0, 1 to 1, 2 to 2."""
@@ -85,6 +85,13 @@ def load_views(
             with lease:
                 show(frame, np.argwhere(shown == number), plan, out)
             del frame  # free its memory before the next one is decoded
+    if (wanted := network_pixels(model)) is not None:
+        scale, shift = (np.array(values, np.float32).reshape(3, 1, 1, 1) for values in wanted[:2])
+        with lease:
+            out *= scale
+            out += shift
+            if wanted[2]:
+                out[:] = out[:, ::-1].copy()
     return out
 
 

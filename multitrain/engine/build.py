@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from multitrain.cluster import slurm
-from multitrain.config import RunConfig, flat
+from multitrain.config import ConfigError, RunConfig, flat
 from multitrain.data.catalog import Catalog, open_catalogs, plan_of
 from multitrain.data.loader import TrainLoader
 from multitrain.engine.checkpoint import listed
@@ -83,6 +83,8 @@ def _model(config: RunConfig, run: Path, world: World, catalogs: Mapping[str, Ca
         activation_checkpointing=config.activation_checkpointing,
         multi_label=[n for n, d in config.data.datasets.items() if d.multi_label],
     )
+    if (problem := model.untrainable()) is not None:
+        raise ConfigError(problem)
     model.initialise(config.seed)
     _initialise_from(config, run, model, world)
     return model

@@ -128,5 +128,11 @@ class Gradient:
         """Clips [N, 3, T, S, S], targets and keys [N] on the device."""
         config = self._config
         return finalize_batch(
-            batch, config.data, self._model.datasets, config.augment, self._engine.device, config.seed
+            batch,
+            config.data,
+            self._model.datasets,
+            config.augment,
+            self._engine.device,
+            config.seed,
+            model=config.model,
         )

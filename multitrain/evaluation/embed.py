@@ -71,7 +71,7 @@ def embed(
             except VideoError as error:
                 unreadable[item.path] = error.reason
             else:
-                rows.append(model.features(clips.to(model.pos_embed_spatial.device)).float().mean(0).cpu().numpy())
+                rows.append(model.features(clips.to(model.device)).float().mean(0).cpu().numpy())
                 kept.append(item)
             if progress:
                 progress(number, len(items))

@@ -84,7 +84,7 @@ class Predictor(MultiTrain):
                     same = self._pixels(settings)
                     if same not in features:
                         clips = torch.from_numpy(load_views(path, settings, self.run.data, self.config))
-                        features[same] = self.features(clips.to(self.pos_embed_spatial.device))
+                        features[same] = self.features(clips.to(self.device))
                     out[name] = self.probabilities(name, self.heads.of(name)(features[same])).mean(0).cpu()
                     _require_numbers(path, name, out[name])
         finally:
@@ -173,7 +173,11 @@ def load(
     if weights.report.fresh:
         model.to_empty(device="cpu").initialise(run.seed)
         warnings.warn(f"{path}: {weights.report}: {', '.join(weights.report.fresh)}", stacklevel=2)
-    model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True, strict=strict)
+    model.load_state_dict(
+        {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()},
+        assign=True,
+        strict=strict,
+    )
     return model.eval()
 
 

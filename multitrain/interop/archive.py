@@ -102,10 +102,14 @@ def _without_prefixes(path: Path, state: Mapping[str, torch.Tensor]) -> dict[str
 
 
 def require_weights(path: Path, state: Mapping[str, torch.Tensor]) -> None:
-    """Raise ConfigError unless every tensor of a model is floating point of at least 16 bits and finite."""
+    """Raise ConfigError unless every tensor of a model is floating point of at least 16 bits and finite.
+
+    A backbone of the user may have others, e.g. a buffer of positions.
+    """
     import torch
 
     kinds = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    state = {n: t for n, t in state.items() if t.dtype in kinds or not n.startswith("backbone.")}
     other = [f"{name}: {str(t.dtype).removeprefix('torch.')}" for name, t in state.items() if t.dtype not in kinds]
     if other:
         raise ConfigError(

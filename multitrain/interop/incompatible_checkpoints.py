@@ -1,4 +1,4 @@
-"""Checkpoints of the official MViT and MViTv2 releases: the tensors that this network cannot load, each with the reason."""
+"""Initial weights without a description of their network: the tensors that the run's network cannot load, each with the reason."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from multitrain.config import ConfigError
-from multitrain.interop.state_dict_report import POSITION_TABLES, LoadReport, Shape, abbreviated
+from multitrain.interop.state_dict_report import LoadReport, Shape, abbreviated
 
 NO_SUCH_TENSOR = "this network has no such tensor"
 _REASONS = (
-    ("rel_pos_", "relative position embedding; this network adds absolute tables to its tokens"),
-    ("cls_token", "class token; this network averages all tokens"),
+    ("rel_pos_", "relative position embedding, which this network does not have"),
+    ("cls_token", "class token; this network has none"),
     ("pos_embed_class", "position of a class token; this network has none"),
-    (
-        "cls_positional_encoding",
-        "positions in the layout of pytorchvideo; this network's are pos_embed_spatial and pos_embed_temporal",
-    ),
+    ("cls_positional_encoding", "positions in the layout of pytorchvideo, which is not read"),
 )
-_SHORTCUT = "shortcut that projects the normalised input; this network's proj_max_pool projects the un-normalised one"
-_JOINT_TABLE = "one table for all places and times; this network has a spatial and a temporal one"
+_SHORTCUT = "shortcut that projects the normalised input, which this network does not have"
+_JOINT_TABLE = "one table for all places and times; this network has another"
+_MVITV2 = (
+    "the file is an official MViT or MViTv2: choose its network with model=mvitv2_s, mvitv2_b or mvitv2_l, which load such files, "
+    "or start from a published MultiTrain checkpoint"
+)
 
 
 class IncompatibleWeights(ConfigError):
@@ -35,8 +36,8 @@ class IncompatibleWeights(ConfigError):
         return [f"  {name}: {why}" for name, why in self.reasons.items()]
 
 
-def incompatible_tensors(state: Mapping[str, object]) -> dict[str, str]:
-    """The tensors that mark a file of the official layout, each with the reason why this network has no such tensor.
+def official_tensors(state: Mapping[str, object]) -> dict[str, str]:
+    """The tensors that mark a file of the official layout, each with the reason why the published network has no such tensor.
 
     Empty for a file of the published MultiTrain layout.
     """
@@ -61,38 +62,26 @@ def backbone_mismatch(path: Path, report: LoadReport, found: Mapping[str, Shape]
         report: the comparison of the file with the model; heads, projections and the expander are ignored.
         found: shapes of all tensors of the file, by name.
     """
-    known = incompatible_tensors(found)
-    reasons = {name: known.get(name, NO_SUCH_TENSOR) for name in report.unexpected if _of_backbone(name)}
+    known = official_tensors(found)
+    reasons = {name: known.get(name, NO_SUCH_TENSOR) for name in report.unexpected if of_backbone(name)}
     reasons |= {
         name: f"{list(was)} in the file, {list(wanted)} in this network"
         for name, was, wanted in report.reshaped
-        if _of_backbone(name)
+        if of_backbone(name)
     }
-    reasons |= {name: "not in the file; this network needs it" for name in report.missing if _of_backbone(name)}
+    reasons |= {name: "not in the file; this network needs it" for name in report.missing if of_backbone(name)}
     if not reasons:
         return None
-    fits = sum(_of_backbone(name) for name in report.matched)
+    fits = sum(of_backbone(name) for name in report.matched)
+    official = any(name in known for name in report.unexpected)
+    remedy = _MVITV2 if official else "start from a checkpoint of this network instead"
     return IncompatibleWeights(
-        f"{path}: {len(reasons)} backbone tensors do not fit ({_by_reason(reasons)}), {fits} would; "
-        "start from a published MultiTrain checkpoint instead",
-        reasons,
+        f"{path}: {len(reasons)} backbone tensors do not fit ({_by_reason(reasons)}), {fits} would; {remedy}", reasons
     )
 
 
-def official_layout_error(path: Path, state: Mapping[str, object]) -> IncompatibleWeights | None:
-    """The error for loading a file of the official layout as a complete model; None for a file of another layout."""
-    reasons = incompatible_tensors(state)
-    if not reasons:
-        return None
-    reasons |= {name: "not in the file; this network needs it" for name in POSITION_TABLES if name not in state}
-    return IncompatibleWeights(
-        f"{path}: an official MViT checkpoint, which this network cannot compute: {_by_reason(reasons)}; "
-        "start from a published MultiTrain checkpoint instead",
-        reasons,
-    )
-
-
-def _of_backbone(name: str) -> bool:
+def of_backbone(name: str) -> bool:
+    """Whether a tensor belongs to the backbone, by MultiTrain's or the published name."""
     return not name.startswith(("head.", "heads.", "projections.", "expander."))
 
 
@@ -104,4 +93,4 @@ def _by_reason(reasons: Mapping[str, str]) -> str:
     return "; ".join(f"{len(names)} × {why} ({abbreviated(names, most=2)})" for why, names in groups.items())
 
 
-__all__ = ["IncompatibleWeights", "backbone_mismatch", "incompatible_tensors", "official_layout_error"]
+__all__ = ["IncompatibleWeights", "backbone_mismatch", "of_backbone", "official_tensors"]

@@ -1,4 +1,4 @@
-"""Name and shape of every tensor of a model, without building it, and its name in the published code."""
+"""Name and shape of every tensor of a model, without its memory, and its name in the published code."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from multitrain.config import ConfigError, ModelConfig
-from multitrain.interop.state_dict_report import Shape
+from multitrain.interop.state_dict_report import Shape, shapes
 from multitrain.model.heads import escape
 
 
@@ -15,14 +15,20 @@ def require_possible(path: Path, config: ModelConfig, datasets: Mapping[str, int
 
     Cheap for any numbers, unlike :func:`layout`, whose time and memory grow with them.
     """
-    if max(config.depth, len(datasets)) > tensors:
+    blocks = 0 if config.own_backbone else config.depth
+    if max(blocks, len(datasets)) > tensors:
         raise ConfigError(
-            f"{path}: describes {config.depth} blocks and {len(datasets)} heads, but holds {tensors} tensors; copy it again"
+            f"{path}: describes {blocks} blocks and {len(datasets)} heads, but holds {tensors} tensors; copy it again"
         )
 
 
 def layout(config: ModelConfig, datasets: Mapping[str, int]) -> dict[str, Shape]:
-    """Shape of every tensor of the model by MultiTrain's names, in the published order, without building the model."""
+    """Shape of every tensor of the model by MultiTrain's names, in the published order.
+
+    Networks with another backbone than the published one are built on the meta device.
+    """
+    if config.backbone is not None:
+        return _built(config, datasets)
     grid = config.crop // 4
     out: dict[str, Shape] = {
         "pos_embed_spatial": (1, grid * grid, config.width),
@@ -53,6 +59,15 @@ def layout(config: ModelConfig, datasets: Mapping[str, int]) -> dict[str, Shape]
         _affine(out, "expander.fc1", config.expander_hidden, wide)
         _affine(out, "expander.fc2", wide, config.expander_hidden)
     return out
+
+
+def _built(config: ModelConfig, datasets: Mapping[str, int]) -> dict[str, Shape]:
+    import torch
+
+    from multitrain.model.multitrain import MultiTrain
+
+    with torch.device("meta"):
+        return shapes(MultiTrain(config, dict(datasets)).state_dict())
 
 
 def name_map(config: ModelConfig, datasets: Mapping[str, int], *, single: bool) -> dict[str, str]:

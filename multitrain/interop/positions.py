@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from multitrain.config import ConfigError, ModelConfig
-from multitrain.interop.state_dict_report import POSITION_TABLES
+from multitrain.interop.layout import layout
+from multitrain.interop.state_dict_report import Shape, is_position_table
 
 if TYPE_CHECKING:
     import torch
@@ -25,29 +26,56 @@ def resized_config(config: ModelConfig, frames: int | None, crop: int | None) ->
 def resize_positions(
     state: Mapping[str, torch.Tensor], config: ModelConfig, frames: int, crop: int
 ) -> dict[str, torch.Tensor]:
-    """`state` with its position tables interpolated for clips of `frames` × `crop`²: bicubic in space, linear in time.
+    """`state` with its position tables interpolated for clips of `frames` × `crop`².
+
+    Separate tables: bicubic in space, linear in time. A joint table of the official networks: trilinear. Relative positions: linear.
 
     Args:
         state: tensors of a model of `config`; not changed.
         config: the network of `state`.
         frames, crop: clip size of the tables returned (frames, pixels).
     """
+    wanted = layout(resized_config(config, frames, crop), {"any": 1})
+    if config.own_backbone:
+        other = [
+            name
+            for name, shape in wanted.items()
+            if name in state and tuple(state[name].shape) != shape and "heads" not in name
+        ]
+        if other:
+            raise ConfigError(
+                f"clips of {frames} × {crop}² give {other[0]} of model.backbone another shape; start a new run"
+            )
+        return dict(state)
+    out = {}
+    for name, tensor in state.items():
+        shape = wanted.get(name, tuple(tensor.shape))
+        if is_position_table(name) and tuple(tensor.shape) != shape:
+            tensor = _resized(name, tensor.float(), shape, config, frames, crop).to(tensor.dtype)
+        out[name] = tensor
+    return out
+
+
+def _resized(name: str, table: torch.Tensor, shape: Shape, config: ModelConfig, frames: int, crop: int) -> torch.Tensor:
+    """A position table in the shape of clips of another size."""
     from torch.nn import functional as F
 
-    spatial, temporal = (state[name].float() for name in POSITION_TABLES)
     old, new = config.crop // 4, crop // 4
-    if new != old:
-        grid = spatial.reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    if name == "pos_embed_spatial":
+        grid = table.reshape(1, old, old, -1).permute(0, 3, 1, 2)
         grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False, antialias=True)
-        spatial = grid.permute(0, 2, 3, 1).reshape(1, new * new, -1).contiguous()
-    if frames != config.frames:
-        temporal = (
-            F.interpolate(temporal.transpose(1, 2), size=frames // 2, mode="linear", align_corners=False)
-            .transpose(1, 2)
-            .contiguous()
-        )
-    changed = {name: t.to(state[name].dtype) for name, t in zip(POSITION_TABLES, (spatial, temporal))}
-    return {name: changed.get(name, tensor) for name, tensor in state.items()}
+        return grid.permute(0, 2, 3, 1).reshape(shape).contiguous()
+    if name == "pos_embed_temporal":
+        table = F.interpolate(table.transpose(1, 2), size=shape[1], mode="linear", align_corners=False)
+        return table.transpose(1, 2).contiguous()
+    if name == "pos_embed":
+        import torch
+
+        own = table.shape[1] - config.frames // 2 * old * old
+        volume = table[:, own:].reshape(1, config.frames // 2, old, old, -1).permute(0, 4, 1, 2, 3)
+        volume = F.interpolate(volume, size=(frames // 2, new, new), mode="trilinear", align_corners=False)
+        return torch.cat([table[:, :own], volume.flatten(2).transpose(1, 2)], 1).contiguous()
+    return F.interpolate(table.T[None], size=shape[0], mode="linear", align_corners=False)[0].T.contiguous()
 
 
 __all__ = ["resize_positions", "resized_config"]

@@ -23,10 +23,17 @@ from multitrain.config import ConfigError, DatasetConfig, ModelConfig
 from multitrain.config.boundary import understood
 from multitrain.files import replacing
 from multitrain.interop.archive import open_archive, require_weights
-from multitrain.interop.incompatible_checkpoints import official_layout_error
+from multitrain.interop.incompatible_checkpoints import official_tensors
 from multitrain.interop.layout import layout, name_map, pairs, require_possible
 from multitrain.interop.optimizer_state import Grouping, published_state
-from multitrain.interop.pyslowfast_config import EXPANDER_HIDDEN, HEAD_HIDDEN, make_cfg, parse_cfg, read_cfg
+from multitrain.interop.pyslowfast_config import (
+    EXPANDER_HIDDEN,
+    HEAD_HIDDEN,
+    describes_network,
+    make_cfg,
+    parse_cfg,
+    read_cfg,
+)
 from multitrain.interop.state_dict_report import LoadReport, abbreviated, compare, require_all, shapes
 
 if TYPE_CHECKING:
@@ -89,12 +96,12 @@ def read_published(path: str | Path, *, strict: bool = True, copy: str | None = 
     """
     path = Path(path)
     published, content, notes = open_archive(path, copy)
-    refused = official_layout_error(path, published)
-    if refused is not None:
-        raise refused
     if not isinstance(content.get("cfg"), str):
+        start = (
+            "; to start a run from it: model=mvitv2_s init_from=… (or _b, _l)" if official_tensors(published) else ""
+        )
         raise ConfigError(
-            f"{path}: holds no 'cfg' text, so its network is unknown; use the checkpoint as the training code wrote it"
+            f"{path}: holds no 'cfg' text, so its network is unknown; use the checkpoint as the training code wrote it{start}"
         )
     config, datasets, multi_label, single = read_cfg(content["cfg"], path, tensors=published)
     require_possible(path, config, datasets, len(published))
@@ -143,9 +150,9 @@ def read_tensors(
 
 
 def has_published_cfg(path: Path) -> bool:
-    """Whether a `.pyth` file has a cfg text and is not of the official layout. Raises ConfigError."""
-    found = open_archive(path)
-    return isinstance(found.content.get("cfg"), str) and official_layout_error(path, found.state) is None
+    """Whether a `.pyth` file has a cfg text that describes a network. Raises ConfigError."""
+    content = open_archive(path).content
+    return isinstance(content.get("cfg"), str) and describes_network(content["cfg"], path)
 
 
 def write_pyth(
@@ -189,6 +196,10 @@ def write_pyth(
     import torch
 
     path = Path(path)
+    if config.own_backbone:
+        raise ConfigError(
+            f"{path}: the .pyth format cannot hold model.backbone={config.backbone}; write a .safetensors file"
+        )
     datasets = dict(datasets)
     wanted = layout(config, datasets)
     require_all(compare(shapes(state), wanted), str(path), "the weights are not those of the model to be written")

@@ -14,13 +14,18 @@ from pydantic import ValidationError
 
 from multitrain.config import ConfigError, DatasetConfig, ModelConfig
 from multitrain.config.boundary import first_problem, understood
+from multitrain.config.mvitv2 import MVITV2
 from multitrain.config.reading import parse_yaml
+from multitrain.interop.cfg_values import get, kv_stride, need, require_scope, stages
 from multitrain.interop.layout import pairs
+from multitrain.interop.official_config import is_official, official_backbone, official_options
 from multitrain.interop.protocol import options_of
-from multitrain.interop.state_dict_report import abbreviated
 
 if TYPE_CHECKING:
     import torch
+
+OFFICIAL_DATASET = "kinetics"
+"""The official default of ``TRAIN.DATASET``."""
 
 HEAD_HIDDEN, EXPANDER_HIDDEN = 2048, 4096
 """Hidden widths that are constants in the published code; no option sets them."""
@@ -35,7 +40,6 @@ IN_SCOPE: dict[str, object] = {
     "DATA.INPUT_CHANNEL_NUM": [3],
     "DATA.MEAN": [0.45, 0.45, 0.45],
     "DATA.STD": [0.225, 0.225, 0.225],
-    "DATA.REVERSE_INPUT_CHANNEL": False,
     "MVIT.CLS_EMBED_ON": False,
     "MVIT.SEP_POS_EMBED": True,
     "MVIT.REL_POS_EMBED": False,
@@ -101,7 +105,6 @@ def make_cfg(
         tested: the dataset whose test protocol is written; the published code has one protocol for all datasets.
     """
     single = len(datasets) == 1 and config.head == "linear"
-    stages = list(config.stages)
     act = ["sigmoid" if d in multi_label else "softmax" for d in datasets]
     loss = ["bce_logit" if d in multi_label else "soft_cross_entropy" for d in datasets]
     count = len(datasets)
@@ -136,38 +139,58 @@ def make_cfg(
             "USE_INF_LOSS": config.expander,
             "USE_INF_EXPANDER": config.expander,
         },
-        "MVIT": {
-            "MODE": "conv",
-            "NORM": "layernorm",
-            "CLS_EMBED_ON": False,
-            "SEP_POS_EMBED": True,
-            "REL_POS_EMBED": False,
-            "PATCH_KERNEL": [3, 7, 7],
-            "PATCH_STRIDE": [2, 4, 4],
-            "PATCH_PADDING": [1, 3, 3],
-            "EMBED_DIM": config.width,
-            "NUM_HEADS": config.heads,
-            "MLP_RATIO": float(config.mlp_ratio),
-            "QKV_BIAS": True,
-            "DROPPATH_RATE": float(config.drop_path),
-            "DROPOUT_RATE": 0.0,
-            "DEPTH": config.depth,
-            "DIM_MUL": [[s, 2.0] for s in stages],
-            "HEAD_MUL": [[s, 2.0] for s in stages],
-            "POOL_KVQ_KERNEL": [3, 3, 3],
-            "POOL_KV_STRIDE_ADAPTIVE": [1, config.kv_stride, config.kv_stride],
-            "POOL_Q_STRIDE": [[s, 1, 2, 2] for s in stages],
-            "CHANNEL_EXPAND_FRONT": True,
-            "POOL_SKIP_USE_CONV": False,
-            "Q_POOL_ALL": config.pool_q_everywhere,
-            "Q_POOL_RESIDUAL": config.residual_q,
-        },
+        "MVIT": _backbone_options(config),
         "TRAIN": {"DATASET": next(iter(datasets)) if single else "multi_dataset_seq"},
         "TEST": {"DATASET": next(iter(datasets))},
     }
+    if config.channels == "bgr":
+        settings["DATA"]["REVERSE_INPUT_CHANNEL"] = True
+    if config.backbone == MVITV2:
+        settings["DATA"] |= {"MEAN": list(config.mean), "STD": list(config.std)}
     for section, options in (options_of(tested, config.crop) if tested else {}).items():
         settings[section] |= options
     return yaml.safe_dump(settings, allow_unicode=True)
+
+
+def _backbone_options(config: ModelConfig) -> dict[str, Any]:
+    """The options of ``MVIT``."""
+    changes = list(config.stages)
+    common = {
+        "MODE": "conv",
+        "NORM": "layernorm",
+        "PATCH_KERNEL": [3, 7, 7],
+        "PATCH_STRIDE": [2, 4, 4],
+        "PATCH_PADDING": [1, 3, 3],
+        "EMBED_DIM": config.width,
+        "NUM_HEADS": config.heads,
+        "MLP_RATIO": float(config.mlp_ratio),
+        "DROPPATH_RATE": float(config.drop_path),
+        "DROPOUT_RATE": 0.0,
+        "DEPTH": config.depth,
+        "DIM_MUL": [[s, 2.0] for s in changes],
+        "HEAD_MUL": [[s, 2.0] for s in changes],
+        "POOL_KVQ_KERNEL": [3, 3, 3],
+        "POOL_KV_STRIDE_ADAPTIVE": [1, config.kv_stride, config.kv_stride],
+    }
+    if config.backbone == MVITV2:
+        return common | official_options(config)
+    return common | {
+        "CLS_EMBED_ON": False,
+        "SEP_POS_EMBED": True,
+        "REL_POS_EMBED": False,
+        "QKV_BIAS": True,
+        "POOL_Q_STRIDE": [[s, 1, 2, 2] for s in changes],
+        "CHANNEL_EXPAND_FRONT": True,
+        "POOL_SKIP_USE_CONV": False,
+        "Q_POOL_ALL": config.pool_q_everywhere,
+        "Q_POOL_RESIDUAL": config.residual_q,
+    }
+
+
+def describes_network(text: str, path: Path) -> bool:
+    """Whether a configuration text sets the sizes of a network: the size of clips and the number of blocks. Raises ConfigError."""
+    cfg = parse_cfg(text, path)
+    return all(get(cfg, option) is not None for option in ("DATA.NUM_FRAMES", "DATA.TRAIN_CROP_SIZE", "MVIT.DEPTH"))
 
 
 def parse_cfg(text: str, path: Path) -> dict[str, Any]:
@@ -178,54 +201,27 @@ def parse_cfg(text: str, path: Path) -> dict[str, Any]:
     return parsed
 
 
-def _get(cfg: Mapping[str, Any], dotted: str, default: object = None) -> Any:
-    node: Any = cfg
-    for part in dotted.split("."):
-        if not isinstance(node, Mapping) or part not in node:
-            return default
-        node = node[part]
-    return node
-
-
-def _need(cfg: Mapping[str, Any], dotted: str, path: Path) -> Any:
-    value = _get(cfg, dotted)
-    if value is None:
-        raise ConfigError(
-            f"{path}: its cfg does not set {dotted}, so its network is not known; use the cfg that the training code wrote"
-        )
-    return value
-
-
 def _model_config(
     cfg: Mapping[str, Any], path: Path, *, single: bool, tensors: Mapping[str, torch.Tensor]
 ) -> ModelConfig:
-    _require_scope(cfg, path)
-    stages, everywhere = _stages(cfg, path)
-    crop, test_crop = _need(cfg, "DATA.TRAIN_CROP_SIZE", path), _get(cfg, "DATA.TEST_CROP_SIZE")
+    crop, test_crop = need(cfg, "DATA.TRAIN_CROP_SIZE", path), get(cfg, "DATA.TEST_CROP_SIZE")
     if test_crop is not None and test_crop != crop:
         raise ConfigError(
             f"{path}: TRAIN_CROP_SIZE {crop} and TEST_CROP_SIZE {test_crop} differ, which this network does not support; set them equal"
         )
-    mlp = not single and bool(_get(cfg, "MODEL.MULTI_USE_MLP", False))
+    mlp = not single and bool(get(cfg, "MODEL.MULTI_USE_MLP", False))
     values = {
-        "frames": _need(cfg, "DATA.NUM_FRAMES", path),
+        "frames": need(cfg, "DATA.NUM_FRAMES", path),
         "crop": crop,
-        "depth": _need(cfg, "MVIT.DEPTH", path),
-        "width": _need(cfg, "MVIT.EMBED_DIM", path),
-        "heads": _need(cfg, "MVIT.NUM_HEADS", path),
-        "stages": stages,
-        "kv_stride": _kv_stride(cfg, path),
-        "mlp_ratio": _get(cfg, "MVIT.MLP_RATIO", 4.0),
-        "pool_q_everywhere": everywhere,
-        "residual_q": bool(_get(cfg, "MVIT.Q_POOL_RESIDUAL", False)),
-        "drop_path": _get(cfg, "MVIT.DROPPATH_RATE", 0.0),
+        "channels": "bgr" if get(cfg, "DATA.REVERSE_INPUT_CHANNEL", False) else "rgb",
         "head": "mlp" if mlp else "linear",
         "head_hidden": _rows(tensors, "head.heads.", ".fc1.weight", HEAD_HIDDEN),
-        "head_dropout": _get(cfg, "MODEL.DROPOUT_RATE", 0.5),
+        "head_dropout": get(cfg, "MODEL.DROPOUT_RATE", 0.5),
         "dropout_logits": mlp,
-        "projections": not single and bool(_get(cfg, "MODEL.MULTI_ADD_CROSS_PROJ", False)),
-        "expander": bool(_get(cfg, "MODEL.USE_INF_LOSS", False)) and bool(_get(cfg, "MODEL.USE_INF_EXPANDER", True)),
+        "projections": not single and bool(get(cfg, "MODEL.MULTI_ADD_CROSS_PROJ", False)),
+        "expander": bool(get(cfg, "MODEL.USE_INF_LOSS", False)) and bool(get(cfg, "MODEL.USE_INF_EXPANDER", True)),
         "expander_hidden": _rows(tensors, "expander.", "fc1.weight", EXPANDER_HIDDEN),
+        **(official_backbone(cfg, path) if is_official(cfg) else _published_backbone(cfg, path)),
     }
     try:
         return ModelConfig.model_validate(values)
@@ -233,79 +229,38 @@ def _model_config(
         raise ConfigError(f"{path}: this network cannot be built: {first_problem(error)}") from None
 
 
+def _published_backbone(cfg: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The options of `ModelConfig` for the backbone of the published code."""
+    require_scope(cfg, path, IN_SCOPE)
+    changes, everywhere = stages(cfg, path)
+    return {
+        "depth": need(cfg, "MVIT.DEPTH", path),
+        "width": need(cfg, "MVIT.EMBED_DIM", path),
+        "heads": need(cfg, "MVIT.NUM_HEADS", path),
+        "stages": changes,
+        "kv_stride": kv_stride(cfg, path),
+        "mlp_ratio": get(cfg, "MVIT.MLP_RATIO", 4.0),
+        "pool_q_everywhere": everywhere,
+        "residual_q": bool(get(cfg, "MVIT.Q_POOL_RESIDUAL", False)),
+        "drop_path": get(cfg, "MVIT.DROPPATH_RATE", 0.0),
+    }
+
+
 def _rows(tensors: Mapping[str, torch.Tensor], start: str, end: str, default: int) -> int:
     """First dimension of the first tensor with this prefix and suffix: a width for which the YAML has no option."""
     return next((int(t.shape[0]) for n, t in tensors.items() if n.startswith(start) and n.endswith(end)), default)
 
 
-def _require_scope(cfg: Mapping[str, Any], path: Path) -> None:
-    absent = object()
-    wrong = []
-    for option, only in IN_SCOPE.items():
-        value = _get(cfg, option, absent)
-        if value is not absent and value is not None and value != only:
-            wrong.append(f"{option}={value!r} (only {only!r})")
-    if wrong:
-        raise ConfigError(f"{path}: this network is not supported: {abbreviated(wrong, most=6)}; it cannot be loaded")
-
-
-def _stages(cfg: Mapping[str, Any], path: Path) -> tuple[tuple[int, ...], bool]:
-    """(blocks at which a stage begins, from three options that must agree; whether every block pools its queries)."""
-    depth = _need(cfg, "MVIT.DEPTH", path)
-    strides = {int(e[0]): tuple(e[1:]) for e in _get(cfg, "MVIT.POOL_Q_STRIDE") or []}
-    pooled = tuple(sorted(b for b, s in strides.items() if s == (1, 2, 2)))
-    odd = {b: s for b, s in strides.items() if s not in ((1, 2, 2), (1, 1, 1))}
-    if odd:
-        block, stride = next(iter(odd.items()))
-        raise ConfigError(f"{path}: MVIT.POOL_Q_STRIDE {list(stride)} at block {block}; only [1, 2, 2] is supported")
-    for option in ("DIM_MUL", "HEAD_MUL"):
-        factors = {int(b): float(f) for b, f in _get(cfg, f"MVIT.{option}") or [] if float(f) != 1.0}
-        if any(f != 2.0 for f in factors.values()):
-            raise ConfigError(f"{path}: MVIT.{option} {factors}; only a factor of 2.0 is supported")
-        if tuple(sorted(factors)) != pooled:
-            raise ConfigError(
-                f"{path}: MVIT.{option} at blocks {sorted(factors)}, MVIT.POOL_Q_STRIDE at {list(pooled)}; "
-                "only networks that halve the grid and double channels and heads at the same blocks are supported"
-            )
-    ones = {b for b, s in strides.items() if s == (1, 1, 1)}
-    if ones and (depth > len(strides) or ones != set(range(depth)) - set(pooled)):
-        raise ConfigError(
-            f"{path}: MVIT.POOL_Q_STRIDE pools queries in some blocks only ({sorted(ones)[:4]} …); all or none is supported"
-        )
-    everywhere = bool(_get(cfg, "MVIT.Q_POOL_ALL", False)) or bool(ones)
-    return pooled, everywhere
-
-
-def _kv_stride(cfg: Mapping[str, Any], path: Path) -> int:
-    """Stride of keys and values in the first stage, from the adaptive option or from the per-block list derived from it."""
-    adaptive = _get(cfg, "MVIT.POOL_KV_STRIDE_ADAPTIVE")
-    if adaptive:
-        if len(adaptive) != 3 or adaptive[0] != 1 or adaptive[1] != adaptive[2]:
-            raise ConfigError(f"{path}: MVIT.POOL_KV_STRIDE_ADAPTIVE {adaptive}; only [1, s, s] is supported")
-        return int(adaptive[1])
-    entries = {int(e[0]): tuple(int(v) for v in e[1:]) for e in _get(cfg, "MVIT.POOL_KV_STRIDE") or []}
-    stages, _ = _stages(cfg, path)
-    first = entries.get(0, (1, 1, 1))[1]
-    stride = first
-    for block in range(int(_need(cfg, "MVIT.DEPTH", path))):
-        stride = max(stride // 2, 1) if block in stages else stride
-        if entries.get(block, (1, 1, 1)) != (1, stride, stride):
-            raise ConfigError(
-                f"{path}: MVIT.POOL_KV_STRIDE {list(entries.get(block, ()))} at block {block} where [1, {stride}, {stride}] "
-                "follows from block 0; only strides that halve at every stage change are supported"
-            )
-    return first
-
-
 def _datasets(cfg: Mapping[str, Any], path: Path) -> tuple[dict[str, int], tuple[str, ...], bool]:
     """(classes by dataset in head order, multi-label datasets, whether the model has the single-dataset head)."""
-    single = not _get(cfg, "MODEL.USE_MULTI_HEAD", False)
+    single = not get(cfg, "MODEL.USE_MULTI_HEAD", False)
     if single:
-        names, classes = [_need(cfg, "TRAIN.DATASET", path)], [_need(cfg, "MODEL.NUM_CLASSES", path)]
-        acts = [_get(cfg, "MODEL.HEAD_ACT", "softmax")]
+        dataset = get(cfg, "TRAIN.DATASET") or (OFFICIAL_DATASET if is_official(cfg) else None)
+        names, classes = [dataset or need(cfg, "TRAIN.DATASET", path)], [need(cfg, "MODEL.NUM_CLASSES", path)]
+        acts = [get(cfg, "MODEL.HEAD_ACT", "softmax")]
     else:
-        names, classes = _need(cfg, "MODEL.MULTI_DATASETS", path), _need(cfg, "MODEL.MULTI_NUM_CLASSES", path)
-        acts = _get(cfg, "MODEL.MULTI_HEAD_ACT") or ["softmax"] * len(names)
+        names, classes = need(cfg, "MODEL.MULTI_DATASETS", path), need(cfg, "MODEL.MULTI_NUM_CLASSES", path)
+        acts = get(cfg, "MODEL.MULTI_HEAD_ACT") or ["softmax"] * len(names)
     if len(names) != len(classes) or len(acts) < len(names) or len(set(names)) != len(names) or not names:
         raise ConfigError(
             f"{path}: its cfg lists datasets {names}, class counts {classes} and activations {acts}, which do not belong together"
@@ -316,4 +271,4 @@ def _datasets(cfg: Mapping[str, Any], path: Path) -> tuple[dict[str, int], tuple
     return {str(n): int(c) for n, c in zip(names, classes)}, multi_label, single
 
 
-__all__ = ["EXPANDER_HIDDEN", "HEAD_HIDDEN", "IN_SCOPE", "make_cfg", "parse_cfg", "read_cfg"]
+__all__ = ["EXPANDER_HIDDEN", "HEAD_HIDDEN", "IN_SCOPE", "describes_network", "make_cfg", "parse_cfg", "read_cfg"]

@@ -6,20 +6,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from multitrain.config import ConfigError, ModelConfig
+from multitrain.config.mvitv2 import MVITV2
 from multitrain.interop import pyslowfast
-from multitrain.interop.incompatible_checkpoints import backbone_mismatch
+from multitrain.interop.incompatible_checkpoints import backbone_mismatch, of_backbone
 from multitrain.interop.positions import resize_positions
 from multitrain.interop.state_dict_report import (
-    POSITION_TABLES,
     LoadReport,
+    abbreviated,
     compare,
     describe_mismatch,
+    is_position_table,
     load_state,
     shapes,
 )
 from multitrain.interop.weights import read_weights
 
 if TYPE_CHECKING:
+    import torch
+
     from multitrain.model import MultiTrain
 
 
@@ -42,20 +46,21 @@ def initialise_from(model: MultiTrain, path: str | Path, *, interpolate_position
     if path.suffix == ".pyth" and path.is_file() and not pyslowfast.has_published_cfg(path):
         return _from_tensors(model, path)
     weights = read_weights(path)
-    state = weights.state
+    state = dict(weights.state)
     notes = [*weights.report.notes, *_unseen_differences(weights.config, model.config)]
+    _in_channels_of(state, weights.config, model.config, notes)
     report = compare(shapes(state), shapes(model.state_dict()))
     _require_same_backbone(path, report, weights.config)
-    tables = [r for r in report.reshaped if r[0] in POSITION_TABLES]
+    tables = [r for r in report.reshaped if is_position_table(r[0])]
     if tables and not interpolate_positions:
         wanted = f"--frames {model.config.frames} --crop {model.config.crop}"
         raise ConfigError(
-            f"{path}: position tables of another clip size ({'; '.join(describe_mismatch(*r) for r in tables)}); add "
+            f"{path}: position tables of another clip size ({abbreviated([describe_mismatch(*r) for r in tables])}); add "
             f"interpolate_positions=true, or resize them once: multitrain convert {path} resized.safetensors {wanted}"
         )
     if tables:
         state = resize_positions(state, weights.config, model.config.frames, model.config.crop)
-        notes.extend(f"{name} interpolated from {list(a)} to {list(b)}" for name, a, b in tables)
+        notes.append(abbreviated([f"{name} interpolated from {list(a)} to {list(b)}" for name, a, b in tables]))
         report = compare(shapes(state), shapes(model.state_dict()))
     load_state(model, state, strict=False, where=str(path))
     return LoadReport(report.matched, report.missing, report.unexpected, report.reshaped, tuple(notes))
@@ -75,11 +80,26 @@ def _from_tensors(model: MultiTrain, path: Path) -> LoadReport:
 
 def _unseen_differences(file: ModelConfig, model: ModelConfig) -> list[str]:
     """Notes about options that differ between file and model, and change what the backbone computes but no tensor's shape."""
+    pairs = {
+        option: (getattr(file, option), getattr(model, option))
+        for option in ("heads", "kv_stride", "residual_q", "mean", "std")
+    }
+    if file.backbone == model.backbone == MVITV2:
+        ours = model.mvitv2.model_dump()
+        pairs |= {f"backbone_args.{n}": (value, ours[n]) for n, value in file.mvitv2.model_dump().items()}
     return [
-        f"note: model.{option} is {getattr(model, option)} here and {getattr(file, option)} in the file"
-        for option in ("heads", "kv_stride", "residual_q")
-        if getattr(file, option) != getattr(model, option)
+        f"note: model.{option} is {ours} here and {theirs} in the file"
+        for option, (theirs, ours) in pairs.items()
+        if ours != theirs
     ]
+
+
+def _in_channels_of(state: dict[str, torch.Tensor], file: ModelConfig, model: ModelConfig, notes: list[str]) -> None:
+    """Reverse the colour channels of the patch embedding if the file's clips have the other order: the same function."""
+    name = "patch_embed.proj.weight"
+    if file.channels != model.channels and name in state:
+        state[name] = state[name].flip(1)
+        notes.append(f"{name} reversed from {file.channels} to {model.channels}, since model.channels={model.channels}")
 
 
 def _require_same_backbone(path: str | Path, report: LoadReport, config: ModelConfig) -> None:
@@ -87,21 +107,35 @@ def _require_same_backbone(path: str | Path, report: LoadReport, config: ModelCo
     other = [
         (name, found, wanted)
         for name, found, wanted in report.reshaped
-        if not name.startswith(("heads.", "projections.", "expander."))
-        and not (name in POSITION_TABLES and found[-1] == wanted[-1])
+        if of_backbone(name) and not (is_position_table(name) and found[-1] == wanted[-1])
     ]
-    if other or not any(name.startswith("blocks.") for name in report.matched):
-        what = "; ".join(describe_mismatch(*r) for r in other[:2]) or "none of its blocks fits"
+    absent = [name for name in report.missing if of_backbone(name)]
+    extra = [name for name in report.unexpected if of_backbone(name)]
+    if other or absent or extra or not any(of_backbone(name) for name in report.matched):
+        parts = [describe_mismatch(*r) for r in other[:2]]
+        parts += [f"{len(absent)} tensors missing, e.g. {absent[0]}"] if absent else []
+        parts += [f"{len(extra)} not known here, e.g. {extra[0]}"] if extra else []
+        what = "; ".join(parts) or "none of its blocks fits"
         raise ConfigError(
             f"{path}: the weights of another backbone ({what}); set model=… to the network of the file: {_outline(config)}"
         )
 
 
 def _outline(config: ModelConfig) -> str:
-    return (
-        f"model.frames={config.frames} model.crop={config.crop} model.depth={config.depth} model.width={config.width} "
-        f"model.stages=[{','.join(map(str, config.stages))}] model.pool_q_everywhere={str(config.pool_q_everywhere).lower()}"
-    )
+    options = ["frames", "crop", "depth", "width", "stages", "pool_q_everywhere"]
+    values = {name: getattr(config, name) for name in options}
+    if config.backbone is not None:
+        values = (
+            {"backbone": config.backbone} | values | {f"backbone_args.{k}": v for k, v in config.backbone_args.items()}
+        )
+    return " ".join(f"model.{name}={_typed(value)}" for name, value in values.items())
+
+
+def _typed(value: object) -> str:
+    """A value as it is typed in an override."""
+    if isinstance(value, tuple):
+        return f"[{','.join(map(str, value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 __all__ = ["initialise_from"]

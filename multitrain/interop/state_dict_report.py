@@ -13,9 +13,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 POSITION_TABLES = ("pos_embed_spatial", "pos_embed_temporal")
-"""Tables whose length depends on the clip size; the only tensors that can be interpolated."""
+"""Absolute tables of the published network, whose length depends on the clip size."""
 
 Shape = tuple[int, ...]
+
+
+def is_position_table(name: str) -> bool:
+    """Whether a tensor's length depends on the clip size; only such tensors can be interpolated."""
+    return name in (*POSITION_TABLES, "pos_embed") or name.rpartition(".")[2].startswith("rel_pos_")
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,7 @@ __all__ = [
     "abbreviated",
     "compare",
     "describe_mismatch",
+    "is_position_table",
     "load_state",
     "require_all",
     "shapes",

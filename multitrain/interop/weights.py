@@ -125,7 +125,10 @@ def _of_published(file: pyslowfast.PublishedCheckpoint, run: RunConfig) -> Weigh
 
 def _of_safetensors(model_file: Path, *, strict: bool, copy: str | None) -> Weights:
     found = _from_description(model_file)
-    state, notes = select_weights(model_file, _read_safetensors(model_file), copy)
+    state = _read_safetensors(model_file)
+    notes: tuple[str, ...] = ()
+    if copy is not None or not found.config.own_backbone:  # whose tensors have a prefix that other files' sets have too
+        state, notes = select_weights(model_file, state, copy)
     require_possible(model_file, found.config, found.datasets, len(state))
     with understood(f"{model_file}: describes no network", "write it again with `multitrain convert`"):
         report = compare(shapes(state), layout(found.config, found.datasets))

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from multitrain.config import ConfigError, ModelConfig
+from multitrain.model.layers import BlockLayers
 from multitrain.model.low_precision import emulated_dtype
 from multitrain.model.multitrain import MultiTrain
+from multitrain.model.mvitv2 import RelativeAttention
 
 
 def flops(config: ModelConfig, datasets: dict[str, int]) -> tuple[int, float]:
@@ -32,10 +34,11 @@ def flops(config: ModelConfig, datasets: dict[str, int]) -> tuple[int, float]:
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         parameter.data.zero_()
-    for block in model.each_block():
-        block.compact = (
-            False  # the published figures project keys and values at every token; skipping unread ones saves 1.5 %
-        )
+    for layer in model.modules():
+        if isinstance(layer, (BlockLayers, RelativeAttention)):
+            layer.compact = (
+                False  # the published figures project keys and values at every token; skipping unread ones saves 1.5 %
+            )
     clips = torch.zeros(1, 3, config.frames, config.crop, config.crop)
     emulated_dtype(clips)  # caches the CPU's capabilities, which cannot be queried while tracing
     with torch.no_grad():

@@ -18,14 +18,17 @@ DRAW_CHUNK = 1 << 16
 
 
 def initialise(model: nn.Module, seed: int) -> None:
-    """Reset all parameters of `model` in place, except those on the meta device.
+    """Reset all parameters of `model` in place, except those without data (on the meta device, fake) and those below `backbone.`, a
+    module of the user.
 
     Linear weights and position tables: normal with standard deviation 0.02, truncated at ±2 (100 standard deviations). Linear biases: 0.
     Layer norms: weight 1, bias 0. Convolutions and poolings: weights and biases uniform in ±1/√fan_in.
     """
     for path, module in model.named_modules():
+        if path.partition(".")[0] == "backbone":
+            continue
         for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.is_meta:
+            if type(parameter.data) is Tensor and not parameter.is_meta:
                 _fill(module, name, parameter.data, stream_of(f"initialise.{path}.{name}"), seed)
 
 

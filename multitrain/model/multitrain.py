@@ -10,11 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from multitrain.config import ConfigError, ModelConfig, nearest
+from multitrain.model.backbone import Backbone
 from multitrain.model.heads import Heads, LinearHead, MlpHead, Projections
 from multitrain.model.initialisation import initialise
 from multitrain.model.layers import Mlp, Recompute
 from multitrain.model.low_precision import linear
 from multitrain.model.mvit import MViT
+from multitrain.model.mvitv2 import MViTv2
+from multitrain.model.own_backbone import OwnBackbone
 from multitrain.model.random import draw_keys
 
 EXPANDER = "/"
@@ -35,8 +38,8 @@ class Outputs:
     """The expander's output [B, C], the input of the informative loss; None for a model without an expander."""
 
 
-class MultiTrain(MViT):
-    """A video transformer with one head per dataset.
+class MultiTrain(Backbone):
+    """A video network with one head per dataset; its class is a subclass that has the backbone of the configuration.
 
     The constructor applies the published initialisation with seed 0; `initialise` applies that of another seed.
 
@@ -50,6 +53,15 @@ class MultiTrain(MViT):
     Raises:
         ConfigError: no dataset, a class count below 1, or `multi_label` naming an unknown dataset.
     """
+
+    def __new__(cls, config: ModelConfig | None = None, *_: object, **__: object) -> MultiTrain:
+        """An object of the subclass that has the backbone of `config`."""
+        return super().__new__(cls if config is None else with_backbone(cls, config))
+
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
+        """How copies are made: the subclass has no name by which it could be found."""
+        base = next(kind for kind in type(self).__mro__ if not issubclass(kind, BACKBONES))
+        return _blank, (base, self.config), self.__dict__
 
     def __init__(
         self,
@@ -76,6 +88,7 @@ class MultiTrain(MViT):
     def initialise(self, seed: int) -> None:
         """Reset every parameter to a pure function of its name and `seed`; a further head does not change the other parameters."""
         initialise(self, seed)
+        self.reset_backbone(seed)
 
     def forward(self, clips: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         """Probabilities by dataset, float [B, K], for normalised clips [B, 3, T, S, S]."""
@@ -132,6 +145,29 @@ class MultiTrain(MViT):
 
     def _keys(self, clips: Tensor, keys: Tensor | None) -> Tensor | None:
         return draw_keys(clips.shape[0], clips.device) if keys is None and self.training else keys
+
+
+BACKBONES = (MViT, MViTv2, OwnBackbone)
+
+
+def with_backbone(cls: type[MultiTrain], config: ModelConfig) -> type[MultiTrain]:
+    """The subclass of `cls`, and of the backbone of `config`."""
+    return _subclass(cls, OwnBackbone if config.own_backbone else MViT if config.backbone is None else MViTv2)
+
+
+_SUBCLASSES: dict[tuple[type, type], type[MultiTrain]] = {}
+
+
+def _subclass(cls: type[MultiTrain], backbone: type[Backbone]) -> type[MultiTrain]:
+    found = _SUBCLASSES.get((cls, backbone))
+    if found is None:
+        found = type(cls.__name__, (cls, backbone), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+        _SUBCLASSES[cls, backbone] = found
+    return found
+
+
+def _blank(cls: type[MultiTrain], config: ModelConfig) -> MultiTrain:
+    return MultiTrain.__new__(with_backbone(cls, config))
 
 
 def _check(datasets: dict[str, int], multi_label: Collection[str]) -> None:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from multitrain.config import ConfigError, ModelConfig
+from multitrain.config import ModelConfig
+from multitrain.model.backbone import Backbone, masks_of_blocks
 from multitrain.model.block import compute_dtype, run
 from multitrain.model.layers import BLOCK_NORM_EPS, BlockLayers, BlockShape, Recompute
 from multitrain.model.low_precision import conv3d
 from multitrain.model.pooling import Grid
-from multitrain.model.random import Mask, draw_keys, drop_path_masks
+from multitrain.model.random import Mask
 
 PATCH_KERNEL, PATCH_STRIDE, PATCH_PADDING = (3, 7, 7), (2, 4, 4), (1, 3, 3)
 
@@ -64,21 +65,14 @@ class Block(BlockLayers):
         return run(self, self.recompute, x, masks)
 
 
-class MViT(nn.Module):
-    """The backbone: clips float [B, 3, T, S, S] and keys int64 [B] or None -> clip features [B, width·2**stages].
+class MViT(Backbone):
+    """The published backbone: clips float [B, 3, T, S, S] and keys int64 [B] or None -> clip features [B, width·2**stages].
 
-    Args:
-        config: the network.
-        activation_checkpointing: what the backward pass recomputes: "none", "mlp", "selective" or "full" (model/block.py).
-
-    Raises:
-        ConfigError: (forward) the clips' size is not that of the configuration.
+    Arguments and errors are those of :class:`~multitrain.model.backbone.Backbone`; model/block.py says what the backward pass recomputes.
     """
 
     def __init__(self, config: ModelConfig, activation_checkpointing: Recompute = "none") -> None:
-        super().__init__()
-        self.config = config
-        self.activation_checkpointing = activation_checkpointing
+        super().__init__(config, activation_checkpointing)
         time, height, width = patch_grid(config)
         self.patch_embed = PatchEmbed(config.width)
         self.pos_embed_spatial = nn.Parameter(torch.empty(1, height * width, config.width))
@@ -90,45 +84,13 @@ class MViT(nn.Module):
         self.dim = shapes[-1].dim_out
         self.norm = nn.LayerNorm(self.dim, eps=BLOCK_NORM_EPS)
 
-    def forward(self, clips: Tensor, keys: Tensor | None = None) -> Tensor:
-        return self.features(clips, keys)
-
-    def features(self, clips: Tensor, keys: Tensor | None = None) -> Tensor:
-        """Pooled clip features [B, C] of normalised clips [B, 3, T, S, S]; the keys int64 [B] determine the dropout masks of training."""
-        self._check(clips, keys)
-        if keys is None and self.training:
-            keys = draw_keys(clips.shape[0], clips.device)
+    def _features(self, clips: Tensor, keys: Tensor | None) -> Tensor:
         x = self.patch_embed(clips) + self._positions()
-        for block, masks in zip(self.each_block(), self._masks(keys, x)):
-            x = block(x, masks)
+        masks = masks_of_blocks(self.blocks, self.training, keys, compute_dtype(x))
+        for block, drawn in zip(self.blocks, masks):
+            x = block(x, drawn)
         return self.norm(x.to(self.norm.weight.dtype)).mean(1)
-
-    def each_block(self) -> list[Block]:
-        """The blocks, as a typed list."""
-        return list(self.blocks)  # type: ignore[arg-type]
-
-    def _masks(self, keys: Tensor | None, x: Tensor) -> list[tuple[Mask | None, Mask | None]]:
-        """Stochastic-depth masks of attention and MLP for every block; all are drawn at once."""
-        layers = [layer for block in self.each_block() for layer in (block.drop_path_attn, block.drop_path_mlp)]
-        masks = (
-            drop_path_masks(layers, keys, compute_dtype(x))
-            if self.training and keys is not None
-            else [None] * len(layers)
-        )
-        return list(zip(masks[::2], masks[1::2]))
 
     def _positions(self) -> Tensor:
         """Position embeddings of all tokens, [1, N, C]: token (t, y, x) gets spatial[y·W + x] + temporal[t]."""
         return (self.pos_embed_spatial[:, None] + self.pos_embed_temporal[:, :, None]).flatten(1, 2)
-
-    def _check(self, clips: Tensor, keys: Tensor | None) -> None:
-        c = self.config
-        if clips.dim() != 5 or clips.shape[1:] != (3, c.frames, c.crop, c.crop):
-            raise ConfigError(
-                f"clips of shape {list(clips.shape)} do not fit this network, which takes "
-                f"[B, 3, {c.frames}, {c.crop}, {c.crop}] (model.frames={c.frames}, model.crop={c.crop})"
-            )
-        if keys is not None and keys.shape != clips.shape[:1]:
-            raise ConfigError(
-                f"{list(keys.shape)} keys do not fit {clips.shape[0]} clips; give one key, int64, for each clip"
-            )

@@ -15,6 +15,7 @@ MANY = ("experiment=k400_mit_ssv2",)
 ONE = ("experiment=k400",)
 NO_MIXING = ("augment.mix_probability=0",)
 LOCAL, SLURM = ("cluster=local", "nodes=1"), ("cluster=slurm",)
+OWN = ("model.backbone=mynet:build",)
 HOSTS = ("cluster=hosts", "cluster.rendezvous=10.0.0.1:29500", "cluster.node=0")
 
 Words = tuple[str, ...]
@@ -47,6 +48,15 @@ CASES: dict[str, tuple[str, Words, Words]] = {
     "data.shard_videos=9": ("data.shard_videos", (), ("data.shuffle_window=4",)),
     "data.sampling_rate=5": ("data.sampling_rate", ("experiment=ssv2",), MANY),
     "data.target_fps=5": ("data.target_fps", ("experiment=ssv2",), MANY),
+    "model.depth=30": ("model.depth", OWN, ()),
+    "model.width=192": ("model.width", OWN, ()),
+    "model.heads=2": ("model.heads", OWN, ()),
+    "model.stages=[1,3]": ("model.stages", OWN, ("model.backbone=mvitv2",)),
+    "model.kv_stride=4": ("model.kv_stride", OWN, ()),
+    "model.mlp_ratio=2": ("model.mlp_ratio", OWN, ()),
+    "model.pool_q_everywhere=true": ("model.pool_q_everywhere", OWN, ()),
+    "model.residual_q=true": ("model.residual_q", OWN, ()),
+    "model.drop_path=0.2": ("model.drop_path", OWN, ()),
     "model.head_hidden=64": ("model.head_hidden", ONE, MANY),
     "model.dropout_logits=true": ("model.dropout_logits", ("model.head_dropout=0",), MANY),
     "model.expander_hidden=64": ("model.expander_hidden", ONE, MANY),
@@ -87,8 +97,8 @@ data.index data.datasets data.datasets.<name>.annotations data.datasets.<name>.v
 data.datasets.<name>.class_names data.datasets.<name>.sampling data.datasets.<name>.replicas data.datasets.<name>.multi_label
 data.datasets.<name>.separator data.datasets.<name>.temporal_views data.datasets.<name>.spatial_views
 data.datasets.<name>.test_short_side
-model model.frames model.crop model.depth model.width model.heads model.stages model.kv_stride model.mlp_ratio
-model.pool_q_everywhere model.residual_q model.drop_path model.head model.head_dropout model.expander
+model model.backbone model.backbone_args model.channels model.mean model.std model.frames model.crop model.head model.head_dropout
+model.expander
 loss loss.informative_weight loss.dataset_weights
 optim optim.lr optim.warmup_updates optim.weight_decay optim.betas optim.eps optim.clip_norm optim.schedule
 engine engine.zero_stage engine.bucket_elements engine.hang_limit engine.threads

@@ -57,10 +57,10 @@ def commands() -> list[tuple[str, str]]:
 
 
 def settings_files() -> Iterator[tuple[str, str]]:
-    """(path, content) of every YAML block whose first line names its file."""
+    """(path, content) of every block of YAML or Python whose first line names its file."""
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
-        for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
-            name = re.match(r"# (\S+\.yaml)", block)
+        for block in re.findall(r"^```(?:yaml|python)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+            name = re.match(r"# (\S+\.(?:yaml|py))", block)
             if name:
                 yield name.group(1), block
 
