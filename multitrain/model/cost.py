@@ -43,11 +43,17 @@ def flops(config: ModelConfig, datasets: dict[str, int]) -> tuple[int, float]:
     emulated_dtype(clips)  # caches the CPU's capabilities, which cannot be queried while tracing
     with torch.no_grad():
         analysis = FlopCountAnalysis(_Outputs(model), clips).set_op_handle(
-            "aten::_scaled_dot_product_flash_attention_for_cpu", _attention, "aten::native_layer_norm", _norm
+            "aten::_scaled_dot_product_flash_attention_for_cpu",
+            _attention,
+            "aten::scaled_dot_product_attention",
+            _attention,
+            "aten::native_layer_norm",
+            _norm,
         )
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         logging.getLogger("fvcore").setLevel(logging.ERROR)
         total = float(analysis.total())
+    total -= sum(layer.added_products() for layer in model.modules() if isinstance(layer, RelativeAttention))
     return sum(p.numel() for p in model.parameters()), total
 
 

@@ -6,6 +6,7 @@ tokens in the shortcut, and the options of `MViTv2Config`. Autograd makes its ba
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ from multitrain.model.pooling import Grid, pooled_grid, read_positions
 from multitrain.model.pooling_autograd import pool_heads, pool_shortcut
 from multitrain.model.random import KeyedDropPath, Mask, stream_of
 from multitrain.model.recompute import Recomputed
-from multitrain.model.relative import attend_with_positions
+from multitrain.model.relative import attend_with_positions, further_channels
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,14 @@ class RelativeAttention(nn.Module):
         if self.residual_q:
             out = torch.cat([out[:, : self.first], out[:, self.first :] + q[:, self.first :]], 1)
         return linear(out.flatten(2), self.proj.weight, self.proj.bias)
+
+    def added_products(self) -> int:
+        """Multiply-accumulates of a clip by the further channels that relative positions take in attention (model/relative.py)."""
+        shape = self.shape
+        used = (hasattr(self, "rel_pos_t"), hasattr(self, "rel_pos_h"), hasattr(self, "rel_pos_w"))
+        added = further_channels(shape.dim_attn // shape.heads, sum(n for n, has in zip(shape.kv_grid, used) if has))
+        n, m = (self.first + math.prod(grid) for grid in (shape.q_grid, shape.kv_grid))
+        return 2 * shape.heads * n * m * added
 
     def _layers(self, names: str) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the layers of queries, or of keys and values, as one."""

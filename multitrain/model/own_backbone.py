@@ -46,7 +46,6 @@ class OwnBackbone(Backbone):
         self.dim = _width(self.backbone, config)
         for layer in layers:
             Recomputed.wrap(layer, activation_checkpointing)
-        self.layers = _Unregistered(layers)
 
     def untrainable(self) -> str | None:
         norms = [n for n, m in self.backbone.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
@@ -70,10 +69,6 @@ class OwnBackbone(Backbone):
         with _seeded(keys if self.training else None):
             out = self.backbone(clips)
         return _checked(out, len(clips), self.config)
-
-
-class _Unregistered(list[nn.Module]):
-    """A list of modules that is not registered a second time."""
 
 
 def build(config: ModelConfig, seed: int = 0) -> tuple[nn.Module, list[nn.Module]]:

@@ -72,6 +72,11 @@ def places(kv_grid: Grid, axes: tuple[bool, ...], device: torch.device) -> Tenso
     return cached(("places", kv_grid, axes, device), make)
 
 
+def further_channels(size: int, positions: int) -> int:
+    """Channels that queries and keys of `size` get for so many rows, columns and frames: aligned; none for none."""
+    return positions + -(size + positions) % ALIGNMENT if positions else 0
+
+
 def attend_with_positions(
     q: Tensor,
     k: Tensor,
@@ -105,7 +110,8 @@ def attend_with_positions_fused(
     scores = position_scores(q[:, first:], q_grid, kv_grid, tables)
     q = q * size**-0.5
     if scores is not None:
-        scores = F.pad(scores.to(q.dtype), (0, -(size + scores.shape[-1]) % ALIGNMENT, 0, 0, first, 0))
+        unused = further_channels(size, scores.shape[-1]) - scores.shape[-1]
+        scores = F.pad(scores.to(q.dtype), (0, unused, 0, 0, first, 0))
         hot = places(kv_grid, tuple(table is not None for table in tables), q.device).to(k.dtype)
         hot = F.pad(hot, (0, scores.shape[-1] - hot.shape[-1], first, 0))[None, :, None]
         q = torch.cat([q, scores], -1)

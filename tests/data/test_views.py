@@ -243,3 +243,23 @@ def resized(x: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
     """Each frame of [C, T, H, W], resized."""
     frames = x.permute(1, 2, 3, 0).contiguous().numpy()
     return np.stack([resize_crop(frame, size, Box(0, 0, *size)) for frame in frames]).transpose(3, 0, 1, 2)
+
+
+def test_views_have_the_normalisation_and_the_order_of_channels_of_the_network(tmp_path: Path) -> None:
+    from support import write_video
+
+    from multitrain.data.mix import for_network
+
+    write_video(tmp_path / "v.mp4", 1)
+    entry = DatasetConfig(annotations="a", videos="v", classes=2)
+    data = DataConfig(datasets={"a": entry})
+    plain = ModelConfig(frames=4, crop=32)
+    other = ModelConfig(frames=4, crop=32, channels="bgr", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    made = load_views(tmp_path / "v.mp4", entry, data, plain)
+    pixels = made * 0.225 + 0.45
+    mean, std = (np.array(v, np.float32).reshape(3, 1, 1, 1) for v in (other.mean, other.std))
+    expected = ((pixels - mean) / std)[:, ::-1]
+    np.testing.assert_allclose(load_views(tmp_path / "v.mp4", entry, data, other), expected, atol=2e-6)
+    clips = for_network(torch.from_numpy(made.copy()), other)
+    np.testing.assert_allclose(clips.numpy(), expected, atol=2e-6)
+    assert np.array_equal(for_network(torch.from_numpy(made.copy()), plain).numpy(), made)

@@ -34,3 +34,18 @@ def test_a_missing_fvcore_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "fvcore.nn", None)
     with pytest.raises(ConfigError, match=r"multitrain\[flops\]"):
         flops(ModelConfig(), MULTI)
+
+
+@pytest.mark.parametrize(
+    ("network", "parameters", "published"),
+    [
+        ({"frames": 16, "depth": 16, "stages": (1, 3, 14)}, 34.5, 64.5),
+        ({"frames": 32, "depth": 24, "stages": (2, 5, 21)}, 51.2, 225),
+    ],
+)
+def test_the_official_mvitv2_costs_what_its_authors_report(
+    network: dict[str, object], parameters: float, published: float
+) -> None:
+    count, macs = flops(ModelConfig.model_validate({"backbone": "mvitv2", **SINGLE, **network}), {"kinetics": 400})
+    assert count / 1e6 == pytest.approx(parameters, abs=0.05)
+    assert macs / 1e9 == pytest.approx(published, rel=2e-3)
