@@ -7,6 +7,7 @@ the schedule, the learning rate. The other run is only read.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from launch import resume
 from multitrain.config import ConfigError, RunConfig, load
 from multitrain.config.paths import find_run
+from multitrain.config.reading import parse_json
 from multitrain.records.checkpoints import AVERAGE, BEST, invalid_reason, listed, pointed_to, update_of
 
 OPTION = "branch_from"
@@ -35,6 +37,7 @@ def origin(value: str, runs: Path) -> Origin:
     Raises:
         ConfigError: there is no such run or checkpoint, or it is damaged.
     """
+    value = re.sub(r"/(best|latest)/?$", lambda m: "@best" if m[1] == BEST else "", value)
     name, at, which = value.rpartition("@")
     if not at or not (which.isdecimal() or which == BEST):
         name, which = value, ""
@@ -77,21 +80,40 @@ def config_of(
             f"{OPTION}: run {found.run.name!r} has {name}={before}, and {now} was requested; a branch keeps the videos, their order "
             f"and the network: leave {name} as it is, or start a run with init_from={found.checkpoint}"
         )
+    done = update_of(found.checkpoint)
+    if config.updates is not None and config.updates <= done:
+        raise ConfigError(
+            f"{OPTION}: the checkpoint is after update {done}, and the branch would end at updates={config.updates}; "
+            f"set updates=N above {done}"
+        )
     update = {"name": path.name, "runs": str(path.parent), "init_from": None, "interpolate_positions": False}
     earlier = [entry["overrides"] for entry in resume.history(found.run)]
     return config.model_copy(update=update), dirs, resume.merge([*earlier, typed])
 
 
 def copy(found: Origin, checkpoints: Path) -> None:
-    """Make the checkpoint one of the branch in folder `checkpoints`, by hard links where the file system has them.
+    """Make the checkpoint, and the best one before it, those of the branch in folder `checkpoints`, by hard links where the file system has
+    them.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    target = checkpoints / found.checkpoint.name
-    target.mkdir(parents=True)
-    for name in sorted(p.name for p in found.checkpoint.iterdir() if p.is_file()):
-        try:
-            os.link(found.checkpoint / name, target / name)
-        except OSError:  # another file system, or another user's file
-            shutil.copyfile(found.checkpoint / name, target / name)
+    best = _best_of(found.checkpoint)
+    for folder in {found.checkpoint, best or found.checkpoint}:
+        target = checkpoints / folder.name
+        target.mkdir(parents=True)
+        for name in sorted(p.name for p in folder.iterdir() if p.is_file()):
+            try:
+                os.link(folder / name, target / name)
+            except OSError:  # another file system, or another user's file
+                shutil.copyfile(folder / name, target / name)
+    if best is not None:
+        (checkpoints / BEST).write_text(f"{best.name}\n")
+
+
+def _best_of(checkpoint: Path) -> Path | None:
+    """The best checkpoint at the time of this one, if it is still there and valid."""
+    state = parse_json((checkpoint / "state.json").read_bytes(), checkpoint / "state.json")
+    update = (state.get("best") or {}).get("update")
+    best = next((c for c in listed(checkpoint.parent) if update_of(c) == update), None)
+    return None if best is None or invalid_reason(best, FILES, (*FILES, AVERAGE)) else best

@@ -21,7 +21,7 @@ from launch.rank import python_path, training
 from multitrain import lease
 from multitrain.cluster.exit_status import Exit, describe_exit, killed_for_memory
 from multitrain.cluster.restarts import IN_PLACE
-from multitrain.cluster.slurm import free_port
+from multitrain.cluster.slurm import STOP_SIGNALS, free_port
 from multitrain.cluster.supervised import PULSE_FD, STORE_KEY
 from multitrain.config import ConfigError, RunConfig
 
@@ -223,13 +223,13 @@ def _end_after_failure(ranks: _Ranks, rank: int, report: Callable[[str], None]) 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """A list to which every SIGINT, SIGTERM or SIGHUP is appended while the context lasts."""
+    """A list to which every stop signal, SIGINT and SIGHUP is appended while the context lasts."""
     received: list[int] = []
 
     def note(number: int, _: FrameType | None) -> None:
         received.append(number)
 
-    names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    names = (*STOP_SIGNALS, signal.SIGINT, signal.SIGHUP)
     before = {name: signal.signal(name, note) for name in names}
     try:
         yield received

@@ -12,6 +12,7 @@ from launch.snapshot import ROOT, digest, is_own_code, snapshot
 from multitrain.config import ConfigError, RunConfig, compose, leaves, load, validate
 from multitrain.config.paths import is_remote
 from multitrain.config.reading import parse_yaml
+from multitrain.records.checkpoints import AVERAGE, BEST, LATEST, invalid_reason, listed, pointed_to, update_of
 
 MUTABLE_DATA_OPTIONS = re.compile(
     r"data\.(root|index|workers|prefetch|skip_cap|decoder|decode_timeout|stage|stage_limit)"
@@ -231,12 +232,35 @@ def refuse_another_start(path: Path, saved: RunConfig, config: RunConfig) -> Non
             f"branch_from: run {path.name!r} exists, and begins with {saved.branch_from or 'update 0'}; a branch is a new run: give it "
             "another name (name=…), or leave branch_from out to resume"
         )
+    done = max(map(update_of, listed(path / "checkpoints")), default=0)
+    if config.updates is not None and config.updates != saved.updates and config.updates < done:
+        raise ConfigError(
+            f"updates={config.updates}: run {path.name!r} has completed {done}; for another end of its past start a branch: "
+            f"branch_from={path.name}@UPDATE name=… updates={config.updates}"
+        )
     started = any((path / "checkpoints").glob("update-*"))
     if started and config.init_from not in (saved.init_from, None):
         raise ConfigError(
             f"init_from: run {path.name!r} has checkpoints and resumes from the newest; initial weights are for new runs: "
             "give it another name (name=…), or leave init_from out to resume"
         )
+
+
+def pinned(config: RunConfig) -> RunConfig:
+    """The configuration with the checkpoint that `init_from` stands for now, in place of a run or of its best or newest checkpoint: a run
+    that is trained further, or gets better, would change the initial weights of one that starts later.
+    """
+    start = Path(config.init_from or "")
+    found: Path | None = None
+    if start.name in (BEST, LATEST) and start.is_file():
+        name = pointed_to(start.parent, start.name)
+        found = None if name is None else start.parent / name
+        if found is not None and start.name == BEST and (found / AVERAGE).is_file():
+            found = found / AVERAGE
+    elif config.init_from and (start / "checkpoints").is_dir():
+        valid = (c for c in listed(start / "checkpoints") if not invalid_reason(c, ("model.safetensors",), ()))
+        found = next(valid, None)
+    return config if found is None else config.model_copy(update={"init_from": str(found)})
 
 
 def _frozen_options(config: RunConfig) -> dict[str, Any]:

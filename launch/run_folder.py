@@ -121,6 +121,8 @@ def compose_run(words: Sequence[str], *, config_dirs: Sequence[str] = (), defaul
     idle = idle_words(new, config)
     if config.update_code and not saved:
         idle.append("update_code=true: changes nothing, since a new run takes this checkout's code; leave it out")
+    if not any((path / "checkpoints").glob("update-*")):
+        config = resume.pinned(config)
     flags = {"from_scratch": config.from_scratch, "update_code": config.update_code}
     config = config.model_copy(update=dict.fromkeys(flags, False))
     shape = solve(

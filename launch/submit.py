@@ -5,17 +5,18 @@ python launch/submit.py nodes=2 gpus=8 experiment=k400_mit_ssv2
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
 if not __package__:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while it imports is no traceback
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import contextlib
 import os
 import shlex
-import signal
 import subprocess
 from types import FrameType
 
@@ -25,6 +26,7 @@ from launch import checks, dependent_jobs, memory_estimate, resume, run_folder
 from launch.rank import python_path
 from launch.run_folder import Run
 from launch.snapshot import is_own_code
+from multitrain.cluster.slurm import STOP_SIGNALS
 from multitrain.config import ConfigError, dump
 from multitrain.config.arguments import OneLineParser, answered, piped, typed_words
 from multitrain.config.overrides import tidy
@@ -159,7 +161,7 @@ def _run_replacement(command: list[str], environment: dict[str, str]) -> int:
         if number != signal.SIGINT:  # a terminal sends it to both
             process.send_signal(number)
 
-    before = {n: signal.signal(n, pass_on) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {n: signal.signal(n, pass_on) for n in (*STOP_SIGNALS, signal.SIGINT, signal.SIGHUP)}
     try:
         code = process.wait()
     finally:
@@ -344,4 +346,5 @@ def _resume_command(run: Run) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(piped(main))

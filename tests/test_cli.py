@@ -64,7 +64,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, s
         (["predict", "a.mp4", "--checkpoint", "nothing.pyth"], "nothing.pyth: no such file"),
         (["evaluate", "nothing"], "nothing: no such file or folder"),
         (["convert", "nothing", "b.onnx"], "b.onnx: its ending says no known format"),
-        (["flops", "model=mvit_b99"], "there is no such model; known here: mvit_b16_16x4"),
+        (["flops", "model=mvit_b99"], "there is no such model; did you mean 'mvitv2_b'"),
         (["data", "data=sssv2"], "did you mean 'ssv2'?"),
         (["data", "data.rot=x"], "did you mean"),
         (["predict", "b.mp4", "--checkpoint", "a.pyth", "--top", "0"], "not a whole number from 1 up"),

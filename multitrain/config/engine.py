@@ -59,7 +59,7 @@ class CheckpointConfig(Settings):
     """Checkpoints whose update is a multiple of this are never deleted."""
     best: str | None = Field(None, pattern=MEASURE)
     """Measure of the validation by which the best checkpoint is kept as well: `val/DATASET/top1`, `top5` or `map`, or `val/mean/top1`
-    for the mean over the datasets. `RUN/best` is its name in every command."""
+    for the mean over the datasets. `RUN/best` is its name wherever weights are given."""
 
 
 class MonitorConfig(Settings):

@@ -62,4 +62,4 @@ class EmaConfig(Settings):
 
     decay: float | None = Field(None, gt=0, lt=1)
     """Decay of the average at each update, e.g. 0.9999; null for none. Early in a run it is (1 + n) / (10 + n) after n updates, if that is
-    smaller. Validation then scores the average, and `RUN/ema` is its name in every command."""
+    smaller. Validation then scores the average, and `RUN/ema` is its name wherever weights are given."""

@@ -69,11 +69,11 @@ def refuse_unused_gpu(rank: int) -> None:
     files = any(Path(path).exists() for path in DEVICE_FILES)
     if torch.version.cuda is None and torch.version.hip is None:
         why = f"{build} is built without CUDA"
-        remedy = "install a build for the node's driver (README, Install)"
+        remedy = "install a build for the node's driver (docs/install.md)"
     else:
         why = f"{build}, built for CUDA {torch.version.cuda}, cannot use it ({_reason()}; driver {_driver()})"
         remedy = "install a torch for this driver, or a newer driver"
-    text = f"rank {rank} has a GPU ({grant}), and {why}; {remedy}, or compute on the CPU with CUDA_VISIBLE_DEVICES="
+    text = f"rank {rank} was granted a GPU ({grant}), and {why}; {remedy}, or compute on the CPU with CUDA_VISIBLE_DEVICES="
     if files or torch.version.cuda or torch.version.hip:
         raise ConfigError(text)
     if rank == 0:

@@ -173,6 +173,10 @@ class Trainer:
         request = Request.NONE
         try:
             self._validate_if_due()  # one that was interrupted
+            if self._best.patience_is_over and self.completed < self.updates:
+                self.recorder.write(
+                    f"the run ended early after update {self.completed} (eval.patience): to go on, resume it with eval.patience=null"
+                )
             while self.completed < self.updates and not self._best.patience_is_over:
                 self._one_update()
                 self._validate_if_due()
@@ -322,4 +326,7 @@ class Trainer:
         self._restore_scale(content.state)
         self.completed = content.update
         self._validated = int(content.state["validated"])
-        self._best.restore(content.state.get("best"))
+        best = content.state.get("best") or {}
+        there = best.get("update") is not None and checkpoints.folder_of(self._checkpoints, best["update"]).is_dir()
+        if self.world.broadcast(there):  # not in a branch whose origin had deleted it
+            self._best.restore(best)

@@ -60,7 +60,7 @@ def _of_run(run: Path, name: str) -> Path:
     average = _average_beside(_in_folder(run)) if name == EMA else None
     if average is None:
         option = "ema.decay=0.9999" if name == EMA else "checkpoint.best=val/DATASET/top1"
-        raise ConfigError(f"{run}: keeps no {name} weights; train with {option}, or give the run's folder")
+        raise ConfigError(f"{run}: has no {name} weights yet; train with {option}, or give the run's folder")
     return average
 
 

@@ -68,7 +68,7 @@ def test_a_gpu_that_torch_cannot_use_is_refused_on_every_rank_in_one_line(
         rank_device(rank, 0)
     said = str(refused.value)
     assert said.startswith(
-        f"rank {rank} has a GPU (CUDA_VISIBLE_DEVICES=0), and torch 2.13.0+cu130, built for CUDA 13.0,"
+        f"rank {rank} was granted a GPU (CUDA_VISIBLE_DEVICES=0), and torch 2.13.0+cu130, built for CUDA 13.0,"
     )
     assert "driver none" in said
     assert said.endswith("or compute on the CPU with CUDA_VISIBLE_DEVICES=")
@@ -92,7 +92,7 @@ def test_a_build_without_cuda_where_only_the_scheduler_speaks_of_gpus_is_one_war
     assert [rank_device(rank, rank).type for rank in range(2)] == ["cpu", "cpu"]
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
-    assert said[0].startswith("warning: rank 0 has a GPU (CUDA_VISIBLE_DEVICES=0), and torch")
+    assert said[0].startswith("warning: rank 0 was granted a GPU (CUDA_VISIBLE_DEVICES=0), and torch")
 
 
 def test_who_wants_the_cpu_gets_it_without_a_word(

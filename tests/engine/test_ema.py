@@ -107,7 +107,7 @@ def test_the_average_is_a_model_for_every_command_and_its_damage_is_noticed(
     model = load_model(averaged / "ema")
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, newest.average[name]), name
-    with pytest.raises(ConfigError, match=r"keeps no ema weights; train with ema\.decay=0\.9999"):
+    with pytest.raises(ConfigError, match=r"has no ema weights yet; train with ema\.decay=0\.9999"):
         resolve_model_file(plain / "ema")
     with pytest.raises(ConfigError, match="no run of that name"):
         resolve_model_file(tmp_path / "ema")

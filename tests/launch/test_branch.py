@@ -87,6 +87,8 @@ def test_a_branch_goes_on_longer_with_another_schedule_and_is_resumed_as_any_run
         (["branch_from=nobody@3"], "is no run; write branch_from=RUN@UPDATE"),
         (["branch_from=first@2", "seed=5"], "branch_from: run 'first' has seed=0, and 5 was requested; a branch keeps"),
         (["branch_from=first@2", "init_from=x.pyth"], "branch_from and init_from"),
+        (["branch_from=first@2", "updates=2"], "the branch would end at updates=2; set updates=N above 2"),
+        (["name=first", "updates=3"], "run 'first' has completed 4; for another end of its past start a branch"),
         (["name=first", "branch_from=first@2"], "branch_from: run 'first' exists, and begins with update 0"),
     ],
 )
@@ -100,7 +102,7 @@ def test_a_branch_that_cannot_be_is_refused_in_one_line(
 
 
 def test_a_damaged_checkpoint_is_no_beginning(first: Path, submit: Submit, runs: Path) -> None:
-    submit("branch_from=first@2", "name=victim", "updates=2")
+    submit("branch_from=first@2", "name=victim", "updates=3")
     (runs / "victim" / "checkpoints" / "update-00000002" / "state.json").unlink()
     done = submit("branch_from=victim@2", "name=none", expect=2)
     assert "state.json is missing; choose another checkpoint" in done.stderr
@@ -111,5 +113,15 @@ def test_the_tests_that_follow_a_run_take_its_best_checkpoint(runs: Path, submit
     submit("experiment=tiny", "cluster=local", "gpus=1", "name=tested", "updates=3", *words)
     best = (runs / "tested" / "checkpoints" / "best").read_text().strip()
     assert [p.name for p in (runs / "tested" / "evaluation").iterdir()] == [best]
-    submit("branch_from=tested@best", "name=from-best", "updates=3", "then=null")
-    assert load(runs / "from-best").checkpoint.best == "val/mean/top1"
+    submit("branch_from=tested/latest", "name=longer-tested", "updates=4", "then=null")
+    longer = runs / "longer-tested" / "checkpoints"
+    assert (longer / (longer / "best").read_text().strip() / "manifest.json").is_file(), (
+        "the best one came with the branch"
+    )
+
+
+def test_initial_weights_are_those_of_the_submission_though_the_other_run_goes_on(
+    first: Path, runs: Path, submit: Submit
+) -> None:
+    submit("experiment=tiny", "cluster=local", "gpus=1", f"init_from={first}", "name=started", "updates=1")
+    assert load(runs / "started").init_from == str(ck.folder_of(first / "checkpoints", 4))
