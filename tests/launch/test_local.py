@@ -167,7 +167,7 @@ SAVES = """
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_stop_is_passed_on_once_and_the_run_is_resumable(root: Path, folder: Path, number: int) -> None:
     process = launcher(root, folder, 2, SAVES)
     pids = [int(p["pid"]) for p in started(folder, 2)]
