@@ -118,7 +118,7 @@ class RelativeAttention(nn.Module):
         shape = self.shape
         q = self._pooled_queries(linear(x, *self._layers("q")))
         k, v = self._pooled_keys_values(x)
-        tables = tuple(getattr(self, f"rel_pos_{axis}", None) for axis in "thw")
+        tables = tuple(getattr(self, f"rel_pos_{axis}", None) for axis in ("t", "h", "w"))
         out = attend_with_positions(q, k, v, shape.q_grid, shape.kv_grid, tables)  # type: ignore[arg-type]
         if self.residual_q:
             out = torch.cat([out[:, : self.first], out[:, self.first :] + q[:, self.first :]], 1)
