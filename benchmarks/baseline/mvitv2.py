@@ -160,7 +160,7 @@ def attention(state: State, config: ModelConfig, block: Block, u: Tensor, sides:
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     own = q[:, :, first:].unflatten(2, grids[0])
     bias = torch.zeros(*own.shape[:-1], *grids[1], dtype=q.dtype)
-    for axis, letter in enumerate("thw"):
+    for axis, letter in enumerate(("t", "h", "w")):
         if (table := state.get(f"{at}.rel_pos_{letter}")) is not None:
             bias = bias + along(own, table, axis, grids[0][axis], grids[1][axis])
     bias = bias.flatten(5).flatten(2, 4)
