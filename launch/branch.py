@@ -17,10 +17,9 @@ from launch import resume
 from multitrain.config import ConfigError, RunConfig, load
 from multitrain.config.paths import find_run
 from multitrain.config.reading import parse_json
-from multitrain.records.checkpoints import AVERAGE, BEST, invalid_reason, listed, pointed_to, update_of
+from multitrain.records.checkpoints import BEST, listed, pointed_to, update_of, verify
 
 OPTION = "branch_from"
-FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "config.yaml")
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def origin(value: str, runs: Path) -> Origin:
     if not chosen:
         there = ", ".join(str(update_of(c)) for c in reversed(found)) or "none"
         raise ConfigError(f"{OPTION}={value}: {run} has no such checkpoint; it has those after updates: {there}")
-    reason = invalid_reason(chosen[0], FILES, (*FILES, AVERAGE))
+    reason = verify(chosen[0])
     if reason is not None:
         raise ConfigError(f"{OPTION}={value}: {chosen[0]}: {reason}; choose another checkpoint")
     return Origin(run.absolute(), chosen[0].absolute())
@@ -116,4 +115,4 @@ def _best_of(checkpoint: Path) -> Path | None:
     state = parse_json((checkpoint / "state.json").read_bytes(), checkpoint / "state.json")
     update = (state.get("best") or {}).get("update")
     best = next((c for c in listed(checkpoint.parent) if update_of(c) == update), None)
-    return None if best is None or invalid_reason(best, FILES, (*FILES, AVERAGE)) else best
+    return None if best is None or verify(best) else best

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from multitrain.cluster import gpus
 from multitrain.config import ModelConfig, RunConfig
 from multitrain.order.batch import BatchShape
 from multitrain.text import counted
@@ -133,7 +134,7 @@ def summary_lines(config: RunConfig, shape: BatchShape, network: Mapping[str, in
 def on_cpus(config: RunConfig) -> bool:
     """Whether the ranks will compute on CPU cores, as far as this machine shows."""
     if config.cluster.kind == "local":
-        return not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg"))
+        return gpus.device_file() is None
     return config.cluster.gpu_request == "none"
 
 

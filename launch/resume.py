@@ -12,7 +12,7 @@ from launch.snapshot import ROOT, digest, is_own_code, snapshot
 from multitrain.config import ConfigError, RunConfig, compose, leaves, load, validate
 from multitrain.config.paths import is_remote
 from multitrain.config.reading import parse_yaml
-from multitrain.records.checkpoints import AVERAGE, BEST, LATEST, invalid_reason, listed, pointed_to, update_of
+from multitrain.records.checkpoints import AVERAGE, BEST, LATEST, listed, pointed_to, update_of, verify_model
 
 MUTABLE_DATA_OPTIONS = re.compile(
     r"data\.(root|index|workers|prefetch|skip_cap|decoder|decode_timeout|stage|stage_limit)"
@@ -258,8 +258,7 @@ def pinned(config: RunConfig) -> RunConfig:
         if found is not None and start.name == BEST and (found / AVERAGE).is_file():
             found = found / AVERAGE
     elif config.init_from and (start / "checkpoints").is_dir():
-        valid = (c for c in listed(start / "checkpoints") if not invalid_reason(c, ("model.safetensors",), ()))
-        found = next(valid, None)
+        found = next((c for c in listed(start / "checkpoints") if verify_model(c) is None), None)
     return config if found is None else config.model_copy(update={"init_from": str(found)})
 
 

@@ -66,6 +66,8 @@ class Run:
     """Whether to start a run whose checkpoints are gone from the beginning."""
     update_code: bool = False
     """Whether to resume with the code of this checkout."""
+    origin: branch.Origin | None = None
+    """What a new branch begins with."""
     idle: list[str] = field(default_factory=list)
     """Lines about words that were typed and change nothing."""
 
@@ -103,6 +105,7 @@ def compose_run(words: Sequence[str], *, config_dirs: Sequence[str] = (), defaul
     typed = [w for w in words if "=" in w or w.startswith("~")]
     path = _folder(typed, [w for w in words if w not in typed], config_dirs, default_name)
     saved = load(path) if (path / "config.yaml").is_file() else None
+    origin = None
     if saved:
         config, dirs = resume.resumed_config(saved, path, typed, config_dirs)
         new = resume.new_overrides(path, typed)
@@ -113,8 +116,8 @@ def compose_run(words: Sequence[str], *, config_dirs: Sequence[str] = (), defaul
         dirs = list(config_dirs)
         refuse_run(path, run=path.parent)
         new = options(typed)
-        if found := _origin(typed, path.parent):
-            config, dirs, typed = branch.config_of(found, path, typed, dirs)
+        if origin := _origin(typed, path.parent):
+            config, dirs, typed = branch.config_of(origin, path, typed, dirs)
         else:
             config = resume.with_absolute_paths(leaves(compose(new, config_dirs=dirs)), path)
         refuse_typed(new, config)
@@ -128,7 +131,7 @@ def compose_run(words: Sequence[str], *, config_dirs: Sequence[str] = (), defaul
     shape = solve(
         config.effective_batch, nodes=config.nodes, gpus=config.gpus, micro_batch=config.micro_batch, group=config.group
     )
-    run = Run(path, config, shape, typed, [str(Path(d).absolute()) for d in dirs], **flags, idle=idle)
+    run = Run(path, config, shape, typed, [str(Path(d).absolute()) for d in dirs], **flags, origin=origin, idle=idle)
     _refuse_wrong_start(run)
     _refuse_single_clips(config, shape)
     return run
@@ -335,8 +338,8 @@ def write(run: Run) -> None:
         else:
             snapshot(new / "code", run.config_dirs, run.config.model.backbone)
             (new / "logs").mkdir()
-            if found := _origin(run.typed, run.path.parent):
-                branch.copy(found, new / "checkpoints")
+            if run.origin is not None:
+                branch.copy(run.origin, new / "checkpoints")
             run.path.parent.mkdir(parents=True, exist_ok=True)
             _publish(new, run.path)
     except OSError as error:

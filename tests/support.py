@@ -220,6 +220,16 @@ def train(run: Path, world_size: int, timeout: float = 800, expect: int = 0, *, 
     assert codes == [expect] * world_size, f"exit statuses {codes}\n{log.read_text()[-6000:]}"
 
 
+def pack(data: Path, folder: Path, names: Sequence[str] = ("stride", "segment", "with.dot")) -> Path:
+    """Pack the datasets of `data` as ``FOLDER/NAME``, four videos a shard; returns `folder`."""
+    from multitrain.cli import main
+
+    for name in names:
+        words = ("--annotations", str(data / name), "--shard-videos", "4", "--workers", "1")
+        assert main(["data", "pack", str(data / name), str(folder / name), *words]) == 0
+    return folder
+
+
 def excite(model: Any) -> None:
     """Scale the expander of a fresh model up, so that its embeddings spread and the informative loss has something to see."""
     import torch

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchmarks.drills.run import HANG_LIMIT, UPDATES, VALIDATED, RunHung, TinyRun
 from multitrain.engine import checkpoint as ck
+from multitrain.records.checkpoints import FILES
 from tests.slurm.drill import send
 
 Fault = Callable[[TinyRun, random.Random], None]
@@ -174,7 +175,7 @@ def damage(run: TinyRun, chance: random.Random) -> None:
     whole = [f for f in ck.listed(run.folder / "checkpoints") if ck.verify(f) is None]
     if len(whole) < 2:
         return
-    file = whole[0] / chance.choice((*ck.FILES, "manifest.json"))
+    file = whole[0] / chance.choice((*FILES, "manifest.json"))
     way = chance.choice(("cut", "flip", "remove", "empty"))
     size = file.stat().st_size
     if way == "remove":

@@ -34,7 +34,7 @@ def bandwidth(rank: int, world: int, local: int, address: str, port: int, timeou
     cuda = device.type == "cuda"
     store = rendezvous(rank, world, listens_here_only(world), timeout)
     dist.init_process_group(
-        "nccl" if cuda else "gloo",
+        described(device)["backend"],
         store=store,
         init_method=f"tcp://{address}:{port}" if store is None else None,
         rank=rank,

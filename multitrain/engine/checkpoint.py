@@ -33,15 +33,14 @@ from multitrain.records.checkpoints import (
     BEST,
     LATEST,
     MANIFEST,
-    invalid_reason,
     listed,
     pointed_to,
     update_of,
+    verify,
 )
 
 FORMAT = 1
 _CHUNK = 1 << 24
-FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "config.yaml")
 
 
 class CheckpointError(ConfigError):
@@ -71,11 +70,6 @@ class Checkpoint:
 def folder_of(checkpoints: Path, update: int) -> Path:
     """The folder of the checkpoint after `update` updates."""
     return checkpoints / f"update-{update:08d}"
-
-
-def verify(folder: Path) -> str | None:
-    """Why `folder` is not a valid checkpoint; None when every file matches its manifest."""
-    return invalid_reason(folder, FILES, (*FILES, AVERAGE))
 
 
 def newest_verified(checkpoints: Path) -> tuple[Path | None, dict[Path, str]]:

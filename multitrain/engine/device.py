@@ -10,15 +10,14 @@ from pathlib import Path
 
 import torch
 
+from multitrain.cluster import gpus
 from multitrain.config import ConfigError
 
 GRANTS = ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE")
 """Environment variables that name, or count, the GPUs of a job; the first one is empty where the user wants the CPU."""
 
-NONE = "SLURM_GPUS_ON_NODE=0"
-
-DEVICE_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-"""Files that a driver of GPUs makes."""
+NO_GPU = "SLURM_GPUS_ON_NODE=0"
+"""The one value among them that grants none."""
 
 AMPERE = (8, 0)
 """Compute capability from which a GPU computes in bf16."""
@@ -29,9 +28,7 @@ def granted(environment: Mapping[str, str] = os.environ) -> str | None:
     if environment.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1", "NoDevFiles"):
         return None
     named = [f"{name}={environment[name]}" for name in GRANTS if environment.get(name)]
-    return next((n for n in named if n != NONE), None) or next(
-        (path for path in DEVICE_FILES if Path(path).exists()), None
-    )
+    return next((n for n in named if n != NO_GPU), None) or gpus.device_file()
 
 
 def rank_device(rank: int, local_rank: int, precision: str = "fp32") -> torch.device:
@@ -66,15 +63,15 @@ def refuse_unused_gpu(rank: int) -> None:
     if grant is None:
         return
     build = f"torch {torch.__version__}"
-    files = any(Path(path).exists() for path in DEVICE_FILES)
-    if torch.version.cuda is None and torch.version.hip is None:
+    for_gpus = torch.version.cuda or torch.version.hip
+    if not for_gpus:
         why = f"{build} is built without CUDA"
         remedy = "install a build for the node's driver (docs/install.md)"
     else:
         why = f"{build}, built for CUDA {torch.version.cuda}, cannot use it ({_reason()}; driver {_driver()})"
         remedy = "install a torch for this driver, or a newer driver"
     text = f"rank {rank} was granted a GPU ({grant}), and {why}; {remedy}, or compute on the CPU with CUDA_VISIBLE_DEVICES="
-    if files or torch.version.cuda or torch.version.hip:
+    if for_gpus or gpus.device_file():
         raise ConfigError(text)
     if rank == 0:
         print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -8,9 +8,18 @@ from pathlib import Path
 from multitrain.config import ConfigError
 from multitrain.config.paths import find_run
 from multitrain.interop.state_dict_report import abbreviated
-from multitrain.records.checkpoints import AVERAGE, BEST, LATEST, MANIFEST, invalid_reason, listed, pointed_to
+from multitrain.records.checkpoints import (
+    AVERAGE,
+    BEST,
+    LATEST,
+    MANIFEST,
+    MODEL_FILE,
+    invalid_reason,
+    listed,
+    pointed_to,
+    verify_model,
+)
 
-MODEL_FILE = "model.safetensors"
 EMA = "ema"
 """``RUN/ema`` stands for the averaged weights of a run."""
 
@@ -80,21 +89,21 @@ def _average_beside(model: Path) -> Path | None:
 
 def _in_folder(path: Path) -> Path:
     if path.name.startswith("update-"):
-        reason = _invalid_reason(path)
+        reason = verify_model(path)
         if reason:
             raise ConfigError(
                 f"{path}: {reason}; use an older checkpoint of the run, or the run's folder to have the newest whole one found"
             )
         return path / MODEL_FILE
     if (path / MODEL_FILE).is_file():  # written by `multitrain convert`, or a checkpoint under another name
-        reason = _invalid_reason(path) if (path / MANIFEST).is_file() else None
+        reason = verify_model(path) if (path / MANIFEST).is_file() else None
         if reason:
             raise ConfigError(f"{path}: {reason}; write or copy it again")
         return path / MODEL_FILE
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     damaged: list[str] = []
     for checkpoint in listed(folder):
-        reason = _invalid_reason(checkpoint)
+        reason = verify_model(checkpoint)
         if reason is None:
             return checkpoint / MODEL_FILE
         damaged.append(f"{checkpoint.name}: {reason}")
@@ -107,11 +116,6 @@ def _in_folder(path: Path) -> Path:
         else "give a run's folder, a checkpoint's folder or a file"
     )
     raise ConfigError(f"{path}: holds no checkpoint (checkpoints/update-…); {hint}")
-
-
-def _invalid_reason(folder: Path) -> str | None:
-    """Why the checkpoint in `folder` is not valid, or None. Checks every file's size, and the SHA-256 of the files read from here."""
-    return invalid_reason(folder, (MODEL_FILE,), (MODEL_FILE, "state.json"))
 
 
 def belongs_to_run(folder: Path) -> bool:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from multitrain.config import ModelConfig
 from multitrain.model.backbone import Backbone, masks_of_blocks
 from multitrain.model.block import compute_dtype
-from multitrain.model.layers import HeadPool, Mlp, Recompute
+from multitrain.model.layers import BlockShape, HeadPool, Mlp, Recompute
 from multitrain.model.low_precision import Linear, linear
 from multitrain.model.mvit import PatchEmbed, patch_grid
-from multitrain.model.pooling import Grid, pooled_grid, read_positions
+from multitrain.model.pooling import read_positions
 from multitrain.model.pooling_autograd import pool_heads, pool_shortcut
 from multitrain.model.random import KeyedDropPath, Mask, stream_of
 from multitrain.model.recompute import Recomputed
@@ -26,32 +26,13 @@ from multitrain.model.relative import attend_with_positions, further_channels
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """The geometry of one block; it depends on the configuration alone."""
+class Geometry(BlockShape):
+    """The geometry of one block, whose grids are without the class token."""
 
-    dim_in: int
     dim_attn: int
     """Channels of the attention."""
-    dim_out: int
-    heads: int
-    grid: Grid
-    """Token grid of the input, without the class token."""
-    q_stride: int
-    kv_stride: int
-    pool_q: bool
     table_sides: int
     """Rows (and columns) for which the tables of relative positions are made; smaller than the grids where a stage's grid is odd."""
-    drop_path: float
-
-    @property
-    def q_grid(self) -> Grid:
-        """Token grid of the output."""
-        return pooled_grid(self.grid, self.q_stride)
-
-    @property
-    def kv_grid(self) -> Grid:
-        """Token grid of keys and values."""
-        return pooled_grid(self.grid, self.kv_stride)
 
 
 def geometries(config: ModelConfig) -> list[Geometry]:

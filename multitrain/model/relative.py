@@ -92,19 +92,7 @@ def attend_with_positions(
     dtype = q.dtype
     if emulated_dtype(q) is not None:  # this CPU multiplies bf16 and fp16 slowly
         with torch.autocast(q.device.type, enabled=False):
-            return attend_with_positions_fused(q.float(), k.float(), v.float(), q_grid, kv_grid, tables).to(dtype)
-    return attend_with_positions_fused(q, k, v, q_grid, kv_grid, tables)
-
-
-def attend_with_positions_fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_grid: Grid,
-    kv_grid: Grid,
-    tables: tuple[Tensor | None, Tensor | None, Tensor | None],
-) -> Tensor:
-    """`attend_with_positions` by torch's fused attention in the dtype of q."""
+            return attend_with_positions(q.float(), k.float(), v.float(), q_grid, kv_grid, tables).to(dtype)
     size = q.shape[-1]
     first = q.shape[1] - q_grid[0] * q_grid[1] * q_grid[2]
     scores = position_scores(q[:, first:], q_grid, kv_grid, tables)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
+from multitrain.config.paths import POINTERS
 from multitrain.config.reading import parse_json
 
 MANIFEST = "manifest.json"
@@ -14,7 +15,10 @@ _NAME = re.compile(r"update-(\d{8,})$", re.ASCII)
 _CHUNK = 1 << 24
 AVERAGE = "ema.safetensors"
 """File of the averaged weights, in the checkpoints of a run with `ema.decay`."""
-LATEST, BEST = "latest", "best"
+MODEL_FILE = "model.safetensors"
+FILES = (MODEL_FILE, "optimizer.safetensors", "state.json", "config.yaml")
+"""Files of every checkpoint."""
+LATEST, BEST = POINTERS
 """Files beside the checkpoints that name the newest one, and the best one by `checkpoint.best`."""
 
 
@@ -69,6 +73,16 @@ def invalid_reason(folder: Path, required: Collection[str], hashed: Collection[s
         except (OSError, ValueError) as error:
             return f"{name} cannot be read ({error})"
     return None
+
+
+def verify(folder: Path) -> str | None:
+    """Why `folder` is not a valid checkpoint; None when every file matches its manifest."""
+    return invalid_reason(folder, FILES, (*FILES, AVERAGE))
+
+
+def verify_model(folder: Path) -> str | None:
+    """The same for readers of the weights alone: the size of every file, and the content of those that they read."""
+    return invalid_reason(folder, (MODEL_FILE,), (MODEL_FILE, "state.json"))
 
 
 def sha256(path: Path) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import settings
+from support import pack, settings
 
 from launch.resume import with_absolute_paths
 from multitrain.cli import main
@@ -41,9 +41,7 @@ S3 = pytest.param(
 def packed(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The datasets of `videos`, packed below ``bucket``."""
     folder = tmp_path_factory.mktemp("served")
-    for name in NAMES:
-        words = ("--annotations", str(videos / name), "--shard-videos", "4", "--workers", "1")
-        assert main(["data", "pack", str(videos / name), str(folder / "bucket" / name), *words]) == 0
+    pack(videos, folder / "bucket")
     return folder
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import settings, write_run
+from support import pack, settings, write_run
 
 from multitrain.cli import main
 from multitrain.config import validate
@@ -24,11 +24,7 @@ NAMES = ("stride", "segment", "with.dot")
 
 @pytest.fixture(scope="module")
 def packed(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("packed")
-    for name in NAMES:
-        words = ("--annotations", str(videos / name), "--shard-videos", "4", "--workers", "1")
-        assert main(["data", "pack", str(videos / name), str(folder / name), *words]) == 0
-    return folder
+    return pack(videos, tmp_path_factory.mktemp("packed"))
 
 
 def on_packs(videos: Path, packed: Path, names: tuple[str, ...] = NAMES, **changes: Any) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from multitrain.cluster import gpus
 from multitrain.config import ConfigError
-from multitrain.engine import device
 from multitrain.engine.device import GRANTS, granted, rank_device
 
 
@@ -18,7 +18,7 @@ from multitrain.engine.device import GRANTS, granted, rank_device
 def no_grant(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in GRANTS:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(device, "DEVICE_FILES", ())
+    monkeypatch.setattr(gpus, "DEVICE_FILES", ())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
@@ -52,7 +52,7 @@ def test_what_grants_a_gpu(environment: dict[str, str], grant: str | None) -> No
 
 
 def test_a_driver_on_the_machine_counts_as_well(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(device, "DEVICE_FILES", (str(tmp_path),))
+    monkeypatch.setattr(gpus, "DEVICE_FILES", (str(tmp_path),))
     assert granted({}) == str(tmp_path)
     assert granted({"CUDA_VISIBLE_DEVICES": ""}) is None
 
@@ -78,7 +78,7 @@ def test_a_gpu_that_torch_cannot_use_is_refused_on_every_rank_in_one_line(
 def test_a_build_without_cuda_on_a_machine_with_a_driver_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(device, "DEVICE_FILES", (str(tmp_path),))
+    monkeypatch.setattr(gpus, "DEVICE_FILES", (str(tmp_path),))
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(ConfigError, match="is built without CUDA; install a build for the node's driver"):
         rank_device(1, 0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from multitrain.engine import checkpoint as ck
+from multitrain.records.checkpoints import FILES
 
 
 def test_every_file_and_folder_is_synced_before_the_name_that_makes_it_count(
@@ -39,8 +40,8 @@ def test_every_file_and_folder_is_synced_before_the_name_that_makes_it_count(
     (pointed,) = [i for i, (what, _) in enumerate(done) if what == "replace"]
     temporary, pointer = done[renamed][1], done[pointed][1]
     synced = [path for what, path in done[:renamed] if what == "fsync"]
-    assert {f"{temporary}/{name}" for name in (*ck.FILES, "manifest.json")} | {temporary} <= set(synced)
-    assert synced.index(f"{temporary}/manifest.json") > max(synced.index(f"{temporary}/{name}") for name in ck.FILES)
+    assert {f"{temporary}/{name}" for name in (*FILES, "manifest.json")} | {temporary} <= set(synced)
+    assert synced.index(f"{temporary}/manifest.json") > max(synced.index(f"{temporary}/{name}") for name in FILES)
     between = [path for what, path in done[renamed:pointed] if what == "fsync"]
     assert str(tmp_path) in between, "the folder's new name, before the pointer names it"
     assert pointer in between

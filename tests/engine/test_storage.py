@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import settings, train, write_run
+from support import pack, settings, train, write_run
 
-from multitrain.cli import main
 from multitrain.config import load
 from tests.engine.test_resume import assert_same_bits, interrupt
 from tests.object_store import ENVIRONMENT, serving
@@ -21,11 +20,7 @@ NAMES = ("stride", "segment", "with.dot")
 @pytest.fixture(scope="module")
 def packed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The datasets of `tiny_data`, packed."""
-    folder = tmp_path_factory.mktemp("packed")
-    for name in NAMES:
-        words = ("--annotations", str(tiny_data / name), "--shard-videos", "4", "--workers", "1")
-        assert main(["data", "pack", str(tiny_data / name), str(folder / name), *words]) == 0
-    return folder
+    return pack(tiny_data, tmp_path_factory.mktemp("packed"))
 
 
 @pytest.fixture(scope="module")
