@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -252,6 +253,7 @@ def test_a_model_or_a_run_that_is_not_there_is_one_line(
 def test_evaluate_prints_the_table_and_writes_beside_the_weights(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = said(capsys, "evaluate", run, "--dataset", "stride", "segment", "eval.videos_per_batch=2")
     assert status == 0
+    assert re.search(r"^stride: top-1 [0-9.]+–[0-9.]+, top-5 .*\(95 % interval, \d+ videos\)$", err, re.MULTILINE)
     (line,) = out.splitlines()
     assert [cell.split()[0] for cell in line.split(" | ")] == ["stride", "segment", "average"]
     folder = run / "evaluation" / "update-00000005" / "test"

@@ -14,7 +14,7 @@ import pytest
 LAYERS = [
     {"text"},
     {"errors"},
-    {"files", "lease", "plot_style"},
+    {"files", "intervals", "lease", "plot_style"},
     {"config", "order"},
     {"cluster", "loss", "model"},
     {"records"},

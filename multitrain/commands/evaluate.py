@@ -89,6 +89,7 @@ def main(arguments: Arguments) -> int:
         return _leave(rank, stop)
     if rank == 0:
         _print_evaluation(done)
+        _name_average(given.model)
     return Exit.FINISHED
 
 
@@ -135,6 +136,19 @@ def _default_out(model: str, split: str) -> Path:
     return result_folder(checkpoint.parent.parent, "evaluation", checkpoint.name, split)
 
 
+def _name_average(model: str) -> None:
+    """Say that the run has averaged weights, which its validations scored and this test did not."""
+    from multitrain.interop.model_path import unused_average
+
+    if average := unused_average(model):
+        print(
+            printable(
+                f"note: these are the weights of the last update; the run's validations scored the averaged ones: {average}"
+            ),
+            file=sys.stderr,
+        )
+
+
 _last_line = 0.0
 
 
@@ -160,4 +174,6 @@ def _print_evaluation(done: Evaluation) -> None:
                 file=sys.stderr,
             )
     print(printable(done.table))
+    if done.intervals:
+        print("\n".join(printable(line) for line in done.intervals.splitlines()), file=sys.stderr)
     print(f"scores and figures: {done.folder}", file=sys.stderr)

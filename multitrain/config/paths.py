@@ -14,6 +14,9 @@ PATH_OPTIONS = re.compile(r"init_from|runs|data\.(root|index)|data\.datasets\..+
 POINTERS = ("latest", "best")
 """Files in a run's ``checkpoints`` that name one of them; ``RUN/best`` stands for ``RUN/checkpoints/best``."""
 
+WEIGHTS_OF_A_RUN = (*POINTERS, "ema")
+"""Words after a run's folder or name that stand for some of its weights, e.g. ``first/best``."""
+
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 REMOTE = ("s3", "gs", "https", "http")
 """Schemes of addresses from which packs are read."""

@@ -62,6 +62,11 @@ class Evaluation:
         """One line, e.g. ``kinetics 84.7/96.5 (19796/19796) | ssv2 65.2/86.6 (24777/24777) | average 75.0/91.6``."""
         return tables.table(self.combined or self.results)
 
+    @property
+    def intervals(self) -> str:
+        """One line a dataset, e.g. ``kinetics: top-1 84.2–85.2, top-5 96.2–96.8 (95 % interval, 19796 videos)``."""
+        return tables.interval_lines(self.combined or self.results)
+
 
 def evaluate(
     model: MultiTrain,

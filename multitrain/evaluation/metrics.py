@@ -6,11 +6,13 @@ labels a video, a sequence of tuples of integers. All figures are fractions in [
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from multitrain.intervals import Weights
 
 Scores = npt.NDArray[np.floating[Any]]
 Labels = npt.ArrayLike | Sequence[tuple[int, ...]]
@@ -90,10 +92,15 @@ def average_precision(scores: Scores, truth: npt.ArrayLike) -> float:
         return float("nan")
     order = np.argsort(-scores, kind="stable")
     found = np.cumsum(positive[order])
-    ends = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
+    ends = _threshold_ends(scores[order])
     precision = found[ends] / (ends + 1)
     gained = np.diff(found[ends], prepend=0) / found[-1]
     return float((gained * precision).sum())
+
+
+def _threshold_ends(ranked: Scores) -> npt.NDArray[np.int64]:
+    """The last place of each distinct value in sorted scores."""
+    return np.append(np.flatnonzero(ranked[1:] != ranked[:-1]), len(ranked) - 1)
 
 
 def mean_average_precision(scores: Scores, labels: Labels) -> float:
@@ -102,3 +109,39 @@ def mean_average_precision(scores: Scores, labels: Labels) -> float:
     truth = multi_hot(labels, scores.shape[1])
     present = [average_precision(scores[:, c], truth[:, c]) for c in np.flatnonzero(truth.any(axis=0))]
     return float(np.mean(present)) if present else float("nan")
+
+
+def resampled_class_accuracy(scores: Scores, labels: Labels) -> Callable[[Weights], float]:
+    """The mean of :func:`per_class_accuracy` as a function of how often each video counts, for a bootstrap."""
+    scores = np.asarray(scores)
+    truth = multi_hot(labels, scores.shape[1]).argmax(axis=1)
+    hit = ranking(scores, 1)[:, 0] == truth
+
+    def measure(weights: Weights) -> float:
+        counted = np.bincount(truth, weights, scores.shape[1])
+        right = np.bincount(truth, weights * hit, scores.shape[1])
+        return float((right[counted > 0] / counted[counted > 0]).mean()) if counted.any() else float("nan")
+
+    return measure
+
+
+def resampled_average_precision(scores: Scores, labels: Labels) -> Callable[[Weights], float]:
+    """:func:`mean_average_precision` as a function of how often each video counts, for a bootstrap."""
+    scores = np.where(np.isnan(scores), -np.inf, np.asarray(scores))
+    truth = multi_hot(labels, scores.shape[1])
+    ranked = []
+    for c in np.flatnonzero(truth.any(axis=0)):
+        order = np.argsort(-scores[:, c], kind="stable")
+        ranked.append((order, truth[order, c], _threshold_ends(scores[order, c])))
+
+    def measure(weights: Weights) -> float:
+        values = []
+        for order, positive, ends in ranked:
+            counted = weights[order]
+            found, seen = np.cumsum(counted * positive)[ends], np.cumsum(counted)[ends]
+            if found[-1]:
+                precision = found / np.maximum(seen, 1)
+                values.append(float((np.diff(found, prepend=0) / found[-1] * precision).sum()))
+        return float(np.mean(values)) if values else float("nan")
+
+    return measure

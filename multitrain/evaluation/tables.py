@@ -16,8 +16,10 @@ from multitrain.evaluation import metrics
 from multitrain.evaluation.scoring import Task
 from multitrain.evaluation.shards import Scores, ShardReader
 from multitrain.files import replace_text, replacing
+from multitrain.intervals import FEWEST, RESAMPLES, Interval, bootstrap, proportion
 from multitrain.records import jsonl
-from multitrain.records.results import FILE, checked
+from multitrain.records.results import FILE, MEASURE_NAMES, MEASURES, checked
+from multitrain.text import counted
 
 _log = logging.getLogger(__name__)
 
@@ -33,9 +35,19 @@ def compute_metrics(scores: Scores, labels: Sequence[tuple[int, ...]], *, multi_
     Returns:
         ``top1`` and ``top5`` in percent (a video counts when any true label is among the best); for one label a video
         ``mean_class_accuracy`` in percent, ``per_class`` (percent by label, null without videos) and ``confusion``
-        (triples true label, predicted label, count); with several, ``map`` in percent.
+        (triples true label, predicted label, count); with several, ``map`` in percent. ``intervals``: lower and upper end of
+        the 95 % interval of each of them, in percent (see :mod:`multitrain.intervals`); none without videos.
     """
-    out: dict[str, Any] = {f"top{k}": _percent(metrics.topk_accuracy(scores, labels, k)) for k in (1, 5)}
+    hits = {f"top{k}": metrics.topk_hits(scores, labels, k) for k in (1, 5)}
+    out: dict[str, Any] = {
+        name: _percent(float(hit.mean()) if len(hit) else float("nan")) for name, hit in hits.items()
+    }
+    if not len(scores):
+        out["intervals"] = {}
+    else:
+        ends = {name: proportion(int(hit.sum()), len(hit)) for name, hit in hits.items()}
+        ends |= _bootstrapped(scores, labels, multi_label=multi_label)
+        out["intervals"] = {n: [100 * low, 100 * high] for n, (low, high) in ends.items() if not np.isnan(low)}
     if multi_label:
         return out | {"map": _percent(metrics.mean_average_precision(scores, labels))}
     per_class = metrics.per_class_accuracy(scores, labels)
@@ -46,6 +58,20 @@ def compute_metrics(scores: Scores, labels: Sequence[tuple[int, ...]], *, multi_
         "per_class": [_percent(float(a)) for a in per_class],
         "confusion": [[int(t), int(p), int(matrix[t, p])] for t, p in zip(*np.nonzero(matrix))],
     }
+
+
+def _bootstrapped(scores: Scores, labels: Sequence[tuple[int, ...]], *, multi_label: bool) -> dict[str, Interval]:
+    """The intervals of the measures that are no proportions."""
+    if not multi_label:
+        measure = metrics.resampled_class_accuracy(scores, labels)
+        return {"mean_class_accuracy": bootstrap(measure, len(scores))}
+    affordable = LARGEST_BOOTSTRAP // max(scores.size, 1)
+    resamples = min(RESAMPLES, max(FEWEST, affordable))
+    return {"map": bootstrap(metrics.resampled_average_precision(scores, labels), len(scores), resamples)}
+
+
+LARGEST_BOOTSTRAP = 300_000_000
+"""Scores that the bootstrap of a mean average precision reads in all: a few seconds."""
 
 
 def average(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
@@ -66,6 +92,17 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     if sum(r.get("top1") is not None and "map" not in r for r in results.values()) > 1:
         cells.append(f"average {_pair(average(results))}")
     return " | ".join(cells)
+
+
+def interval_lines(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The 95 % intervals of a test's accuracies, one line a dataset; empty without any."""
+    lines = []
+    for name, result in results.items():
+        known = [(m, result["intervals"][m]) for m in MEASURES if (result.get("intervals") or {}).get(m)]
+        shown = [f"{MEASURE_NAMES[m]} {low:.1f}–{high:.1f}" for m, (low, high) in known]
+        if shown:
+            lines.append(f"{name}: {', '.join(shown)} (95 % interval, {counted(result['scored'], 'video')})")
+    return "\n".join(lines)
 
 
 def combine(

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from multitrain.config import ConfigError
-from multitrain.config.paths import find_run
+from multitrain.config.paths import WEIGHTS_OF_A_RUN, find_run
 from multitrain.interop.state_dict_report import abbreviated
 from multitrain.records.checkpoints import (
     AVERAGE,
@@ -20,8 +20,7 @@ from multitrain.records.checkpoints import (
     verify_model,
 )
 
-EMA = "ema"
-"""``RUN/ema`` stands for the averaged weights of a run."""
+EMA = WEIGHTS_OF_A_RUN[-1]
 
 
 def resolve_model_file(path: Path) -> Path:
@@ -118,10 +117,19 @@ def _in_folder(path: Path) -> Path:
     raise ConfigError(f"{path}: holds no checkpoint (checkpoints/update-…); {hint}")
 
 
+def unused_average(path: str | Path) -> Path | None:
+    """The averaged weights beside the weights that `path` stands for, if it has some and stands for the others."""
+    path = Path(path)
+    if path.name in WEIGHTS_OF_A_RUN[1:] or not find_run(path).is_dir():
+        return None
+    average = resolve_model_file(path).with_name(AVERAGE)
+    return average if average.is_file() else None
+
+
 def belongs_to_run(folder: Path) -> bool:
     """Whether `folder` is a run's folder, its folder of checkpoints, or a checkpoint, into which no command writes other files."""
     marks = ("checkpoints", "events.jsonl", "overrides.yaml", "lease", "state.json")
     return any((folder / mark).exists() for mark in marks) or next(folder.glob("update-*"), None) is not None
 
 
-__all__ = ["MODEL_FILE", "belongs_to_run", "resolve_model_file"]
+__all__ = ["MODEL_FILE", "belongs_to_run", "resolve_model_file", "unused_average"]

@@ -208,6 +208,8 @@ class Recorder:
 
 def _summaries(results: Mapping[str, Mapping[str, float]]) -> list[str]:
     return [
-        f"{dataset} " + " ".join(f"{m} {values[m]:.2f}" for m in MEASURES if m in values)
+        f"{dataset} "
+        + " ".join(f"{m} {values[m]:.2f}" for m in MEASURES if m in values)
+        + (f" ({values['videos']:.0f} videos)" if "videos" in values else "")
         for dataset, values in results.items()
     ]

@@ -88,7 +88,8 @@ _TEMPLATE = """
 {% endfor %}
 {% endset %}
 {%- set sections = (
-  ("Accuracy", "Chance is the accuracy of always predicting the most frequent class.", accuracy_section),
+  ("Accuracy", "Chance is the accuracy of always predicting the most frequent class. The intervals describe the choice of the test videos, "
+    "not that of a seed.", accuracy_section),
   ("Training", "Thin lines are single updates, thick ones moving means. Numbered dashed lines mark interruptions; the table "
     "below gives the reasons.", picture("curves")),
   ("Interruptions", "Times are UTC. Away: from the last event before the interruption to the next start, including the wait "
@@ -151,4 +152,4 @@ def _alignment(rows: Sequence[Sequence[str]]) -> list[Markup]:
 
 
 def _is_number(text: str) -> bool:
-    return not text.strip("0123456789.,-–% of") and any(c.isdigit() or c == "–" for c in text)
+    return not text.strip("0123456789.,-–% of()") and any(c.isdigit() or c == "–" for c in text)

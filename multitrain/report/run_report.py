@@ -19,7 +19,6 @@ import numpy as np
 from multitrain.config import ConfigError, RunConfig, dump, load, validate
 from multitrain.config.arguments import Parser
 from multitrain.config.boundary import writing_to
-from multitrain.config.paths import find_run
 from multitrain.config.reading import read_yaml
 from multitrain.evaluation import pictures
 from multitrain.evaluation.output_folders import result_folder
@@ -31,7 +30,7 @@ from multitrain.records import events, jsonl, metrics
 from multitrain.records.progress import duration
 from multitrain.report import page
 from multitrain.report.interruptions import interruptions
-from multitrain.report.status import status
+from multitrain.report.status import resolve, status
 from multitrain.text import markdown, printable, table
 
 
@@ -142,7 +141,7 @@ def accuracy_table(tested: Mapping[str, Scored]) -> str:
     return table(header, rows)
 
 
-_HEADER = ("dataset", "test videos", "classes", "top-1 %", "top-5 %", "mAP %", "chance %")
+_HEADER = ("dataset", "videos", "classes", "top-1 % (95 % interval)", "top-5 %", "mAP % (95 % interval)", "chance %")
 
 
 def _rows(tested: Mapping[str, Scored]) -> list[tuple[str, ...]]:
@@ -155,8 +154,17 @@ def _rows(tested: Mapping[str, Scored]) -> list[tuple[str, ...]]:
 def _row(tested: Scored) -> tuple[str, ...]:
     r = tested.result
     videos = str(r["scored"]) if r["scored"] == r["videos"] else f"{r['scored']} of {r['videos']}"
-    figures = ("–" if r.get(k) is None else f"{r[k]:.1f}" for k in ("top1", "top5", "map"))
-    return (tested.name, videos, str(tested.scores.shape[1]), *figures, f"{tested.chance:.1f}")
+    classes = tested.scores.shape[1]
+    top5 = "–" if r.get("top5") is None or classes <= 5 else f"{r['top5']:.1f}"  # with five classes it is always 100
+    return (tested.name, videos, str(classes), _figure(r, "top1"), top5, _figure(r, "map"), f"{tested.chance:.1f}")
+
+
+def _figure(result: Mapping[str, Any], measure: str) -> str:
+    """A measure in percent with its 95 % interval, e.g. ``84.7 (84.2–85.2)``."""
+    if result.get(measure) is None:
+        return "–"
+    ends = (result.get("intervals") or {}).get(measure)
+    return f"{result[measure]:.1f}" + (f" ({ends[0]:.1f}–{ends[1]:.1f})" if ends else "")
 
 
 def summarise(config: RunConfig, history: History, state: Mapping[str, Any]) -> dict[str, str]:
@@ -359,7 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args(arguments)
-    report = write_report(find_run(given.run), evaluation=given.evaluation, out=given.out, clips=given.clips)
+    report = write_report(resolve(given.run, "runs"), evaluation=given.evaluation, out=given.out, clips=given.clips)
     if given.json:
         print(json.dumps({"page": str(report.page), "table": report.table, "notes": report.notes}, ensure_ascii=False))
         return 0

@@ -19,6 +19,7 @@ from multitrain import lease
 from multitrain.cluster import scheduler
 from multitrain.config import ConfigError, nearest
 from multitrain.config.arguments import Parser
+from multitrain.config.paths import WEIGHTS_OF_A_RUN
 from multitrain.records import events, jsonl
 from multitrain.records.checkpoints import BEST, MANIFEST, listed, pointed_to, update_of
 from multitrain.report.interruptions import interruptions
@@ -138,6 +139,9 @@ def resolve(name: str, runs: str | Path) -> Path:
     Raises:
         ConfigError: there is no such run; names the most similar ones.
     """
+    if Path(name).name in WEIGHTS_OF_A_RUN and len(Path(name).parts) > 1 and not Path(name).is_dir():
+        run = resolve(str(Path(name).parent), runs)
+        raise ConfigError(f"{name}: stands for weights of a run, not for the run; give {run}")
     for folder in (Path(name), Path(runs) / name):
         with contextlib.suppress(PermissionError):
             if folder.is_dir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from multitrain.records.progress import duration
@@ -114,10 +115,13 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _remedy(row: Mapping[str, Any]) -> list[str]:
-    """The command that resumes a run that ended early."""
+    """The command that resumes a run that ended early, as the submission printed it."""
     if row.get("state") not in ("interrupted", "failed", "stopped", "timeout", "out_of_memory", "node_fail"):
         return []
-    return [printable(f"to resume: python launch/submit.py {shlex.quote(str(row['run_dir']))}  (in the checkout)")]
+    run = Path(str(row["run_dir"])).resolve()
+    submit = run / "code/launch/submit.py"
+    command = ["python", str(submit), str(run)] if submit.is_file() else ["multitrain", "submit", str(run)]
+    return [printable(f"to resume: {shlex.join(command)}")]
 
 
 def _notes(row: Mapping[str, Any]) -> list[str]:
@@ -157,6 +161,7 @@ def _validations(row: Mapping[str, Any]) -> dict[str, str]:
     names = {"top1": "top-1", "top5": "top-5", "map": "mAP"}
     return {
         name: ", ".join(f"{names[m]} {values[m]:.1f} %" for m in names if values.get(m) is not None)
+        + (f" of {values['videos']:.0f} videos" if values.get("videos") is not None else "")
         + f" after update {row.get('validation_update')}"
         for name, values in (row.get("validation") or {}).items()
     }
