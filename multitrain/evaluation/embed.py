@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 MAKER = "embed, nearest"
 """The commands whose output files may be replaced: see :mod:`multitrain.files`."""
-_NAMED = 24
-"""Maximum number of classes for which a map shows the names."""
+_NAMED = 60
+"""Maximum number of groups that a map's legend names."""
+_MARKS = "osv^DPX*"
 
 
 class Item(NamedTuple):
@@ -132,10 +133,11 @@ def feature_map(found: Embeddings) -> bytes:
         groups = list(dict.fromkeys(names))
         for number, group in enumerate(groups):
             here = places[names == group]
-            colour = COLOURS[number % len(COLOURS)]
-            mark = "osv^DPX*"[number // len(COLOURS) % 8]
+            colour, mark = COLOURS[number % len(COLOURS)], _MARKS[number // len(COLOURS) % len(_MARKS)]
             axis.scatter(here[:, 0], here[:, 1], s=18, color=colour, marker=mark, alpha=0.75, label=label(group))
-        axis.set_title(f"{title}: principal components of {len(found.items)} videos' features", loc="left", size=10)
+        axis.set_title(f"{title}, features of {len(found.items)} videos", loc="left", size=10)
+        axis.set_xlabel("first principal component")
+        axis.set_ylabel("second principal component")
         if len(groups) <= _NAMED:
-            axis.legend(fontsize=7, ncols=1 + len(groups) // 13)
+            axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0), ncols=1 + len(groups) // 31)
     return png(drawn)

@@ -73,7 +73,7 @@ def heat_map(model: MultiTrain, pairs: Sequence[tuple[str, str]], names: dict[st
     """One heat map of z-scores per pair (source, target), as PNG: the classes with the strongest matches, matches on the diagonal."""
     sides = [(affinity(model, a, b)[1], a, b) for a, b in pairs]
     sizes = [(min(s.shape[0], SHOWN), min(s.shape[1], SHOWN)) for s, _, _ in sides]
-    widths = [3.2 + 0.22 * columns for _, columns in sizes]
+    widths = [4.0 + 0.22 * columns for _, columns in sizes]
     height = 2.8 + 0.2 * max(rows for rows, _ in sizes)
     drawn, axes = figure(len(sides), 1, width=sum(widths), height=height, widths=widths)
     for axis, (score, a, b), (rows, columns) in zip(axes[0], sides, sizes):
@@ -82,11 +82,14 @@ def heat_map(model: MultiTrain, pairs: Sequence[tuple[str, str]], names: dict[st
         targets += [int(j) for j in np.argsort(-score[:, sources].max(1), kind="stable") if int(j) not in targets]
         targets = targets[:rows]
         limit = max(float(np.abs(score).max()), 1e-9)
-        axis.imshow(score[targets][:, sources], cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+        shown = axis.imshow(score[targets][:, sources], cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
         axis.set_xticks(range(columns), [_short(names[a][i]) for i in sources], rotation=60, ha="right", size=7)
         axis.set_yticks(range(len(targets)), [_short(names[b][j]) for j in targets], size=7)
         axis.grid(visible=False)
-        axis.set_title(label(f"{a} → {b}, standard deviations"), loc="left", size=10)
+        axis.set_title(label(f"{a} → {b}"), loc="left", size=10)
+        axis.set_xlabel(label(f"classes of {a}"))
+        axis.set_ylabel(label(f"classes of {b}"))
+        drawn.colorbar(shown, ax=axis, pad=0.02).set_label("standard deviations above the mean weight", size=8)
     return png(drawn)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -59,18 +60,36 @@ def _in_order(video: Video) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def caption(predictions: Mapping[str, Sequence[tuple[str, float]]], height: int, width: int) -> np.ndarray:
-    """The lines of text on a transparent background, for frames of height × width: uint8 [h, w, 4], h ≤ height, w ≤ width."""
-    lines = [printable(f"{name}: {label} {100 * p:.1f}%") for name, best in predictions.items() for label, p in best]
-    size = float(max(8, min(height // 16, (height - 4) // max(len(lines), 1) - 2)))
+    """The lines of text on a transparent background, for frames of height × width: uint8 [h, w, 4], h ≤ height, w ≤ width.
+
+    The best class of every dataset is shown, and further ones as long as the text covers no more than :data:`COVERED` of the height.
+    Lines that are wider than the frame end in an ellipsis.
+    """
+    room = int(COVERED * height)
+    size = float(max(8, min(height // 20, 4 * room // (5 * max(len(predictions), 1)))))
     font = ImageFont.load_default(size)
-    boxes = [font.getbbox(line) for line in lines]
     step = int(size * 1.25)
-    wide = min(width, int(max((box[2] for box in boxes), default=0)) + 8)
+    each = max(1, (room - 4) // step // max(len(predictions), 1))
+    texts = [f"{name}: {label} {100 * p:.1f}%" for name, best in predictions.items() for label, p in best[:each]]
+    lines = [_fitting(printable(text), font, width - 8) for text in texts]
+    wide = min(width, int(max((font.getlength(line) for line in lines), default=0)) + 8)
     image = Image.new("RGBA", (max(wide, 1), max(min(height, step * len(lines) + 4), 1)), (0, 0, 0, 150))
     draw = ImageDraw.Draw(image)
     for row, line in enumerate(lines):
         draw.text((4, 2 + row * step), line, font=font, fill=(255, 255, 255, 255))
     return np.asarray(image)
+
+
+def _fitting(line: str, font: Any, width: int) -> str:
+    """`line`, or as much of its beginning as is `width` pixels wide, with an ellipsis."""
+    if font.getlength(line) <= width:
+        return line
+    kept = next((n for n in range(len(line) - 1, 0, -1) if font.getlength(f"{line[:n]}…") <= width), 0)
+    return f"{line[:kept].rstrip()}…" if kept else ""
+
+
+COVERED = 1 / 3
+"""Share of a frame's height that the text may cover; the best class of every dataset is shown even in smaller frames."""
 
 
 def _blend(frame: np.ndarray, label: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ RIGHT, WRONG = "#1a7f37", "#cf222e"
 POINTS = 600
 """Maximum points of a curve; longer curves are averaged in equal intervals."""
 MARKED = 25
-"""Maximum number of interruptions whose lines are numbered; more would overlap."""
+"""Maximum number of interruptions whose lines are numbered in the width of a plot; more would overlap."""
 LONGEST = 32
 """Maximum length of a class label."""
 NAMED = 32
@@ -75,7 +75,7 @@ def curves(history: History) -> bytes:
     last = max((r["update"] + 1 for r in history.metrics), default=1)
     for axis in panels:
         axis.set_xlabel("updates")
-        _mark_interruptions(axis, history.interruptions)
+        _mark_interruptions(axis, history.interruptions, last)
         axis.set_xlim(0, last * 1.01)
     return _png(figure)
 
@@ -245,10 +245,13 @@ def _smooth(y: np.ndarray) -> np.ndarray:
     return (total[stop] - total[start]) / (stop - start)
 
 
-def _mark_interruptions(axis: Axes, interruptions: Sequence[Mapping[str, Any]]) -> None:
+def _mark_interruptions(axis: Axes, interruptions: Sequence[Mapping[str, Any]], last: int) -> None:
+    """Dashed lines, numbered from 1; a number that would lie on the one before it is left out."""
+    numbered = -float("inf")
     for number, told in enumerate(interruptions, 1):
         axis.axvline(told["update"], color=INK, linestyle=(0, (2, 3)), linewidth=0.9, alpha=0.6)
-        if len(interruptions) <= MARKED:
+        if told["update"] - numbered >= last / MARKED:
+            numbered = told["update"]
             axis.annotate(
                 str(number),
                 (told["update"], 0.985),

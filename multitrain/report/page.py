@@ -25,8 +25,9 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:5px 18px 5px 0;border-bottom:1px solid #eaeef2;text-align:left;vertical-align:top}
 th{font-weight:600;color:#57606a;white-space:nowrap}td.n,th.n{text-align:right;white-space:nowrap}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 18px;margin:0}dt{color:#57606a}dd{margin:0}
-.bar{display:inline-block;width:160px;height:10px;background:#eaeef2;border-radius:5px;position:relative;overflow:hidden}
-.bar i{position:absolute;left:0;top:0;bottom:0;background:#1a7f37}.bar b{position:absolute;top:0;bottom:0;width:2px;background:#cf222e}
+.bar{display:inline-block;width:160px;height:10px;background:#eaeef2;border-radius:5px;position:relative}
+.bar i{position:absolute;left:0;top:0;bottom:0;background:#1a7f37;border-radius:5px}
+.bar b{position:absolute;top:-3px;bottom:-3px;width:3px;background:#cf222e}
 .state{display:inline-block;border-radius:10px;padding:0 10px;background:#eaeef2;font-weight:600}
 .state.running{background:#dafbe1}.state.finished{background:#ddf4ff}.state.failed,.state.cancelled{background:#ffebe9}
 pre{overflow:auto;max-height:520px;font-size:12.5px;line-height:1.4;background:#f6f8fa;padding:10px;border-radius:6px}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from multitrain.data.decode import VideoError, open_video
+from multitrain.evaluation import overlay
 from multitrain.evaluation.overlay import caption, write_overlay
 from tests import material, support
 
@@ -43,3 +44,20 @@ def test_nothing_is_left_when_the_video_is_broken(tmp_path: Path) -> None:
     with pytest.raises(VideoError, match=r"a\.mp4"):
         write_overlay(tmp_path / "a.mp4", tmp_path / "b.mp4", FOUND, "pyav")
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
+
+
+@pytest.mark.parametrize(("height", "width"), [(360, 640), (264, 412), (1080, 1920), (64, 64), (9, 5)])
+def test_the_text_leaves_the_frame_to_the_video_and_names_the_best_class_of_every_dataset(
+    height: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {name: [(f"class {i} of a long name", 0.5 / i) for i in range(1, 6)] for name in ("a", "b", "c")}
+    drawn: list[str] = []
+    text = overlay.ImageDraw.ImageDraw.text
+    monkeypatch.setattr(overlay.ImageDraw.ImageDraw, "text", lambda *a, **k: (drawn.append(a[2]), text(*a, **k))[1])
+    shape = caption(found, height, width).shape
+    assert shape[0] <= max(height * overlay.COVERED, min(height, 3 * 10 + 4))
+    assert shape[1] <= width
+    if width > 400:
+        assert [line[: len("a: class 1")] for line in drawn if "class 1" in line] == [
+            f"{name}: class 1" for name in found
+        ]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,8 +15,11 @@ from multitrain.data.catalog import Catalog, open_catalogs, plan_of
 from multitrain.data.decode import VideoError, open_video
 from multitrain.data.tools.check import SPLITS
 from multitrain.order import Plan
-from multitrain.plot_style import cycle, figure, png
+from multitrain.plot_style import cycle, figure, label, png
 from multitrain.text import table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _COUNTED = 2_000_000
 """Maximum number of samples whose draws are counted; of a longer epoch, only the first updates are counted."""
@@ -195,23 +198,36 @@ def picture(found: Mapping[str, Any], measured: Mapping[str, Lengths]) -> bytes:
     classes, seconds, fps, mixture = axes[0]
     for colour, name in zip(cycle(len(names)), names):
         counts = np.sort(found["datasets"][name]["balance"]["counts"])[::-1]
-        classes.plot(np.arange(1, len(counts) + 1) / len(counts), np.maximum(counts, 0.5), color=colour, label=name)
+        places = 100 * np.arange(len(counts) + 1) / len(counts)
+        classes.stairs(np.maximum(counts, 0.5), places, baseline=None, color=colour, label=label(name), linewidth=1.6)
         for axis, values in ((seconds, measured[name].seconds), (fps, measured[name].fps)):
-            if len(values):
-                axis.hist(values, bins=40, density=True, color=colour, alpha=0.5)
+            if len(values):  # equal datasets lie on each other: steps of different widths show them all
+                share = np.full(len(values), 100 / len(values))
+                width = 1.2 + 1.4 * (len(names) - 1 - names.index(name))
+                axis.hist(values, bins=25, weights=share, histtype="step", color=colour, linewidth=width)
     classes.set_yscale("log")
+    classes.yaxis.set_major_formatter("{x:g}")
+    classes.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if _few_decades(classes) else "")
     classes.legend()
-    for axis, title in (
-        (classes, "Videos of a class, classes by size"),
-        (seconds, "Seconds"),
-        (fps, "Frames a second"),
+    for axis, title, horizontal, vertical in (
+        (classes, "Size of the classes", "classes, largest first, %", "training videos"),
+        (seconds, "Length", "seconds", "% of the videos looked at"),
+        (fps, "Frame rate", "frames a second", "% of the videos looked at"),
+        (mixture, "What the mixture draws", "% of the videos drawn", ""),
     ):
         axis.set_title(title, loc="left", size=10)
+        axis.set_xlabel(horizontal)
+        axis.set_ylabel(vertical)
     shares = [100 * found["mixture"]["datasets"][n]["share"] for n in names]
-    mixture.barh(names, shares, color=cycle(len(names)))
+    mixture.barh([label(name) for name in names], shares, color=cycle(len(names)), alpha=0.55)
     mixture.invert_yaxis()
     for place, name in enumerate(names):
         passes = found["mixture"]["datasets"][name]["passes"]
         mixture.text(1, place, f"{shares[place]:.1f} %, {passes:.3g} passes", va="center", size=8)
-    mixture.set_title("What the mixture draws, % of videos", loc="left", size=10)
     return png(drawn)
+
+
+def _few_decades(axis: Axes) -> bool:
+    """Whether a logarithmic axis is so short that its minor ticks need numbers."""
+    low, high = axis.get_ylim()
+    return high < 10 * low
