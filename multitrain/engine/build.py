@@ -19,6 +19,7 @@ from multitrain.engine.watchdog import Watchdog
 from multitrain.evaluation.validation import Validation
 from multitrain.model.multitrain import MultiTrain
 from multitrain.order import solve
+from multitrain.records.diagnosis import diagnose
 from multitrain.records.events import Events
 from multitrain.records.recorder import Recorder
 
@@ -59,6 +60,7 @@ def build(
             wandb=config.monitor.wandb,
             settings=flat(config),
             measures=[f"val/{name}/top1" for name in catalogs] if config.eval.every else (),
+            diagnose=lambda records, results: diagnose(records, config, updates, results),
         )
 
     parts = Parts(

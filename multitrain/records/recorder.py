@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from multitrain.records import jsonl
+from multitrain.records.diagnosis import WINDOW, Finding, Records
 from multitrain.records.events import Events
 from multitrain.records.metrics import Metrics
 from multitrain.records.progress import Progress
 from multitrain.records.retrying_writer import RetryingWriter
 from multitrain.records.tensorboard import TensorBoard, scalars
 from multitrain.records.wandb import Wandb
+from multitrain.text import printable
 
 MEASURES = ("top1", "top5", "map")
 """Validation metrics to plot and print, in percent."""
@@ -42,6 +45,7 @@ class Recorder:
         wandb: project of Weights & Biases; default: none.
         settings: the run's settings by dotted name, for the comparison of runs in both.
         measures: names of the validation metrics for that comparison, e.g. ``val/kinetics/top1``.
+        diagnose: findings in the newest records and the last validation; each kind is logged once.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class Recorder:
         wandb: str | None = None,
         settings: Mapping[str, Any] | None = None,
         measures: Sequence[str] = (),
+        diagnose: Callable[[Records, Mapping[str, Mapping[str, float]]], list[Finding]] | None = None,
     ) -> None:
         self.run_dir = Path(run_dir)
         self.total_updates = total_updates
@@ -68,6 +73,9 @@ class Recorder:
         self._plots_enabled = True
         self._drawing: threading.Thread | None = None
         self._interrupted = False
+        self._diagnose = diagnose
+        self._newest: deque[Mapping[str, Any]] = deque(maxlen=3 * WINDOW)
+        self._known: set[str] = set()
         if self._closed:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -103,6 +111,9 @@ class Recorder:
         if self.wandb:
             self.wandb.scalars(dict(scalars(record)), int(record["update"]) + 1)
         self.progress.update(record)
+        self._newest.append(record)
+        if (int(record["update"]) + 1) % WINDOW == 0:
+            self._log_findings({})
 
     def event(self, name: str, **fields: Any) -> None:
         """Record an event: `start`, `resume`, `signal`, `checkpoint` (`update`, `seconds`), `requeue`, `end` …"""
@@ -136,6 +147,14 @@ class Recorder:
                 if self.wandb and measure in MEASURES:
                     self.wandb.scalars({f"val/{dataset}/{measure}": float(value)}, update)
         self.progress.write(f"validation after update {update}:  " + "   ".join(_summaries(results)))
+        self._log_findings(results)
+
+    def _log_findings(self, results: Mapping[str, Mapping[str, float]]) -> None:
+        """Log what is unusual in the newest updates; of every kind the first finding of this start."""
+        for finding in self._diagnose(list(self._newest), results) if self._diagnose else ():
+            if finding.kind not in self._known:
+                self._known.add(finding.kind)
+                self.progress.write(printable(f"note: {finding}"))
 
     def pictures(self, update: int, draw: Callable[[], Mapping[str, bytes]]) -> None:
         """Draw PNG plots after `update` completed updates in a separate thread, while training continues.

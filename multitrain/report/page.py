@@ -89,6 +89,8 @@ _TEMPLATE = """
 {% endfor %}
 {% endset %}
 {%- set sections = (
+  ("Findings", "What is unusual in the updates, the last validation and the test.",
+    table(("what was seen", "what helps"), findings)),
   ("Accuracy", "Chance is the accuracy of always predicting the most frequent class. The intervals describe the choice of the test videos, "
     "not that of a seed.", accuracy_section),
   ("Training", "Thin lines are single updates, thick ones moving means. Numbered dashed lines mark interruptions; the table "
@@ -131,8 +133,8 @@ def render(**values: Any) -> str:
     Args:
         values: ``name`` and ``made`` (the run, the time); ``summary`` (texts by name) and ``state``; ``pictures`` (PNG by name);
             ``accuracy`` (a header and rows of texts) and ``bars`` (per row the percents of the bar and of the mark in it);
-            ``interruptions``, ``unread`` (rows) and ``unread_counts``; ``confused`` and ``hardest`` (rows by dataset); ``settings``
-            (texts by title). Sections without content are left out.
+            ``findings``, ``interruptions``, ``unread`` (rows) and ``unread_counts``; ``confused`` and ``hardest`` (rows by dataset);
+            ``settings`` (texts by title). Sections without content are left out.
     """
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_printable

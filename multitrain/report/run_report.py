@@ -27,6 +27,7 @@ from multitrain.evaluation.scored import Scored, confused, hardest, newest_evalu
 from multitrain.files import OutputFolder
 from multitrain.interop.sharing import redact, shareable, shareable_overrides
 from multitrain.records import events, jsonl, metrics
+from multitrain.records.diagnosis import Finding, diagnose
 from multitrain.records.progress import duration
 from multitrain.report import page
 from multitrain.report.interruptions import interruptions
@@ -85,6 +86,7 @@ def write_report(
         summary=summary,
         state=str(state["state"] or ""),
         pictures=shown,
+        findings=[(printable(f.text), printable(f.remedy)) for f in _findings(history, config, state, tested)],
         accuracy=_rows(tested) if tested else [],
         bars=[(t.result.get("map") or t.result.get("top1") or 0.0, t.chance) for t in tested.values()],
         interruptions=_interruptions(history, hidden),
@@ -131,6 +133,29 @@ def read_history(run_dir: Path, chance: Mapping[str, float]) -> History:
         interruptions=[i for i in interruptions(happened) if i["update"] is not None],
         chance=chance,
     )
+
+
+def _findings(
+    history: History, config: RunConfig, state: Mapping[str, Any], tested: Mapping[str, Scored]
+) -> list[Finding]:
+    """What is unusual in the run's updates, its last validation and its test."""
+    last = history.validations[max(history.validations)] if history.validations else None
+    found = diagnose(history.metrics[-MAX_DIAGNOSED:], config, state["total_updates"], last)
+    for name, t in tested.items():
+        matrix = t.confusion
+        if matrix is None or len(matrix) < 2 or matrix.sum() < 20:
+            continue
+        shares = matrix.sum(0) / matrix.sum()
+        most = int(shares.argmax())
+        if shares[most] > 0.9 and matrix[most].sum() < 0.5 * matrix.sum():
+            found.append(
+                Finding(
+                    f"one class {name}",
+                    f"{name}: {shares[most]:.0%} of the test videos are predicted as {t.class_names[most]!r}",
+                    "the head has learned nothing: look at the labels (multitrain data check, data show) and at its loss",
+                )
+            )
+    return found
 
 
 def accuracy_table(tested: Mapping[str, Scored]) -> str:
@@ -309,6 +334,9 @@ def _settings(run_dir: Path, config: RunConfig, hidden: Sequence[str]) -> dict[s
         "Events": "\n".join(_event(e, hidden) for e in events.read(run_dir / "events.jsonl")[-MAX_EVENTS:]),
     }
 
+
+MAX_DIAGNOSED = 20_000
+"""Number of updates in which findings are looked for, the newest ones."""
 
 MAX_EVENTS = 200
 """Number of events shown, the newest ones."""

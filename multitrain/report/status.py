@@ -22,6 +22,7 @@ from multitrain.config.arguments import Parser
 from multitrain.config.paths import WEIGHTS_OF_A_RUN
 from multitrain.records import events, jsonl
 from multitrain.records.checkpoints import BEST, MANIFEST, listed, pointed_to, update_of
+from multitrain.records.diagnosis import diagnose
 from multitrain.report.interruptions import interruptions
 from multitrain.report.status_text import card, table
 
@@ -42,7 +43,7 @@ FIELDS = (
     *("seconds_per_update", "data_wait_fraction", "eta_seconds", "last_metric", "silent_seconds", "validation"),
     *("validation_update", "checkpoint", "checkpoint_age_seconds", "checkpoints", "best", "best_value"),
     *("job", "job_state", "reason"),
-    *("job_start", "nodes", "restarts", "interruptions", "skipped", "last_event", "last_error"),
+    *("job_start", "nodes", "restarts", "interruptions", "skipped", "findings", "last_event", "last_error"),
 )
 """Keys of a status."""
 
@@ -60,8 +61,9 @@ def status(run_dir: str | Path) -> dict[str, Any]:
         ``checkpoint_age_seconds``, ``checkpoints``, ``best`` (completed updates of the best one by `checkpoint.best`) and
         ``best_value``, ``job``, ``job_state``, ``reason`` (the scheduler's),
         ``job_start``, ``nodes``, ``restarts`` and ``interruptions`` (see
-        :func:`multitrain.report.interruptions.interruptions`), ``skipped`` {dataset: bad videos}, ``last_event``,
-        ``last_error``. Unknown values are None.
+        :func:`multitrain.report.interruptions.interruptions`), ``skipped`` {dataset: bad videos}, ``findings`` (what
+        :func:`multitrain.records.diagnosis.diagnose` notices in the newest updates), ``last_event``, ``last_error``. Unknown
+        values are None.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -129,7 +131,7 @@ def _unreadable(folder: Path, error: OSError) -> dict[str, Any]:
     except (OSError, KeyError):
         owner = ""
     reason = f"{error.strerror or error}" + (f"; it belongs to {owner}" if owner else "")
-    empty = dict.fromkeys(FIELDS) | {"checkpoints": [], "interruptions": [], "skipped": {}}
+    empty = dict.fromkeys(FIELDS) | {"checkpoints": [], "interruptions": [], "skipped": {}, "findings": []}
     return empty | {"name": folder.name, "run_dir": str(folder), "state": "unreadable", "last_error": reason}
 
 
@@ -196,6 +198,7 @@ def _status(run_dir: Path, history: Sequence[Mapping[str, Any]], queue: Mapping[
         "restarts": len(known_interruptions),
         "interruptions": known_interruptions,
         "skipped": _skipped(run_dir / "skipped.jsonl"),
+        "findings": _findings(run_dir, metrics, total, validation[-1].get("results") if validation else None),
         "last_event": history[-1] if history else None,
         "last_error": f"a copy of {original}, made while it trained" if original else _error(history),
     }
@@ -263,6 +266,17 @@ def _best(folder: Path, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     update = None if name is None else update_of(folder / name)
     said = [e for e in history if e.get("event") == "best" and e.get("update") == update]
     return {"best": update, "best_value": said[-1].get("value") if said else None}
+
+
+def _findings(
+    run_dir: Path, metrics: Sequence[Mapping[str, Any]], total: int | None, validation: Mapping[str, Any] | None
+) -> list[str]:
+    from multitrain.config import load
+
+    try:
+        return [str(finding) for finding in diagnose(metrics, load(run_dir), total, validation)]
+    except ConfigError:
+        return []
 
 
 def _configured_updates(run_dir: Path) -> int | None:

@@ -79,7 +79,7 @@ def card(row: Mapping[str, Any], *, colour: bool = False) -> str:
         shown["state"] = _coloured(state, state) + shown["state"].removeprefix(state)
     width = max(len(key) for key in shown)
     out = [cells["name"], *(f"  {key:<{width}}  {text}" for key, text in shown.items())]
-    out += [f"  {note}" for note in [*_notes(row), *_remedy(row)]]
+    out += [f"  {note}" for note in [*_notes(row), *_remedy(row), *_findings(row)]]
     interruptions = list(row.get("interruptions") or ())
     if interruptions:
         out.append(f"  restarted {len(interruptions)} time{'s' if len(interruptions) != 1 else ''}:")
@@ -122,6 +122,10 @@ def _remedy(row: Mapping[str, Any]) -> list[str]:
     submit = run / "code/launch/submit.py"
     command = ["python", str(submit), str(run)] if submit.is_file() else ["multitrain", "submit", str(run)]
     return [printable(f"to resume: {shlex.join(command)}")]
+
+
+def _findings(row: Mapping[str, Any]) -> list[str]:
+    return [printable(f"note: {finding}") for finding in row.get("findings") or ()]
 
 
 def _notes(row: Mapping[str, Any]) -> list[str]:

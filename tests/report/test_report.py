@@ -132,6 +132,7 @@ def test_no_text_of_a_stranger_becomes_markup_or_steers_the_page() -> None:
         state=bad,
         summary={bad: bad},
         pictures={"curves": b"png"},
+        findings=[(bad, bad)],
         accuracy=[(bad, bad), (bad, bad)],
         bars=[(1.0, 2.0)],
         interruptions=[row],
