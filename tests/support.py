@@ -239,12 +239,13 @@ def excite(model: Any) -> None:
             layer.weight.mul_(30.0)
 
 
-def browse(page: Path, folder: Path) -> str:
+def browse(page: Path, folder: Path, query: str = "") -> str:
     """What headless Chromium makes of a page, scripts run; the test is skipped where there is none.
 
     Args:
         page: an HTML file.
         folder: for the browser's profile.
+        query: ``?name=value`` after the page's address.
     """
     import pytest
 
@@ -253,7 +254,7 @@ def browse(page: Path, folder: Path) -> str:
     if program is None:
         pytest.skip(f"no browser to look at the page with: none of {', '.join(names)} is installed")
     command = [program, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
-    command += ["--window-size=1280,2000", "--virtual-time-budget=5000", "--dump-dom", page.as_uri()]
+    command += ["--window-size=1280,2000", "--virtual-time-budget=10000", "--dump-dom", page.as_uri() + query]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout

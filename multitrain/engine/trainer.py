@@ -24,6 +24,7 @@ from multitrain.engine.deepspeed import Engine
 from multitrain.engine.distributed import World
 from multitrain.engine.interruption import Interruption, Request
 from multitrain.engine.leadtime import LeadTime
+from multitrain.engine.profile import Profiler, phase
 from multitrain.engine.saver import Saver
 from multitrain.engine.schedule import Schedule
 from multitrain.engine.step_metrics import StepMetrics, UpdateTimer
@@ -128,6 +129,7 @@ class Trainer:
         )
         self._step_metrics = StepMetrics(config, list(model.datasets), shape.accumulation, world)
         self._timer = UpdateTimer()
+        self._profiler = Profiler(run, world.device, lambda text: self.recorder.write(text), active=world.is_main)
         self._validated = -1
         self._best = Best(config)
         self._nonfinite = 0
@@ -178,7 +180,8 @@ class Trainer:
                     f"the run ended early after update {self.completed} (eval.patience): to go on, resume it with eval.patience=null"
                 )
             while self.completed < self.updates and not self._best.patience_is_over:
-                self._one_update()
+                with self._profiler.update(self.completed):
+                    self._one_update()
                 self._validate_if_due()
                 self._saving.save_if_due(self.completed, is_best=self._best.update == self.completed)
         except _Stopped:
@@ -198,9 +201,11 @@ class Trainer:
         losses = self.gradient.accumulate(self._micro_batches())
         lr = self.schedule(self.completed)
         scale = self.engine.loss_scale.scale
-        grad_norm = self.engine.update(lr)
+        with phase("optimizer"):
+            grad_norm = self.engine.update(lr)
         self._check_finite(grad_norm)
-        figures, skipped = self._step_metrics.reduce(losses, self._timer)
+        with phase("metrics"):
+            figures, skipped = self._step_metrics.reduce(losses, self._timer)
         if skipped:
             self._count_skipped(losses.skipped)
         start = self.completed * self.config.effective_batch
@@ -252,14 +257,15 @@ class Trainer:
     def _micro_batches(self) -> Iterator[Batch]:
         """This rank's micro-batches of the current update; raises _Stopped on all ranks before the same one."""
         for _ in range(self.shape.accumulation):
-            started = time.perf_counter()
-            batch = None
-            while batch is None and self._interruption.pending < Request.STOP:
-                batch = self._loader.next_batch(timeout=0.5)
-            self._timer.data += time.perf_counter() - started
-            if self._interruption.agreed() >= Request.STOP:
-                raise _Stopped
-            self._watchdog.heartbeat()
+            with phase("data"):
+                started = time.perf_counter()
+                batch = None
+                while batch is None and self._interruption.pending < Request.STOP:
+                    batch = self._loader.next_batch(timeout=0.5)
+                self._timer.data += time.perf_counter() - started
+                if self._interruption.agreed() >= Request.STOP:
+                    raise _Stopped
+                self._watchdog.heartbeat()
             assert batch is not None  # a rank that stops waiting makes all ranks stop
             yield batch
 

@@ -21,6 +21,7 @@ from multitrain.data.loader import Batch
 from multitrain.data.mix import DeviceBatch, finalize_batch
 from multitrain.engine.deepspeed import Engine
 from multitrain.engine.distributed import World
+from multitrain.engine.profile import phase
 from multitrain.engine.stopwatch import Stopwatch
 from multitrain.loss import MultiDatasetLoss, Terms, embedding_gradient
 from multitrain.model.multitrain import MultiTrain
@@ -85,7 +86,7 @@ class Gradient:
             batches, embeddings = [], []
             for batch in micro_batches:
                 batches.append(batch)
-                with losses.forward.running():
+                with phase("forward"), losses.forward.running():
                     embeddings.append(self._embed(batch))
             pairs = zip(batches, self._surrogates(embeddings))
         for batch, surrogate in pairs:
@@ -94,14 +95,16 @@ class Gradient:
 
     def _micro_batch(self, batch: Batch, surrogate: Surrogate | None, losses: Losses) -> None:
         """Forward and backward pass of one micro-batch; its losses are added to `losses`."""
-        with losses.forward.running():
+        with phase("forward"), losses.forward.running():
             given = self._prepare(batch)
             with self._engine.autocast():
                 out = self._model.outputs(given.clips, given.keys)
-        if self._whole_update and surrogate is None and out.expanded is not None:
-            (surrogate,) = self._surrogates([out.expanded.detach()])
-        terms = self._loss(out, given.targets, given.dataset, surrogate)
-        self._engine.backward(terms.total / self._shape.accumulation)
+        with phase("loss"):
+            if self._whole_update and surrogate is None and out.expanded is not None:
+                (surrogate,) = self._surrogates([out.expanded.detach()])
+            terms = self._loss(out, given.targets, given.dataset, surrogate)
+        with phase("backward"):
+            self._engine.backward(terms.total / self._shape.accumulation)
         losses.add(terms, batch.skipped)
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ import pytest
 
 from multitrain.config import reference
 from multitrain.config.schema import fields
+from tests import support
 
 
 def test_the_configuration_reference_is_that_of_the_schema(root: Path) -> None:
@@ -45,3 +46,8 @@ def test_the_site_builds_strictly_without_a_network(root: Path, tmp_path: Path) 
         assert (tmp_path / "site" / page.relative_to(root / "docs")).with_suffix(".html").is_file()
     start = (tmp_path / "site/index.html").read_text()
     assert not re.findall(r'(?:src|href)="https?://(?!squidfunk)[^"]*\.(?:js|css|woff2?)', start)
+    scripts = re.findall(r'<script[^>]* src="?([^">]*)', start)
+    assert "assets/iframe-worker.js" in scripts
+    assert not [source for source in scripts if "://" in source]
+    dom = support.browse(tmp_path / "site/index.html", tmp_path, query="?q=preemption")
+    assert re.search(r'md-search-result__meta">\s*\d+ matching', dom), "the search works in pages opened as files"

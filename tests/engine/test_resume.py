@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -207,3 +208,29 @@ def test_files_stop_and_save_do_what_they_say(fp32_reference: Path, tmp_path: Pa
     assert wait(processes) == [75, 75]
     assert not (run / "STOP").exists()
     assert events(run, "end")[-1]["status"] == "stopped on request"
+
+
+def test_a_trace_on_request_names_the_phases_of_three_updates_and_changes_no_bit(
+    fp32_reference: Path, tmp_path: Path
+) -> None:
+    run = again(fp32_reference, tmp_path)
+    (run / "PROFILE").touch()
+    train(run, 2)
+    assert_same_bits(run, fp32_reference)
+    assert not (run / "PROFILE").exists()
+    (trace,) = (run / "profile").glob("update-*.json.gz")
+    spans = [
+        e for e in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"] if e.get("cat") == "user_annotation"
+    ]
+    phases = {"data", "forward", "loss", "backward", "optimizer", "metrics"}
+    updates = [e for e in spans if str(e["name"]).startswith("update ")]
+    assert len(updates) == 3
+    for update in updates:
+        begin, end = update["ts"], update["ts"] + update["dur"]
+        inside = [e for e in spans if e["name"] in phases and begin <= e["ts"] <= end]
+        assert {e["name"] for e in inside} == phases
+        assert sum(e["dur"] for e in inside) >= 0.9 * update["dur"], (
+            "tiny updates: the rest is what lies between phases"
+        )
+    assert "trace of updates" in (run / "ranks.log").read_text()
+    assert "aten::" in trace.with_name(trace.name.replace(".json.gz", ".txt")).read_text()
