@@ -9,12 +9,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from multitrain.config.aliases import suggestion
 from multitrain.config.boundary import refused_by_system
 from multitrain.config.errors import ConfigError
 from multitrain.config.overrides import tidy
+from multitrain.config.paths import refuse_private
 from multitrain.config.reading import shown
 
 Arguments = Sequence[str]
@@ -84,11 +86,15 @@ class Parser(OneLineParser):
         Args:
             words: positional arguments after the model, in order.
             needs: name of these arguments, if at least one is required.
+
+        Raises:
+            ConfigError: this user may not read the model's folder.
         """
         plain = [w for w in (given.model, *words) if w is not None]
         model = given.checkpoint if given.checkpoint is not None else plain.pop(0) if plain else None
         if model is None or (needs and not plain):
             self.error(f"the following arguments are required: {', '.join(x for x in ('MODEL', needs) if x)}")
+        refuse_private(Path(model))
         return model, plain
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from multitrain.config.errors import ConfigError
+
 PATH_OPTIONS = re.compile(r"init_from|runs|data\.(root|index)|data\.datasets\..+\.(annotations|videos|class_names)")
 """Dotted names of the options that are paths."""
 
@@ -55,19 +57,54 @@ def find_run(word: str | Path, runs: str | Path = "runs") -> Path:
     ``RUN/best`` and ``RUN/latest`` are files in the run's folder of checkpoints.
 
     An argument that is neither is returned unchanged; its reader reports what is missing.
+
+    Raises:
+        ConfigError: this user may not read the folder.
     """
+    found = _find_run(word, runs)
+    refuse_private(found)
+    return found
+
+
+def _find_run(word: str | Path, runs: str | Path) -> Path:
     path = Path(word)
     name = str(word)
     try:
         if path.name in POINTERS and len(path.parts) > 1 and not path.exists():
-            pointer = find_run(path.parent, runs) / "checkpoints" / path.name
+            pointer = _find_run(path.parent, runs) / "checkpoints" / path.name
             return pointer if pointer.is_file() else path
         if len(path.parts) != 1 or name.startswith(("~", ".")) or path.is_file() or _holds_model(path):
             return path
         named = Path(runs) / name
-        return named if _holds_model(named) else path
+        return named if is_private(named) or _holds_model(named) else path
     except (OSError, ValueError):  # a name that no file can have
         return path
+
+
+def refuse_private(path: Path) -> None:
+    """Raise ConfigError when this user may not enter a folder above `path`, or not read the folder `path`; names its owner."""
+    for folder in (*reversed(path.parents), path):
+        if is_private(folder, reading=folder is path):
+            raise ConfigError(
+                f"{folder}: Permission denied{_belongs_to(folder)}; ask its owner to let you read it (chmod -R g+rX), or for a copy"
+            )
+
+
+def is_private(folder: Path, *, reading: bool = True) -> bool:
+    """Whether `folder` is one that this user may not enter, or not list if `reading`."""
+    try:
+        return folder.is_dir() and not os.access(folder, os.X_OK | (os.R_OK if reading else 0))
+    except (OSError, ValueError):  # below another such folder, or a name that no file can have
+        return False
+
+
+def _belongs_to(path: Path) -> str:
+    import pwd
+
+    try:
+        return f"; it belongs to {pwd.getpwuid(path.stat().st_uid).pw_name}"
+    except (OSError, KeyError):
+        return ""
 
 
 def _holds_model(folder: Path) -> bool:
