@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,7 +90,7 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     for verb in ("predict", "evaluate", "convert", "data", "flops"):
         status, out, _ = said(capsys, verb, "--help")
         assert status == 0
-        assert "example:" in out
+        assert "example:" in out or "examples:" in out
 
 
 def test_looking_up_a_verb_imports_nothing_heavy() -> None:
@@ -248,6 +249,42 @@ def test_a_model_or_a_run_that_is_not_there_is_one_line(
 
 
 # -- evaluate --------------------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_measures_robustness_and_resumes_it(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "evaluate",
+        run,
+        "--dataset",
+        "stride",
+        "--perturb",
+        "noise",
+        "drop",
+        "--strengths",
+        "1",
+        "5",
+        "--out",
+        tmp_path,
+    ]
+    status, out, _ = said(capsys, *words)
+    assert status == 0
+    rows = [line.split() for line in out.splitlines()[1:]]
+    assert rows[0] == ["dataset", "corruption", "none", "1", "5", "mean", "kept"]
+    assert [row[:2] for row in rows[1:]] == [["stride", "noise"], ["stride", "drop"]]
+    made = json.loads((tmp_path / "perturb/robustness.json").read_text())["datasets"]["stride"]
+    one = json.loads((tmp_path / "perturb/noise-5/stride/metrics.json").read_text())
+    assert made["corrupted"]["noise"]["5"] == one["top1"]
+    assert (tmp_path / "perturb/robustness.png").read_bytes().startswith(b"\x89PNG")
+    scores = (tmp_path / "perturb/noise-5/stride/scores.npz").read_bytes()
+    shutil.rmtree(tmp_path / "perturb/drop-1")
+    assert said(capsys, *words)[1] == out
+    assert (tmp_path / "perturb/noise-5/stride/scores.npz").read_bytes() == scores
+    (tmp_path / "perturb/robustness.txt").write_text("mine")
+    assert "robustness.txt is in the way" in said(capsys, *words)[2]
+    assert (tmp_path / "perturb/robustness.txt").read_text() == "mine"
+    assert "leave one of them out" in said(capsys, "evaluate", run, "--perturb", "all", "--head", "stride")[2]
 
 
 def test_evaluate_prints_the_table_and_writes_beside_the_weights(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import signal
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,10 +26,13 @@ WAIT_FOR_END = 120.0
 
 
 def _parser() -> Parser:
+    from multitrain.data.corruptions import NAMES, STRENGTHS
+
     parser = Parser(
         "evaluate",
         "Multi-view test of a model; resumes an interrupted test. Under srun, ranks share the videos.",
         "multitrain evaluate runs/k400_mit_ssv2 --dataset kinetics data.root=/datasets",
+        "multitrain evaluate runs/k400_mit_ssv2 --perturb noise blur --strengths 1 3 5",
     )
     parser.add_model(MODEL)
     parser.add_argument(
@@ -36,6 +42,23 @@ def _parser() -> Parser:
         "--split", default="test", choices=("train", "val", "test"), help="annotation file (default test.csv)"
     )
     parser.add_argument("--head", metavar="NAME", help="score with this dataset's head: scores only, no accuracy")
+    parser.add_argument(
+        "--perturb",
+        nargs="+",
+        action="extend",
+        metavar="KIND",
+        choices=("all", *NAMES),
+        help=f"test again with corrupted videos: all, or {', '.join(NAMES)}",
+    )
+    parser.add_argument(
+        "--strengths",
+        nargs="+",
+        type=int,
+        choices=STRENGTHS,
+        default=STRENGTHS,
+        metavar="N",
+        help="of --perturb (default 1 2 3 4 5)",
+    )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder for scores and metrics.json (default: beside the weights)"
     )
@@ -58,12 +81,16 @@ def main(arguments: Arguments) -> int:
     given = parser.parse_with_overrides(arguments)
     given.model, given.overrides = parser.model_and_words(given, given.overrides)
     from multitrain.cluster import slurm
-    from multitrain.evaluation import evaluator
+    from multitrain.evaluation import evaluator, robustness
     from multitrain.evaluation.predictor import load
     from multitrain.evaluation.settings import with_overrides
 
+    if given.perturb and given.head:
+        raise ConfigError("--perturb: needs accuracies, which --head does not give; leave one of them out")
     out = given.out or _default_out(given.model, given.split)
     refuse_run(out, whole=False)
+    if given.perturb:
+        robustness.check(out, robustness.corruptions(given.perturb, given.strengths))
     stop = StopSignals()
     place = slurm.rank_environment()
     rank, world_size = int(place["RANK"]), int(place["WORLD_SIZE"])
@@ -71,12 +98,12 @@ def main(arguments: Arguments) -> int:
     config = with_overrides(model.run, given.overrides, config_dirs=given.config_dir)
     _require_same_network(model.run, config)
     model.to(device(given.device, int(place["LOCAL_RANK"])))
-    done = evaluator.evaluate(
+    evaluate = partial(
+        evaluator.evaluate,
         model,
         config,
         given.dataset or list(model.datasets),
         given.split,
-        out_dir=out,
         rank=rank,
         world_size=world_size,
         head=given.head,
@@ -84,13 +111,35 @@ def main(arguments: Arguments) -> int:
         stop=stop,
         progress=_progress if rank == 0 else None,
     )
+    done = evaluate(out_dir=out)
+    if done.finished and rank == 0:
+        _print_evaluation(done)
+        _name_average(given.model)
+    if done.finished and given.perturb:
+        done = _perturbed(given, evaluate, out, done, rank)
     if not done.finished:
         print(f"interrupted; run the same command again to continue from what is in {out}", file=sys.stderr, flush=True)
         return _leave(rank, stop)
-    if rank == 0:
-        _print_evaluation(done)
-        _name_average(given.model)
     return Exit.FINISHED
+
+
+def _perturbed(
+    given: argparse.Namespace, evaluate: Callable[..., Evaluation], out: Path, clean: Evaluation, rank: int
+) -> Evaluation:
+    """Test under every corruption that was asked for; the last evaluation, not finished if it was interrupted."""
+    from multitrain.evaluation import robustness
+
+    found = {}
+    done = clean
+    for corruption in robustness.corruptions(given.perturb, given.strengths):
+        done = evaluate(out_dir=robustness.folder_of(out, corruption), corruption=corruption)
+        if not done.finished:
+            return done
+        found[corruption] = done.results
+    if rank == 0:
+        print(robustness.write(out, clean.results, found))
+        print(f"table and plot: {out / robustness.FOLDER}", file=sys.stderr)
+    return done
 
 
 def _leave(rank: int, stop: StopSignals) -> int:

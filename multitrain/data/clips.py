@@ -19,6 +19,7 @@ from multitrain.data import remote
 from multitrain.data.augment import Augmenter
 from multitrain.data.call_timeout import CallTimeout, TimeoutRunner, WriteLease
 from multitrain.data.catalog import Catalog
+from multitrain.data.corruptions import Corruption
 from multitrain.data.decode import Frame, Picture, VideoError, open_video, preload
 from multitrain.data.frames import training_indices
 from multitrain.data.packs import stage_trouble, use_stage
@@ -235,8 +236,10 @@ def _augment(
 class EvalViewsFn:
     """Makes all views of a video of one dataset: float32 [V, 3, T, S, S], normalised. The task is the video's index."""
 
-    def __init__(self, catalog: Catalog, dataset: DatasetConfig, config: RunConfig) -> None:
-        self.catalog, self.dataset, self.config = catalog, dataset, config
+    def __init__(
+        self, catalog: Catalog, dataset: DatasetConfig, config: RunConfig, corruption: Corruption | None = None
+    ) -> None:
+        self.catalog, self.dataset, self.config, self.corruption = catalog, dataset, config, corruption
         self.shape: tuple[int, ...] = views_shape(dataset, config.model)
         self.dtype: np.dtype[Any] = np.dtype(np.float32)
         self.answer_timeout = 2 * (config.data.decode_timeout + _GUARD_MARGIN_SECONDS) + 60.0
@@ -257,9 +260,10 @@ class EvalViewsFn:
     def run(self, task: int, out: np.ndarray) -> str:
         """Fill `out`; return the reason if the video cannot be read, else ''."""
         path, data = self.catalog.path(task), self.config.data
+        corruption = self.corruption and self.corruption.of(self.catalog.name, self.catalog.relative_path(task))
         for last in (False, True):
             lease = WriteLease()  # an abandoned call must not write to memory that another task uses by then
-            load = partial(load_views, path, self.dataset, data, self.config.model, out, lease)
+            load = partial(load_views, path, self.dataset, data, self.config.model, out, lease, corruption)
             try:
                 _within(self._guard, path, data.decode_timeout, load)
                 return ""

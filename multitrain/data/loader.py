@@ -19,6 +19,7 @@ from torch import Tensor
 from multitrain.config import DatasetConfig, RunConfig
 from multitrain.data.catalog import Catalog
 from multitrain.data.clips import Clips, EvalViewsFn, Task, TrainClipFn
+from multitrain.data.corruptions import Corruption
 from multitrain.data.pool import LoaderError, Result, open_pool
 from multitrain.data.staging import Job, Staging
 from multitrain.order import BatchShape, Plan
@@ -215,12 +216,20 @@ class EvalLoader:
         catalog: the split to test on.
         dataset: the dataset's configuration, for sampling and views.
         config: uses `data`, `model` and `eval.workers`.
+        corruption: changes every video; see :mod:`multitrain.data.corruptions`.
     """
 
-    def __init__(self, catalog: Catalog, indices: Sequence[int], dataset: DatasetConfig, config: RunConfig) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        indices: Sequence[int],
+        dataset: DatasetConfig,
+        config: RunConfig,
+        corruption: Corruption | None = None,
+    ) -> None:
         workers = config.data.workers if config.eval.workers is None else config.eval.workers
         workers = min(workers, len(indices))
-        job = EvalViewsFn(catalog, dataset, config)
+        job = EvalViewsFn(catalog, dataset, config, corruption)
         self._pin = torch.cuda.is_available()
         self._pool = open_pool(job, (int(i) for i in indices), workers=workers, ahead=workers + 2)
 

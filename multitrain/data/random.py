@@ -81,3 +81,12 @@ class KeyedRNG:
             u = 1.0 - self.uniform()
             if v > 0.0 and math.log(u) < 0.5 * x * x + d * (1.0 - v + math.log(v)):
                 return math.log(d) + math.log(v)
+
+
+def normals(count: int, *parts: int | str | bytes) -> np.ndarray:
+    """`count` normal deviates, float32, a pure function of `parts` (Box and Muller, 1958)."""
+    words = generator(*parts).bit_generator.random_raw(2 * ((count + 1) // 2)) >> np.uint64(11)
+    first, second = (words / float(_TWO_53)).reshape(2, -1)
+    radius = np.sqrt(-2.0 * np.log(1.0 - first))
+    both = np.concatenate([radius * np.cos(2.0 * np.pi * second), radius * np.sin(2.0 * np.pi * second)])
+    return both[:count].astype(np.float32)

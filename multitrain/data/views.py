@@ -7,7 +7,9 @@ contain it, and written directly to its positions in the result.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -15,6 +17,7 @@ import numpy as np
 
 from multitrain.config import ConfigError, DataConfig, DatasetConfig, ModelConfig
 from multitrain.data.call_timeout import WriteLease
+from multitrain.data.corruptions import Corruption
 from multitrain.data.decode import Frame, open_video
 from multitrain.data.frames import view_indices
 from multitrain.data.spatial import MEAN, STD, Box, network_pixels, resize_crop, short_side_size, uniform_crop, union
@@ -63,12 +66,14 @@ def load_views(
     model: ModelConfig,
     out: np.ndarray | None = None,
     lease: WriteLease | None = None,
+    corruption: Corruption | None = None,
 ) -> np.ndarray:
     """All views of a video, normalised: float32 [V, 3, T, S, S], view = temporal view × spatial_views + crop.
 
     Args:
         out: where to write them, C-contiguous (default: new memory).
         lease: permission to write to `out`, checked before each frame.
+        corruption: of this video, see :meth:`Corruption.of`; None to show it as it is.
 
     Raises:
         VideoError: the video cannot be read; `out` may hold some of its frames.
@@ -76,14 +81,21 @@ def load_views(
     """
     lease = lease or WriteLease()
     with open_video(path, data.decoder, data.decode_timeout) as video:
-        shown = view_indices(dataset, data, video.frame_count, video.fps, model.frames)
+        fps = video.fps
+
+        def choose(frames: int) -> np.ndarray:
+            return view_indices(dataset, data, frames, fps, model.frames)
+
+        count = video.frame_count
+        shown = corruption.indices(choose, count) if corruption else choose(count)
         if out is None:
             out = np.empty(views_shape(dataset, model), np.float32)
         plan = None
         for number, frame in video.pictures(shown.ravel()):
             plan = plan or crop_plan(frame.shape[0], frame.shape[1], dataset, model)
+            change = partial(corruption.picture, frame=number) if corruption else None
             with lease:
-                show(frame, np.argwhere(shown == number), plan, out)
+                show(frame, np.argwhere(shown == number), plan, out, change)
             del frame  # free its memory before the next one is decoded
     if (wanted := network_pixels(model)) is not None:
         scale, shift = (np.array(values, np.float32).reshape(3, 1, 1, 1) for values in wanted[:2])
@@ -95,10 +107,21 @@ def load_views(
     return out
 
 
-def show(frame: Frame, places: np.ndarray, plan: CropPlan, out: np.ndarray) -> None:
-    """Write one decoded frame, uint8 [H, W, 3] or a large frame, to all its positions (temporal view, t), int64 [P, 2], in `out`."""
+def show(
+    frame: Frame,
+    places: np.ndarray,
+    plan: CropPlan,
+    out: np.ndarray,
+    change: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> None:
+    """Write one decoded frame, uint8 [H, W, 3] or a large frame, to all its positions (temporal view, t), int64 [P, 2], in `out`.
+
+    `change` is applied to the resized frame, float32 [H, W, 3].
+    """
     around = union(plan.crops)
     image = resize_crop(frame, plan.size, around)
+    if change is not None:
+        image = change(image)
     for crop, box in enumerate(plan.crops):
         top, left = box.top - around.top, box.left - around.left
         first, *others = [out[view * len(plan.crops) + crop, :, t] for view, t in places]

@@ -33,6 +33,7 @@ from multitrain.evaluation.shards import ShardReader, ShardWriter
 
 if TYPE_CHECKING:
     from multitrain.data.catalog import Catalog
+    from multitrain.data.corruptions import Corruption
     from multitrain.model import MultiTrain
 
 FORMAT = 1
@@ -79,6 +80,7 @@ def evaluate(
     world_size: int = 1,
     head: str | None = None,
     precision: Precision | None = None,
+    corruption: Corruption | None = None,
     stop: Stop | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     peer_timeout: float = PEER_TIMEOUT_SECONDS,
@@ -98,6 +100,7 @@ def evaluate(
         rank, world_size: this process among those that share the work.
         head: score with this dataset's head instead of each dataset's own; gives scores without metrics.
         precision: default: `config.eval.precision`, else fp32, which does not use TF32.
+        corruption: what is done to every video, to measure robustness.
         stop: called between videos; when it returns True, the scores so far are kept and the result is not `finished`.
         progress: called on each rank with dataset, videos done and videos in its share.
         peer_timeout: seconds that rank 0 waits for a new score from the other ranks.
@@ -114,7 +117,7 @@ def evaluate(
     for name in datasets:
         chosen = _known(name, config.data.datasets, "dataset")
         catalog = Catalog.open(config.data.datasets[chosen], chosen, split, index)
-        tasks.append(_task(model, chosen, head, config.data.datasets[chosen], catalog))
+        tasks.append(_task(model, chosen, head, config.data.datasets[chosen], catalog, corruption))
     precision = precision or config.eval.precision or "fp32"
     with writing_to(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -197,7 +200,14 @@ def _wait(
         time.sleep(POLL_SECONDS)
 
 
-def _task(model: MultiTrain, name: str, head: str | None, dataset: DatasetConfig, catalog: Catalog) -> Task:
+def _task(
+    model: MultiTrain,
+    name: str,
+    head: str | None,
+    dataset: DatasetConfig,
+    catalog: Catalog,
+    corruption: Corruption | None,
+) -> Task:
     if head is None and name not in model.datasets:
         raise ConfigError(
             f"dataset {name!r} has no head in this model; score it with another one: --head {' or --head '.join(model.datasets)}"
@@ -208,7 +218,7 @@ def _task(model: MultiTrain, name: str, head: str | None, dataset: DatasetConfig
             f"dataset {name!r} has {catalog.classes} classes, its head {model.datasets[head]}; "
             f"set data.datasets.{name}.annotations and .classes to those of the training"
         )
-    return Task(name, head, dataset, catalog)
+    return Task(name, head, dataset, catalog, corruption)
 
 
 def _known(name: str, known: Mapping[str, object], what: str) -> str:
@@ -237,6 +247,7 @@ def _header(
         "sampling": dataset.sampling,
         "test_short_side": dataset.test_short_side,
         "reading": [data.sampling_rate, data.target_fps, data.decoder],
+        **({"corruption": [task.corruption.name, task.corruption.strength]} if task.corruption else {}),
     }
 
 

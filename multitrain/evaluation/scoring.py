@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from multitrain.data.catalog import Catalog
+    from multitrain.data.corruptions import Corruption
     from multitrain.data.loader import Views
     from multitrain.model import MultiTrain
 
@@ -40,6 +41,8 @@ class Task:
     """Dataset whose head scores them; there are metrics only if it is the same dataset."""
     dataset: DatasetConfig
     catalog: Catalog
+    corruption: Corruption | None = None
+    """What is done to every video."""
 
     @property
     def key(self) -> str:
@@ -155,7 +158,7 @@ def _load(config: RunConfig, task: Task, indices: Sequence[int], stop: Stop | No
 
     if not indices:
         return
-    with EvalLoader(task.catalog, indices, task.dataset, config) as loader:
+    with EvalLoader(task.catalog, indices, task.dataset, config, task.corruption) as loader:
         while stop is None or not stop():
             try:
                 video = loader.next_video(POLL_SECONDS)
