@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.published import SMALL
 from multitrain import cli, load
+from multitrain import config as configuration
 from multitrain.commands.data import VERBS as DATA_VERBS
 from multitrain.config import dump
 from multitrain.engine import checkpoint as checkpoints
@@ -285,6 +286,39 @@ def test_evaluate_measures_robustness_and_resumes_it(
     assert "robustness.txt is in the way" in said(capsys, *words)[2]
     assert (tmp_path / "perturb/robustness.txt").read_text() == "mine"
     assert "leave one of them out" in said(capsys, "evaluate", run, "--perturb", "all", "--head", "stride")[2]
+
+
+def test_evaluate_tests_a_dataset_without_a_head_by_a_map(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = configuration.load(run).data.datasets["segment"]
+    (tmp_path / "map.csv").write_text("0,0\n1,0\n4,2\n")
+    words = [
+        "evaluate",
+        run,
+        "--dataset",
+        "new",
+        "--head",
+        "stride",
+        "--map",
+        tmp_path / "map.csv",
+        "--out",
+        tmp_path / "out",
+    ]
+    shutil.copy(Path(data.annotations) / "test.csv", tmp_path)
+    words += [f"data.datasets.new.annotations={tmp_path}", f"data.datasets.new.videos={data.videos}"]
+    status, out, err = said(capsys, *words, "data.datasets.new.classes=3")
+    assert status == 0, err
+    with np.load(tmp_path / "out/new.by.stride/scores.npz") as arrays:
+        scores, labels = arrays["scores"], arrays["labels"]
+    mapped = np.stack([scores[:, 0] + scores[:, 1], np.zeros(len(scores)), scores[:, 4]], 1)[labels != 1]
+    top1 = 100 * float((mapped.argmax(1) == labels[labels != 1]).mean())
+    result = json.loads((tmp_path / "out/new.by.stride/metrics.json").read_text())
+    assert result["top1"] == pytest.approx(top1)
+    assert (result["measured"], result["covered_classes"]) == (len(mapped), 2)
+    assert f"{len(mapped)} of a mapped class" in out
+    assert "--map: maps the classes of another" in said(capsys, "evaluate", run, "--map", "x.csv")[2]
+    assert "--map: is for one dataset" in said(capsys, "evaluate", run, "--head", "stride", "--map", "x.csv")[2]
 
 
 def test_evaluate_prints_the_table_and_writes_beside_the_weights(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,7 +41,12 @@ def _parser() -> Parser:
     parser.add_argument(
         "--split", default="test", choices=("train", "val", "test"), help="annotation file (default test.csv)"
     )
-    parser.add_argument("--head", metavar="NAME", help="score with this dataset's head: scores only, no accuracy")
+    parser.add_argument("--head", metavar="NAME", help="score with this dataset's head: scores only, unless --map")
+    parser.add_argument(
+        "--map",
+        metavar="FILE",
+        help="csv `class of the head,class of the dataset`: accuracy with --head on the videos of the mapped classes",
+    )
     parser.add_argument(
         "--perturb",
         nargs="+",
@@ -85,8 +90,12 @@ def main(arguments: Arguments) -> int:
     from multitrain.evaluation.predictor import load
     from multitrain.evaluation.settings import with_overrides
 
-    if given.perturb and given.head:
-        raise ConfigError("--perturb: needs accuracies, which --head does not give; leave one of them out")
+    if given.perturb and given.head and not given.map:
+        raise ConfigError(
+            "--perturb: needs accuracies, which --head does not give; leave one of them out, or add --map FILE"
+        )
+    if given.map and not given.head:
+        raise ConfigError("--map: maps the classes of another dataset's head; name it with --head NAME")
     out = given.out or _default_out(given.model, given.split)
     refuse_run(out, whole=False)
     if given.perturb:
@@ -107,6 +116,8 @@ def main(arguments: Arguments) -> int:
         rank=rank,
         world_size=world_size,
         head=given.head,
+        class_map=given.map,
+        head_names=model.class_names.get(given.head),
         precision=given.precision,
         stop=stop,
         progress=_progress if rank == 0 else None,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from multitrain.config import ConfigError, DatasetConfig, RunConfig, nearest
 from multitrain.config.boundary import writing_to
 from multitrain.evaluation import tables
+from multitrain.evaluation.class_map import ClassMap, read_class_map
 from multitrain.evaluation.output_folders import index_folder
 from multitrain.evaluation.scoring import (
     POLL_SECONDS,
@@ -79,6 +80,8 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
     head: str | None = None,
+    class_map: str | Path | None = None,
+    head_names: Sequence[str] | None = None,
     precision: Precision | None = None,
     corruption: Corruption | None = None,
     stop: Stop | None = None,
@@ -98,7 +101,9 @@ def evaluate(
         out_dir: ``DATASET/shards/`` while it runs; then ``DATASET/{scores.npz,metrics.json,confusion.png}``, and
             ``metrics.json`` and ``table.txt`` of all datasets tested into this folder.
         rank, world_size: this process among those that share the work.
-        head: score with this dataset's head instead of each dataset's own; gives scores without metrics.
+        head: score with this dataset's head instead of each dataset's own; gives scores without metrics, unless there is a map.
+        class_map: file that maps the classes of `head` to those of the dataset (:mod:`multitrain.evaluation.class_map`).
+        head_names: class names of `head`, for the map.
         precision: default: `config.eval.precision`, else fp32, which does not use TF32.
         corruption: what is done to every video, to measure robustness.
         stop: called between videos; when it returns True, the scores so far are kept and the result is not `finished`.
@@ -118,6 +123,7 @@ def evaluate(
         chosen = _known(name, config.data.datasets, "dataset")
         catalog = Catalog.open(config.data.datasets[chosen], chosen, split, index)
         tasks.append(_task(model, chosen, head, config.data.datasets[chosen], catalog, corruption))
+    mapping = _class_map(tasks, class_map, head_names, model.datasets) if class_map else None
     precision = precision or config.eval.precision or "fp32"
     with writing_to(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -135,11 +141,23 @@ def evaluate(
         shards = _wait(task, headers[task.key], out, stop, peer_timeout)
         if shards is None:
             return Evaluation(finished=False, folder=out)
-        results[task.key] = tables.merge(task, shards, headers[task.key], out / task.key)
+        results[task.key] = tables.merge(task, shards, headers[task.key], out / task.key, mapping)
     combined = tables.combine(out, results, list(model.datasets), next(iter(headers.values())))
     finished = Evaluation(finished=True, results=results, combined=combined, folder=out)
     tables.write_combined(out, combined)
     return finished
+
+
+def _class_map(
+    tasks: Sequence[Task], file: str | Path, head_names: Sequence[str] | None, heads: Mapping[str, int]
+) -> ClassMap:
+    if len(tasks) != 1 or tasks[0].head == tasks[0].name:
+        raise ConfigError("--map: is for one dataset and another dataset's head; give --dataset NAME --head OTHER")
+    (task,) = tasks
+    catalog = task.catalog
+    return read_class_map(
+        Path(file), task.head, head_names, heads[task.head], task.name, catalog.class_names, catalog.classes
+    )
 
 
 def _score_share(

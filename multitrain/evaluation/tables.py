@@ -13,6 +13,7 @@ from multitrain.config import ConfigError
 from multitrain.config.boundary import understood
 from multitrain.config.reading import read_json
 from multitrain.evaluation import metrics
+from multitrain.evaluation.class_map import ClassMap
 from multitrain.evaluation.scoring import Task
 from multitrain.evaluation.shards import Scores, ShardReader
 from multitrain.files import replace_text, replacing
@@ -75,10 +76,11 @@ LARGEST_BOOTSTRAP = 300_000_000
 
 
 def average(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
-    """Unweighted means of top-1 and top-5 over the single-label datasets that have them, in percent."""
+    """Unweighted means of top-1 and top-5 over the single-label datasets that have them by their own head, in percent."""
     out: dict[str, float | None] = {}
     for measure in ("top1", "top5"):
-        values = [r[measure] for r in results.values() if r.get(measure) is not None and "map" not in r]
+        counted = (r for r in results.values() if "map" not in r and "measured" not in r)
+        values = [r[measure] for r in counted if r.get(measure) is not None]
         out[measure] = float(np.mean(values)) if values else None
     return out
 
@@ -88,8 +90,8 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
     E.g. ``kinetics 84.7/96.5 (19796/19796) | mit 41.4/69.5 (33900/33900) | average 63.0/83.0``.
     """
-    cells = [f"{name} {_measured(r)} ({r['scored']}/{r['videos']})" for name, r in results.items()]
-    if sum(r.get("top1") is not None and "map" not in r for r in results.values()) > 1:
+    cells = [f"{name} {_measured(r)} ({_counts(r)})" for name, r in results.items()]
+    if sum(r.get("top1") is not None and "map" not in r and "measured" not in r for r in results.values()) > 1:
         cells.append(f"average {_pair(average(results))}")
     return " | ".join(cells)
 
@@ -101,7 +103,9 @@ def interval_lines(results: Mapping[str, Mapping[str, Any]]) -> str:
         known = [(m, result["intervals"][m]) for m in MEASURES if (result.get("intervals") or {}).get(m)]
         shown = [f"{MEASURE_NAMES[m]} {low:.1f}–{high:.1f}" for m, (low, high) in known]
         if shown:
-            lines.append(f"{name}: {', '.join(shown)} (95 % interval, {counted(result['scored'], 'video')})")
+            lines.append(
+                f"{name}: {', '.join(shown)} (95 % interval, {counted(result.get('measured', result['scored']), 'video')})"
+            )
     return "\n".join(lines)
 
 
@@ -150,8 +154,13 @@ def write_combined(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> No
     replace_text(folder / "table.txt", text + "\n")
 
 
-def merge(task: Task, shards: ShardReader, header: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Writes ``scores.npz``, ``metrics.json`` and ``confusion.png`` of one dataset; returns the content of the second."""
+def merge(
+    task: Task, shards: ShardReader, header: Mapping[str, Any], folder: Path, class_map: ClassMap | None = None
+) -> dict[str, Any]:
+    """Writes ``scores.npz``, ``metrics.json`` and ``confusion.png`` of one dataset; returns the content of the second.
+
+    With a `class_map`, the metrics are those of the mapped scores, on the videos whose classes are covered.
+    """
     catalog = task.catalog
     scored = sorted(shards.scores)
     scores = np.stack([shards.scores[i] for i in scored]) if scored else np.zeros((0, header["classes"]), np.float32)
@@ -174,6 +183,11 @@ def merge(task: Task, shards: ShardReader, header: Mapping[str, Any], folder: Pa
     }
     if task.head == task.name:
         result |= compute_metrics(scores, labels, multi_label=catalog.multi_label)
+    elif class_map is not None:
+        measured = class_map.measured(labels)
+        result |= class_map.describe(catalog.class_names, int(measured.sum()))
+        known = [row for row, counts in zip(labels, measured) if counts]
+        result |= compute_metrics(class_map.scores(scores[measured]), known, multi_label=catalog.multi_label)
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {
         "index": np.array(scored, np.int64),
@@ -188,7 +202,7 @@ def merge(task: Task, shards: ShardReader, header: Mapping[str, Any], folder: Pa
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "scores.npz") as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-    if result.get("confusion"):
+    if result.get("confusion") and class_map is None:
         _draw_confusion(folder / "confusion.png", task.name, scores, labels, catalog.class_names)
     write_json(folder / "metrics.json", result)
     return result
@@ -222,6 +236,11 @@ def _percent(fraction: float) -> float | None:
 
 def _measured(result: Mapping[str, Any]) -> str:
     return _pair(result) if result.get("map") is None else f"mAP {result['map']:.1f}"
+
+
+def _counts(result: Mapping[str, Any]) -> str:
+    covered = f", {result['measured']} of a mapped class" if "measured" in result else ""
+    return f"{result['scored']}/{result['videos']}{covered}"
 
 
 def _pair(result: Mapping[str, Any]) -> str:
