@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from launch import run_folder
 from launch.child_error import child_error
@@ -35,8 +36,9 @@ def refuse_unstartable(runs: Sequence[Run], *, keep_index: bool) -> None:
     """
     for run in runs:
         run_folder.check_places(run)
-    for run in _distinct(runs, ("model", "data", "activation_checkpointing", "precision")):
-        if run.config.model.own_backbone and not run.exists:
+    for run in _distinct(runs, ("model", "data", "optim", "loss", "activation_checkpointing", "precision")):
+        treated = not run.config.optim.equal and run.config.cluster.check_data
+        if (run.config.model.own_backbone and not run.exists) or treated:
             count_network(run)
     for run in _distinct(runs, ("init_from", "interpolate_positions", "model", "data")):
         _check_weights(run)
@@ -82,15 +84,16 @@ def _check_weights(run: Run) -> None:
     _run_check("initial weights", "multitrain.commands.fits", run, prefix=f"init_from={path}: ")
 
 
-def count_network(run: Run) -> dict[str, int] | None:
-    """Parameters and bytes per clip of a network that is not the published one, counted in a separate process; None for the published one.
+def count_network(run: Run) -> dict[str, Any] | None:
+    """What a separate process counts of a network (see :mod:`multitrain.commands.backbone_needs`); None for the published one, if all
+    its tensors are trained alike.
 
     Raises:
         ConfigError: the network cannot be built; one line.
     """
-    if run.config.model.backbone is None:
+    if run.config.model.backbone is None and run.config.optim.equal:
         return None
-    found: dict[str, int] = json.loads(_run_check("network", "multitrain.commands.backbone_needs", run))
+    found: dict[str, Any] = json.loads(_run_check("network", "multitrain.commands.backbone_needs", run))
     return found
 
 
