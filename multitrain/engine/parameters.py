@@ -15,11 +15,11 @@ from typing import Any
 from torch import nn
 
 from multitrain.config import ConfigError, LossConfig, OptimConfig, nearest
+from multitrain.interop.state_dict_report import abbreviated
 from multitrain.text import table
 
 LR_FACTOR = "lr_factor"
 """Key of a parameter group: its learning rate ÷ that of the schedule."""
-_MOST_NAMES = 4
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,11 @@ def freeze(model: nn.Module, patterns: Sequence[str], loss: LossConfig | None = 
             raise ConfigError(f"optim.freeze: {pattern!r} matches no tensor of this network; {_hint(pattern, named)}")
         for name in matched:
             named[name].requires_grad_(False)
+    trained = [name for name, parameter in named.items() if parameter.requires_grad]
     unused = () if loss is None else _without_influence(loss)
-    if patterns and not any(p.requires_grad and not n.startswith(unused) for n, p in named.items()):
-        listed = ",".join(patterns)
-        unused_too = f" but {' and '.join(unused)}*, which the loss does not use" if unused else ""
-        raise ConfigError(f"optim.freeze=[{listed}] freezes all tensors{unused_too}; leave some to be trained")
+    if patterns and all(name.startswith(unused) for name in trained):
+        others = f" but {abbreviated(trained)}, which the loss does not use" if trained else ""
+        raise ConfigError(f"optim.freeze=[{','.join(patterns)}] freezes all tensors{others}; leave some to be trained")
 
 
 def _without_influence(loss: LossConfig) -> tuple[str, ...]:
@@ -127,7 +127,7 @@ def _hint(pattern: str, names: Collection[str]) -> str:
     if stem and inside:
         return f"did you mean {f'{inside[0]}.*'!r}?"
     close = nearest(pattern, [*names, *(f"{prefix}.*" for prefix in _prefixes(names))])
-    return close if close.startswith("did you mean") else nearest(pattern, {f"{_label([name])}*" for name in names})
+    return close if close.startswith("did you mean") else nearest(pattern, {f"{_beginning(name)}*" for name in names})
 
 
 def _prefixes(names: Collection[str]) -> list[str]:
@@ -179,16 +179,14 @@ def _rates(alike: Sequence[Treatment]) -> tuple[str, str]:
 
 def _label(names: Sequence[str]) -> str:
     """What names have in common: ``blocks.3``, or their distinct beginnings: ``norm, heads, expander``."""
-    depth = 1 + names[0].startswith("backbone.")
     split = [name.split(".") for name in names]
     shared = 0
     while all(len(parts) > shared + 1 and parts[shared] == split[0][shared] for parts in split):
         shared += 1
-    if shared >= depth:
+    if shared >= _beginning(names[0]).count(".") + 1:
         return ".".join(split[0][:shared])
-    firsts = list(dict.fromkeys(".".join(parts[:depth]) for parts in split))
-    more = len(firsts) - _MOST_NAMES
-    return ", ".join(firsts[:_MOST_NAMES]) + (f", … {more} more" if more > 0 else "")
+    firsts = list(dict.fromkeys(map(_beginning, names)))
+    return abbreviated(firsts)
 
 
 def full_table(found: Sequence[Treatment]) -> list[str]:
@@ -198,3 +196,9 @@ def full_table(found: Sequence[Treatment]) -> list[str]:
         layer = "" if t.layer is None else str(t.layer)
         rows.append([t.name, layer, "×".join(map(str, t.parameter.shape)), f"{t.parameter.numel():,}", *_rates([t])])
     return table(("tensor", "layer", "shape", "parameters", *HEADER[4:]), rows, left=1).splitlines()
+
+
+def _beginning(name: str) -> str:
+    """The part of the network that a tensor belongs to: ``patch_embed``, ``blocks``, ``heads``, ``backbone.layers``."""
+    depth = 2 if name.startswith("backbone.") else 1
+    return ".".join(name.split(".")[:depth])
