@@ -23,6 +23,13 @@ from launch.run_folder import Run
 from launch.snapshot import ROOT, own_module
 from multitrain.config import ConfigError, dump
 
+NETWORK_OPTIONS: dict[str, Any] = {
+    **dict.fromkeys(("model", "data", "activation_checkpointing", "precision"), True),
+    "optim": {"freeze": True, "layer_decay": True},
+    "loss": {"projection_weight": True, "informative_weight": True},
+}
+"""What :mod:`multitrain.commands.backbone_needs` depends on."""
+
 
 def refuse_unstartable(runs: Sequence[Run], *, keep_index: bool) -> None:
     """Refuse runs that could not start; what several of them share is checked once.
@@ -36,15 +43,15 @@ def refuse_unstartable(runs: Sequence[Run], *, keep_index: bool) -> None:
     """
     for run in runs:
         run_folder.check_places(run)
-    for run in _distinct(runs, ("model", "data", "optim", "loss", "activation_checkpointing", "precision")):
+    for run in _distinct(runs, NETWORK_OPTIONS):
         treated = not run.config.optim.equal and run.config.cluster.check_data
         if (run.config.model.own_backbone and not run.exists) or treated:
             count_network(run)
-    for run in _distinct(runs, ("init_from", "interpolate_positions", "model", "data")):
+    for run in _distinct(runs, dict.fromkeys(("init_from", "interpolate_positions", "model", "data"), True)):
         _check_weights(run)
     with contextlib.ExitStack() as stack:
         thrown_away = None if keep_index else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        for run in _distinct(runs, ("data", "eval", "then")):
+        for run in _distinct(runs, dict.fromkeys(("data", "eval", "then"), True)):
             if run.config.cluster.check_data:
                 index = str(thrown_away or run.index)
                 clips = run.config.gpus * forecast(run.config, run.shape).gpu_clips
@@ -53,11 +60,11 @@ def refuse_unstartable(runs: Sequence[Run], *, keep_index: bool) -> None:
                     print("".join(f"# {line}\n" for line in said.splitlines() if line), end="", flush=True)
 
 
-def _distinct(runs: Sequence[Run], options: Sequence[str]) -> list[Run]:
-    """The first run of each kind by these options."""
+def _distinct(runs: Sequence[Run], options: dict[str, Any]) -> list[Run]:
+    """The first run of each kind by these options, in pydantic's notation."""
     found: dict[str, Run] = {}
     for run in runs:
-        found.setdefault(run.config.model_dump_json(include=set(options)), run)
+        found.setdefault(run.config.model_dump_json(include=options), run)
     return list(found.values())
 
 
