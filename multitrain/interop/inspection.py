@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -43,6 +44,8 @@ _FAMILIES: tuple[tuple[str, tuple[str, ...], str], ...] = (
 )  # fmt: skip
 """Networks by patterns of which each must match a tensor's name; and what to do with a file of it. The first that fits counts."""
 _HEAD = re.compile(r"(heads\..+?|(head\.heads\.[^.]+|(cls_)?head(\.projection)?|fc|classifier)(\.fc2|\.\d+)?)\.weight")
+_LONGEST_NAME = 300
+"""Characters of a tensor's name beyond which it is not compared with patterns."""
 _FORMATS = {
     b"\x89HDF": ("an HDF5 file (Keras)", _OWN_BACKBONE),
     b"\x93NUMPY": ("an array of numpy", _OWN_BACKBONE),
@@ -116,12 +119,15 @@ def inspect(path: str | Path) -> Inspection:
     except ConfigError as error:
         size = path.stat().st_size if path.is_file() else 0
         return Inspection(
-            path, f"a {'file' if size else 'folder'} that cannot be read as weights", size, problem=str(error)
+            path, f"a {'folder' if path.is_dir() else 'file'} that cannot be read as weights", size, problem=str(error)
         )
 
 
 def _file(path: Path) -> Inspection:
-    start = path.open("rb").read(64)
+    if not path.is_file():
+        raise ConfigError(f"{path}: neither a file nor a folder; give the weights' path")
+    with path.open("rb") as file:
+        start = file.read(64)
     if not start:
         return Inspection(path, "an empty file", problem="copy or download it again")
     for magic, (what, remedy) in _FORMATS.items():
@@ -136,10 +142,11 @@ def _foreign_folder(path: Path) -> Inspection | None:
     """A folder of another program's checkpoint; None for a run, a checkpoint, or an export of this project."""
     states = sorted([*path.glob("*mp_rank_*_states.pt"), *path.glob("global_step*/*mp_rank_*_states.pt")])[:2]
     if states:
+        script = f"{shlex.quote(f'{path}/zero_to_fp32.py')} {shlex.quote(str(path))}"
         return Inspection(
             path,
             f"a checkpoint of DeepSpeed ({states[0].relative_to(path)}, …), whose parts are pickles",
-            problem=f"pickles are not read, since they may run code; where you trust them: python {path}/zero_to_fp32.py {path} FOLDER "
+            problem=f"pickles are not read, since they may run code; where you trust them: python {script} FOLDER "
             f"--safe_serialization; then {_OWN_BACKBONE}",
         )
     if (path / ".metadata").is_file() and next(path.glob("*.distcp"), None):
@@ -176,11 +183,8 @@ def _of_transformers(path: Path) -> Inspection | None:
 def _described(path: Path, model_file: Path) -> Inspection:
     """Weights of this project: a run, a checkpoint, a converted file."""
     weights, _ = read_model(model_file, strict=False)
-    where = (
-        ""
-        if model_file == path
-        else f" ({model_file.relative_to(path) if model_file.is_relative_to(path) else model_file})"
-    )
+    file = model_file.relative_to(path) if model_file.is_relative_to(path) else model_file
+    where = "" if model_file == path else f" ({file})"
     known = tuple(name for name in weights.datasets if name in weights.class_names)
     return _with_tensors(
         Inspection(
@@ -219,26 +223,20 @@ def _safetensors(path: Path) -> Inspection:
             n: torch.empty(part.get_shape(), dtype=types.get(part.get_dtype(), torch.int64), device="meta")
             for n, part in parts.items()
         }
-        extra = tuple(file.metadata() or {})
+        beside = tuple(f"{key} in its header" for key in list(file.metadata() or {})[:8])
     taken, notes = select_weights(path, state)
-    found = _foreign(
-        path,
-        taken,
-        path.stat().st_size,
-        f"a .safetensors file{{}} ({', '.join(extra)})" if extra else "a .safetensors file{}",
-    )
-    return replace(
-        found, taken=", ".join(removed_prefixes(state)), notes=notes, problem=found.problem or no_description
-    )
+    found = _foreign(path, taken, "a .safetensors file")
+    problem, prefixes = found.problem or no_description, ", ".join(f"without {p}" for p in removed_prefixes(state))
+    return replace(found, taken=prefixes, beside=beside, notes=notes, problem=problem)
 
 
 def _archive(path: Path) -> Inspection:
     """A torch archive (`.pyth`, `.pt`, `.pth`, `.bin`, `.ckpt`)."""
-    size, archive = path.stat().st_size, open_archive(path)
+    archive = open_archive(path)
     taken = " ".join(filter(None, (archive.taken, *(f"without {prefix}" for prefix in archive.prefixes))))
     cfg = archive.content.get("cfg")
     found = replace(
-        _of_cfg(path, archive) if isinstance(cfg, str) else _foreign(path, archive.state, size, "a torch archive{}"),
+        _of_cfg(path, archive) if isinstance(cfg, str) else _foreign(path, archive.state, "a torch archive"),
         taken=taken,
         beside=tuple(_beside(name, value) for name, value in archive.content.items()),
         notes=archive.notes,
@@ -250,13 +248,13 @@ def _archive(path: Path) -> Inspection:
 
 def _of_cfg(path: Path, archive: Archive) -> Inspection:
     """A checkpoint of PySlowFast, with the text of its configuration."""
-    size, cfg = path.stat().st_size, archive.content["cfg"]
+    cfg = archive.content["cfg"]
     try:
         if not pyslowfast.has_published_cfg(path):
-            return _foreign(path, archive.state, size, "a checkpoint of PySlowFast{}")
+            return _foreign(path, archive.state, "a checkpoint of PySlowFast")
         file = pyslowfast.read_published(path, strict=False)
     except ConfigError as error:
-        return replace(_foreign(path, archive.state, size, "a checkpoint of PySlowFast{}"), problem=str(error))
+        return replace(_foreign(path, archive.state, "a checkpoint of PySlowFast"), problem=str(error))
     official = file.config.backbone == MVITV2 or bool(official_tensors(archive.state))
     made = (
         "an official MViT or MViTv2 of PySlowFast" if official else "a checkpoint of the published code of MultiTrain"
@@ -265,7 +263,7 @@ def _of_cfg(path: Path, archive: Archive) -> Inspection:
         Inspection(
             path,
             f"{made}, with its configuration ({len(cfg.splitlines())} lines)",
-            size,
+            path.stat().st_size,
             network=outline(file.config),
             model=preset(file.config),
             heads=file.datasets,
@@ -282,17 +280,17 @@ def _beside(name: str, value: Any) -> str:
     return f"{name} ({len(value)} entries)" if isinstance(value, dict) else str(name)
 
 
-def _foreign(path: Path, state: Mapping[str, torch.Tensor], size: int, kind: str) -> Inspection:
-    """Tensors without a description of their network: what their names and shapes say. `kind` has a place for it."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+def _foreign(path: Path, state: Mapping[str, torch.Tensor], kind: str) -> Inspection:
+    """Tensors without a description of their network: what their names and shapes say."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if len(name) <= _LONGEST_NAME}
     family, remedy = family_of(shapes)
     heads = {m[1]: shape[0] for name, shape in shapes.items() if len(shape) == 2 and (m := _HEAD.fullmatch(name))}
     is_mvit = not remedy and bool(family)
     return _with_tensors(
         Inspection(
             path,
-            kind.format(f" ({family})" if family else ""),
-            size,
+            f"{kind} ({family})" if family else kind,
+            path.stat().st_size,
             network=_sizes(shapes) if is_mvit else "",
             heads=heads,
             problem=None if is_mvit else (remedy or _OWN_BACKBONE) if state else "there is no tensor in it",

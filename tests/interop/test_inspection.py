@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,16 @@ def test_a_file_of_another_program_is_named_and_not_loaded(
     assert found.problem is not None
     assert text.count("problem") == 1
     assert not (tmp_path / "harm-was-done").exists()
+
+
+def test_a_hostile_header_is_only_text(tmp_path: Path) -> None:
+    names = {"{0.__class__}": torch.zeros(1), "a." * 200_000: torch.zeros(1), "blocks.1\x1b[31m.x": torch.zeros(1)}
+    save_file(names, tmp_path / "x.safetensors", {"{0.__class__.__mro__}": "{path}"})
+    found = inspect(tmp_path / "x.safetensors")
+    assert found.kind == "a .safetensors file"
+    assert found.beside == ("{0.__class__.__mro__} in its header",)
+    os.mkfifo(tmp_path / "pipe.pyth")
+    assert "neither a file nor a folder" in str(inspect(tmp_path / "pipe.pyth").problem)
 
 
 def test_folders_of_other_programs_are_named(tmp_path: Path) -> None:
