@@ -186,20 +186,9 @@ def _described(path: Path, model_file: Path) -> Inspection:
     file = model_file.relative_to(path) if model_file.is_relative_to(path) else model_file
     where = "" if model_file == path else f" ({file})"
     known = tuple(name for name in weights.datasets if name in weights.class_names)
-    return _with_tensors(
-        Inspection(
-            path,
-            f"weights of MultiTrain{where}",
-            model_file.stat().st_size,
-            network=outline(weights.config),
-            model=preset(weights.config),
-            heads=weights.datasets,
-            beside=(f"class names of {', '.join(known)}",) if known else (),
-            notes=weights.report.notes,
-            problem=_unmatched(weights.report),
-        ),
-        weights.state,
-    )
+    found = Inspection(path, f"weights of MultiTrain{where}", model_file.stat().st_size, notes=weights.report.notes)
+    found = replace(found, beside=(f"class names of {', '.join(known)}",) if known else ())
+    return _with_network(found, weights.config, weights.datasets, weights.report, weights.state)
 
 
 def _safetensors(path: Path) -> Inspection:
@@ -259,18 +248,9 @@ def _of_cfg(path: Path, archive: Archive) -> Inspection:
     made = (
         "an official MViT or MViTv2 of PySlowFast" if official else "a checkpoint of the published code of MultiTrain"
     )
-    return _with_tensors(
-        Inspection(
-            path,
-            f"{made}, with its configuration ({len(cfg.splitlines())} lines)",
-            path.stat().st_size,
-            network=outline(file.config),
-            model=preset(file.config),
-            heads=file.datasets,
-            problem=_unmatched(file.report),
-        ),
-        archive.state,
-    )
+    kind = f"{made}, with its configuration ({len(cfg.splitlines())} lines)"
+    found = Inspection(path, kind, path.stat().st_size)
+    return _with_network(found, file.config, file.datasets, file.report, archive.state)
 
 
 def _beside(name: str, value: Any) -> str:
@@ -316,6 +296,19 @@ def _sizes(shapes: Mapping[str, Shape]) -> str:
     kernel = shapes["patch_embed.proj.weight"][2:]
     frames = "images" if len(kernel) == 2 else "clips"
     return f"{len(blocks)} blocks of {width[0]} to {last[0]} channels, for {frames}"
+
+
+def _with_network(
+    found: Inspection,
+    config: ModelConfig,
+    heads: Mapping[str, int],
+    report: LoadReport,
+    state: Mapping[str, torch.Tensor],
+) -> Inspection:
+    """`found` with the network that the file describes."""
+    network, model = outline(config), preset(config)
+    found = replace(found, network=network, model=model, heads=heads, problem=_unmatched(report))
+    return _with_tensors(found, state)
 
 
 def _with_tensors(found: Inspection, state: Mapping[str, torch.Tensor]) -> Inspection:

@@ -253,3 +253,11 @@ def test_needs_are_those_of_the_trained_tensors(tmp_path: Path) -> None:
         for p in ([], ["cls_token", "patch_embed.*", "blocks.[01].*"])
     ]
     assert counted[0] > counted[1]
+
+
+def test_random_weights_are_not_frozen_without_a_note(tmp_path: Path) -> None:
+    words = ["experiment=k400", "optim.freeze=blocks.*", f"runs={tmp_path}", "name=new"]
+    said = "optim.freeze without init_from: frozen tensors keep random initial values; add init_from=WEIGHTS"
+    assert compose_run(words).idle == [said]
+    assert compose_run([*words, "init_from=weights.pyth"]).idle == []
+    assert compose_run([*words, "model.backbone=mine:build"]).idle == []
