@@ -122,7 +122,7 @@ def test_layer_decay_needs_to_know_the_layers() -> None:
     [
         (["patch_embed"], r"'patch_embed' matches no tensor of this network; did you mean 'patch_embed\.\*'"),
         (["blocks.*", "pach_embed.*"], r"'pach_embed\.\*' matches no tensor.*did you mean 'patch_embed\.\*'"),
-        (["blocks.0.attn.qkv.wieght"], r"did you mean 'blocks\.0\.attn\.qkv\.weight'"),
+        (["blocks.0.attn.qkv.weights"], r"did you mean 'blocks\.0\.attn\.qkv\.weight'"),
         (["zzzz"], r"known here: blocks\*, expander\*, heads\*, norm\*, patch_embed\*"),
         (["*"], r"optim\.freeze=\[\*\] freezes all tensors; leave some"),
         (["*.weight", "*.bias", "pos*"], "freezes all tensors"),

@@ -193,7 +193,7 @@ def test_the_verb_says_what_a_run_would_load_and_its_exit_status_whether_it_woul
     assert "problem  a run would refuse it: " in out
     assert "  blocks.16.norm1.weight: not in the file; this network needs it" in out.splitlines()
     assert load("--check", tmp_path / "nothing.pyth")[0] == 2
-    status, _, err = load("--check", file, "modle=mvitv2_b")
+    status, _, err = load("--check", file, "model.dept=3")
     assert (status, err.count("\n")) == (2, 1)
 
 
