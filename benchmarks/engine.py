@@ -43,11 +43,11 @@ class Plain:
     """DistributedDataParallel, gradient clipping, AdamW."""
 
     def __init__(self, optim: OptimConfig) -> None:
-        from multitrain.engine.deepspeed import parameter_groups
+        from multitrain.engine.parameters import parameter_groups
 
         self.model = network()
         self._ddp = nn.parallel.DistributedDataParallel(self.model)
-        groups = parameter_groups(self.model, optim.weight_decay)
+        groups = parameter_groups(self.model, optim)
         self.optimizer = torch.optim.AdamW(groups, lr=LR, betas=optim.betas, eps=optim.eps)
         self._clip = optim.clip_norm
 

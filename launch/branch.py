@@ -76,8 +76,8 @@ def config_of(
     if changed:
         name, before, now = changed[0]
         raise ConfigError(
-            f"{OPTION}: run {found.run.name!r} has {name}={before}, and {now} was requested; a branch keeps the videos, their order "
-            f"and the network: leave {name} as it is, or start a run with init_from={found.checkpoint}"
+            f"{OPTION}: run {found.run.name!r} has {name}={before}, and {now} was requested; a branch keeps the videos, their order, "
+            f"the network and what is frozen: leave {name} as it is, or start a run with init_from={found.checkpoint}"
         )
     done = update_of(found.checkpoint)
     if config.updates is not None and config.updates <= done:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from launch import run_folder
 from launch.child_error import child_error
@@ -21,6 +22,13 @@ from launch.rank import python_path
 from launch.run_folder import Run
 from launch.snapshot import ROOT, own_module
 from multitrain.config import ConfigError, dump
+
+NETWORK_OPTIONS: dict[str, Any] = {
+    **dict.fromkeys(("model", "data", "activation_checkpointing", "precision"), True),
+    "optim": {"freeze": True, "layer_decay": True},
+    "loss": {"projection_weight": True, "informative_weight": True},
+}
+"""What :mod:`multitrain.commands.backbone_needs` depends on."""
 
 
 def refuse_unstartable(runs: Sequence[Run], *, keep_index: bool) -> None:
@@ -35,14 +43,15 @@ def refuse_unstartable(runs: Sequence[Run], *, keep_index: bool) -> None:
     """
     for run in runs:
         run_folder.check_places(run)
-    for run in _distinct(runs, ("model", "data", "activation_checkpointing", "precision")):
-        if run.config.model.own_backbone and not run.exists:
+    for run in _distinct(runs, NETWORK_OPTIONS):
+        treated = not run.config.optim.equal and run.config.cluster.check_data
+        if (run.config.model.own_backbone and not run.exists) or treated:
             count_network(run)
-    for run in _distinct(runs, ("init_from", "interpolate_positions", "model", "data")):
+    for run in _distinct(runs, dict.fromkeys(("init_from", "interpolate_positions", "model", "data"), True)):
         _check_weights(run)
     with contextlib.ExitStack() as stack:
         thrown_away = None if keep_index else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        for run in _distinct(runs, ("data", "eval", "then")):
+        for run in _distinct(runs, dict.fromkeys(("data", "eval", "then"), True)):
             if run.config.cluster.check_data:
                 index = str(thrown_away or run.index)
                 clips = run.config.gpus * forecast(run.config, run.shape).gpu_clips
@@ -51,11 +60,11 @@ def refuse_unstartable(runs: Sequence[Run], *, keep_index: bool) -> None:
                     print("".join(f"# {line}\n" for line in said.splitlines() if line), end="", flush=True)
 
 
-def _distinct(runs: Sequence[Run], options: Sequence[str]) -> list[Run]:
-    """The first run of each kind by these options."""
+def _distinct(runs: Sequence[Run], options: dict[str, Any]) -> list[Run]:
+    """The first run of each kind by these options, in pydantic's notation."""
     found: dict[str, Run] = {}
     for run in runs:
-        found.setdefault(run.config.model_dump_json(include=set(options)), run)
+        found.setdefault(run.config.model_dump_json(include=options), run)
     return list(found.values())
 
 
@@ -82,15 +91,16 @@ def _check_weights(run: Run) -> None:
     _run_check("initial weights", "multitrain.commands.fits", run, prefix=f"init_from={path}: ")
 
 
-def count_network(run: Run) -> dict[str, int] | None:
-    """Parameters and bytes per clip of a network that is not the published one, counted in a separate process; None for the published one.
+def count_network(run: Run) -> dict[str, Any] | None:
+    """What a separate process counts of a network (see :mod:`multitrain.commands.backbone_needs`); None for the published one, if all
+    its tensors are trained alike.
 
     Raises:
         ConfigError: the network cannot be built; one line.
     """
-    if run.config.model.backbone is None:
+    if run.config.model.backbone is None and run.config.optim.equal:
         return None
-    found: dict[str, int] = json.loads(_run_check("network", "multitrain.commands.backbone_needs", run))
+    found: dict[str, Any] = json.loads(_run_check("network", "multitrain.commands.backbone_needs", run))
     return found
 
 

@@ -54,26 +54,28 @@ class Forecast:
         return self.fixed_bytes + self.clips * self.clip_bytes
 
 
-def forecast(config: RunConfig, shape: BatchShape, network: Mapping[str, int] | None = None) -> Forecast:
+def forecast(config: RunConfig, shape: BatchShape, network: Mapping[str, Any] | None = None) -> Forecast:
     """The estimate for a run whose effective batch is split as in `shape`.
 
     Args:
-        network: parameters and bytes per clip of a network that is not the published one: see :mod:`multitrain.commands.backbone_needs`.
+        network: what was counted of a network that is not the published one, or not trained in all tensors: see
+            :mod:`multitrain.commands.backbone_needs`.
     """
     model, clips = config.model, shape.micro_batch * config.augment.copies
     size = work(model) / work(ModelConfig())
-    if network is None:
-        clip = clip_bytes(model, config.activation_checkpointing)
+    network = network or {}
+    count = network.get("parameters") or parameters(model, [d.classes or 400 for d in config.data.datasets.values()])
+    trained = network.get("trained", count)
+    if (clip := network.get("clip_bytes")) is None:
+        clip = clip_bytes(model, config.activation_checkpointing, network.get("frozen_blocks", 0))
         clip *= FP32_FACTOR if config.precision == "fp32" else 1
-        count = parameters(model, [d.classes or 400 for d in config.data.datasets.values()])
-    else:
-        clip, count = float(network["clip_bytes"]), network["parameters"]
     clip += 3 * model.frames * model.crop**2 * (4 + 4 + 1)  # as float32, its mixing partner, and as uint8
-    buckets = 2 * min(config.engine.bucket_elements, count)
+    buckets = 2 * min(config.engine.bucket_elements, trained)
     low = 0 if config.precision == "fp32" else 2
     fixed = (
-        count * (4 + 4 + low)
-        + (12 if config.ema.decay is None else 16) * count / shape.world_size
+        count * (4 + low)
+        + trained * 4
+        + (12 if config.ema.decay is None else 16) * trained / shape.world_size
         + 4 * buckets
         + CUDA_CONTEXT_BYTES
     )
@@ -86,7 +88,7 @@ def forecast(config: RunConfig, shape: BatchShape, network: Mapping[str, int] | 
     )
 
 
-def summary_lines(config: RunConfig, shape: BatchShape, network: Mapping[str, int] | None = None) -> list[str]:
+def summary_lines(config: RunConfig, shape: BatchShape, network: Mapping[str, Any] | None = None) -> list[str]:
     """The estimate as comment lines for the user; warnings come last, each with a remedy. `network`: see :func:`forecast`."""
     f, cluster = forecast(config, shape, network), config.cluster
     cores = counted(cluster.cpus_per_gpu, "core")
@@ -192,23 +194,25 @@ class Sizes:
     """Tokens × channels of the largest block; the memory of its backward pass is proportional to it."""
 
 
-def clip_bytes(model: ModelConfig, activation_checkpointing: str) -> float:
-    """Bytes of the activations of one clip in bf16 at the peak of a training step."""
+def clip_bytes(model: ModelConfig, activation_checkpointing: str, frozen_blocks: int = 0) -> float:
+    """Bytes of the activations of one clip in bf16 at the peak of a training step; nothing is kept of the first `frozen_blocks`."""
     per_output, at_peak = _FACTS["bytes"][activation_checkpointing]
-    size = sizes(model)
+    size = sizes(model, frozen_blocks)
     return float(size.inputs + per_output * size.outputs + at_peak * size.largest)
 
 
-def sizes(model: ModelConfig) -> Sizes:
-    """The sizes of one clip in bf16."""
+def sizes(model: ModelConfig, frozen_blocks: int = 0) -> Sizes:
+    """The sizes of one clip in bf16; `inputs` and `outputs` without those of the first `frozen_blocks`."""
     first = min(model.stages, default=model.depth)
     blocks = _blocks(model)
     read = [tokens for tokens, _, _ in blocks]
     read.append(model.frames // 2 * _grid(model, model.depth) ** 2)
     return Sizes(
         inputs=2 * 3 * model.frames * model.crop**2
-        + sum(tokens * d_in * (4 if i <= first else 2) for i, (tokens, d_in, _) in enumerate(blocks)),
-        outputs=sum(after * d_out for after, (_, _, d_out) in zip(read[1:], blocks)),
+        + sum(
+            tokens * d_in * (4 if i <= first else 2) for i, (tokens, d_in, _) in enumerate(blocks) if i >= frozen_blocks
+        ),
+        outputs=sum(after * d_out for after, (_, _, d_out) in list(zip(read[1:], blocks))[frozen_blocks:]),
         largest=max(tokens * max(d_in, d_out) for tokens, d_in, d_out in blocks),
     )
 

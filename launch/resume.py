@@ -263,7 +263,8 @@ def pinned(config: RunConfig) -> RunConfig:
 
 
 def _frozen_options(config: RunConfig) -> dict[str, Any]:
-    """The options that a resumed run must keep: seed, effective batch, mix group, model, and the order of the data."""
+    """The options that a resumed run must keep: seed, effective batch, mix group, model, and the order of the data; and what is frozen,
+    because a checkpoint has no moments of frozen tensors."""
     kept = {".".join(leaf): value for leaf, value in leaves(config).items() if leaf[0] in ("data", "model")}
     return {
         "seed": config.seed,
@@ -271,4 +272,5 @@ def _frozen_options(config: RunConfig) -> dict[str, Any]:
         "data.datasets": ", ".join(config.data.datasets),
         **{name: value for name, value in kept.items() if not MUTABLE_DATA_OPTIONS.fullmatch(name)},
         "augment.mix_group": config.group,
+        "optim.freeze": list(config.optim.freeze),
     }

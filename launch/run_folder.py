@@ -124,6 +124,8 @@ def compose_run(words: Sequence[str], *, config_dirs: Sequence[str] = (), defaul
     idle = idle_words(new, config)
     if config.update_code and not saved:
         idle.append("update_code=true: changes nothing, since a new run takes this checkout's code; leave it out")
+    if config.optim.freeze and not (saved or origin or config.init_from or config.model.own_backbone):
+        idle.append("optim.freeze without init_from: frozen tensors keep random initial values; add init_from=WEIGHTS")
     if not any((path / "checkpoints").glob("update-*")):
         config = resume.pinned(config)
     flags = {"from_scratch": config.from_scratch, "update_code": config.update_code}

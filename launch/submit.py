@@ -173,7 +173,11 @@ def _run_replacement(command: list[str], environment: dict[str, str]) -> int:
 def _dry_run(run: Run) -> int:
     print(f"# run    {run.path}{' (resumed)' if run.exists else ''}")
     print(f"# batch  {_batch(run)}")
-    print("\n".join(memory_estimate.summary_lines(run.config, run.shape, checks.count_network(run))))
+    network = checks.count_network(run)
+    print("\n".join(memory_estimate.summary_lines(run.config, run.shape, network)))
+    if tensors := (network or {}).get("tensors"):
+        print("\n".join(f"# {line}" for line in tensors))
+        print("# for one line a tensor: multitrain flops --tensors with the same options")
     if run.config.cluster.kind == "local":
         print(f"# ranks  {run.config.gpus} on this machine, one process each")
     else:

@@ -15,6 +15,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "sweep": ("launch.sweep", "Several runs that differ in some options, as one array of jobs."),
     "predict": ("multitrain.commands.predict", "Classify the action in video files."),
     "evaluate": ("multitrain.commands.evaluate", "Multi-view test of a model; resumes after an interruption."),
+    "load": (
+        "multitrain.commands.load",
+        "What a file of weights is, and what a run would load of it: load --check FILE.",
+    ),
     "convert": ("multitrain.commands.convert", "Convert weights to .pyth, .safetensors + config.json, or a folder."),
     "export": ("multitrain.interop.export", "A folder to publish: weights, class names, model card with results."),
     "completion": ("multitrain.commands.completion", "Completion of commands and options for bash, zsh or fish."),

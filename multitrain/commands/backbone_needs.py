@@ -1,7 +1,7 @@
 """What a run's network needs, counted without its data or its memory: ``python -m multitrain.commands.backbone_needs CONFIG.yaml``.
 
-A submission runs this in a separate process for networks that it has no table of, because it does not import torch itself. It prints one
-JSON object: the parameters, and the bytes of activations at the peak of a training step, for one clip.
+A submission runs this in a separate process for networks that it has no table of, and where `optim.freeze` or `optim.layer_decay` treats
+tensors differently, because it does not import torch itself. It prints one JSON object.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from multitrain.config import ConfigError, RunConfig, load
 from multitrain.config.arguments import MISTAKE
 from multitrain.data.catalog import resolve_classes
+from multitrain.engine.parameters import freeze, summary_table, treatments
 from multitrain.model.device import autocast
 from multitrain.model.multitrain import MultiTrain
 
@@ -48,8 +49,12 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
-def needs(config: RunConfig) -> dict[str, int]:
-    """``parameters``, and ``clip_bytes``: what a second clip adds to the peak of a training step.
+def needs(config: RunConfig) -> dict[str, Any]:
+    """What a submission has to know of a network.
+
+    ``parameters`` and ``trained``: their numbers. ``clip_bytes``: what a second clip adds to the peak of a training step; None for the
+    published network, which launch/memory_estimate.py has a table of. ``frozen_blocks``: blocks before the first tensor that is trained.
+    ``tensors``: a table of how tensors are trained, as lines; empty if all are trained alike.
 
     Raises:
         ConfigError: the network cannot be built or trained.
@@ -59,8 +64,17 @@ def needs(config: RunConfig) -> dict[str, int]:
         model = MultiTrain(config.model, datasets, activation_checkpointing=config.activation_checkpointing).train()
         if (problem := model.untrainable()) is not None:
             raise ConfigError(problem)
-        one, two = (_peak(model, config, clips) for clips in (1, 2))
-    return {"parameters": sum(p.numel() for p in model.parameters()), "clip_bytes": two - one}
+        freeze(model, config.optim.freeze, config.loss)
+        found = treatments(model, config.optim)
+        counted = config.model.backbone is not None
+        peaks = [_peak(model, config, clips) for clips in (1, 2)] if counted else []
+    return {
+        "parameters": sum(t.parameter.numel() for t in found),
+        "trained": sum(t.parameter.numel() for t in found if t.trained),
+        "clip_bytes": peaks[1] - peaks[0] if counted else None,
+        "frozen_blocks": max(0, min(t.layer or 0 for t in found if t.trained) - 1),
+        "tensors": [] if config.optim.equal else summary_table(found),
+    }
 
 
 def _peak(model: MultiTrain, config: RunConfig, clips: int) -> int:

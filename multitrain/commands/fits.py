@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from multitrain.cluster.exit_status import Exit
 from multitrain.config import ConfigError, RunConfig, load
 
+if TYPE_CHECKING:
+    from multitrain.interop.state_dict_report import LoadReport
 
-def fits(config: RunConfig) -> str:
-    """One line about the tensors of `init_from` that a run's network would load.
+
+def report(config: RunConfig) -> LoadReport:
+    """Which tensors of `init_from` a run's network would load.
 
     Raises:
         ConfigError: the weights are missing, damaged, or those of another network.
@@ -28,19 +32,19 @@ def fits(config: RunConfig) -> str:
     from multitrain.model import MultiTrain
 
     if config.init_from is None:
-        return "no initial weights"
+        raise ConfigError("init_from is not set, so there are no weights to check; set init_from=FILE")
     datasets = {name: resolve_classes(dataset) for name, dataset in config.data.datasets.items()}
     with torch.device("meta"):
         model = MultiTrain(config.model, datasets)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that copying to the meta device does nothing
-        return str(initialise_from(model, config.init_from, interpolate_positions=config.interpolate_positions))
+        return initialise_from(model, config.init_from, interpolate_positions=config.interpolate_positions)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return the exit status: 0, or 2 with a one-line error about weights that cannot be used."""
     try:
-        print(fits(load(arguments[0])))
+        print(report(load(arguments[0])))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return Exit.MISTAKE

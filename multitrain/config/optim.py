@@ -24,6 +24,12 @@ class OptimConfig(Settings):
     """Length of the warm-up in updates."""
     weight_decay: float = Field(0.05, ge=0)
     """Decoupled weight decay of tensors with two or more dimensions; biases and norms have none."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Layer-wise learning rates: that of a tensor is the schedule's × this to the power L - layer, where the patch embedding is layer 0,
+    block i layer i + 1, and the heads layer L (docs/weights.md). 1 for equal learning rates."""
+    freeze: tuple[str, ...] = ()
+    """Tensors that are not trained: patterns of their names, where ``*`` stands for any text, e.g. ``[patch_embed.*,pos_embed*,blocks.*]``.
+    `dry_run=true` prints a table of what is frozen."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the moments."""
     eps: float = Field(1e-8, gt=0)
@@ -46,6 +52,25 @@ class OptimConfig(Settings):
         if not value or list(value) != sorted(set(value)) or not all(0 < share < 1 for share in value):
             raise ValueError(f"{list(value)} are not ascending shares of the run, above 0 and below 1, e.g. [0.5,0.75]")
         return value
+
+    @field_validator("freeze", mode="before")
+    @classmethod
+    def _may_be_one(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("freeze")
+    @classmethod
+    def _are_patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(value):
+            raise ValueError(
+                f"{list(value)} has an empty pattern; write names of tensors, e.g. [patch_embed.*,blocks.*]"
+            )
+        return value
+
+    @property
+    def equal(self) -> bool:
+        """Whether all tensors are trained, with the same learning rate."""
+        return self.layer_decay == 1 and not self.freeze
 
     @field_validator("betas")
     @classmethod

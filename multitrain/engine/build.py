@@ -13,6 +13,7 @@ from multitrain.engine.checkpoint import listed
 from multitrain.engine.distributed import World
 from multitrain.engine.interruption import Interruption, Request
 from multitrain.engine.leadtime import LeadTime
+from multitrain.engine.parameters import freeze, summary_table, treatments
 from multitrain.engine.trainer import Parts, Trainer
 from multitrain.engine.unreadable import UnreadableTracker
 from multitrain.engine.watchdog import Watchdog
@@ -89,6 +90,12 @@ def _model(config: RunConfig, run: Path, world: World, catalogs: Mapping[str, Ca
         raise ConfigError(problem)
     model.initialise(config.seed)
     _initialise_from(config, run, model, world)
+    freeze(model, config.optim.freeze, config.loss)
+    if world.is_main and not config.optim.equal:
+        print(
+            "\n".join(["the tensors and how they are trained:", *summary_table(treatments(model, config.optim))]),
+            flush=True,
+        )
     return model
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from multitrain.config import ConfigError, EngineConfig, OptimConfig
 from multitrain.engine import without_compiler
+from multitrain.engine.parameters import LR_FACTOR, parameter_groups
 from multitrain.model.device import autocast
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -33,14 +34,6 @@ def ema_decay(limit: float, updates: int) -> float:
     """Decay of the moving average at the update number `updates`, counted from 1: `limit`, and less at the beginning, so that the
     initial weights are forgotten."""
     return min(limit, (1 + updates) / (10 + updates))
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups: weight decay on tensors of two and more dimensions, none on biases and norms (PySlowFast's rule)."""
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [g for g in groups if g["params"]]
 
 
 @dataclass
@@ -159,7 +152,7 @@ class Engine:
             self.loss_scale = LossScale(scale=2.0**config.loss_scale_start, dynamic=True)
         without_compiler.untraced()
         optimizer = torch.optim.AdamW(
-            parameter_groups(model, optim.weight_decay),
+            parameter_groups(model, optim),
             lr=optim.lr,
             betas=optim.betas,
             eps=optim.eps,
@@ -211,7 +204,7 @@ class Engine:
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def update(self, lr: float) -> float:
-        """Average the gradient over ranks, clip it, and step AdamW with learning rate `lr`.
+        """Average the gradient over ranks, clip it, and step AdamW with learning rate `lr` (times a group's factor).
 
         Returns:
             The global L2 norm of the gradient before clipping; inf when it was not finite and the step was skipped.
@@ -220,7 +213,7 @@ class Engine:
             if parameter.grad is None:  # ZeRO-1 sums different tensors where ranks lack different gradients
                 parameter.grad = torch.zeros_like(parameter)
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group[LR_FACTOR]
         self._engine.step()
         applied = bool(self._engine.was_step_applied())
         self.loss_scale.after_update(overflow=not applied)
@@ -351,7 +344,8 @@ class Engine:
             if expected.get(name) != given.get(name):
                 raise ConfigError(
                     f"the checkpoint does not fit the model: {name} is {_shape(given.get(name))} in the checkpoint and "
-                    f"{_shape(expected.get(name))} in the model; keep the run's model settings, or start a new run with init_from="
+                    f"{_shape(expected.get(name))} in the model; keep the run's model settings and optim.freeze, or start a new run "
+                    "with init_from="
                 )
 
     def _link_moments(self, steps_applied: int | None = None) -> None:

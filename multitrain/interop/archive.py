@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -45,6 +45,10 @@ class Archive(NamedTuple):
     """The file's other parts, e.g. ``epoch``, ``cfg``, ``optimizer_state``, an average of the weights."""
     notes: tuple[str, ...]
     """A line about the set of weights taken, where the file holds several or an average."""
+    taken: str = ""
+    """The key of the weights in the file; empty where the file is the tensors."""
+    prefixes: tuple[str, ...] = ()
+    """The prefixes that were removed from names."""
 
 
 def open_archive(path: Path, copy: str | None = None) -> Archive:
@@ -68,7 +72,7 @@ def open_archive(path: Path, copy: str | None = None) -> Archive:
     taken, notes = _select(path, found, copy)
     _require_sound(path, found[taken])
     beside = {} if _is_state(content) else {k: v for k, v in content.items() if k not in (*STATE_KEYS, taken)}
-    return Archive(_without_prefixes(path, found[taken]), beside, notes)
+    return Archive(_without_prefixes(path, found[taken]), beside, notes, taken, removed_prefixes(found[taken]))
 
 
 def select_weights(
@@ -86,6 +90,12 @@ def select_weights(
     found = _split_averages("", tensors) or {"": {}}
     taken, notes = _select(path, found, copy)
     return _without_prefixes(path, found[taken]), notes
+
+
+def removed_prefixes(names: Iterable[str]) -> tuple[str, ...]:
+    """The distinct prefixes that reading removes from these names, e.g. ``("module.",)``."""
+    found = {name.removesuffix(_strip_prefixes(name)) for name in names}
+    return tuple(sorted(found - {""}))
 
 
 def _without_prefixes(path: Path, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -246,4 +256,12 @@ def _require_sound(path: Path, state: Mapping[str, torch.Tensor]) -> None:
             )
 
 
-__all__ = ["PREFIXES", "STATE_KEYS", "Archive", "open_archive", "require_weights", "select_weights"]
+__all__ = [
+    "PREFIXES",
+    "STATE_KEYS",
+    "Archive",
+    "open_archive",
+    "removed_prefixes",
+    "require_weights",
+    "select_weights",
+]

@@ -48,7 +48,8 @@ def published_state(
         layout: see :func:`groups`.
         grouping: see :func:`groups`.
         optim: learning rate, betas, eps and weight decay (default: those of the default configuration).
-        moments: fp32 tensors by ``exp_avg.NAME`` and ``exp_avg_sq.NAME``; without them, the state before the first step.
+        moments: fp32 tensors by ``exp_avg.NAME`` and ``exp_avg_sq.NAME``; without them, the state before the first step. A frozen
+            tensor has none, and the published code makes them at its next step.
         steps: number of AdamW steps that produced the moments.
     """
     import torch
@@ -62,7 +63,7 @@ def published_state(
         group = _group(optim, optim.weight_decay if decays else 0.0)
         group["params"] = list(range(number, number + len(names)))
         param_groups.append(group)
-        for name in names if moments else ():
+        for name in [n for n in names if f"{MOMENTS[0]}.{n}" in (moments or ())]:
             entry: dict[str, Any] = {"step": torch.tensor(float(steps))}
             state[number + names.index(name)] = entry | {m: moments[f"{m}.{name}"].clone() for m in MOMENTS}  # type: ignore[index]
         number += len(names)

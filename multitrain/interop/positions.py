@@ -75,7 +75,14 @@ def _resized(name: str, table: torch.Tensor, shape: Shape, config: ModelConfig, 
         volume = table[:, own:].reshape(1, config.frames // 2, old, old, -1).permute(0, 4, 1, 2, 3)
         volume = F.interpolate(volume, size=(frames // 2, new, new), mode="trilinear", align_corners=False)
         return torch.cat([table[:, :own], volume.flatten(2).transpose(1, 2)], 1).contiguous()
-    return F.interpolate(table.T[None], size=shape[0], mode="linear", align_corners=False)[0].T.contiguous()
+    return resize_relative(table, shape[0])
 
 
-__all__ = ["resize_positions", "resized_config"]
+def resize_relative(table: torch.Tensor, length: int) -> torch.Tensor:
+    """A table of relative positions [L, d] as one of another length, by linear interpolation: [length, d]."""
+    from torch.nn import functional as F
+
+    return F.interpolate(table.T[None], size=length, mode="linear", align_corners=False)[0].T.contiguous()
+
+
+__all__ = ["resize_positions", "resize_relative", "resized_config"]

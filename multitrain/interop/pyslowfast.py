@@ -95,7 +95,8 @@ def read_published(path: str | Path, *, strict: bool = True, copy: str | None = 
             tensors contradict the configuration (named), or contain NaN or infinities.
     """
     path = Path(path)
-    published, content, notes = open_archive(path, copy)
+    archive = open_archive(path, copy)
+    published, content, notes = archive.state, archive.content, archive.notes
     if not isinstance(content.get("cfg"), str):
         start = (
             "; to start a run from it: model=mvitv2_s init_from=… (or _b, _l)" if official_tensors(published) else ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,9 +11,11 @@ from multitrain.config import ConfigError, ModelConfig
 from multitrain.config.mvitv2 import MVITV2
 from multitrain.interop import pyslowfast
 from multitrain.interop.incompatible_checkpoints import backbone_mismatch, of_backbone
-from multitrain.interop.positions import resize_positions
+from multitrain.interop.inflation import CLASS_TOKEN, inflate, is_of_images
+from multitrain.interop.positions import resize_positions, resize_relative
 from multitrain.interop.state_dict_report import (
     LoadReport,
+    Shape,
     abbreviated,
     compare,
     describe_mismatch,
@@ -44,7 +48,7 @@ def initialise_from(model: MultiTrain, path: str | Path, *, interpolate_position
     """
     path = Path(path)
     if path.suffix == ".pyth" and path.is_file() and not pyslowfast.has_published_cfg(path):
-        return _from_tensors(model, path)
+        return _from_tensors(model, path, interpolate_positions)
     weights = read_weights(path)
     state = dict(weights.state)
     notes = [*weights.report.notes, *_unseen_differences(weights.config, model.config)]
@@ -54,28 +58,56 @@ def initialise_from(model: MultiTrain, path: str | Path, *, interpolate_position
     tables = [r for r in report.reshaped if is_position_table(r[0])]
     if tables and not interpolate_positions:
         wanted = f"--frames {model.config.frames} --crop {model.config.crop}"
-        raise ConfigError(
-            f"{path}: position tables of another clip size ({abbreviated([describe_mismatch(*r) for r in tables])}); add "
-            f"interpolate_positions=true, or resize them once: multitrain convert {path} resized.safetensors {wanted}"
-        )
+        remedy = f", or resize them once: multitrain convert {path} resized.safetensors {wanted}"
+        raise _other_clip_size(path, tables, remedy)
     if tables:
         state = resize_positions(state, weights.config, model.config.frames, model.config.crop)
-        notes.append(abbreviated([f"{name} interpolated from {list(a)} to {list(b)}" for name, a, b in tables]))
+        notes.append(_interpolated(tables))
         report = compare(shapes(state), shapes(model.state_dict()))
     load_state(model, state, strict=False, where=str(path))
     return LoadReport(report.matched, report.missing, report.unexpected, report.reshaped, tuple(notes))
 
 
-def _from_tensors(model: MultiTrain, path: Path) -> LoadReport:
-    """Load a file without a usable network description, e.g. an official release; every backbone tensor must fit."""
-    state, notes = pyslowfast.read_tensors(path, model.config, model.datasets)
-    report = compare(shapes(state), shapes(model.state_dict()))
-    problem = backbone_mismatch(path, report, shapes(state))
+def _other_clip_size(path: Path, tables: Sequence[tuple[str, Shape, Shape]], remedy: str = "") -> ConfigError:
+    """The error for position tables that may be interpolated."""
+    return ConfigError(
+        f"{path}: position tables of another clip size ({abbreviated([describe_mismatch(*r) for r in tables])}); add "
+        f"interpolate_positions=true{remedy}"
+    )
+
+
+def _interpolated(tables: Sequence[tuple[str, Shape, Shape]]) -> str:
+    """The note about interpolated position tables."""
+    return abbreviated([f"{name} interpolated from {list(a)} to {list(b)}" for name, a, b in tables])
+
+
+def _from_tensors(model: MultiTrain, path: Path, interpolate_positions: bool) -> LoadReport:
+    """Load a file without a usable network description, e.g. an official release; every backbone tensor must fit.
+
+    Weights of an image network are inflated.
+    """
+    state, found = pyslowfast.read_tensors(path, model.config, model.datasets)
+    notes, wanted = list(found), shapes(model.state_dict())
+    images = model.config.backbone == MVITV2 and is_of_images(state)
+    if images:
+        state, note = inflate(state, wanted)
+        notes.append(note)
+    report = compare(shapes(state), wanted)
+    tables = [r for r in report.reshaped if ".rel_pos_" in r[0] and len(r[1]) == 2 and r[1][1] == r[2][1]]
+    others = tuple(r for r in report.reshaped if r not in tables)
+    absent = tuple(name for name in report.missing if not (images and name == CLASS_TOKEN))
+    problem = backbone_mismatch(path, replace(report, missing=absent, reshaped=others), shapes(state))
     if problem is not None:
         raise problem
+    if tables and not interpolate_positions:
+        raise _other_clip_size(path, tables)
+    if tables:
+        state |= {name: resize_relative(state[name].float(), to[0]) for name, _, to in tables}
+        notes.append(_interpolated(tables))
+        report = compare(shapes(state), wanted)
     load_state(model, state, strict=False, where=str(path))
-    note = "note: the file does not say what its network computes; only names and shapes were compared"
-    return LoadReport(report.matched, report.missing, report.unexpected, report.reshaped, (*notes, note))
+    notes.append("note: the file does not say what its network computes; only names and shapes were compared")
+    return replace(report, notes=tuple(notes))
 
 
 def _unseen_differences(file: ModelConfig, model: ModelConfig) -> list[str]:

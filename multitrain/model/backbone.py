@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +30,12 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
+
+    @property
+    def layers(self) -> Sequence[nn.Module] | None:
+        """The layers, first to last, which `optim.layer_decay` counts; None where they are not known."""
+        blocks: nn.ModuleList = self.get_submodule("blocks")  # type: ignore[assignment]
+        return list(blocks)
 
     @property
     def device(self) -> torch.device:

@@ -14,7 +14,7 @@ use: the same line of code with the same inputs gives the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ _aten = torch.ops.aten
 def run(block: BlockLayers, mode: Recompute, x: Tensor, masks: tuple[Mask | None, Mask | None]) -> Tensor:
     """The block's output [B, N', C'] for tokens x [B, N, C]; differentiable where gradients are enabled."""
     dtype = compute_dtype(x)
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or not (x.requires_grad or any(p.requires_grad for p in block.parameters())):
         with torch.autocast(x.device.type, enabled=False):
             return _forward(BlockActivations(block, CastParams(block, dtype), x, masks, graph=False), "full")
     out: Tensor = _Block.apply(block, mode, dtype, masks, x, *block.parameters())
@@ -87,8 +87,18 @@ class _Block(torch.autograd.Function):
             computed = BlockActivations(ctx.block, weights, x, ctx.masks, values)
             ctx.weights = None
             del values
-            grad_x, gradients = _backward(computed, grads[0])
+            named = zip(dict(ctx.block.named_parameters()), ctx.needs_input_grad[-len(weights.full) :])
+            gradients = Gradients(name for name, trained in named if trained)
+            grad_x = _backward(computed, grads[0], gradients)
             return None, None, None, None, grad_x, *_in_dtype_of(ctx.block, gradients)
+
+
+class Gradients(dict[str, Tensor]):
+    """Gradients of a block's parameters by name; those of frozen parameters may be missing."""
+
+    def __init__(self, trained: Iterable[str]) -> None:
+        super().__init__()
+        self.trained = frozenset(trained)
 
 
 def _flatten(values: Mapping[str, Any]) -> tuple[list[Tensor], list[tuple[str, int | None]]]:
@@ -115,14 +125,16 @@ def _unflatten(tensors: Sequence[Tensor], layout: list[Any]) -> dict[str, Any]:
     return values
 
 
-def _in_dtype_of(block: BlockLayers, gradients: dict[str, Tensor]) -> list[Tensor]:
-    """Gradients in the order and dtypes of the block's parameters; one multi-tensor copy converts those of another dtype."""
+def _in_dtype_of(block: BlockLayers, gradients: Gradients) -> list[Tensor | None]:
+    """Gradients in the order and dtypes of the block's parameters, None for frozen ones; one multi-tensor copy converts those of another
+    dtype."""
     named = list(block.named_parameters())
-    other = [(name, torch.empty_like(p)) for name, p in named if gradients[name].dtype != p.dtype]
+    trained = [(name, p) for name, p in named if name in gradients.trained]
+    other = [(name, torch.empty_like(p)) for name, p in trained if gradients[name].dtype != p.dtype]
     if other:
         torch._foreach_copy_([t for _, t in other], [gradients[name] for name, _ in other])
-        gradients |= dict(other)
-    return [gradients[name].view(p.shape) for name, p in named]
+        gradients.update(other)
+    return [gradients[name].view(p.shape) if name in gradients.trained else None for name, p in named]
 
 
 def _branch_gradient(grad: Tensor, mask: Mask | None, dtype: torch.dtype) -> Tensor:
@@ -166,9 +178,8 @@ def _mlp_by_rows(c: BlockActivations) -> Tensor:
     return out
 
 
-def _backward(c: BlockActivations, grad: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Gradients of the block's input and, by name, of its parameters, given that of its output."""
-    gradients: dict[str, Tensor] = {}
+def _backward(c: BlockActivations, grad: Tensor, gradients: Gradients) -> Tensor:
+    """The gradient of the block's input, given that of its output; writes those of its parameters into `gradients`."""
     if "residual_mid" not in c.values:
         _ = c.residual_mid
         if c.block.proj_max_pool is not None:
@@ -184,11 +195,10 @@ def _backward(c: BlockActivations, grad: Tensor) -> tuple[Tensor, dict[str, Tens
             "attn_out",
             "pooled_shortcut",
         )
-    grad = _mlp_backward(c, grad, gradients)
-    return _attention_backward(c, grad, gradients), gradients
+    return _attention_backward(c, _mlp_backward(c, grad, gradients), gradients)
 
 
-def _mlp_backward(c: BlockActivations, grad: Tensor, gradients: dict[str, Tensor]) -> Tensor:
+def _mlp_backward(c: BlockActivations, grad: Tensor, gradients: Gradients) -> Tensor:
     """The gradient of `residual_mid`, given that of the output."""
     branch = _branch_gradient(grad, c.masks[1], c.weights.dtype)
     branch = _linear_backward(c, "mlp.fc2", branch, c.mlp_activated, gradients)
@@ -199,7 +209,7 @@ def _mlp_backward(c: BlockActivations, grad: Tensor, gradients: dict[str, Tensor
     return grad + _norm_backward(c, "norm2", branch, c.residual_mid, c.values.pop("residual_mid_normed"), gradients)
 
 
-def _attention_backward(c: BlockActivations, grad: Tensor, gradients: dict[str, Tensor]) -> Tensor:
+def _attention_backward(c: BlockActivations, grad: Tensor, gradients: Gradients) -> Tensor:
     """The gradient of x, given that of `residual_mid`."""
     c.release("residual_mid")
     branch = _branch_gradient(grad, c.masks[0], c.weights.dtype)
@@ -228,7 +238,7 @@ def _attention_backward(c: BlockActivations, grad: Tensor, gradients: dict[str, 
     return through + _linear_backward(c, "proj_max_pool", skip.to(c.weights.dtype), c.x_cast, gradients)
 
 
-def _query_backward(c: BlockActivations, grad: Tensor, gradients: dict[str, Tensor]) -> Tensor:
+def _query_backward(c: BlockActivations, grad: Tensor, gradients: Gradients) -> Tensor:
     """The part of the normed tokens' gradient that flows through the queries, given that of q [B, N', h, d]."""
     s, filters = c.shape, c.weights.filters_q
     if filters is not None:
@@ -245,9 +255,7 @@ def _query_backward(c: BlockActivations, grad: Tensor, gradients: dict[str, Tens
     return _linear_backward(c, "attn.qkv", grad, c.normed[0], gradients, slice(s.dim_out))
 
 
-def _key_value_backward(
-    c: BlockActivations, dk: Tensor, dv: Tensor, du: Tensor, gradients: dict[str, Tensor]
-) -> Tensor:
+def _key_value_backward(c: BlockActivations, dk: Tensor, dv: Tensor, du: Tensor, gradients: Gradients) -> Tensor:
     """`du` plus the part that flows through keys and values, given their gradients [B, M, h, d]."""
     s = c.shape
     dk = _norm_backward(c, "attn.norm_k", dk, c.kv_pooled[0], c.k_normed, gradients)
@@ -265,15 +273,18 @@ def _key_value_backward(
 
 
 def _linear_backward(
-    c: BlockActivations, name: str, grad: Tensor, x: Tensor, gradients: dict[str, Tensor], rows: slice | None = None
+    c: BlockActivations, name: str, grad: Tensor, x: Tensor, gradients: Gradients, rows: slice | None = None
 ) -> Tensor:
-    """The gradient of a linear layer's input x; writes those of weight and bias, or of some of their rows, into `gradients`."""
+    """The gradient of a linear layer's input x; writes those of weight and bias, or of some of their rows, unless they are frozen, into
+    `gradients`."""
     flat = grad.flatten(0, -2)
-    if rows is None:
-        gradients[f"{name}.weight"], gradients[f"{name}.bias"] = matmul(flat.T, x.flatten(0, -2)), flat.sum(0)
-    else:
-        matmul(flat.T, x.flatten(0, -2), out=gradients[f"{name}.weight"][rows])
-        torch.sum(flat, 0, out=gradients[f"{name}.bias"][rows])
+    weight, bias = f"{name}.weight", f"{name}.bias"
+    if weight in gradients.trained:
+        product = matmul(flat.T, x.flatten(0, -2), out=None if rows is None else gradients[weight][rows])
+        gradients.setdefault(weight, product)
+    if bias in gradients.trained:
+        total = torch.sum(flat, 0, out=None if rows is None else gradients[bias][rows])
+        gradients.setdefault(bias, total)
     return matmul(flat, c.weights.linear(name, rows or slice(None))[0]).view(x.shape)
 
 
@@ -283,7 +294,7 @@ def _norm_backward(
     grad: Tensor,
     x: Tensor,
     normed: tuple[Tensor, Tensor, Tensor],
-    gradients: dict[str, Tensor],
+    gradients: Gradients,
 ) -> Tensor:
     """The gradient of a layer norm's input x; writes those of its weight and bias into `gradients`."""
     _, mean, scale = normed

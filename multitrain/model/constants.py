@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 
+import torch
 from torch import Tensor
 
 CACHE: dict[Hashable, Tensor] = {}
@@ -15,7 +16,8 @@ def cached(key: Hashable, make: Callable[[], Tensor]) -> Tensor:
     """The tensor cached under `key`; calls `make` on first use."""
     found = CACHE.get(key)
     if found is None:
-        found = make()
+        with torch.inference_mode(False):  # a tensor of inference mode could not be used in training later
+            found = make()
         if type(found) is Tensor:  # not a FakeTensor, which has no data
             CACHE[key] = found
     return found

@@ -44,8 +44,14 @@ class OwnBackbone(Backbone):
         super().__init__(config, activation_checkpointing)
         self.backbone, layers = build(config)
         self.dim = _width(self.backbone, config)
-        for layer in layers:
+        self._layers = layers
+        for layer in layers or [self.backbone]:
             Recomputed.wrap(layer, activation_checkpointing)
+
+    @property
+    def layers(self) -> list[nn.Module] | None:
+        """The list of layers that the user's function returns; None if it returns the module alone."""
+        return self._layers
 
     def untrainable(self) -> str | None:
         norms = [n for n, m in self.backbone.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
@@ -71,8 +77,8 @@ class OwnBackbone(Backbone):
         return _checked(out, len(clips), self.config)
 
 
-def build(config: ModelConfig, seed: int = 0) -> tuple[nn.Module, list[nn.Module]]:
-    """The module that the function of `config` makes under torch's `seed`, and its layers. Raises ConfigError."""
+def build(config: ModelConfig, seed: int = 0) -> tuple[nn.Module, list[nn.Module] | None]:
+    """The module that the function of `config` makes under torch's `seed`, and its layers, if it says them. Raises ConfigError."""
     name = str(config.backbone)
     function = find(name)
     arguments = {**config.backbone_args, **_sizes(function, config)}
@@ -86,7 +92,7 @@ def build(config: ModelConfig, seed: int = 0) -> tuple[nn.Module, list[nn.Module
     if not isinstance(module, nn.Module):
         raise ConfigError(f"model.backbone={name} returned {_described(made)}; an nn.Module is wanted: {WANTED}")
     if layers is None:
-        return module, [module]
+        return module, None
     inside = set(module.modules())
     listed = list(layers) if isinstance(layers, (list, tuple, nn.ModuleList)) else None
     if listed is None or not all(isinstance(layer, nn.Module) and layer in inside for layer in listed):

@@ -100,7 +100,7 @@ data.datasets.<name>.test_short_side
 model model.backbone model.backbone_args model.channels model.mean model.std model.frames model.crop model.head model.head_dropout
 model.expander
 loss loss.informative_weight loss.dataset_weights
-optim optim.lr optim.warmup_updates optim.weight_decay optim.betas optim.eps optim.clip_norm optim.schedule
+optim optim.lr optim.layer_decay optim.freeze optim.warmup_updates optim.weight_decay optim.betas optim.eps optim.clip_norm optim.schedule
 engine engine.zero_stage engine.bucket_elements engine.hang_limit engine.threads
 augment augment.copies augment.randaugment augment.crop_area augment.crop_aspect augment.erase_probability augment.backend
 eval eval.every eval.patience eval.videos_per_batch eval.precision eval.workers

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from launch import checks
 from launch.child_error import child_error
+from launch.run_folder import compose_run
 from launch.submit import main
 
 DEATHS = {
@@ -56,3 +58,32 @@ def test_a_submission_whose_check_dies_is_one_line(
     assert said in error
     assert "cluster.check_data=false" in error
     assert error.count("\n") == 1
+
+
+def test_a_dry_run_shows_which_tensors_are_trained_how_and_refuses_patterns_without_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["experiment=k400", "model=tiny", "cluster=local", "gpus=1", "dry_run=true", "cluster.check_data=false"]
+    assert main(words) == 0
+    plain = capsys.readouterr().out
+    assert "learning rate" not in plain
+    assert main([*words, "optim.freeze=[patch_embed.*,blocks.0.*]", "optim.layer_decay=0.5"]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "# tensors layer number parameters learning rate weight decay" in lines
+    assert any(line.startswith("# blocks.0 1 ") and line.endswith("frozen –") for line in lines)
+    assert any(line.startswith("# norm, heads") and "× 1 0.05" in line for line in lines)
+    assert main([*words, "optim.freeze=block.*"]) == 2
+    note, error = capsys.readouterr().err.splitlines()[-2:]
+    assert note.startswith("note: optim.freeze without init_from")
+    assert error.startswith("error: optim.freeze: 'block.*' matches no tensor of this network; did you mean 'blocks.*'")
+
+
+def test_a_sweep_of_learning_rates_checks_its_network_once(tmp_path: Path) -> None:
+    runs = [
+        compose_run(["experiment=demo", "cluster=local", f"runs={tmp_path}", f"name=r{i}", *words])
+        for i, words in enumerate(
+            (["optim.lr=1e-3"], ["optim.lr=1e-4"], ["optim.freeze=blocks.*"], ["optim.layer_decay=0.5"])
+        )
+    ]
+    assert [run.name for run in checks._distinct(runs, checks.NETWORK_OPTIONS)] == ["r0", "r2", "r3"]

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.baseline import model as naive
 from benchmarks.baseline import mvitv2 as plain
 from multitrain.config import ModelConfig
-from multitrain.model import MultiTrain
+from multitrain.model import MultiTrain, constants
 from multitrain.model.relative import attend_with_positions, distances
 
 SMALL: dict[str, Any] = {
@@ -158,6 +158,15 @@ def test_gradients_are_bit_identical_under_activation_checkpointing(mode: str, a
     expected, actual = gradients("none", autocast), gradients(mode, autocast)
     assert set(actual) == set(expected)
     assert all(actual[name].equal(value) for name, value in expected.items())
+
+
+def test_a_process_that_has_predicted_can_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "CACHE", {})
+    config = config_of("release")
+    model = model_of(config, torch.float32)
+    with torch.inference_mode():
+        model.eval().features(clips_of(config, torch.float32))
+    assert gradients("none", False)
 
 
 def test_full_activation_checkpointing_keeps_a_fraction() -> None:
