@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from multitrain.cluster import gpus
-from multitrain.config import ModelConfig, RunConfig
+from multitrain.config import ModelConfig, RunConfig, machine
 from multitrain.order.batch import BatchShape
 from multitrain.text import counted
 
@@ -134,7 +133,7 @@ def summary_lines(config: RunConfig, shape: BatchShape, network: Mapping[str, in
 def on_cpus(config: RunConfig) -> bool:
     """Whether the ranks will compute on CPU cores, as far as this machine shows."""
     if config.cluster.kind == "local":
-        return gpus.device_file() is None
+        return machine.device_file() is None
     return config.cluster.gpu_request == "none"
 
 

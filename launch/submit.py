@@ -173,6 +173,8 @@ def _run_replacement(command: list[str], environment: dict[str, str]) -> int:
 def _dry_run(run: Run) -> int:
     print(f"# run    {run.path}{' (resumed)' if run.exists else ''}")
     print(f"# batch  {_batch(run)}")
+    for line in run.chosen:
+        print(f"# auto   {line}")
     print("\n".join(memory_estimate.summary_lines(run.config, run.shape, checks.count_network(run))))
     if run.config.cluster.kind == "local":
         print(f"# ranks  {run.config.gpus} on this machine, one process each")
@@ -229,6 +231,7 @@ def _to_slurm(run: Run, resumed: bool) -> int:
     print(f"job     {job}{f'  (resumes {run.name})' if resumed else ''}")
     print(f"run     {run.path}")
     print(f"batch   {_batch(run)}")
+    _print_chosen(run)
     print(f"log     {log}")
     print(f"follow  tail -F {log}")
     print(f"status  squeue -j {job};  multitrain status {run.path}")
@@ -262,6 +265,7 @@ def _run_here(run: Run) -> int:
     )
     print(f"run     {run.path}")
     print(f"batch   {_batch(run)}")
+    _print_chosen(run)
     print(f"log     {log}", flush=True)
     if run.config.preflight and not on_hosts:
         code = local.run(run.path, run.config, ("-m", "launch.preflight", "--dir", str(run.path)))
@@ -338,6 +342,14 @@ def _batch(run: Run) -> str:
     where = (f"{c.nodes} × " if c.nodes > 1 else "") + counted(c.gpus, "rank")
     videos = counted(s.micro_batch, "video")
     return f"{counted(s.effective_batch, 'video')} an update = {where} × {videos} × {s.accumulation} accumulated"
+
+
+def _print_chosen(run: Run) -> None:
+    """Print what was chosen for ``auto``, and what this machine lacks for the run."""
+    for line in run.chosen:
+        print(f"auto    {line}")
+    for line in [] if run.config.cluster.node else memory_estimate.local_notes(run.config):
+        print(line.removeprefix("# "))
 
 
 def _resume_command(run: Run) -> str:
