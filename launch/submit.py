@@ -27,7 +27,7 @@ from launch.rank import python_path
 from launch.run_folder import Run
 from launch.snapshot import is_own_code
 from multitrain.cluster.slurm import STOP_SIGNALS
-from multitrain.config import ConfigError, dump
+from multitrain.config import ConfigError, dump, machine
 from multitrain.config.arguments import OneLineParser, answered, piped, typed_words
 from multitrain.config.overrides import tidy
 from multitrain.text import counted
@@ -275,7 +275,9 @@ def _run_here(run: Run) -> int:
     if code == local.INTERRUPTED:
         print(f"resume  {_resume_command(run)}")
     if code == 0 and run.config.then == "eval" and not run.config.cluster.node:
-        return dependent_jobs.run_here(run.path, run.config)
+        code = dependent_jobs.run_here(run.path, run.config)
+    if code == 0 and not run.config.cluster.node:
+        print(f"report  {shlex.join([*machine.own_command(), 'report', str(run.path)])}", flush=True)
     return code
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from multitrain.config.arguments import Arguments, Parser, whole_number
+from multitrain.config.machine import own_command
 from multitrain.text import counted, printable, quoted
 
 if TYPE_CHECKING:
@@ -142,8 +142,5 @@ def _report(given: argparse.Namespace, found: Imported, written: dict[str, int],
 
 def _next_command(home: Path, name: str) -> str:
     """The command that trains on the dataset, as it can be pasted here."""
-    found, own = shutil.which("multitrain"), Path(sys.executable).parent
-    program = ["multitrain"] if found and Path(found).parent == own else [sys.executable, "-m", "multitrain"]
-    return shlex.join(
-        [*program, "submit", "--config-dir", str(home), "experiment=finetune", f"data={name}", f"name={name}"]
-    )
+    words = ["submit", "--config-dir", str(home), "experiment=finetune", f"data={name}", f"name={name}"]
+    return shlex.join([*own_command(), *words])

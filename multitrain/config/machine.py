@@ -1,4 +1,4 @@
-"""What this machine has, without torch: cores, GPUs, SLURM."""
+"""What this machine has, without torch: cores, GPUs, SLURM, and this program."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -57,3 +58,10 @@ def _is_configured() -> bool:
     except (OSError, subprocess.TimeoutExpired):
         return True
     return "configuration source" not in done.stderr
+
+
+def own_command() -> list[str]:
+    """The words that call `multitrain` of this environment from the shell: the plain name, if that is what it stands for."""
+    found = shutil.which("multitrain")
+    is_own = found is not None and Path(found).parent == Path(sys.executable).parent
+    return ["multitrain"] if is_own else [sys.executable, "-m", "multitrain"]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from multitrain.data.annotations import CatalogError
 from multitrain.data.tools.importing import SPLITS, Sample
-from multitrain.text import quoted
+from multitrain.text import counted, quoted
 
 KEY = b"multitrain split"
 """Key of the hash. Another key would be another division of everybody's videos."""
@@ -150,9 +150,16 @@ def _notes(samples: Sequence[Sample], kept: Sequence[str]) -> list[str]:
         notes.append(
             f"in train because their class has no other training video: {_listed(kept)}; they stay there when you import again"
         )
+    classes = len({label for s in samples for label in s.labels})
     for split in SPLITS:
         if any(s.split == split for s in samples) and (missing := _without(samples, split)):
             notes.append(f"{split} has no video of {counted_classes(len(missing))}: {_listed(missing)}")
+        count = sum(s.split == split for s in samples)
+        if split != "train" and 0 < count < 2 * classes and any(s.split == "train" for s in samples):
+            notes.append(
+                f"{split} has {counted(count, 'video')} for {counted_classes(classes)}, so its accuracy says little; "
+                f"--{split} SHARE takes more"
+            )
     return notes
 
 
