@@ -93,7 +93,7 @@ def summary_lines(config: RunConfig, shape: BatchShape, network: Mapping[str, in
     needed = f.gpu_clips / cluster.cpus_per_gpu
     device = "rank" if on_cpus(config) else "GPU"
     notes = [
-        f"# memory {f.bytes / GB:.1f} GB per {device} at the peak, estimated: {counted(f.clips, 'clip')} × {byte_size(f.clip_bytes)} "
+        f"# memory {f.bytes / GB:.1f} GB per {device} at the peak, estimated: {counted(f.clips, 'clip')} × {_clip_size(f.clip_bytes)} "
         f"+ {f.fixed_bytes / GB:.1f} GB (activation_checkpointing={config.activation_checkpointing})"
     ]
     made = f"a core delivers about {f.core_clips:.0f} (multitrain data bench measures yours)"
@@ -129,6 +129,10 @@ def summary_lines(config: RunConfig, shape: BatchShape, network: Mapping[str, in
             "or videos that decode faster (docs/performance.md)"
         )
     return notes + local_notes(config)
+
+
+def _clip_size(size: float) -> str:
+    return f"{size / GB:.2f} GB" if size >= 0.01 * GB else byte_size(size)
 
 
 def on_cpus(config: RunConfig) -> bool:
