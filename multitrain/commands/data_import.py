@@ -6,6 +6,7 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,11 +73,10 @@ def _add_splits(parser: Parser) -> None:
 
 def main(arguments: Arguments) -> int:
     """``multitrain data import``; returns the exit status."""
-    from multitrain.data.tools.importing import KEPT, find, kept_in_train, write
+    from multitrain.data.tools.importing import kept_in_train
     from multitrain.data.tools.lists import Columns
     from multitrain.data.tools.own_data import Options, dataset_name, dataset_yaml, read_any
     from multitrain.data.tools.splitting import Division
-    from multitrain.files import OutputFolder
 
     parser = _parser()
     given = parser.parse_args(list(arguments))
@@ -86,28 +86,12 @@ def main(arguments: Arguments) -> int:
     division = Division(given.val, given.test, frozenset(kept_in_train(given.out)))
     options = Options(division, given.group_by, given.split, columns, given.videos, given.out)
     found, kept = read_any(given.format, given.files, given.classes, options)
-    missing = None
-    if given.videos:
-        found.videos = given.videos
-        sources = [s for s in found.samples if s.segment is None]
-        if sources:
-            located, missing = find(sources, given.videos)
-            if given.present:
-                located = [s for s in located if (given.videos / s.path).is_file()]
-            found.samples = [*located, *(s for s in found.samples if s.segment)]
+    missing = _look_for(given, found)
     name = dataset_name(given.name or given.out.resolve().name)
-    more = {KEPT: "".join(f"{group}\n" for group in kept)} if kept else {}
     entry = dataset_yaml(name, given.out, found, shlex.join(["multitrain", "data", "import", *arguments]))
-    read_from = [*given.files, *filter(None, [given.classes])]
     ready = found.videos is not None and not any(s.segment for s in found.samples)
     home = Path(given.config_dir[0]) if given.config_dir else given.out
-    if ready and home == given.out:
-        more[f"data/{name}.yaml"] = entry
-    elif ready:
-        OutputFolder(home, "data import", read_from).check(f"data/{name}.yaml")
-    written = write(found, given.out, read_from, more)
-    if ready and home != given.out:
-        OutputFolder(home, "data import", read_from).write_text(f"data/{name}.yaml", entry)
+    written = _write(given, found, kept, home, {f"data/{name}.yaml": entry} if ready else {})
     if given.json:
         print(json.dumps({"classes": len(found.classes), "videos": written, "missing": missing, "notes": found.notes}))
         return 0
@@ -118,6 +102,43 @@ def main(arguments: Arguments) -> int:
     else:
         print(f"as a dataset of a run (DIR/data/{name}.yaml, for --config-dir DIR data={name}):\n{entry}", end="")
     return 0
+
+
+def _look_for(given: argparse.Namespace, found: Imported) -> int | None:
+    """Replace the paths by those of the files below ``--videos``; the number of missing ones, None if they were not looked for."""
+    from multitrain.data.tools.importing import find
+
+    if not given.videos:
+        return None
+    found.videos = given.videos
+    sources = [s for s in found.samples if s.segment is None]
+    if not sources:
+        return None
+    located, missing = find(sources, given.videos)
+    if given.present:
+        located = [s for s in located if (given.videos / s.path).is_file()]
+    found.samples = [*located, *(s for s in found.samples if s.segment)]
+    return missing
+
+
+def _write(
+    given: argparse.Namespace, found: Imported, kept: Sequence[str], home: Path, entry: dict[str, str]
+) -> dict[str, int]:
+    """Write the annotation files, and the dataset's configuration to `home`; the number of lines by split."""
+    from multitrain.data.tools.importing import KEPT, write
+    from multitrain.files import OutputFolder
+
+    sources = [*given.files, *filter(None, [given.classes])]
+    more = {KEPT: "".join(f"{group}\n" for group in kept)} if kept else {}
+    if home == given.out:
+        return write(found, given.out, sources, more | entry)
+    folder = OutputFolder(home, "data import", sources)
+    for name in entry:
+        folder.check(name)
+    written = write(found, given.out, sources, more)
+    for name, text in entry.items():
+        folder.write_text(name, text)
+    return written
 
 
 def _report(given: argparse.Namespace, found: Imported, written: dict[str, int], missing: int | None) -> None:

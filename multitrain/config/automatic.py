@@ -29,10 +29,10 @@ CHOOSE = "choose"
 
 SMALL_DATA = 2000
 """Training videos below which mixing and RandAugment are left out."""
+TINY_WIDTH = 64
+"""Channels of the first stage up to which a network is far smaller than the published ones."""
 ONE_GPU_VIDEOS = 20_000
 """Training videos up to which a job of SLURM asks for one GPU."""
-LARGEST_CPU_BATCH = 16
-"""Videos that a rank on CPU cores processes at once."""
 
 
 class Choice(NamedTuple):
@@ -127,13 +127,9 @@ class Facts:
         return max(1, math.ceil(self.number("epochs") * self.videos / self.number("effective_batch")))
 
     @property
-    def ranks(self) -> int:
-        return int(self.number("nodes") * self.number("gpus"))
-
-    @property
     def is_tiny(self) -> bool:
         """Whether the network is far smaller than the published ones."""
-        return self["model.backbone"] is None and self.number("model.width") <= 64
+        return self["model.backbone"] is None and self.number("model.width") <= TINY_WIDTH
 
     def all_have(self, split: str) -> bool:
         """Whether every dataset has this annotation file."""
@@ -224,8 +220,8 @@ def _model(facts: Facts) -> FileChoice:
     start = facts["init_from"]
     if start:
         facts.network = network_of(str(start))
-        why = "the network of init_from"
-        return "", f"{why}; without a GPU an update takes long" if facts.on_cpus else why, facts.network
+        slow = facts.on_cpus and int(facts.network["width"]) > TINY_WIDTH
+        return "", "the network of init_from" + ("; without a GPU an update takes long" if slow else ""), facts.network
     if facts.on_cpus:
         return "tiny", "no GPU, and no init_from: a network that a CPU trains in minutes", None
     return "mvit_b16_16x4", "no init_from: random weights, which need many videos; see docs/weights.md", None
@@ -263,7 +259,7 @@ def _one(facts: Facts) -> bool:
 def _batch(facts: Facts) -> Chosen:
     videos = facts.videos
     size = 1 << int(math.log2(max(1, min(videos, max(8, min(256, videos // 16))))))
-    unit = facts.group * (1 if facts.raw("gpus") == AUTO else facts.ranks)
+    unit = facts.group * (1 if facts.raw("gpus") == AUTO else int(facts.number("nodes") * facts.number("gpus")))
     size = max(unit, size // unit * unit)
     return size, f"{videos} training videos, {_about(videos / size)} updates a pass"
 
@@ -290,14 +286,6 @@ def _possible_ranks(facts: Facts) -> tuple[int, str]:
         return max(1, cores // 2), f"no GPU on this machine: ranks compute on its {counted(cores, 'core')}"
     here = machine.gpu_count()
     return here, f"{counted(here, 'GPU')} on this machine, and 4 videos or more for each"
-
-
-def _micro_batch(facts: Facts) -> Chosen:
-    if not facts.on_cpus:
-        return None, ""
-    each = int(facts.number("effective_batch")) // facts.ranks
-    fits = [m for m in range(1, min(each, LARGEST_CPU_BATCH) + 1) if each % m == 0 and m % facts.group == 0]
-    return max(fits, default=None), ""
 
 
 def _workers(facts: Facts) -> Chosen:
@@ -347,8 +335,8 @@ def _warmup(facts: Facts) -> Chosen:
 
 
 def _lr(facts: Facts) -> Chosen:
-    if facts.is_tiny and not facts["init_from"]:
-        return 2e-3, "a small network with random weights"
+    if facts.is_tiny:
+        return (5e-4, "a small network") if facts["init_from"] else (2e-3, "a small network with random weights")
     batch = facts.number("effective_batch")
     return float(f"{4e-4 * math.sqrt(batch / 512):.2g}"), f"4e-4 for 512 videos, by the square root for {batch:g}"
 
@@ -421,7 +409,6 @@ def _then(facts: Facts) -> Chosen:
 SOLVERS: dict[str, Callable[[Facts], Chosen]] = {
     "effective_batch": _batch,
     "gpus": _gpus,
-    "micro_batch": _micro_batch,
     "precision": _precision,
     "data.workers": _workers,
     "engine.threads": _threads,
@@ -456,6 +443,3 @@ def _lines(dataset: str, file: Path) -> int:
     if not count:
         raise ConfigError(f"{file}: no line in it; write 'path label' lines")
     return count
-
-
-__all__ = ["AUTO", "Choice", "lines", "network_of", "resolve", "restore"]

@@ -271,6 +271,9 @@ def _one_line(error: ValidationError, config_dirs: Sequence[str | Path] = ()) ->
     for e in error.errors()[:3]:
         where = shown(".".join(str(p) for p in e["loc"]), 100)
         message = _flat(e["msg"].removeprefix("Value error, "))
+        if e["input"] == automatic.AUTO and (said := _not_chosen(e["loc"])):
+            problems.append(said)
+            continue
         if e["type"] == "int_parsing_size":
             message = "a number of so many digits is too large"
         if e["type"] == "extra_forbidden":
@@ -295,6 +298,16 @@ def _one_line(error: ValidationError, config_dirs: Sequence[str | Path] = ()) ->
         problems.append(message)
     more = len(error.errors()) - len(problems)
     return "; ".join(problems) + (f" (and {more} more)" if more else "")
+
+
+def _not_chosen(loc: tuple[str | int, ...]) -> str:
+    """The message for an ``auto`` that nothing has replaced; empty for another problem."""
+    option = ".".join(map(str, loc))
+    if option.endswith(f".{automatic.CHOOSE}"):
+        option = option.rpartition(".")[0]
+    elif option not in automatic.SOLVERS:
+        return f"{shown(option, 100)}=auto: this option is never chosen; give it a value" if option in fields() else ""
+    return f"{option}=auto: is chosen by python launch/submit.py and launch/sweep.py only; give it a value"
 
 
 def _list_problem(e: Any) -> str | None:

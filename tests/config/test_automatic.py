@@ -46,7 +46,7 @@ def test_a_small_dataset_on_a_cpu(tmp_path: Path) -> None:
     words = ["experiment=finetune", "data=mine"]
     config, chosen = compose_and_choose(words, config_dirs=[datasets(tmp_path, mine=48)])
     assert (config.cluster.kind, config.gpus, config.data.workers, config.precision) == ("local", 1, 1, "fp32")
-    assert (config.effective_batch, config.micro_batch, config.model.width) == (8, 8, 32)
+    assert (config.effective_batch, config.micro_batch, config.model.width) == (8, None, 32)
     assert (config.loss.informative_weight, config.model.projections, config.model.expander) == (0, False, False)
     assert (config.checkpoint.best, config.then, config.augment.copies) == ("val/mine/top1", "eval", 1)
     total = config.epochs * 48 / 8
@@ -184,7 +184,7 @@ def test_the_network_is_that_of_the_initial_weights(tmp_path: Path) -> None:
         ),
         (["data=mine", "effective_batch=x"], "effective_batch=x: a number above 0 is needed"),
         (["data=mine", "nodes=auto"], "nodes=auto: a number above 0 is needed"),
-        (["data=mine", "optim.eps=auto"], "optim.eps='auto'"),
+        (["data=mine", "optim.eps=auto"], "^optim.eps=auto: this option is never chosen; give it a value"),
     ],
 )
 def test_what_cannot_be_chosen_is_refused_in_one_line(tmp_path: Path, words: list[str], said: str) -> None:

@@ -192,6 +192,21 @@ def test_another_import_replaces_its_own_files_and_no_others(
     assert ((out / "train.csv").read_text(), (out / "data/o.yaml").read_text()) == (train, "mine: true\n")
 
 
+def test_the_dataset_goes_to_a_folder_of_configurations_and_replaces_nothing_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    videos, home = tree(tmp_path / "v", ["a/1.mp4"]), tmp_path / "my configs"
+    words = ["folder", videos, "--out", tmp_path / "o", "--config-dir", home, "--name", "my set"]
+    assert run(*words) == 0
+    assert f"--config-dir '{home}' experiment=finetune data=my_set name=my_set" in capsys.readouterr().out
+    assert list(compose(["data=my_set"], config_dirs=[home]).data.datasets) == ["my_set"]
+    (home / "data/my_set.yaml").write_text("mine: true\n")
+    tree(videos, ["b/1.mp4"])
+    assert run(*words) == 2
+    assert "my_set.yaml is in the way" in capsys.readouterr().err
+    assert (tmp_path / "o/classes.txt").read_text() == "a\n", "nothing was written"
+
+
 @pytest.mark.parametrize(
     ("names", "words", "said"),
     [
