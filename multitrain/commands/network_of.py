@@ -1,28 +1,22 @@
 """Print the network of weights as JSON: ``python -m multitrain.commands.network_of WEIGHTS``.
 
-A submission runs this in a separate process, because it does not import torch itself.
+A submission runs this in a separate process, because it does not import torch itself. Weights that do not say their network are
+refused in one line, with exit status 2.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 
-from multitrain.cluster.exit_status import Exit
-from multitrain.config import ConfigError
+from multitrain.config.arguments import answered
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run the command; return the exit status: 0, or 2 with a one-line error about weights that do not say their network."""
+def _print_network(weights: str) -> int:
     from multitrain.interop.weights import run_config
 
-    try:
-        print(run_config(arguments[0]).model.model_dump_json())
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return Exit.MISTAKE
+    print(run_config(weights).model.model_dump_json())
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(answered(lambda: _print_network(sys.argv[1])))

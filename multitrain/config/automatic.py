@@ -244,7 +244,9 @@ def network_of(weights: str) -> Mapping[str, Any]:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["the check ended without a word"])[-1]
-        raise ConfigError(f"init_from={shown(said, 600)}; or say the network yourself: model=NAME")
+        raise ConfigError(
+            f"init_from={shown(said.removeprefix('error: '), 600)}; or say the network yourself: model=NAME"
+        )
     found = parse_json(done.stdout, f"{weights}: its network")
     return dict(found)
 
