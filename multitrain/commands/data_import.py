@@ -151,7 +151,11 @@ def _report(given: argparse.Namespace, found: Imported, written: dict[str, int],
     same = written["test"] and not any(s.split == "test" for s in found.samples)
     for split, lines in written.items():
         copy = " (the same as val.csv)" if split == "test" and same else ""
-        print(f"{given.out}/{split}.csv: {lines} videos{copy}" if lines else f"{split}: nothing in the given files")
+        print(
+            f"{given.out}/{split}.csv: {counted(lines, 'video')}{copy}"
+            if lines
+            else f"{split}: nothing in the given files"
+        )
     print(f"{given.out}/classes.txt: {classes}")
     for note in found.notes:
         print(f"note: {printable(note)}", file=sys.stderr)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from multitrain.config import ConfigError, nearest
 from multitrain.config.boundary import in_words
-from multitrain.config.class_names import read_class_names, repeated_name
+from multitrain.config.class_names import class_list_text, read_class_names, repeated_name
 from multitrain.config.reading import as_text, read_json
 from multitrain.data.annotations import CatalogError, read_annotations
 from multitrain.files import OutputFolder
@@ -309,7 +309,7 @@ def write(
     }
     if not texts["test"]:
         texts["test"] = texts["val"]
-    wanted = {"classes.txt": "".join(f"{name}\n" for name in found.classes)}
+    wanted = {"classes.txt": class_list_text(found.classes)}
     wanted |= {f"{split}.csv": "".join(rows) for split, rows in texts.items() if rows}
     if cut := [s for s in found.samples if s.segment]:
         wanted["segments.csv"] = _segments(cut)

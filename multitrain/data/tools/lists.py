@@ -223,6 +223,9 @@ def _table_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         return
     head = text.split("\n", 1)[0]
     reader = csv.DictReader(text.splitlines(), delimiter=max("\t,;", key=head.count), restkey="", restval=None)
+    names = [(name or "").strip() for name in reader.fieldnames or ()]
+    if twice := next((name for name in names if name and names.count(name) > 1), None):
+        raise CatalogError(f"{file}:1: two columns are called {quoted(twice)}; rename one")
     for row in reader:
         if "" in row and any(row.pop("") or []):
             raise CatalogError(
@@ -268,6 +271,8 @@ def located(found: Imported, given: Path | None, near: Path) -> Imported:
         found.groups = {renamed.get(p, p): group for p, group in found.groups.items()}
     else:
         base = given or next((d for d in (near.parent, Path()) if any((d / p).is_file() for p in paths[:20])), None)
+        if base is None:
+            found.notes.append("none of its first videos lies beside it or here; --videos DIR says where they are")
     return replace(found, videos=base)
 
 

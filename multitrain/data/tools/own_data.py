@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from multitrain.data.annotations import CatalogError
 from multitrain.data.tools import folders, lists
 from multitrain.data.tools.importing import FORMATS, Imported, Reader, read
 from multitrain.data.tools.lists import Columns
 from multitrain.data.tools.splitting import UNSPLIT, Division, by_pattern, divide, group_names, refuse_leaks
+from multitrain.text import quoted
 
 ALIASES = {"mit": "moments", "ssv2": "something", "k400": "kinetics"}
 """Other names of formats."""
@@ -59,6 +61,8 @@ def read_any(form: str, files: list[Path], classes: Path | None, options: Option
     """
     form = ALIASES.get(form, form)
     found = read(form, files, classes, _relative(readers(options), options, files))
+    if found.may_cut:
+        _refuse_two_labels(found, files[0])
     groups = found.groups
     if options.group_by is not None and not groups:
         groups = group_names(found.samples, by_pattern(options.group_by))
@@ -80,6 +84,15 @@ def read_any(form: str, files: list[Path], classes: Path | None, options: Option
     found.samples = divided.samples
     found.notes += divided.notes
     return found, divided.kept
+
+
+def _refuse_two_labels(found: Imported, near: Path) -> None:
+    """Raise CatalogError for a video with two labels, which a run would refuse."""
+    first: dict[str, tuple[str, ...]] = {}
+    for sample in found.samples:
+        if first.setdefault(sample.path, sample.labels) != sample.labels:
+            labels = " and ".join(quoted(names[0], 60) for names in (first[sample.path], sample.labels))
+            raise CatalogError(f"{near}: {quoted(sample.path)} has the labels {labels}; keep one")
 
 
 def _relative(

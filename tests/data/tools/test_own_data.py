@@ -11,6 +11,7 @@ import pytest
 
 from multitrain.cli import main
 from multitrain.config import compose
+from multitrain.config.class_names import read_class_names
 from multitrain.data.annotations import CatalogError
 from multitrain.data.tools.importing import Sample
 from multitrain.data.tools.splitting import UNSPLIT, Division, by_pattern, divide, position
@@ -121,6 +122,14 @@ def test_class_folders_become_a_dataset_and_the_printed_command_takes_it(
     assert Path(dataset.videos) == tmp_path / "my clips"
     assert dataset.flip is False, "a class is called left"
     assert all((Path(dataset.videos) / name).is_file() for name in found)
+
+
+@pytest.mark.parametrize("classes", [["1 walk", "2 run"], ["0,b", "1,a"], ["5", "7"], ['["x"]'], ["a,b", "#c", "日本"]])
+def test_classes_of_any_name_are_read_back(tmp_path: Path, classes: list[str]) -> None:
+    """``1 walk`` is no label with its name."""
+    videos = tree(tmp_path / "v", [f"{c}/1.mp4" for c in classes])
+    assert run("folder", videos, "--out", tmp_path / "o") == 0
+    assert read_class_names(tmp_path / "o/classes.txt") == sorted(classes)
 
 
 def test_split_folders_are_kept_whatever_their_names(tmp_path: Path) -> None:
@@ -258,6 +267,8 @@ def test_a_table_is_read_by_the_names_of_its_columns(
         ("path,b\n1,2\n", [], "say which one with --label-column NAME"),
         ("path,label\n1,2\n", ["--label-column", "labl"], "no column 'labl'; --label-column: did you mean 'label'?"),
         ("path,label\n", [], "no row in it"),
+        ("path,label\nv.mp4,a\nv.mp4,b\n", [], "'v.mp4' has the labels 'a' and 'b'; keep one"),
+        ("path,path,label\na,b,c\n", [], "t.csv:1: two columns are called 'path'"),
         ("path,label\nv.mp4,\n", [], "t.csv:2: no label in the row"),
         ("path,label\nv.mp4,1,2\n", [], "t.csv:2: more cells than columns"),
         ("path,label,split\nv.mp4,a,nowhere\n", [], "t.csv:2: 'nowhere' is no split"),
