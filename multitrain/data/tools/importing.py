@@ -298,15 +298,7 @@ def write(
         ConfigError: a file that `data import` did not write is in the way; nothing was written.
     """
     folder = OutputFolder(out, "data import", sources)
-    number = {name: i for i, name in enumerate(found.classes)}
-    texts = {
-        split: [
-            f"{s.path} {','.join(str(n) for n in sorted(number[x] for x in s.labels))}\n"
-            for s in found.samples
-            if s.split == split
-        ]
-        for split in SPLITS
-    }
+    texts = {split: _rows_of(found, split) for split in SPLITS}
     if not texts["test"]:
         texts["test"] = texts["val"]
     wanted = {"classes.txt": class_list_text(found.classes)}
@@ -335,6 +327,16 @@ def kept_in_train(out: Path) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------------------- parts
+
+
+def _rows_of(found: Imported, split: str) -> list[str]:
+    """The lines of a split's annotation file."""
+    number = {name: i for i, name in enumerate(found.classes)}
+    return [
+        f"{s.path} {','.join(str(n) for n in sorted(number[x] for x in s.labels))}\n"
+        for s in found.samples
+        if s.split == split
+    ]
 
 
 def _segments(samples: Iterable[Sample]) -> str:
