@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from multitrain.cluster import gpus
-from multitrain.config import ModelConfig, RunConfig
+from multitrain.config import ModelConfig, RunConfig, machine
 from multitrain.order.batch import BatchShape
-from multitrain.text import counted
+from multitrain.text import byte_size, counted
 
 GB = 1e9
 CUDA_CONTEXT_BYTES = 0.8 * GB
 """Bytes of CUDA's context and of the workspaces of its libraries; an estimate, since torch does not count them."""
+CPU_PROCESS_BYTES = 0.3 * GB
+"""Bytes of a rank's process on a CPU before it trains: Python, torch and what they load."""
 USABLE_MEMORY_FRACTION = 0.92
 """Fraction of a GPU's memory that an estimate may fill: the allocator cannot use every byte."""
 MIN_RELATIVE_WORK = 0.05
@@ -42,7 +42,7 @@ class Forecast:
     clip_bytes: float
     """Bytes of the activations of one clip at the peak of a step."""
     fixed_bytes: float
-    """Bytes of weights, gradients, this rank's shard of the optimizer, buffers, and CUDA itself."""
+    """Bytes of weights, gradients, this rank's shard of the optimizer, buffers, and CUDA itself (on a CPU: the process)."""
     gpu_clips: float
     """Clips per second that a GPU is expected to train on; a guess for networks much smaller than the published ones."""
     core_clips: float
@@ -77,7 +77,7 @@ def forecast(config: RunConfig, shape: BatchShape, network: Mapping[str, Any] | 
         + trained * 4
         + (12 if config.ema.decay is None else 16) * trained / shape.world_size
         + 4 * buckets
-        + CUDA_CONTEXT_BYTES
+        + (CPU_PROCESS_BYTES if on_cpus(config) else CUDA_CONTEXT_BYTES)
     )
     return Forecast(
         clips=clips,
@@ -95,7 +95,7 @@ def summary_lines(config: RunConfig, shape: BatchShape, network: Mapping[str, An
     needed = f.gpu_clips / cluster.cpus_per_gpu
     device = "rank" if on_cpus(config) else "GPU"
     notes = [
-        f"# memory {f.bytes / GB:.1f} GB per {device} at the peak, estimated: {counted(f.clips, 'clip')} × {f.clip_bytes / GB:.2f} GB "
+        f"# memory {f.bytes / GB:.1f} GB per {device} at the peak, estimated: {counted(f.clips, 'clip')} × {_clip_size(f.clip_bytes)} "
         f"+ {f.fixed_bytes / GB:.1f} GB (activation_checkpointing={config.activation_checkpointing})"
     ]
     made = f"a core delivers about {f.core_clips:.0f} (multitrain data bench measures yours)"
@@ -133,10 +133,14 @@ def summary_lines(config: RunConfig, shape: BatchShape, network: Mapping[str, An
     return notes + local_notes(config)
 
 
+def _clip_size(size: float) -> str:
+    return f"{size / GB:.2f} GB" if size >= 0.01 * GB else byte_size(size)
+
+
 def on_cpus(config: RunConfig) -> bool:
     """Whether the ranks will compute on CPU cores, as far as this machine shows."""
     if config.cluster.kind == "local":
-        return gpus.device_file() is None
+        return machine.gpu_count() == 0
     return config.cluster.gpu_request == "none"
 
 
@@ -144,7 +148,7 @@ def local_notes(config: RunConfig) -> list[str]:
     """Comment lines about what a run with ``cluster=local`` lacks on this machine; empty for other clusters."""
     if config.cluster.kind != "local":
         return []
-    cores = len(os.sched_getaffinity(0))
+    cores = machine.cores()
     loaders = config.gpus * config.data.workers
     notes = []
     if on_cpus(config):

@@ -107,8 +107,8 @@ def resumed_config(
     if not new:
         return with_absolute_paths(result, path), dirs
     frozen = [_frozen_config_dir(path, i, d) for i, d in enumerate(dirs)]
-    before = leaves(compose(options(earlier), config_dirs=frozen))
-    now = leaves(compose(options(earlier, new), config_dirs=frozen))
+    before = leaves(compose(options(earlier), config_dirs=frozen, saved=saved))
+    now = leaves(compose(options(earlier, new), config_dirs=frozen, saved=saved))
     named = {key(o) for o in new}
     for leaf in {**before, **now}:
         dotted = ".".join(leaf)
@@ -136,7 +136,8 @@ def changed_since(path: Path, typed: Sequence[str], config_dirs: Sequence[str]) 
         submissions = history(path)
         dirs = _config_dirs(submissions, config_dirs)
         try:
-            today = leaves(compose(options(*(entry["overrides"] for entry in submissions)), config_dirs=dirs))
+            earlier = options(*(entry["overrides"] for entry in submissions))
+            today = leaves(compose(earlier, config_dirs=dirs, saved=load(path)))
         except ConfigError as error:
             notes.append(f"the configuration of this checkout cannot be composed ({error}); the run keeps its own")
         else:

@@ -34,9 +34,9 @@ from launch.snapshot import digest, environment, is_own_code, snapshot
 from multitrain import lease
 from multitrain.cluster import slurm
 from multitrain.cluster.restarts import refuse_lost_checkpoints
-from multitrain.config import ConfigError, RunConfig, compose, config_folder, dump, leaves, load, nearest
+from multitrain.config import ConfigError, RunConfig, automatic, compose, config_folder, dump, leaves, load, nearest
 from multitrain.config.class_names import LOOKED_FOR, find_class_names, read_class_names
-from multitrain.config.compose import example_of
+from multitrain.config.compose import compose_and_choose, example_of
 from multitrain.config.reading import read_yaml, shown
 from multitrain.config.run import check_run_name
 from multitrain.config.typed import idle_words, refuse_typed
@@ -70,6 +70,8 @@ class Run:
     """What a new branch begins with."""
     idle: list[str] = field(default_factory=list)
     """Lines about words that were typed and change nothing."""
+    chosen: list[str] = field(default_factory=list)
+    """Lines about the values that were chosen for ``auto``."""
 
     @property
     def exists(self) -> bool:
@@ -105,7 +107,7 @@ def compose_run(words: Sequence[str], *, config_dirs: Sequence[str] = (), defaul
     typed = [w for w in words if "=" in w or w.startswith("~")]
     path = _folder(typed, [w for w in words if w not in typed], config_dirs, default_name)
     saved = load(path) if (path / "config.yaml").is_file() else None
-    origin = None
+    origin, chosen = None, list[automatic.Choice]()
     if saved:
         config, dirs = resume.resumed_config(saved, path, typed, config_dirs)
         new = resume.new_overrides(path, typed)
@@ -119,7 +121,8 @@ def compose_run(words: Sequence[str], *, config_dirs: Sequence[str] = (), defaul
         if origin := _origin(typed, path.parent):
             config, dirs, typed = branch.config_of(origin, path, typed, dirs)
         else:
-            config = resume.with_absolute_paths(leaves(compose(new, config_dirs=dirs)), path)
+            composed, chosen = compose_and_choose(new, config_dirs=dirs)
+            config = resume.with_absolute_paths(leaves(composed), path)
         refuse_typed(new, config)
     idle = idle_words(new, config)
     if config.update_code and not saved:
@@ -133,7 +136,10 @@ def compose_run(words: Sequence[str], *, config_dirs: Sequence[str] = (), defaul
     shape = solve(
         config.effective_batch, nodes=config.nodes, gpus=config.gpus, micro_batch=config.micro_batch, group=config.group
     )
-    run = Run(path, config, shape, typed, [str(Path(d).absolute()) for d in dirs], **flags, origin=origin, idle=idle)
+    run = Run(
+        path, config, shape, typed, [str(Path(d).absolute()) for d in dirs], **flags, origin=origin, idle=idle,
+        chosen=automatic.lines(chosen),
+    )  # fmt: skip
     _refuse_wrong_start(run)
     _refuse_single_clips(config, shape)
     return run

@@ -27,7 +27,7 @@ from launch.rank import python_path
 from launch.run_folder import Run
 from launch.snapshot import is_own_code
 from multitrain.cluster.slurm import STOP_SIGNALS
-from multitrain.config import ConfigError, dump
+from multitrain.config import ConfigError, dump, machine
 from multitrain.config.arguments import OneLineParser, answered, piped, typed_words
 from multitrain.config.overrides import tidy
 from multitrain.text import counted
@@ -173,6 +173,8 @@ def _run_replacement(command: list[str], environment: dict[str, str]) -> int:
 def _dry_run(run: Run) -> int:
     print(f"# run    {run.path}{' (resumed)' if run.exists else ''}")
     print(f"# batch  {_batch(run)}")
+    for line in run.chosen:
+        print(f"# auto   {line}")
     network = checks.count_network(run)
     print("\n".join(memory_estimate.summary_lines(run.config, run.shape, network)))
     if tensors := (network or {}).get("tensors"):
@@ -233,6 +235,7 @@ def _to_slurm(run: Run, resumed: bool) -> int:
     print(f"job     {job}{f'  (resumes {run.name})' if resumed else ''}")
     print(f"run     {run.path}")
     print(f"batch   {_batch(run)}")
+    _print_chosen(run)
     print(f"log     {log}")
     print(f"follow  tail -F {log}")
     print(f"status  squeue -j {job};  multitrain status {run.path}")
@@ -266,6 +269,7 @@ def _run_here(run: Run) -> int:
     )
     print(f"run     {run.path}")
     print(f"batch   {_batch(run)}")
+    _print_chosen(run)
     print(f"log     {log}", flush=True)
     if run.config.preflight and not on_hosts:
         code = local.run(run.path, run.config, ("-m", "launch.preflight", "--dir", str(run.path)))
@@ -275,7 +279,9 @@ def _run_here(run: Run) -> int:
     if code == local.INTERRUPTED:
         print(f"resume  {_resume_command(run)}")
     if code == 0 and run.config.then == "eval" and not run.config.cluster.node:
-        return dependent_jobs.run_here(run.path, run.config)
+        code = dependent_jobs.run_here(run.path, run.config)
+    if code == 0 and not run.config.cluster.node:
+        print(f"report  {shlex.join([*machine.own_command(), 'report', str(run.path)])}", flush=True)
     return code
 
 
@@ -342,6 +348,14 @@ def _batch(run: Run) -> str:
     where = (f"{c.nodes} × " if c.nodes > 1 else "") + counted(c.gpus, "rank")
     videos = counted(s.micro_batch, "video")
     return f"{counted(s.effective_batch, 'video')} an update = {where} × {videos} × {s.accumulation} accumulated"
+
+
+def _print_chosen(run: Run) -> None:
+    """Print what was chosen for ``auto``, and what this machine lacks for the run."""
+    for line in run.chosen:
+        print(f"auto    {line}")
+    for line in [] if run.config.cluster.node else memory_estimate.local_notes(run.config):
+        print(line.removeprefix("# "))
 
 
 def _resume_command(run: Run) -> str:

@@ -91,6 +91,9 @@ def _submit(words: list[str], config_dirs: list[str], parallel: int) -> Path | N
     listed = grid(rest)
     runs = [run_folder.compose_run([*p, f"name={name}-{i}"], config_dirs=config_dirs) for i, p in enumerate(listed)]
     run_folder.tell_idle(runs)
+    for line in runs[0].chosen:
+        if all(line in run.chosen for run in runs):
+            print(f"# auto   {line}")
     folder = runs[0].path.parent / ".sweeps" / name
     known = [r.name for r in runs if r.exists]
     if known or folder.exists():

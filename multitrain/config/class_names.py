@@ -12,6 +12,7 @@ Labels are 0, 1, 2 …; a list with other numbers is refused, never renumbered.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -55,6 +56,17 @@ def read_class_names(file: Path) -> list[str]:
     if file.suffix == ".json" or _JSON.match(text):
         return _of_json(file, parse_json(text, file, unique=True))
     return _of_lines(file, text)
+
+
+def class_list_text(names: Sequence[str]) -> str:
+    """The content of a file from which :func:`read_class_names` reads these names: a line each, or JSON for names such as ``1 run``,
+    which would be taken for a label and a name."""
+    text = "".join(f"{name}\n" for name in names)
+    try:
+        plain = not _JSON.match(text) and _of_lines(Path(), text) == list(names)
+    except ConfigError:
+        plain = False
+    return text if plain else json.dumps(list(names), ensure_ascii=False) + "\n"
 
 
 def repeated_name(names: Sequence[str]) -> str:

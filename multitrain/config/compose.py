@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from multitrain.config import automatic
 from multitrain.config.aliases import suggestion
 from multitrain.config.errors import ConfigError, nearest
 from multitrain.config.overrides import Override, apply, group_word, in_quotes, is_group, split
@@ -39,17 +40,33 @@ def config_folder() -> Path:
     )
 
 
-def compose(overrides: Sequence[str] = (), *, config_dirs: Sequence[str | Path] = ()) -> RunConfig:
+def compose(
+    overrides: Sequence[str] = (), *, config_dirs: Sequence[str | Path] = (), saved: RunConfig | None = None
+) -> RunConfig:
     """The configuration composed of the shipped groups and `overrides` (``key=value``, in Hydra's grammar).
 
     Args:
         overrides: e.g. ``["experiment=demo", "nodes=2", "cluster.partition=low"]``.
         config_dirs: folders with the user's own config groups, searched after the shipped ones.
+        saved: where values of ``auto`` come from; None: they are chosen, see :mod:`multitrain.config.automatic`.
 
     Raises:
         ConfigError: one line that names the option, its value, and what would work.
     """
-    return validate(compose_mapping(overrides, config_dirs=config_dirs), config_dirs=config_dirs)
+    return compose_and_choose(overrides, config_dirs=config_dirs, saved=saved)[0]
+
+
+def compose_and_choose(
+    overrides: Sequence[str] = (), *, config_dirs: Sequence[str | Path] = (), saved: RunConfig | None = None
+) -> tuple[RunConfig, list[automatic.Choice]]:
+    """Like :func:`compose`; also what was chosen for ``auto``, and why."""
+    mapping = compose_mapping(overrides, config_dirs=config_dirs)
+    chosen: list[automatic.Choice] = []
+    if saved is not None:
+        automatic.restore(mapping, saved.model_dump(mode="json"))
+    else:
+        chosen = automatic.resolve(mapping, config_folder())
+    return validate(mapping, config_dirs=config_dirs), chosen
 
 
 def compose_mapping(overrides: Sequence[str] = (), *, config_dirs: Sequence[str | Path] = ()) -> dict[str, Any]:
@@ -254,6 +271,9 @@ def _one_line(error: ValidationError, config_dirs: Sequence[str | Path] = ()) ->
     for e in error.errors()[:3]:
         where = shown(".".join(str(p) for p in e["loc"]), 100)
         message = _flat(e["msg"].removeprefix("Value error, "))
+        if e["input"] == automatic.AUTO and (said := _not_chosen(e["loc"])):
+            problems.append(said)
+            continue
         if e["type"] == "int_parsing_size":
             message = "a number of so many digits is too large"
         if e["type"] == "extra_forbidden":
@@ -278,6 +298,16 @@ def _one_line(error: ValidationError, config_dirs: Sequence[str | Path] = ()) ->
         problems.append(message)
     more = len(error.errors()) - len(problems)
     return "; ".join(problems) + (f" (and {more} more)" if more else "")
+
+
+def _not_chosen(loc: tuple[str | int, ...]) -> str:
+    """The message for an ``auto`` that nothing has replaced; empty for another problem."""
+    option = ".".join(map(str, loc))
+    if option.endswith(f".{automatic.CHOOSE}"):
+        option = option.rpartition(".")[0]
+    elif option not in automatic.SOLVERS:
+        return f"{shown(option, 100)}=auto: this option is never chosen; give it a value" if option in fields() else ""
+    return f"{option}=auto: is chosen by python launch/submit.py and launch/sweep.py only; give it a value"
 
 
 def _list_problem(e: Any) -> str | None:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import torch
 
-from multitrain.cluster import gpus
-from multitrain.config import ConfigError
+from multitrain.config import ConfigError, machine
 
 GRANTS = ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE")
 """Environment variables that name, or count, the GPUs of a job; the first one is empty where the user wants the CPU."""
@@ -28,7 +27,7 @@ def granted(environment: Mapping[str, str] = os.environ) -> str | None:
     if environment.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1", "NoDevFiles"):
         return None
     named = [f"{name}={environment[name]}" for name in GRANTS if environment.get(name)]
-    return next((n for n in named if n != NO_GPU), None) or gpus.device_file()
+    return next((n for n in named if n != NO_GPU), None) or machine.device_file()
 
 
 def rank_device(rank: int, local_rank: int, precision: str = "fp32") -> torch.device:
@@ -71,7 +70,7 @@ def refuse_unused_gpu(rank: int) -> None:
         why = f"{build}, built for CUDA {torch.version.cuda}, cannot use it ({_reason()}; driver {_driver()})"
         remedy = "install a torch for this driver, or a newer driver"
     text = f"rank {rank} was granted a GPU ({grant}), and {why}; {remedy}, or compute on the CPU with CUDA_VISIBLE_DEVICES="
-    if for_gpus or gpus.device_file():
+    if for_gpus or machine.device_file():
         raise ConfigError(text)
     if rank == 0:
         print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from multitrain.cluster import gpus
 from multitrain.config import ConfigError
+from multitrain.config import machine as gpus
 from multitrain.engine.device import GRANTS, granted, rank_device
 
 

@@ -10,28 +10,30 @@ import csv
 import io
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from multitrain.config import ConfigError, nearest
 from multitrain.config.boundary import in_words
-from multitrain.config.class_names import read_class_names, repeated_name
+from multitrain.config.class_names import class_list_text, read_class_names, repeated_name
 from multitrain.config.reading import as_text, read_json
 from multitrain.data.annotations import CatalogError, read_annotations
 from multitrain.files import OutputFolder
 from multitrain.text import printable, quoted
 
 SPLITS = ("train", "val", "test")
-_SPLIT_NAMES = {
+SPLIT_NAMES = {
     "train": "train",
     "training": "train",
     "val": "val",
     "validate": "val",
     "validation": "val",
+    "valid": "val",
     "test": "test",
     "testing": "test",
 }
+"""The split that a word stands for, in the name of a file, a folder or a cell."""
 
 
 @dataclass(frozen=True)
@@ -58,25 +60,38 @@ class Imported:
     notes: list[str] = field(default_factory=list)
     """Notes about what was left out, and why."""
     multi_label: bool = False
+    videos: Path | None = None
+    """The folder that the paths start from, if it is known."""
+    groups: dict[str, str] = field(default_factory=dict)
+    """What a video comes from (a person, a recording), by path; see :mod:`multitrain.data.tools.splitting`."""
+    may_cut: bool = False
+    """Whether val and test may be cut from train where there are none."""
 
 
 Reader = Callable[[list[Path], Path | None], Imported]
 
 
-def read(form: str, files: list[Path], classes: Path | None = None) -> Imported:
+def read(
+    form: str,
+    files: list[Path],
+    classes: Path | None = None,
+    formats: Mapping[str, tuple[Reader, str]] | None = None,
+) -> Imported:
     """Read the official annotation `files` of a dataset.
 
     Args:
-        form: a name in :data:`FORMATS`.
+        form: a name in `formats`.
         classes: the dataset's own list of classes, if it has one.
+        formats: default: :data:`FORMATS`.
 
     Raises:
         ConfigError: a file cannot be read, or is not of this format.
     """
-    if form not in FORMATS:
-        raise CatalogError(f"no format {form!r}; {nearest(form, FORMATS)}")
+    formats = FORMATS if formats is None else formats
+    if form not in formats:
+        raise CatalogError(f"no format {form!r}; {nearest(form, formats)}")
     try:
-        found = FORMATS[form][0](files, classes)
+        found = formats[form][0](files, classes)
     except ConfigError:
         raise
     except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError, csv.Error) as error:
@@ -103,7 +118,7 @@ def kinetics(files: list[Path], classes: Path | None) -> Imported:
     for file in files:
         unlabelled = 0
         for number, row in _rows_with_header(file, ("youtube_id", "time_start", "time_end")):
-            split = _split(row.get("split") or file.stem, file, number)
+            split = split_of(row.get("split") or file.stem, file, number)
             if not row.get("label"):
                 unlabelled += 1
                 continue
@@ -116,28 +131,28 @@ def kinetics(files: list[Path], classes: Path | None) -> Imported:
             name = f"{row['youtube_id']}_{start:06d}_{end:06d}.mp4"
             out.samples.append(Sample(split, name, (row["label"],), folder=split))
         _note_unlabelled(out, file, unlabelled)
-    return _named(out, classes)
+    return named(out, classes)
 
 
 def moments(files: list[Path], classes: Path | None) -> Imported:
     """``CLASS/FILE,CLASS,votes,votes`` without a header (trainingSet.csv, validationSet.csv); videos in training/, validation/."""
     out = Imported([], [])
     for file in files:
-        split = _split(file.stem, file, 0)
+        split = split_of(file.stem, file, 0)
         for number, row in _rows(file, at_least=2):
             if number == 1 and not row[0].lower().endswith(VIDEO_ENDINGS):
                 continue  # a header
             out.samples.append(
                 Sample(split, row[0], (row[1],), folder={"train": "training", "val": "validation"}.get(split, split))
             )
-    return _named(out, classes)
+    return named(out, classes)
 
 
 def multi_moments(files: list[Path], classes: Path | None) -> Imported:
     """``FILE,LABEL,LABEL,…``: names, or numbers of the dataset's list of classes (``name,number`` lines)."""
     out = Imported([], [], multi_label=True)
     for file in files:
-        split = _split(file.stem, file, 0)
+        split = split_of(file.stem, file, 0)
         for _, row in _rows(file, at_least=2):
             labels = tuple(dict.fromkeys(label.strip() for label in row[1:] if label.strip()))
             out.samples.append(
@@ -148,9 +163,9 @@ def multi_moments(files: list[Path], classes: Path | None) -> Imported:
             raise CatalogError(
                 f"{files[0]}: labels are numbers; give the dataset's list of classes with --classes FILE"
             )
-        names = _class_list(classes)
+        names = class_list(classes)
         out.samples = [_with_names(s, names, classes) for s in out.samples]
-    return _named(out, classes)
+    return named(out, classes)
 
 
 def something(files: list[Path], classes: Path | None) -> Imported:
@@ -160,12 +175,12 @@ def something(files: list[Path], classes: Path | None) -> Imported:
     """
     if classes is None:
         raise CatalogError("something needs its label map; give something-something-v2-labels.json with --classes FILE")
-    names = _class_list(classes)
+    names = class_list(classes)
     numbers = frozenset(names)
     out = Imported(names, [])
     answers = {row[0]: row[1] for f in files if f.suffix == ".csv" for _, row in _rows(f, 2, delimiter=";")}
     for file in (f for f in files if f.suffix != ".csv"):
-        unlabelled, split = 0, _split(file.stem, file, 0)
+        unlabelled, split = 0, split_of(file.stem, file, 0)
         for place, video in enumerate(read_json(file)):
             if not isinstance(video, dict) or "id" not in video:
                 raise CatalogError(f"{file}: entry {place} has no 'id'; it is something-something-v2-{split}.json")
@@ -195,7 +210,7 @@ def activitynet(files: list[Path], classes: Path | None) -> Imported:
             raise CatalogError(f"{file}: no 'database' in it; it is activity_net.v1-3.min.json")
         unlabelled = useless = 0
         for name, video in content["database"].items():
-            split = _split(video.get("subset", ""), file, 0)
+            split = split_of(video.get("subset", ""), file, 0)
             unlabelled += not video.get("annotations")
             for annotation in video.get("annotations", ()):
                 start, end = (float(t) for t in annotation["segment"])
@@ -209,7 +224,7 @@ def activitynet(files: list[Path], classes: Path | None) -> Imported:
         _note_unlabelled(out, file, unlabelled)
         if useless:
             out.notes.append(f"{file.name}: {useless} segments shorter than 0.1 s left out")
-    return _named(out, classes)
+    return named(out, classes)
 
 
 FORMATS: dict[str, tuple[Reader, str]] = {
@@ -264,14 +279,17 @@ def find(samples: list[Sample], videos: Path) -> tuple[list[Sample], int]:
     return out, missing
 
 
-def write(found: Imported, out: Path, sources: Iterable[Path] = ()) -> dict[str, int]:
+def write(
+    found: Imported, out: Path, sources: Iterable[Path] = (), more: Mapping[str, str] | None = None
+) -> dict[str, int]:
     """Write ``{train,val,test}.csv`` and ``classes.txt`` to `out`, and ``segments.csv`` if videos are to be cut.
 
     Without test lines, ``test.csv`` is a copy of ``val.csv``: published work tests datasets without public test labels on their
-    validation videos.
+    validation videos. A file of an earlier import that this one does not write is removed.
 
     Args:
         sources: the official files, which are not written to.
+        more: other files to write, by name.
 
     Returns:
         Number of lines by split.
@@ -280,29 +298,45 @@ def write(found: Imported, out: Path, sources: Iterable[Path] = ()) -> dict[str,
         ConfigError: a file that `data import` did not write is in the way; nothing was written.
     """
     folder = OutputFolder(out, "data import", sources)
-    number = {name: i for i, name in enumerate(found.classes)}
-    texts = {
-        split: [
-            f"{s.path} {','.join(str(n) for n in sorted(number[x] for x in s.labels))}\n"
-            for s in found.samples
-            if s.split == split
-        ]
-        for split in SPLITS
-    }
+    texts = {split: _rows_of(found, split) for split in SPLITS}
     if not texts["test"]:
         texts["test"] = texts["val"]
-    wanted = {"classes.txt": "".join(f"{name}\n" for name in found.classes)}
+    wanted = {"classes.txt": class_list_text(found.classes)}
     wanted |= {f"{split}.csv": "".join(rows) for split, rows in texts.items() if rows}
     if cut := [s for s in found.samples if s.segment]:
         wanted["segments.csv"] = _segments(cut)
+    wanted |= more or {}
     for name, text in wanted.items():
-        folder.check(name, recognise=text.encode().__eq__)
+        folder.check(name, recognise=text.encode("utf-8", "surrogateescape").__eq__)
     for name, text in wanted.items():
         folder.write_text(name, text)
+    for name in {*(f"{split}.csv" for split in SPLITS), "segments.csv", KEPT} - set(wanted):
+        if folder.is_own(name):
+            folder.remove(name)
     return {split: len(rows) for split, rows in texts.items()}
 
 
+KEPT = "kept_in_train.txt"
+"""The groups of videos that an import put into train because a class had no other training video."""
+
+
+def kept_in_train(out: Path) -> list[str]:
+    """The content of :data:`KEPT` in `out`, if an earlier import wrote it."""
+    folder = OutputFolder(out, "data import")
+    return as_text(read_annotations(out / KEPT), out / KEPT).splitlines() if folder.is_own(KEPT) else []
+
+
 # ------------------------------------------------------------------------------------------------------------- parts
+
+
+def _rows_of(found: Imported, split: str) -> list[str]:
+    """The lines of a split's annotation file."""
+    number = {name: i for i, name in enumerate(found.classes)}
+    return [
+        f"{s.path} {','.join(str(n) for n in sorted(number[x] for x in s.labels))}\n"
+        for s in found.samples
+        if s.split == split
+    ]
 
 
 def _segments(samples: Iterable[Sample]) -> str:
@@ -337,10 +371,10 @@ def _with_names(sample: Sample, names: list[str], file: Path) -> Sample:
     return replace(sample, labels=tuple(names[int(x)] for x in sample.labels))
 
 
-def _named(out: Imported, classes: Path | None) -> Imported:
+def named(out: Imported, classes: Path | None) -> Imported:
     """Number the classes of `out`: as in the file `classes`, else the classes with a video in alphabetical order."""
     used = {label for s in out.samples for label in s.labels}
-    out.classes = _class_list(classes) if classes else sorted(used)
+    out.classes = class_list(classes) if classes else sorted(used)
     unknown = sorted(used - set(out.classes))
     if unknown:
         raise CatalogError(
@@ -349,7 +383,7 @@ def _named(out: Imported, classes: Path | None) -> Imported:
     return out
 
 
-def _class_list(file: Path) -> list[str]:
+def class_list(file: Path) -> list[str]:
     """Class names in label order: see :mod:`multitrain.config.class_names`. Raises ConfigError, also for a repeated name."""
     names = read_class_names(file)
     if said := repeated_name(names):
@@ -357,11 +391,11 @@ def _class_list(file: Path) -> list[str]:
     return names
 
 
-def _split(name: str, file: Path, line: int) -> str:
+def split_of(name: str, file: Path, line: int) -> str:
     words = re.split(r"[^a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
     for word in words:
-        if word in _SPLIT_NAMES:
-            return _SPLIT_NAMES[word]
+        if word in SPLIT_NAMES:
+            return SPLIT_NAMES[word]
     where = f"{file}:{line}" if line else str(file)
     raise CatalogError(f"{where}: {name!r} is no split; its name must say train, validation or test")
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +21,10 @@ from typing import NamedTuple
 from multitrain.data.annotations import CatalogError, Line, Syntax, lines, read_annotations
 from multitrain.data.packs import open_pack
 from multitrain.data.tools.importing import SPLITS, VIDEO_ENDINGS
-from multitrain.text import quoted
+from multitrain.text import counted, printable, quoted
+
+_log = logging.getLogger(__name__)
+_SHOWN_KINDS = 4
 
 PARTS = ".parts"
 """Folder below the copies for journals and temporary files."""
@@ -180,6 +185,8 @@ def _rows(file: Path) -> Iterator[tuple[Place, dict[str, str]]]:
 def found_below(folder: Path, without: Path | None = None) -> list[str]:
     """The video files (by suffix) below a folder, or the videos of a pack, as relative paths in order.
 
+    Hidden files and folders are not looked at. A warning says how many other files, and links to folders, were passed over.
+
     Args:
         without: a folder to skip (its path without symbolic links).
 
@@ -187,26 +194,50 @@ def found_below(folder: Path, without: Path | None = None) -> list[str]:
         CatalogError: there are no videos, or a folder cannot be read.
     """
     if not folder.is_dir():
-        raise CatalogError(f"{folder}: no such folder of videos")
-
-    def refuse(error: OSError) -> None:
-        raise CatalogError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions")
-
+        what = "is a file, not a folder of videos" if folder.exists() else "no such folder of videos"
+        raise CatalogError(f"{folder}: {what}")
     if (pack := open_pack(folder)) is not None:
         return sorted(video.name for video in pack)
-    found = []
-    for at, folders, names in os.walk(folder, onerror=refuse):
+    found: list[str] = []
+    others: list[str] = []
+    linked: list[str] = []
+    for at, folders, names in os.walk(folder, onerror=_refuse_unreadable):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         if without is not None:
             folders[:] = [f for f in folders if os.path.realpath(os.path.join(at, f)) != str(without)]
-        found += [
-            os.path.relpath(os.path.join(at, n), folder)
-            for n in names
-            if n.lower().endswith(VIDEO_ENDINGS) and n[0] != "."
-        ]
+        linked += [os.path.relpath(os.path.join(at, f), folder) for f in folders if os.path.islink(os.path.join(at, f))]
+        for name in names:
+            if name[0] != ".":
+                is_video = name.lower().endswith(VIDEO_ENDINGS)
+                (found if is_video else others).append(os.path.relpath(os.path.join(at, name), folder))
     if not found:
         raise CatalogError(f"{folder}: no video files in it ({' '.join(VIDEO_ENDINGS)})")
+    if passed := passed_over(sorted(others), linked):
+        _log.warning("note: %s: passed over %s", printable(str(folder)), passed)
     return sorted(found)
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    raise CatalogError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions")
+
+
+def passed_over(others: Sequence[str], linked: Sequence[str] = ()) -> str:
+    """Names what a search for videos left out: ``3 files that are no videos by their suffix (2 .jpg, 1 .txt; first: a/b.jpg)``.
+
+    Args:
+        others: files without a suffix of :data:`VIDEO_ENDINGS`.
+        linked: links to folders.
+    """
+    parts = []
+    if others:
+        kinds = Counter(os.path.splitext(name)[1].lower() or "without suffix" for name in others).most_common()
+        shown = ", ".join(f"{count} {kind}" for kind, count in kinds[:_SHOWN_KINDS])
+        shown += f", {sum(count for _, count in kinds[_SHOWN_KINDS:])} others" if len(kinds) > _SHOWN_KINDS else ""
+        what = counted(len(others), "file")
+        parts.append(f"{what} without a video's suffix ({printable(shown)}; first: {quoted(others[0], 80)})")
+    if linked:
+        parts.append(f"{counted(len(linked), 'linked folder')} (first: {quoted(linked[0], 80)})")
+    return " and ".join(parts)
 
 
 class AnnotationFiles:

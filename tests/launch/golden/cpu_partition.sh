@@ -1,6 +1,6 @@
 # run    /shared/runs/golden
 # batch  512 videos an update = 2 ranks × 4 videos × 64 accumulated
-# memory 9.7 GB per rank at the peak, estimated: 8 clips × 0.93 GB + 2.2 GB (activation_checkpointing=none)
+# memory 9.2 GB per rank at the peak, estimated: 8 clips × 0.93 GB + 1.7 GB (activation_checkpointing=none)
 # loader the ranks compute on CPU cores, which is slower than loading: a core delivers about 14 (multitrain data bench measures yours)
 #!/bin/bash
 
