@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from multitrain.data.decode.container import as_video_error, content_of
+from multitrain.data.decode.convert import upright_size
 from multitrain.data.decode.extent import needed_bytes
-from multitrain.data.decode.pyav import PyAVVideo, upright_size
+from multitrain.data.decode.pyav import PyAVVideo
 from multitrain.data.decode.rate import cut_off_avi
 from multitrain.data.decode.video import Video, VideoError, check_file
 
@@ -46,7 +47,7 @@ def scan_video(path: Path | str) -> VideoScan:
     """
     path = Path(path)
     check_file(path)
-    video = PyAVVideo(path, math.inf)
+    video = PyAVVideo(path, math.inf, whole=True)
     with video:
         decoded, height, width = _decode_all(video)
         check_complete(video)
