@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from multitrain.cluster.exit_status import Exit
 from multitrain.commands.common import StopSignals
-from multitrain.commands.data_work import add_work_options, interrupted
+from multitrain.commands.data_work import add_segment_option, add_work_options, interrupted
 from multitrain.config.arguments import Arguments, Parser, whole_number
 from multitrain.order.windows import SHARD_VIDEOS
 from multitrain.text import printable
@@ -42,6 +42,7 @@ def _parser() -> Parser:
         metavar="N",
         help=f"videos per shard (default {SHARD_VIDEOS}); must equal data.shard_videos for data.shuffle_window",
     )
+    add_segment_option(parser)
     parser.add_argument("--leave-out", action="store_true", help="pack without the videos that cannot be read")
     add_work_options(parser)
     return parser
@@ -55,7 +56,8 @@ def main(arguments: Arguments) -> int:
     from multitrain.data.tools.parallel_map import Shard
 
     wanted = PackOptions(
-        given.videos.absolute(), given.out.absolute(), given.annotations, given.separator, given.shard_videos, given.leave_out
+        given.videos.absolute(), given.out.absolute(), given.annotations, given.separator, given.segment_lines,
+        given.shard_videos, given.leave_out,
     )  # fmt: skip
     task = PackJob(wanted, Shard.parse(given.shard))
     stop, items = StopSignals(), list(task.items())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from multitrain.cluster.exit_status import Exit
 from multitrain.commands.common import StopSignals
-from multitrain.commands.data_work import add_work_options, interrupted
+from multitrain.commands.data_work import add_segment_option, add_work_options, interrupted
 from multitrain.config.arguments import Arguments, Parser, whole_number
 from multitrain.text import printable
 
@@ -61,6 +61,7 @@ def _parser() -> Parser:
         metavar="TEXT",
         help="separator of path and label in annotation files (default: a blank)",
     )
+    add_segment_option(parser)
     parser.add_argument("--salvage", action="store_true", help="keep the decodable part of damaged videos")
     add_work_options(parser)
     return parser
@@ -79,8 +80,9 @@ def main(arguments: Arguments) -> int:
     encoding = Encoding(given.short_side, given.crf, given.preset, given.fast_decode, given.salvage)
     videos, out = given.videos.absolute(), given.out.absolute()
     wanted = CopyOptions(
-        videos, out, encoding, given.annotations, given.write_annotations, given.segments, given.separator, given.adopt
-    )
+        videos, out, encoding, given.annotations, given.write_annotations, given.segments, given.separator,
+        given.segment_lines, given.adopt,
+    )  # fmt: skip
     work = Resize(videos, out, encoding, given.timeout)
     shard = Shard.parse(given.shard)
     task = CopyJob(wanted, shard)

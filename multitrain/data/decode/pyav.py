@@ -17,7 +17,7 @@ from multitrain.data.decode.convert import Converter
 from multitrain.data.decode.frame_index import NO_TIME, FrameIndex, Packets, index_by_count, index_by_pts
 from multitrain.data.decode.known_packets import KnownPackets
 from multitrain.data.decode.picture import LARGE, Frame
-from multitrain.data.decode.rate import average_rate, frame_seconds
+from multitrain.data.decode.rate import average_rate, frame_seconds, start_of_file
 from multitrain.data.decode.sample_table import packets_from_tables
 from multitrain.data.decode.video import Video, VideoError, check_deadline
 
@@ -66,6 +66,9 @@ class PyAVVideo(Video):
                 known = self._from_start()
             self._listed, self._table, self._seconds, self.fps = known.packets, known.frames, known.seconds, known.fps
             self.frame_count = len(self._table.packet)
+            self.timed = self._table.pts is not None
+            if self._table.pts is not None and self.stream.time_base:
+                self.begin = float(self._table.pts[0] * self.stream.time_base) - start_of_file(self.container)
         except BaseException:
             self.close()
             raise
@@ -138,6 +141,9 @@ class PyAVVideo(Video):
 
     def times(self) -> list[float]:
         return super().times() if self._seconds is None else self._seconds.tolist()
+
+    def shown_at(self) -> np.ndarray:
+        return super().shown_at() if self._seconds is None else self.begin + self._seconds
 
     def close(self) -> None:
         self._packets = []

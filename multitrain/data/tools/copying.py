@@ -35,6 +35,8 @@ class CopyOptions:
     write_annotations: Path | None = None
     segments: Path | None = None
     separator: str = " "
+    segment_lines: bool = False
+    """Whether lines of annotation files may be ``path start end label``."""
     adopt: bool = False
     """Whether to adopt existing files of other origin if they are the requested copies."""
 
@@ -53,7 +55,9 @@ class CopyJob:
     def __init__(self, wanted: CopyOptions, shard: Shard) -> None:
         self.wanted, self._shard = wanted, shard
         layout = Layout(wanted.videos, wanted.out)
-        self.annotations = AnnotationFiles(wanted.annotations, wanted.separator) if wanted.annotations else None
+        self.annotations = None
+        if wanted.annotations:
+            self.annotations = AnnotationFiles(wanted.annotations, wanted.separator, segments=wanted.segment_lines)
         read = [*(self.annotations.files.values() if self.annotations else ()), *filter(None, [wanted.segments])]
         self.renamed: dict[str, str] = {}
         if wanted.segments:

@@ -169,6 +169,8 @@ class PackOptions:
     out: Path
     annotations: Path | None = None
     separator: str = " "
+    segment_lines: bool = False
+    """Whether lines may be ``path start end label``."""
     shard_videos: int = 1000
     """Number of videos per shard."""
     leave_out: bool = False
@@ -185,7 +187,9 @@ class PackJob:
     def __init__(self, wanted: PackOptions, part: Shard) -> None:
         self.wanted, self._part = wanted, part
         layout = Layout(wanted.videos, wanted.out)
-        annotations = AnnotationFiles(wanted.annotations, wanted.separator) if wanted.annotations else None
+        annotations = None
+        if wanted.annotations:
+            annotations = AnnotationFiles(wanted.annotations, wanted.separator, segments=wanted.segment_lines)
         read = list(annotations.files.values()) if annotations else []
         self.rows = _rows(layout, annotations)
         self.shards = shards(self.rows, wanted.shard_videos)
