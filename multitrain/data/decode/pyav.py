@@ -66,7 +66,7 @@ class PyAVVideo(Video):
                 known = self._from_start()
             self._listed, self._table, self._seconds, self.fps = known.packets, known.frames, known.seconds, known.fps
             self.frame_count = len(self._table.packet)
-            self.timed = self._table.pts is not None
+            self.timed = self._table.pts is not None and not has_flag(self.container, "ts_discont")
             if self._table.pts is not None and self.stream.time_base:
                 self.begin = float(self._table.pts[0] * self.stream.time_base) - start_of_file(self.container)
         except BaseException:

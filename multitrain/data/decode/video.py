@@ -50,7 +50,7 @@ class Video(ABC):
         path: the file.
         frame_count: number of frames shown, at least 1.
         fps: average frames a second, positive.
-        timed: whether the file has presentation times; in others, frames are counted.
+        timed: whether frames can be found by their time in any program: there are presentation times, on a clock that is never reset.
         begin: time of the first frame in seconds from the start of the file, which is that of its earliest stream.
     """
 
