@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from multitrain.config.arguments import Arguments, Parser
+
+if TYPE_CHECKING:
+    from multitrain.data.tools.importing import Imported
 
 
 def _parser() -> Parser:
@@ -28,12 +32,18 @@ def _parser() -> Parser:
         "--videos", type=Path, metavar="DIR", help="look for the videos here, whatever the tree's layout"
     )
     parser.add_argument("--present", action="store_true", help="leave out videos that are not below --videos")
+    parser.add_argument(
+        "--cut",
+        action="store_true",
+        help="segments as copies that `data resize --segments` cuts, not as 'video start end label' lines",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
 def main(arguments: Arguments) -> int:
     """``multitrain data import``; returns the exit status."""
+    from multitrain.data.tools.import_segments import located as located_segments
     from multitrain.data.tools.importing import find, read, write
 
     parser = _parser()
@@ -41,8 +51,12 @@ def main(arguments: Arguments) -> int:
     if given.present and not given.videos:
         parser.error("--present needs --videos")
     found = read(given.format, given.files, given.classes)
-    missing = None
+    missing, found.cut = None, given.cut
     if given.videos:
+        if not given.cut and any(s.segment for s in found.samples):
+            found.samples, missing = located_segments(found.samples, given.videos)
+            if given.present:
+                found.samples = [s for s in found.samples if s.segment and (given.videos / s.segment[0]).is_file()]
         sources = [s for s in found.samples if s.segment is None]
         if sources:
             located, missing = find(sources, given.videos)
@@ -60,16 +74,20 @@ def main(arguments: Arguments) -> int:
         print(f"note: {note}", file=sys.stderr)
     if missing:
         print(f"note: {missing} of the listed videos are not below {given.videos}", file=sys.stderr)
-    if (given.out / "segments.csv").is_file() and any(s.segment for s in found.samples):
+    if given.cut and any(s.segment for s in found.samples):
         print(f"cut the segments: multitrain data resize VIDEOS COPIES --segments {given.out}/segments.csv")
-    print(_entry(given.out, found.multi_label))
+    print(_entry(given.out, found))
     return 0
 
 
-def _entry(out: Path, multi_label: bool) -> str:
+def _entry(out: Path, found: Imported) -> str:
     """The lines of configuration that add this dataset to a run."""
     name = out.resolve().name
     lines = [f"as a dataset of a run (configs/data/{name}.yaml):", "  datasets:", f"    {name}:"]
     lines += [f"      annotations: {out.resolve()}", "      videos: FOLDER OF VIDEOS"]
-    lines += [f"      class_names: {out.resolve()}/classes.txt", *(["      multi_label: true"] if multi_label else [])]
+    lines += [
+        f"      class_names: {out.resolve()}/classes.txt",
+        *(["      multi_label: true"] if found.multi_label else []),
+    ]
+    lines += ["      segments: true"] if not found.cut and any(s.segment for s in found.samples) else []
     return "\n".join(lines)
