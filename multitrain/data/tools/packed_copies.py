@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -95,6 +96,8 @@ class Growing:
     def _resume(self, head: Record, sources: dict[str, list[int]]) -> bool:
         """Read the log, and drop what was not logged; whether it is of this shard."""
         try:
+            if not all(_is_plain(file) for file in self.folder.iterdir()):
+                return False
             first, *logged = jsonl.read(self.folder / _LOG)
             if {key: first.get(key) for key in head} != head:
                 return False
@@ -147,6 +150,12 @@ class Growing:
             file.truncate()
         make_durable(self.tar)
         return True
+
+
+def _is_plain(file: Path) -> bool:
+    """Whether this is a file without other names, which writing to it would change."""
+    found = file.lstat()
+    return stat.S_ISREG(found.st_mode) and found.st_nlink == 1
 
 
 def _folder_name(target: str) -> str:
@@ -256,7 +265,7 @@ class PackedCopyJob(PackJob):
                 wanted.write_annotations, self.annotations, self.renamed, [wanted.annotations]
             )
         for folder in list(_left(self.parts)):
-            if folder.name.split("@")[1] not in self.shards or not (folder / _TAR).exists():
+            if not os.path.lexists(folder / _TAR):  # the shard is in its place
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _rows(self, layout: Layout, annotations: AnnotationFiles | None) -> dict[str, list[str]]:

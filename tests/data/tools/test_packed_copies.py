@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpe
 
 
 def resize(*words: object) -> int:
-    return main(["data", "resize", *map(str, words), "--short-side", "32", "--preset", "ultrafast", "--workers", "2"])
+    return main(["data", "resize", *map(str, words), "--short-side", "32", "--preset", "ultrafast", "--workers", "1"])
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,10 @@ def test_the_shards_hold_the_bits_of_the_copies(source: Path, tmp_path: Path) ->
     lists = source / "lists"
     assert resize(source, tmp_path / "files", "--annotations", lists) == 0
     words = ("--annotations", lists, "--pack", "--shard-videos", 3, "--write-annotations", tmp_path / "new")
-    assert resize(source, tmp_path / "packed", *words) == 0
+    for part in ("1/2", "0/2"):  # tasks of an array
+        packs.forget()
+        assert packs.open_pack(tmp_path / "packed") is None
+        assert resize(source, tmp_path / "packed", *words, "--shard", part) == 0
     files = {str(f.relative_to(tmp_path / "files")): f.read_bytes() for f in (tmp_path / "files").glob("c*/*.mp4")}
     assert len(files) == 10
     assert content(tmp_path / "packed") == files
@@ -195,13 +198,27 @@ def test_a_video_that_cannot_be_copied_is_named_and_left_out_only_on_request(
     assert resize(*words, "--leave-out") == 1
     assert len(content(tmp_path / "out")) == 10
     assert 'c0/bad.mp4,c0/bad.mp4,failed,"no video format' in (tmp_path / "out" / "resize.csv").read_text()
-    assert resize(videos, tmp_path / "x", "--leave-out") == 2
-    assert resize(videos, tmp_path / "x", "--pack", "--segments", videos / "s.csv") == 2
+    for wrong in (("--leave-out",), ("--pack", "--segments", videos / "s.csv"), ("--pack", "--adopt")):
+        with pytest.raises(SystemExit) as refused:
+            resize(videos, tmp_path / "x", *wrong)
+        assert refused.value.code == 2
 
 
-def test_array_tasks_together_write_the_index(source: Path, tmp_path: Path) -> None:
-    for part in (1, 0):
-        assert packs.open_pack(tmp_path / "out") is None
-        packs.forget()
-        assert resize(source, tmp_path / "out", "--pack", "--shard-videos", 3, "--shard", f"{part}/2") == 0
-    assert len(content(tmp_path / "out")) == 10
+@pytest.mark.parametrize("name", ["shard.tar", "copies.jsonl", "now.jsonl"])
+@pytest.mark.parametrize("link", ["symbolic", "hard"])
+def test_links_in_a_shard_that_grows_lead_to_nothing_else(source: Path, tmp_path: Path, name: str, link: str) -> None:
+    (tmp_path / "parts").mkdir()
+    job = job_of(source, ["a.mp4"])
+    growing = Growing.open(tmp_path / "parts", job, {"a.mp4": [1, 2]})
+    growing.add("a.mp4", source / "c0" / "v0.mp4", {"source": [1, 2]})
+    mine = tmp_path / "mine"
+    content = (growing.folder / name).read_bytes() if name != "now.jsonl" else b""
+    mine.write_bytes(content)
+    (growing.folder / name).unlink(missing_ok=True)
+    (growing.folder / name).symlink_to(mine) if link == "symbolic" else (growing.folder / name).hardlink_to(mine)
+    _, shard, host, _, *rest = growing.folder.name.split("@")
+    growing.folder.rename(tmp_path / "parts" / "@".join(["growing", shard, host, "4194305", *rest]))
+    again = Growing.open(tmp_path / "parts", job, {"a.mp4": [1, 2]})
+    assert not again.done
+    again.add("a.mp4", source / "c0" / "v0.mp4", {"source": [1, 2]})
+    assert mine.read_bytes() == content
