@@ -10,7 +10,7 @@ import io
 import os
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 from multitrain.data.decode.video import VideoError, from_pack, is_transient, located
 from multitrain.data.packs import Stored, is_far, read, read_part
@@ -97,6 +97,9 @@ def stream_index(path: Path) -> int:
         return stream.index
 
 
+_Source = TypeVar("_Source", "Bytes", "Ranges")
+
+
 class Bytes(io.BytesIO):
     """A video in memory, with a name, because libavformat uses the suffix to detect the format."""
 
@@ -111,11 +114,7 @@ def opened(path: Path) -> str | Bytes:
     """
     with from_pack(path):
         content = read(path)
-    if content is None:
-        return local_name(path)
-    source = Bytes(content)
-    source.name = local_name(path)
-    return source
+    return local_name(path) if content is None else _as_named(Bytes(content), path)
 
 
 class Ranges(io.RawIOBase):
@@ -164,9 +163,10 @@ class Ranges(io.RawIOBase):
 def ranges(path: Path) -> str | Ranges:
     """As `opened`, but a packed video is read in parts, which are not compared with its checksum."""
     stored = located(path)
-    if stored is None:
-        return local_name(path)
-    source = Ranges(stored)
+    return local_name(path) if stored is None else _as_named(Ranges(stored), path)
+
+
+def _as_named(source: _Source, path: Path) -> _Source:
     source.name = local_name(path)
     return source
 
