@@ -164,6 +164,11 @@ class Catalog:
         start, end = (np.nan, np.nan) if self._segments is None else self._segments[2 * row : 2 * row + 2].tolist()
         return None if math.isnan(start) else Segment(start, end)
 
+    @property
+    def has_segments(self) -> bool:
+        """Whether a video may be a segment of its file."""
+        return self._segments is not None
+
     def file_path(self, i: int) -> str:
         """The path of the file of video `i` as written in the csv."""
         row = self._row(i)

@@ -19,6 +19,7 @@ from multitrain.data.catalog import Catalog, open_catalogs, plan_of, summary
 from multitrain.data.clips import EvalViewsFn, Task, TrainClipFn
 from multitrain.data.decode import VideoError, open_video
 from multitrain.data.segment import Segment, named, split_name
+from multitrain.data.tools.check import find_problems, list_entries
 from multitrain.data.tools.listing import PARTS, Copy
 from multitrain.data.tools.resize import Encoding, Item, Resize
 from tests.data.numbered import number_of, write_numbered
@@ -105,6 +106,15 @@ def test_a_segment_at_the_time_of_a_frame_begins_with_it(tmp_path: Path) -> None
             assert [number_of(f) for f in part.frames(range(part.frame_count))] == [first, first + 1]
 
 
+def test_decord_gives_the_same_segment(tmp_path: Path) -> None:
+    pytest.importorskip("decord")
+    video = write_numbered(tmp_path / "a.mp4", 90, options={"bf": "3"})
+    name = f"{video}#t=0.71,1.93"
+    with open_video(name, "decord") as part, open_video(name) as ours:
+        assert (part.frame_count, part.fps) == (ours.frame_count, ours.fps)
+        assert np.array_equal(part.frames([0, 9, part.frame_count - 1]), ours.frames([0, 9, ours.frame_count - 1]))
+
+
 @pytest.mark.parametrize("name", ["a.mp4#t=1,2", "a b#t=.mp4#t=0.5,7.25", "x#t=1,2#t=3,4"])
 def test_names_of_segments_are_read_back(name: str) -> None:
     path, segment = split_name(name)
@@ -181,6 +191,14 @@ def test_lines_that_look_like_segments_are_not_read_without_a_word(tmp_path: Pat
         Catalog.open(dataset(tmp_path / "d", "a.mp4 60 0\n", segments=True), "d", "train", tmp_path / "index")
 
 
+def test_check_names_the_option_where_lines_look_like_segments(tmp_path: Path) -> None:
+    write_numbered(tmp_path / "d" / "a.mp4", 60)
+    entries = list_entries({"d": dataset(tmp_path / "d", "a.mp4 0.5 1 0\n")})
+    missing = {"kind": "missing", "error": "no such file"}
+    (finding, *_) = find_problems(entries, {entries[0].file: missing}, 1).findings
+    assert "data.datasets.d.segments=true" in finding.detail
+
+
 def test_a_csv_without_segments_keeps_its_digest(tmp_path: Path) -> None:
     write_numbered(tmp_path / "d" / "a.mp4", 60)
     plain, allowed = (
@@ -247,7 +265,7 @@ def intra(path: Path, first: int, last: int) -> None:
         out.mux(stream.encode())
 
 
-def test_a_run_on_segments_is_the_run_on_their_copies(tmp_path: Path) -> None:
+def test_a_run_on_segments_is_the_run_on_their_copies(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     intra(whole / "a.mp4", 0, 60)
     for number, (start, end) in enumerate(PARTS_OF):
@@ -265,6 +283,9 @@ def test_a_run_on_segments_is_the_run_on_their_copies(tmp_path: Path) -> None:
     mapping = of_segments.model_dump(mode="json")
     mapping["data"]["datasets"]["d"]["videos"] = str(tmp_path / "packed")
     assert made(validate(mapping), tmp_path / "index") == here
+    mapping["data"]["shuffle_window"] = 1
+    summary(validate(mapping), tmp_path / "index")
+    assert "segments of a video are spread" in caplog.text
 
 
 def test_a_bad_segment_is_named_with_its_times_and_replaced(tmp_path: Path) -> None:

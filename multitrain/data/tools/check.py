@@ -25,6 +25,7 @@ from multitrain.config import DatasetConfig
 from multitrain.config.class_names import LARGEST
 from multitrain.config.reading import read_bytes
 from multitrain.data.annotations import CatalogError, Syntax, line_text, lines, read_annotations
+from multitrain.data.presence import segment_columns
 from multitrain.data.segment import Segment, named
 from multitrain.data.tools.listing import found_below
 from multitrain.files import OutputFolder
@@ -34,6 +35,7 @@ KINDS = ("missing", "broken", "short", "outside", "duplicate", "labelled twice",
 SPLITS = ("train", "val", "test")
 TABLE = "check.csv"
 _LATE = 1.0  # seconds by which a segment may end after the video, as the rounded times of many annotation files do
+_LOOKS_LIKE_SEGMENT = "no such file; for 'path start end label' lines set data.datasets.{}.segments=true"
 _COLUMNS = ["dataset", "split", "annotations", "line", "path", "labels", "kind", "detail"]
 
 
@@ -177,6 +179,12 @@ def _contents(scans: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 def _problem_of(entry: Entry, scan: Mapping[str, Any], min_frames: int) -> Finding | None:
     if "error" in scan:
+        if scan.get("kind") == "missing" and entry.path and segment_columns(entry.path, _folder_of(entry)) is not None:
+            return Finding(
+                entry,
+                "missing",
+                _LOOKS_LIKE_SEGMENT.format(entry.dataset),
+            )
         return Finding(entry, str(scan.get("kind", "broken")), str(scan["error"]))
     frames = scan["frames"]
     if entry.segment is not None:
@@ -186,6 +194,10 @@ def _problem_of(entry: Entry, scan: Mapping[str, Any], min_frames: int) -> Findi
     if frames < min_frames:
         return Finding(entry, "short", f"{'1 frame' if frames == 1 else f'{frames} frames'}, not {min_frames} or more")
     return None
+
+
+def _folder_of(entry: Entry) -> Path:
+    return Path(entry.file[: -len(entry.path)] or "/")
 
 
 def _in_segment(segment: Segment, scan: Mapping[str, Any]) -> tuple[str, int]:
