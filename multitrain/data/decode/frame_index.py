@@ -51,8 +51,8 @@ class Packets:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the times, flags and sizes in bytes."""
-        return len(self) * (2 * self._pts.itemsize + self._size.itemsize + 2)
+        """Memory of the times, sizes, flags and numbers of shown packets in bytes."""
+        return len(self) * (3 * self._pts.itemsize + self._size.itemsize + 2)
 
     def hide_last(self) -> None:
         """Mark the frame of the last packet as not shown."""

@@ -63,7 +63,7 @@ class PyAVVideo(Video):
             if self._seeks and known is None:
                 known = self._from_tables()
             if known is None or not known.seekable:
-                known = self._from_start()
+                known = self._from_start(trusted=known is None)
             self._listed, self._table, self._seconds, self.fps = known.packets, known.frames, known.seconds, known.fps
             self.frame_count = len(self._table.packet)
             self.timed = self._table.pts is not None and not has_flag(self.container, "ts_discont")
@@ -89,14 +89,15 @@ class PyAVVideo(Video):
             return None
         return self._kept(known) if known.seekable else None
 
-    def _from_start(self) -> KnownPackets:
-        """The packets by reading the whole file."""
+    def _from_start(self, *, trusted: bool) -> KnownPackets:
+        """The packets by reading the whole file; `trusted`: whether its packets may be sought the next time."""
         if self._seeks:
             self._seeks = False
             self._reopen()
         self._packets = []
         self._listed = self._read_packets()
-        return self._kept(self._indexed())
+        known = self._indexed()
+        return self._kept(replace(known, seekable=known.seekable and trusted))
 
     def _kept(self, known: KnownPackets) -> KnownPackets:
         if self._video is not None:
@@ -258,7 +259,7 @@ class PyAVVideo(Video):
     def _distrust(self) -> None:
         """Read the file from its start from now on. Raises VideoError if it has other frames than its index promised."""
         promised = self._table
-        found = self._kept(replace(self._from_start(), seekable=False)).frames
+        found = self._from_start(trusted=False).frames
         same = found.pts is not None and promised.pts is not None and np.array_equal(found.pts, promised.pts)
         if not same or not np.array_equal(found.packet, promised.packet):
             raise VideoError(
