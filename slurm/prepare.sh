@@ -2,11 +2,12 @@
 # Prepare data as a SLURM array, whose tasks divide the files among them.
 #
 #   sbatch --array=0-15 slurm/prepare.sh resize /data/k400 /data/k400_320p --fast-decode
+#   sbatch --array=0-15 slurm/prepare.sh resize /data/k400 /data/k400_packed --annotations k400 --pack
 #   sbatch --array=0-15 slurm/prepare.sh pack /data/k400_320p /data/k400_packed --annotations k400
 #   sbatch --array=0-15 slurm/prepare.sh check data=ssv2 data.root=/datasets --out checked
 #
 # The arguments are a verb of `multitrain data` and its arguments. The last task of `check` to end writes the table, the last one
-# of `pack` the index. A task that is preempted or reaches its time limit is requeued and resumes; the whole array resumes when it
+# of `pack` and `resize --pack` the index. A task that is preempted or reaches its time limit is requeued and resumes; the whole array resumes when it
 # is submitted again. The tasks write only to the folder of copies or findings, and replace only files that the same verb has
 # created there (docs/data.md).
 #

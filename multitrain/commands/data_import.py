@@ -44,6 +44,11 @@ def _parser() -> Parser:
         "--videos", type=Path, metavar="DIR", help="look for the videos here, whatever the tree's layout"
     )
     parser.add_argument("--present", action="store_true", help="leave out videos that are not below --videos")
+    parser.add_argument(
+        "--cut",
+        action="store_true",
+        help="segments as copies that `data resize --segments` cuts, not as 'video start end label' lines",
+    )
     _add_splits(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
@@ -86,10 +91,12 @@ def main(arguments: Arguments) -> int:
     division = Division(given.val, given.test, frozenset(kept_in_train(given.out)))
     options = Options(division, given.group_by, given.split, columns, given.videos, given.out)
     found, kept = read_any(given.format, given.files, given.classes, options)
+    found.cut = given.cut
     missing = _look_for(given, found)
     name = dataset_name(given.name or given.out.resolve().name)
     entry = dataset_yaml(name, given.out, found, shlex.join(["multitrain", "data", "import", *arguments]))
-    ready = found.videos is not None and not any(s.segment for s in found.samples)
+    to_cut = found.cut and any(s.segment for s in found.samples)
+    ready = found.videos is not None and not to_cut
     home = Path(given.config_dir[0]) if given.config_dir else given.out
     written = _write(given, found, kept, home, {f"data/{name}.yaml": entry} if ready else {})
     if given.json:
@@ -106,18 +113,21 @@ def main(arguments: Arguments) -> int:
 
 def _look_for(given: argparse.Namespace, found: Imported) -> int | None:
     """Replace the paths by those of the files below ``--videos``; the number of missing ones, None if they were not looked for."""
+    from multitrain.data.tools.import_segments import located as located_segments
     from multitrain.data.tools.importing import find
 
     if not given.videos:
         return None
-    found.videos = given.videos
-    sources = [s for s in found.samples if s.segment is None]
-    if not sources:
-        return None
-    located, missing = find(sources, given.videos)
-    if given.present:
-        located = [s for s in located if (given.videos / s.path).is_file()]
-    found.samples = [*located, *(s for s in found.samples if s.segment)]
+    found.videos, missing = given.videos, None
+    if found.has_segment_lines:
+        found.samples, missing = located_segments(found.samples, given.videos)
+        if given.present:
+            found.samples = [s for s in found.samples if s.segment and (given.videos / s.segment[0]).is_file()]
+    if sources := [s for s in found.samples if s.segment is None]:
+        located, missing = find(sources, given.videos)
+        if given.present:
+            located = [s for s in located if (given.videos / s.path).is_file()]
+        found.samples = [*located, *(s for s in found.samples if s.segment)]
     return missing
 
 
@@ -161,7 +171,7 @@ def _report(given: argparse.Namespace, found: Imported, written: dict[str, int],
         print(f"note: {printable(note)}", file=sys.stderr)
     if missing:
         print(f"note: {missing} of the listed videos are not below {given.videos}", file=sys.stderr)
-    if any(s.segment for s in found.samples):
+    if found.cut and any(s.segment for s in found.samples):
         print(f"cut the segments: multitrain data resize VIDEOS COPIES --segments {given.out}/segments.csv")
 
 

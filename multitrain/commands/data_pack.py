@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from multitrain.cluster.exit_status import Exit
 from multitrain.commands.common import StopSignals
-from multitrain.commands.data_work import add_work_options, interrupted
+from multitrain.commands.data_work import add_segment_option, add_work_options, interrupted
 from multitrain.config.arguments import Arguments, Parser, whole_number
 from multitrain.order.windows import SHARD_VIDEOS
 from multitrain.text import printable
 
 if TYPE_CHECKING:
-    from multitrain.data.tools.packing import PackJob
+    from multitrain.data.tools.packing import Item, PackJob
 
 _SHOWN = 20
 
@@ -35,6 +35,14 @@ def _parser() -> Parser:
         "--annotations", type=Path, metavar="DIR", help="the videos that DIR/{train,val,test}.csv list (default: all)"
     )
     parser.add_argument("--separator", default=" ", help="separator of path and label (default: a blank)")
+    add_shard_options(parser)
+    add_segment_option(parser)
+    add_work_options(parser)
+    return parser
+
+
+def add_shard_options(parser: Parser) -> None:
+    """Add ``--shard-videos`` and ``--leave-out``."""
     parser.add_argument(
         "--shard-videos",
         type=whole_number,
@@ -43,19 +51,18 @@ def _parser() -> Parser:
         help=f"videos per shard (default {SHARD_VIDEOS}); must equal data.shard_videos for data.shuffle_window",
     )
     parser.add_argument("--leave-out", action="store_true", help="pack without the videos that cannot be read")
-    add_work_options(parser)
-    return parser
 
 
 def main(arguments: Arguments) -> int:
     """``multitrain data pack``; returns the exit status: 0, 1 if videos could not be read, 75 if interrupted."""
     parser = _parser()
     given = parser.parse_args(list(arguments))
-    from multitrain.data.tools.packing import Item, PackJob, PackOptions, PackShard
+    from multitrain.data.tools.packing import PackJob, PackOptions, PackShard
     from multitrain.data.tools.parallel_map import Shard
 
     wanted = PackOptions(
-        given.videos.absolute(), given.out.absolute(), given.annotations, given.separator, given.shard_videos, given.leave_out
+        given.videos.absolute(), given.out.absolute(), given.annotations, given.separator, given.segment_lines,
+        given.shard_videos, given.leave_out,
     )  # fmt: skip
     task = PackJob(wanted, Shard.parse(given.shard))
     stop, items = StopSignals(), list(task.items())
@@ -65,17 +72,22 @@ def main(arguments: Arguments) -> int:
     limit = given.timeout * wanted.shard_videos
 
     def done(item: Item, record: dict[str, Any]) -> bool:
-        reason = task.done(item, record)
-        if reason:
-            failed.extend([(name, why) for name, why in record.get("unreadable", [])] or [(item.target, reason)])
-        return not reason
+        return note_failures(failed, item, task.done(item, record), record)
 
     if interrupted("pack", items, work, given, done, timeout=limit, stop=stop, unit="shard"):
         return Exit.INTERRUPTED
-    return _report(task, failed, as_json=given.json)
+    return report(task, failed, as_json=given.json)
 
 
-def _report(task: PackJob, failed: list[tuple[str, str]], *, as_json: bool) -> int:
+def note_failures(failed: list[tuple[str, str]], item: Item, reason: str, record: dict[str, Any]) -> bool:
+    """Add what failed in a shard, for `reason`, to `failed`; whether nothing did."""
+    if reason:
+        failed.extend([(name, why) for name, why in record.get("unreadable", [])] or [(item.target, reason)])
+    return not reason
+
+
+def report(task: PackJob, failed: list[tuple[str, str]], *, as_json: bool) -> int:
+    """Write the index if all shards are there, print a summary, and return the exit status."""
     missing, packed, left_out = task.write_index()
     failed += [(name, why) for name, why in left_out]
     counts = {"shards": len(task.shards), "waiting": missing, "videos": packed, "left_out": len(left_out)}

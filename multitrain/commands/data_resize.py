@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from multitrain.cluster.exit_status import Exit
 from multitrain.commands.common import StopSignals
-from multitrain.commands.data_work import add_work_options, interrupted
+from multitrain.commands.data_pack import add_shard_options, note_failures, report
+from multitrain.commands.data_work import add_segment_option, add_work_options, interrupted
 from multitrain.config.arguments import Arguments, Parser, whole_number
 from multitrain.text import printable
 
@@ -25,6 +27,7 @@ def _parser() -> Parser:
         "made, and writes no copy outside OUT. Paths in annotation files may be absolute: the\n"
         "copy of VIDEOS/a/b.avi is OUT/a/b.mp4, whatever the spelling of its path; videos outside VIDEOS are an error.",
         "multitrain data resize /data/k400 /data/k400_320p --annotations k400",
+        "multitrain data resize /data/k400 /data/k400_packed --annotations k400 --pack",
         "multitrain data resize /data/anet /data/anet_320p --segments anet/segments.csv",
         "sbatch --array=0-15 slurm/prepare.sh resize /data/k400 /data/k400_320p --fast-decode",
     )
@@ -61,6 +64,13 @@ def _parser() -> Parser:
         metavar="TEXT",
         help="separator of path and label in annotation files (default: a blank)",
     )
+    add_segment_option(parser)
+    parser.add_argument(
+        "--pack",
+        action="store_true",
+        help="write the copies to tar shards, as data pack does; no copy is ever a file of its own",
+    )
+    add_shard_options(parser)
     parser.add_argument("--salvage", action="store_true", help="keep the decodable part of damaged videos")
     add_work_options(parser)
     return parser
@@ -72,6 +82,14 @@ def main(arguments: Arguments) -> int:
     given = parser.parse_args(list(arguments))
     if given.write_annotations and not given.annotations:
         parser.error("--write-annotations needs --annotations")
+    if given.pack and (given.segments or given.adopt):
+        parser.error(
+            "--pack takes complete videos, without --segments and --adopt; segments: data.datasets.NAME.segments"
+        )
+    if given.leave_out and not given.pack:
+        parser.error("--leave-out needs --pack")
+    if given.pack:
+        return _pack(given)
     from multitrain.data.tools.copying import CopyJob, CopyOptions
     from multitrain.data.tools.parallel_map import Shard
     from multitrain.data.tools.resize import Encoding, Resize
@@ -79,8 +97,9 @@ def main(arguments: Arguments) -> int:
     encoding = Encoding(given.short_side, given.crf, given.preset, given.fast_decode, given.salvage)
     videos, out = given.videos.absolute(), given.out.absolute()
     wanted = CopyOptions(
-        videos, out, encoding, given.annotations, given.write_annotations, given.segments, given.separator, given.adopt
-    )
+        videos, out, encoding, given.annotations, given.write_annotations, given.segments, given.separator,
+        given.segment_lines, given.adopt,
+    )  # fmt: skip
     work = Resize(videos, out, encoding, given.timeout)
     shard = Shard.parse(given.shard)
     task = CopyJob(wanted, shard)
@@ -93,6 +112,34 @@ def main(arguments: Arguments) -> int:
     if interrupted("resize", items, work, given, task.done, timeout=3 * given.timeout + 30, stop=stop):
         return Exit.INTERRUPTED
     return _report(task, as_json=given.json)
+
+
+def _pack(given: argparse.Namespace) -> int:
+    """``--pack``: write the copies to shards."""
+    from multitrain.data.tools.packed_copies import Job, PackedCopyJob, PackedCopyOptions, ResizeShard
+    from multitrain.data.tools.parallel_map import Shard
+    from multitrain.data.tools.resize import Encoding, Resize
+
+    encoding = Encoding(given.short_side, given.crf, given.preset, given.fast_decode, given.salvage)
+    videos, out = given.videos.absolute(), given.out.absolute()
+    wanted = PackedCopyOptions(
+        videos, out, given.annotations, given.separator, given.segment_lines, given.shard_videos, given.leave_out, encoding,
+        given.write_annotations,
+    )  # fmt: skip
+    task = PackedCopyJob(wanted, Shard.parse(given.shard))
+    work = ResizeShard(Resize(videos, out, encoding, given.timeout), task.parts, wanted.leave_out)
+    failed: list[tuple[str, str]] = []
+
+    def done(job: Job, record: dict[str, Any]) -> bool:
+        return note_failures(failed, job.item, task.done(job.item, record), record)
+
+    stop, jobs = StopSignals(), list(task.jobs())
+    task.journal.claim()
+    limit = (3 * given.timeout + 30) * wanted.shard_videos
+    if interrupted("resize --pack", jobs, work, given, done, timeout=limit, stop=stop, unit="shard"):
+        return Exit.INTERRUPTED
+    task.write_tables()
+    return report(task, failed, as_json=given.json)
 
 
 def _report(task: CopyJob, *, as_json: bool) -> int:

@@ -33,6 +33,13 @@ def add_index_option(parser: Parser) -> None:
     )
 
 
+def add_segment_option(parser: Parser) -> None:
+    """Add ``--segment-lines``."""
+    parser.add_argument(
+        "--segment-lines", action="store_true", help="lines may be 'path start end label' (data.datasets.NAME.segments)"
+    )
+
+
 def add_work_options(parser: Parser) -> None:
     """Add the options of commands that process many files."""
     cores = len(os.sched_getaffinity(0))

@@ -14,7 +14,7 @@ class DatasetConfig(Settings):
     """One labelled set of videos. A new dataset is these few lines of YAML, never a new class."""
 
     annotations: str
-    """Folder with `train.csv`, `val.csv` and `test.csv`; each line is `path label`."""
+    """Folder with `train.csv`, `val.csv` and `test.csv`; each line is `path label` (or `path start end label`: see `segments`)."""
     videos: str
     """Folder to which the paths in the annotation files are relative: of files, or a pack. A pack may also be at an address
     (`s3://`, `gs://`, `https://`); see docs/million.md."""
@@ -36,6 +36,9 @@ class DatasetConfig(Settings):
     """Several labels per line, separated by commas; trained with binary cross-entropy, measured by mAP."""
     separator: str = " "
     """Separator between path and label; the label follows its last occurrence, so paths may contain it."""
+    segments: bool = False
+    """Whether lines may be `path start end label`: a part of the video, times in seconds. A line whose path is followed by two numbers is
+    then such a line; others are complete videos. See docs/data.md."""
     temporal_views: int = Field(1, ge=1, le=1000)
     """Clips per video at test time (K400 5, MiT 2, SSv2 1)."""
     spatial_views: Literal[1, 3] = 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from multitrain.config import ConfigError, DatasetConfig
 from multitrain.config.reading import read_blocks, refuse_other_format
+from multitrain.data.segment import Segment, named, split_columns
 
 _MAX_LABEL = 10**9
 MAX_PATH_BYTES = 4096
@@ -41,11 +42,13 @@ class Syntax(NamedTuple):
     """Separates path and label; the last occurrence counts, so paths may contain it."""
     multi_label: bool
     """Whether the label is a comma-separated list."""
+    segments: bool = False
+    """Whether a path that is followed by two numbers is a video with the start and end of a segment, in seconds."""
 
     @staticmethod
     def of(dataset: DatasetConfig, csv: Path) -> Syntax:
         """The syntax that the dataset's configuration sets. Raises CatalogError for an impossible separator; `csv` is for the message."""
-        syntax = Syntax(dataset.separator.encode(), dataset.multi_label)
+        syntax = Syntax(dataset.separator.encode(), dataset.multi_label, dataset.segments)
         if not syntax.separator or b"\n" in syntax.separator or (syntax.multi_label and b"," in syntax.separator):
             what = "path and labels, which commas separate" if syntax.multi_label else "path and label"
             raise CatalogError(
@@ -65,6 +68,8 @@ class Annotations(NamedTuple):
     """int32: the label of each line [N]; for multi-label data, all label lists concatenated."""
     label_starts: np.ndarray
     """uint32 [N + 1] for multi-label data: where each line's list starts; else empty."""
+    segments: np.ndarray | None = None
+    """float64 [N, 2]: start and end in seconds, NaN for complete videos; None if no line has a segment."""
 
     def paths(self, content: bytes) -> list[bytes]:
         """All paths, in order."""
@@ -81,6 +86,13 @@ class Line(NamedTuple):
     """Ascending."""
     start: int
     """Offset of the path in the file."""
+    segment: Segment | None = None
+    """The part of the video; None for a complete video."""
+
+    @property
+    def name(self) -> str:
+        """The path as a text, with the segment: see `multitrain.data.segment`."""
+        return named(os.fsdecode(self.path), self.segment)
 
 
 def read_annotations(csv: Path) -> bytes:
@@ -136,7 +148,7 @@ def parse(content: bytes, csv: Path, syntax: Syntax) -> Annotations:
         CatalogError: it is not text, has no line, or has a line that is not a path and a label.
     """
     _refuse_no_text(content, csv)
-    parsed = None if syntax.multi_label else _parse_fast(content, syntax.separator)
+    parsed = None if syntax.multi_label or syntax.segments else _parse_fast(content, syntax.separator)
     if parsed is None:
         parsed = _parse_slowly(content, csv, syntax)
     if not len(parsed.starts):
@@ -208,6 +220,8 @@ def count_repeated(paths: list[bytes], content: bytes, csv: Path, syntax: Syntax
     Raises:
         CatalogError: a video has two different labels.
     """
+    if syntax.segments:
+        return count_repeats(content, csv, syntax)
     odd = any(mark in content for mark in (b"//", b"./"))
     different = {normalise_path(p) for p in paths} if odd else set(paths)
     return 0 if len(different) == len(paths) else count_repeats(content, csv, syntax)
@@ -250,15 +264,15 @@ def count_repeats(content: bytes, csv: Path, syntax: Syntax, videos: Path | None
     Raises:
         CatalogError: a video has two different labels.
     """
-    spelled, seen = _speller(videos), dict[bytes, Line]()
+    spelled, seen = _speller(videos), dict[tuple[bytes, Segment | None], Line]()
     repeats = 0
     for line in lines(content, csv, syntax):
-        first = seen.setdefault(spelled(line.path), line)
+        first = seen.setdefault((spelled(line.path), line.segment), line)
         if first.labels != line.labels:
             here, there = (",".join(map(str, x.labels)) for x in (line, first))
             as_spelled = "" if first.path == line.path else f" (as {_shown(first.path)}, the same video)"
             raise CatalogError(
-                f"{csv}:{line.number}: {_shown(line.path)} has label {_short(here)} here and {_short(there)} in line "
+                f"{csv}:{line.number}: {_shown(os.fsencode(line.name))} has label {_short(here)} here and {_short(there)} in line "
                 f"{first.number}{as_spelled}; keep one of the two lines"
             )
         repeats += first is not line
@@ -276,17 +290,26 @@ def lines(content: bytes, csv: Path, syntax: Syntax) -> Iterator[Line]:
         text = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw  # the byte order mark of some editors
         start += len(raw) - len(text.lstrip())
         path, found, tail = text.strip().rpartition(syntax.separator)
-        path = path.rstrip()
+        path, segment = path.rstrip(), None
+        if syntax.segments:
+            path, segment = split_columns(path, syntax.separator)
+            if segment is not None and (problem := segment.problem()):
+                raise CatalogError(f"{csv}:{number}: {_shown(text)}: no segment: {problem}; correct the line")
         if path[:1] == b'"' and path[-1:] == b'"' and len(path) > 2:
             path, tail, start = _unquoted(path, csv, number), tail.strip().strip(b'"'), start + 1
         if len(path) > MAX_PATH_BYTES:
             raise CatalogError(_too_long(csv, number, len(path)))
         if found and path:
-            yield Line(number, path, _labels(tail, csv, number, syntax, text.strip()), start)
+            yield Line(number, path, _labels(tail, csv, number, syntax, text.strip()), start, segment)
         elif text.strip():
             expected = f"path{syntax.separator.decode()}label"
             remedy = _line_remedy(text.strip(), number) or _separator_remedy(text, syntax.separator)
             raise CatalogError(f"{csv}:{number}: {_shown(text)} is not {expected!r}; {remedy}")
+
+
+def line_text(path: str, segment: Segment | None, labels: Sequence[int], separator: str) -> str:
+    """A line of an annotation file, with its line end."""
+    return separator.join([path, *(segment.columns() if segment else ()), ",".join(map(str, labels))]) + "\n"
 
 
 def _unquoted(path: bytes, csv: Path, number: int) -> bytes:
@@ -382,16 +405,19 @@ def _parse_fast(content: bytes, separator: bytes) -> Annotations | None:
 
 
 def _parse_slowly(content: bytes, csv: Path, syntax: Syntax) -> Annotations:
-    starts, stops, labels, counts = [], [], [], []
+    starts, stops, labels, counts, parts = [], [], [], [], []
     for line in lines(content, csv, syntax):
         starts.append(line.start)
         stops.append(line.start + len(line.path))
         labels.extend(line.labels)
         counts.append(len(line.labels))
+        parts.append(line.segment or (np.nan, np.nan))
+    segments = np.array(parts, np.float64)
     label_starts = np.concatenate([[0], np.cumsum(counts)]) if syntax.multi_label else np.zeros(0)
     return Annotations(
         np.array(starts, np.int64),
         np.array(stops, np.int64),
         np.array(labels, np.int32),
         label_starts.astype(np.uint32),
+        segments if len(segments) and not np.isnan(segments).all() else None,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -28,7 +29,8 @@ from multitrain.data import remote, storage
 from multitrain.data.annotations import CatalogError, Syntax, lines, read_annotations
 from multitrain.data.index import ensure_index, read_index
 from multitrain.data.packs import at_address
-from multitrain.data.presence import PresenceCheck, absent, frames_column
+from multitrain.data.presence import PresenceCheck, absent, frames_column, segment_columns
+from multitrain.data.segment import Segment, named
 from multitrain.order import Plan, Source
 
 Split = Literal["train", "val", "test"]
@@ -45,6 +47,8 @@ _log = logging.getLogger(__name__)
 
 class Catalog:
     """The videos of one split of one dataset, in the order of the csv.
+
+    A video may be a segment of a file (`data.datasets.NAME.segments`). Its name says so, and it is opened and scored under that name.
 
     Attributes:
         name: the dataset's name.
@@ -122,7 +126,8 @@ class Catalog:
             raise CatalogError(
                 f"{self._index}: index of {self.csv} cannot be read ({error}); open the dataset again"
             ) from error
-        self._paths, self._starts, self._labels, self._label_starts = arrays
+        self._paths, self._starts, self._labels, self._label_starts = arrays[:4]
+        self._segments = arrays[4] if len(arrays) > 4 else None
         self.multi_label: bool = header["multi_label"]
         self.duplicates: int = header["duplicates"]
         self._largest: int = header["largest_label"]
@@ -133,7 +138,7 @@ class Catalog:
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        for array in ("_paths", "_starts", "_labels", "_label_starts"):
+        for array in ("_paths", "_starts", "_labels", "_label_starts", "_segments"):
             del state[array]
         return state
 
@@ -142,11 +147,30 @@ class Catalog:
         self._map()
 
     def path(self, i: int) -> Path:
-        """The file of video `i`. Raises IndexError outside range(len(self))."""
+        """Video `i`, to open: a file, or a segment of one (`multitrain.data.segment`). Raises IndexError outside range(len(self))."""
         return self.videos / self.relative_path(i)
 
+    def file(self, i: int) -> Path:
+        """The file of video `i`, also if the video is a segment of it."""
+        return self.videos / self.file_path(i)
+
     def relative_path(self, i: int) -> str:
-        """The path of video `i` as written in the csv."""
+        """The path of video `i` as written in the csv, with its segment, if it is one."""
+        return named(self.file_path(i), self.segment(i))
+
+    def segment(self, i: int) -> Segment | None:
+        """The segment of its file that video `i` is; None for the complete file."""
+        row = self._row(i)
+        start, end = (np.nan, np.nan) if self._segments is None else self._segments[2 * row : 2 * row + 2].tolist()
+        return None if math.isnan(start) else Segment(start, end)
+
+    @property
+    def has_segments(self) -> bool:
+        """Whether a video may be a segment of its file."""
+        return self._segments is not None
+
+    def file_path(self, i: int) -> str:
+        """The path of the file of video `i` as written in the csv."""
         row = self._row(i)
         return os.fsdecode(self._paths[self._starts[row] : self._starts[row + 1]].tobytes())
 
@@ -207,7 +231,7 @@ class Catalog:
             if looked >= _PROBED and time.monotonic() > deadline:
                 break
             looked += 1
-            if (reason := absent(self.path(i))) is not None:
+            if (reason := absent(self.file(i))) is not None:
                 missing += 1
                 if example is None or i < example[0]:
                     example = (i, reason)
@@ -231,19 +255,23 @@ class Catalog:
             )
         _log.warning(
             "%s: %s, e.g. %s; `multitrain data check` looks at all, and --write-clean leaves them out",
-            self.csv, many, shown(self.path(found.example)),
+            self.csv, many, shown(self.file(found.example)),
         )  # fmt: skip
 
     def _nothing_there(self, found: PresenceCheck, what: str, why: str = "") -> str:
         what = what if len(self) > 1 else "the video does not exist"
         line = self._line(found.example)
-        path = self.path(found.example)
-        known = frames_column(self.relative_path(found.example), self.videos)
-        name = self.relative_path(found.example)
+        path, name = self.file(found.example), self.file_path(found.example)
+        known = frames_column(name, self.videos)
         if name[:1] == name[-1:] and name[:1] in "'\"":
             return f"{self.csv}:{line}: {what}: {name[0]} stands around the path {shown(name)}; write it without"
         if known is not None:
             return f"{self.csv}:{line}: {what}: lines are 'path frames label', as {known} says; keep 'path label'"
+        if (cut := segment_columns(name, self.videos)) is not None:
+            return (
+                f"{self.csv}:{line}: {what}: lines are 'path start end label', as {cut} says; "
+                f"set data.datasets.{self.name}.segments=true"
+            )
         if found.reason == "unreadable":
             return f"{self.csv}:{line}: {what}: {shown(path)} may not be read; check the permissions of its folders"
         if found.reason == "folder":

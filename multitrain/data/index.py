@@ -112,8 +112,8 @@ def _with_folder(plain: Path, csv: Path, syntax: Syntax, videos: Path) -> Path:
     return index
 
 
-def _how(syntax: Syntax) -> tuple[bytes, bytes]:
-    return syntax.separator, bytes([syntax.multi_label])
+def _how(syntax: Syntax) -> tuple[bytes, ...]:
+    return syntax.separator, bytes([syntax.multi_label]), *([b"segments"] if syntax.segments else [])
 
 
 def _name(*parts: bytes) -> str:
@@ -159,10 +159,11 @@ def read_header(index: Path) -> dict[str, Any]:
 
 
 def read_index(index: Path, version: int = FORMAT) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """Header and memory-mapped arrays of an index file; for annotations: paths, starts, labels, label_starts.
+    """Header and memory-mapped arrays of an index file; for annotations: paths, starts, labels, label_starts,
+    and in a csv with segments: start and end of each [2 N], float64, NaN for complete videos.
 
     paths: all paths concatenated, uint8; starts: the start of each, and the end [N + 1]; labels and
-    label_starts: as in `Annotations`. All are the narrowest unsigned integers that hold the values.
+    label_starts: as in `Annotations`. All but segments are the narrowest unsigned integers that hold the values.
 
     Raises:
         OSError, ValueError: the file is missing, incomplete, or of another version.
@@ -206,12 +207,15 @@ def _build(content: bytes, csv: Path, syntax: Syntax) -> list[Any]:
     digest = hashlib.blake2b(b"%d:%d:" % (_DIGEST, len(paths)), digest_size=16)
     digest.update(b"\n".join(paths))
     digest.update(parsed.labels.tobytes() + parsed.label_starts.tobytes())
+    if parsed.segments is not None:
+        digest.update(parsed.segments.astype("<f8").tobytes())
     starts = np.concatenate([[0], np.cumsum(parsed.stops - parsed.starts)])
     arrays = [
         np.frombuffer(b"".join(paths), np.uint8),
         starts.astype(np.min_scalar_type(int(starts[-1]))),
         parsed.labels.astype(np.min_scalar_type(int(parsed.labels.max()))),
         parsed.label_starts,
+        *([] if parsed.segments is None else [parsed.segments.ravel()]),
     ]
     header: dict[str, Any] = {
         "format": FORMAT,

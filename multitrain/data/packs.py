@@ -234,6 +234,37 @@ def read_stored(stored: Stored) -> bytes:
     return content
 
 
+def read_part(stored: Stored, begin: int, size: int) -> bytes:
+    """Bytes `begin` to `begin` + `size` of a packed video, fewer at its end. The checksum, which is that of the whole, is not compared.
+
+    Raises:
+        OSError, ConfigError: the shard cannot be read; an OSError names it.
+    """
+    size = max(0, min(size, stored.size - begin))
+    part = stored._replace(offset=stored.offset + begin, size=size, crc=None)
+    staged = _staged_bytes(part)
+    if staged is not None and len(staged) == size:
+        return staged
+    try:
+        return _range(part)
+    except OSError as error:
+        _opened.cache_clear()
+        raise OSError(error.errno, error.strerror or str(error), error.filename or str(stored.shard)) from error
+
+
+def is_far(stored: Stored) -> bool:
+    """Whether a shard is read over a network, where few long reads are cheaper than many short ones."""
+    return str(stored.shard.parent) in _addresses
+
+
+def is_cut_off(stored: Stored) -> bool:
+    """Whether a shard on a disk ends before the end of this video; False if that cannot be determined."""
+    try:
+        return not is_far(stored) and os.stat(stored.shard).st_size < stored.offset + stored.size
+    except OSError:
+        return False
+
+
 def os_error_text(error: OSError) -> str:
     """The message of an OSError with the file it concerns, which for a packed video is the shard."""
     said = error.strerror or str(error)
@@ -282,13 +313,21 @@ def stage_trouble() -> str:
 
 def _from_stage(stored: Stored) -> bytes | None:
     """The bytes of a video from this node's copy of its shard; None if there is no copy, or it is damaged."""
-    if _stage is None or stored.crc is None or (pack := _pack_in(str(stored.shard.parent))) is None:
+    if stored.crc is None:
         return None
-    content = _stage.read(pack.identity, stored.shard.name, stored.offset, stored.size)
+    content = _staged_bytes(stored)
     if content is None or _is_intact(stored, content):
         return content
-    _stage.discard(pack.identity, stored.shard.name)
+    if _stage is not None and (pack := _pack_in(str(stored.shard.parent))) is not None:
+        _stage.discard(pack.identity, stored.shard.name)
     return None
+
+
+def _staged_bytes(stored: Stored) -> bytes | None:
+    """Bytes of this node's copy of a shard, not checked; None if there is no copy."""
+    if _stage is None or (pack := _pack_in(str(stored.shard.parent))) is None:
+        return None
+    return _stage.read(pack.identity, stored.shard.name, stored.offset, stored.size)
 
 
 def read_chunk(shard: Path, offset: int, size: int) -> bytes:
@@ -384,11 +423,14 @@ __all__ = [
     "framing_error",
     "header",
     "index_parts",
+    "is_cut_off",
+    "is_far",
     "open_pack",
     "os_error_text",
     "pack_of",
     "read",
     "read_chunk",
+    "read_part",
     "read_stored",
     "stage_trouble",
     "use_stage",

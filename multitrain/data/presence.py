@@ -46,6 +46,13 @@ def absent(path: Path) -> str | None:
         return "missing"
 
 
+def segment_columns(path: str, videos: Path) -> Path | None:
+    """The existing file that `path` without two trailing numbers names, if lines are ``path start end label``; else None."""
+    found = re.fullmatch(r"(.+?)[ \t,;]+[0-9.]+[ \t,;]+[0-9.]+", path)
+    place = videos / found[1] if found else None
+    return place if place is not None and absent(place) is None else None
+
+
 def frames_column(path: str, videos: Path) -> Path | None:
     """The existing file or folder that `path` without a trailing number names, if lines are ``path frames label``; else None."""
     found = re.fullmatch(r"(.+?)[ \t,;]+[0-9]+", path)

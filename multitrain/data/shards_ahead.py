@@ -65,7 +65,7 @@ class Needs:
         self._numbers = [np.full(len(job.catalogs[s.name]), -2, np.int32) for s in job.plan.sources]
         self._listed: list[Shard] = []
         for name, catalog in job.catalogs.items():
-            pack = pack_of(catalog.path(0))
+            pack = pack_of(catalog.file(0))
             if pack is None:
                 self.loose.append(name)
             else:
@@ -101,11 +101,11 @@ class Needs:
     def _look_up(self, dataset: int, index: int) -> int:
         catalog = self._job.catalogs[self._job.plan.sources[dataset].name]
         pack = self.packs.get(catalog.videos)
-        found = None if pack is None else pack.shard_number(os.path.normpath(catalog.relative_path(index)))
+        found = None if pack is None else pack.shard_number(os.path.normpath(catalog.file_path(index)))
         if pack is not None and found is not None:
             return self._first[pack.folder] + found
         try:
-            stored = find_packed(catalog.path(index))
+            stored = find_packed(catalog.file(index))
             if stored is not None and stored.shard not in self._places and (other := pack_of(stored.shard)):
                 self._open(other)
         except (OSError, ValueError, DamagedError):

@@ -67,6 +67,11 @@ def warn(data: DataConfig, catalogs: Mapping[str, Catalog]) -> None:
     packed = packed_datasets(catalogs)
     for p in packed:
         _warn_of_other_shards(data, p, catalogs[p.name])
+        if data.shuffle_window is not None and catalogs[p.name].has_segments:
+            _log.warning(
+                "%s: the segments of a video are spread over an epoch, so updates read from more shards than data.shuffle_window=%d says",
+                catalogs[p.name].csv, data.shuffle_window,
+            )  # fmt: skip
     if data.stage is None:
         return
     loose = [repr(name) for name in catalogs if name not in [p.name for p in packed]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -113,6 +112,13 @@ def find(runs: str | Path) -> list[Path]:
     return sorted((p for p in inside if _is_run(p)), key=lambda p: (_activity(p), p.name))
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def _is_run(folder: Path) -> bool:
     try:
         return any((folder / f).is_file() for f in ("config.yaml", "events.jsonl"))
@@ -144,10 +150,9 @@ def resolve(name: str, runs: str | Path) -> Path:
     if Path(name).name in WEIGHTS_OF_A_RUN and len(Path(name).parts) > 1 and not Path(name).is_dir():
         run = resolve(str(Path(name).parent), runs)
         raise ConfigError(f"{name}: stands for weights of a run, not for the run; give {run}")
-    for folder in (Path(name), Path(runs) / name):
-        with contextlib.suppress(PermissionError):
-            if folder.is_dir():
-                return folder
+    folders = [folder for folder in (Path(name), Path(runs) / name) if _is_folder(folder)]
+    for folder in (*filter(_is_run, folders), *folders):  # a folder of data may have the name of the run
+        return folder
     known = [p.name for p in find(runs)]
     hint = nearest(name, known) if known else f"there are no runs in {runs}"
     raise ConfigError(f"{name}: no such run, neither here nor in {runs}; {hint}")

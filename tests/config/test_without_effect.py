@@ -96,7 +96,7 @@ data data.root data.mixture data.shuffle_window data.decoder data.workers data.p
 data.index data.datasets data.datasets.<name>.annotations data.datasets.<name>.videos data.datasets.<name>.classes
 data.datasets.<name>.class_names data.datasets.<name>.sampling data.datasets.<name>.replicas data.datasets.<name>.multi_label
 data.datasets.<name>.separator data.datasets.<name>.temporal_views data.datasets.<name>.spatial_views
-data.datasets.<name>.test_short_side
+data.datasets.<name>.test_short_side data.datasets.<name>.segments
 model model.backbone model.backbone_args model.channels model.mean model.std model.frames model.crop model.head model.head_dropout
 model.expander
 loss loss.informative_weight loss.dataset_weights

@@ -14,7 +14,7 @@ import pytest
 from multitrain.config import AugmentConfig
 from multitrain.data import randaugment_tiles, spatial
 from multitrain.data.augment import Augmenter
-from multitrain.data.decode import Picture, open_video, part, pixels, pyav
+from multitrain.data.decode import Picture, convert, open_video, part, pixels
 from multitrain.data.decode.picture import Cutter
 from multitrain.data.randaugment_tiles import rows_read
 from multitrain.data.random import KeyedRNG
@@ -46,7 +46,7 @@ def write(path: Path, kind: str, size: tuple[int, int], codec: str = "rawvideo",
 
 @pytest.fixture
 def small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pyav, "LARGE", 1000)
+    monkeypatch.setattr(convert, "LARGE", 1000)
     monkeypatch.setattr(spatial, "LARGE", 1000)
     monkeypatch.setattr(randaugment_tiles, "_TILE", 96)
 
@@ -91,7 +91,7 @@ def test_a_part_of_a_turned_or_mirrored_frame_is_a_part_of_the_upright_one(
     matrix = (0, a, b, 0) if turned else (a, 0, 0, b)
     noise = np.random.default_rng(0).integers(0, 256, (150, 200, 3), dtype=np.uint8)
     frame = av.VideoFrame.from_ndarray(noise, format="rgb24").reformat(format="yuv420p")
-    cutter = Cutter(200, 150, partial(pyav._upright, matrix=matrix))
+    cutter = Cutter(200, 150, partial(convert._upright, matrix=matrix))
     whole = cutter.whole(frame)
     height, width = (200, 150) if turned else (150, 200)
     assert Picture(frame, cutter).shape == whole.shape == (height, width, 3)

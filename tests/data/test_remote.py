@@ -22,7 +22,7 @@ from multitrain.data import packs, remote
 from multitrain.data.annotations import CatalogError
 from multitrain.data.catalog import Catalog, open_catalogs, plan_of, summary
 from multitrain.data.clips import Task, TrainClipFn
-from multitrain.data.decode import VideoError, open_video
+from multitrain.data.decode import VideoError, container, known_packets, open_video
 from multitrain.data.loader import TrainLoader
 from multitrain.order import BatchShape
 from tests.object_store import ENVIRONMENT, ObjectStore, serving
@@ -283,3 +283,13 @@ def test_nothing_is_imported_without_an_address(root: Path) -> None:
     code = f"import sys, multitrain.data.clips, multitrain.data.staging; sys.exit(' '.join({heavy}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stderr.strip() == ""
+
+
+def test_a_long_video_on_a_server_is_read_in_parts(
+    videos: Path, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(known_packets, "LONG", 1)
+    monkeypatch.setattr(container, "_BLOCK", 1024)
+    stored = job_of(on_server(videos, address(store, "http")), tmp_path)
+    assert clips(stored, 24) == clips(job_of(settings(videos), tmp_path), 24)
+    known_packets.forget()

@@ -18,7 +18,7 @@ from benchmarks.published import matching, same_bits, values
 from multitrain.config import ConfigError, DataConfig, DatasetConfig, ModelConfig
 from multitrain.data import decode, views
 from multitrain.data.call_timeout import CallTimeout, WriteLease
-from multitrain.data.decode.pyav import Converter
+from multitrain.data.decode.convert import Converter
 from multitrain.data.frames import view_indices
 from multitrain.data.spatial import Box, resize_crop, short_side_size, uniform_crop
 from multitrain.data.views import crop_plan, load_views, short_side

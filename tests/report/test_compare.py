@@ -113,3 +113,14 @@ def test_weights_of_a_run_where_a_run_is_wanted_are_answered_with_the_run(
 ) -> None:
     assert main([verb, f"{runs[0]}/{word}"]) == 2
     assert f"stands for weights of a run, not for the run; give {runs[0]}\n" in capsys.readouterr().err
+
+
+def test_a_folder_of_data_with_the_name_of_a_run_does_not_hide_the_run(
+    runs: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "desk/one").mkdir(parents=True)
+    (tmp_path / "desk/runs").symlink_to(runs[0].parent)
+    monkeypatch.chdir(tmp_path / "desk")
+    assert main(["report", "one"]) == 0
+    assert (runs[0] / "report/report.html").is_file()
+    assert list((tmp_path / "desk/one").iterdir()) == []

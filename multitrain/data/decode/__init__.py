@@ -18,6 +18,7 @@ from typing import Literal
 
 from multitrain.data.decode.decord import DecordVideo
 from multitrain.data.decode.full_scan import VideoScan, check_complete, scan_video
+from multitrain.data.decode.part import PartOfVideo, whole_and_segment
 from multitrain.data.decode.picture import LARGE, Frame, Picture, part, pixels
 from multitrain.data.decode.pyav import PyAVVideo
 from multitrain.data.decode.video import Video, VideoError, check_file
@@ -26,7 +27,7 @@ Backend = Literal["pyav", "decord"]
 
 
 def open_video(path: Path | str, backend: Backend = "pyav", timeout: float | None = None) -> Video:
-    """Open a video file.
+    """Open a video, or the part of a video that a name like ``a.mp4#t=3.5,7`` stands for (see `multitrain.data.segment`).
 
     Args:
         backend: "pyav" or "decord".
@@ -37,9 +38,19 @@ def open_video(path: Path | str, backend: Backend = "pyav", timeout: float | Non
         VideoError: the file has no video, or none that can be read.
         ConfigError: the backend's library is not installed.
     """
-    path = Path(path)
+    path, segment = whole_and_segment(Path(path))
+    video = _open_whole(path, backend, math.inf if timeout is None else time.monotonic() + timeout)
+    if segment is None:
+        return video
+    try:
+        return PartOfVideo(video, segment)
+    except BaseException:
+        video.close()
+        raise
+
+
+def _open_whole(path: Path, backend: Backend, deadline: float) -> Video:
     check_file(path)
-    deadline = math.inf if timeout is None else time.monotonic() + timeout
     if backend == "decord":
         video = DecordVideo(path, deadline)
         if not video.begins_inside:
@@ -58,6 +69,7 @@ __all__ = [
     "LARGE",
     "Backend",
     "Frame",
+    "PartOfVideo",
     "Picture",
     "Video",
     "VideoError",

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import io
 import os
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
-from multitrain.data.decode.video import VideoError, from_pack, is_transient
-from multitrain.data.packs import read
+from multitrain.data.decode.video import VideoError, from_pack, is_transient, located
+from multitrain.data.packs import Stored, is_far, read, read_part
 
 if TYPE_CHECKING:
     import av
@@ -53,16 +53,22 @@ _PICTURE_FORMATS = tuple(
 """Still-image formats, accepted by the demuxer only so that the error can name them."""
 _KNOWN = ",".join((*VIDEO_FORMATS, *_SOUND_FORMATS, *_PICTURE_FORMATS))
 
+_BLOCK, _BLOCKS = 1 << 20, 8
+"""Bytes of a request to a network, and number of blocks kept for an open video."""
 
-def open_container(path: Path) -> tuple[av.container.InputContainer, av.VideoStream]:
+
+def open_container(path: Path, *, whole: bool = True) -> tuple[av.container.InputContainer, av.VideoStream]:
     """Open a file and its video stream, with a single-threaded decoder; other streams are discarded.
+
+    Args:
+        whole: whether a packed video is read completely and compared with its checksum, or only the parts that are needed.
 
     Raises:
         VideoError: the file has no video, an unknown codec, or frames larger than `MAX_PIXELS`.
     """
     import av
 
-    source = opened(path)
+    source = opened(path) if whole else ranges(path)
     options = {"protocol_whitelist": "file", "format_whitelist": _KNOWN, "max_pixels": str(MAX_PIXELS)}
     try:
         container = av.open(source, "r", options=options, metadata_errors="replace")
@@ -91,6 +97,9 @@ def stream_index(path: Path) -> int:
         return stream.index
 
 
+_Source = TypeVar("_Source", "Bytes", "Ranges")
+
+
 class Bytes(io.BytesIO):
     """A video in memory, with a name, because libavformat uses the suffix to detect the format."""
 
@@ -105,22 +114,72 @@ def opened(path: Path) -> str | Bytes:
     """
     with from_pack(path):
         content = read(path)
-    if content is None:
-        return local_name(path)
-    source = Bytes(content)
+    return local_name(path) if content is None else _as_named(Bytes(content), path)
+
+
+class Ranges(io.RawIOBase):
+    """A packed video of which only the parts that are read are fetched from its shard; named as `Bytes`.
+
+    Attributes:
+        size: bytes of the video.
+    """
+
+    name: str
+
+    def __init__(self, stored: Stored) -> None:
+        self.size, self._stored, self._at = stored.size, stored, 0
+        self._block = _BLOCK if is_far(stored) else 0
+        self._fetch = lru_cache(maxsize=_BLOCKS)(self._fetched)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self.size}[whence])
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self.size - self._at)
+        size = left if size is None or size < 0 else min(size, left)
+        if self._block:
+            first, last = self._at // self._block, (self._at + size - 1) // self._block
+            joined = b"".join(self._fetch(number * self._block, self._block) for number in range(first, last + 1))
+            content = joined[self._at - first * self._block :][:size]
+        else:
+            content = self._fetched(self._at, size)
+        self._at += len(content)
+        return content
+
+    def _fetched(self, begin: int, size: int) -> bytes:
+        return read_part(self._stored, begin, size)
+
+
+def ranges(path: Path) -> str | Ranges:
+    """As `opened`, but a packed video is read in parts, which are not compared with its checksum."""
+    stored = located(path)
+    return local_name(path) if stored is None else _as_named(Ranges(stored), path)
+
+
+def _as_named(source: _Source, path: Path) -> _Source:
     source.name = local_name(path)
     return source
 
 
-def content_of(path: Path) -> BinaryIO:
-    """Open the bytes of a video, in a file or a pack; the caller closes it.
+def content_of(path: Path, *, whole: bool = True) -> BinaryIO:
+    """Open the bytes of a video, in a file or a pack; the caller closes it. `whole` as for `open_container`.
 
     Raises:
         VideoError: they cannot be read.
     """
-    source = opened(path)
+    source = opened(path) if whole else ranges(path)
     try:
-        return source if isinstance(source, Bytes) else open(path, "rb")
+        return open(path, "rb") if isinstance(source, str) else cast(BinaryIO, source)
     except OSError as error:
         raise as_video_error(path, error) from error
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from multitrain.config import ConfigError
 from multitrain.data.decode.container import Bytes, open_container, opened
-from multitrain.data.decode.rate import average_rate
+from multitrain.data.decode.rate import average_rate, start_of_file
 from multitrain.data.decode.video import Video, VideoError, check_deadline, is_transient
 
 _TOGETHER = 16
@@ -40,7 +40,10 @@ class DecordVideo(Video):
                 self._reader = decord.VideoReader(self._source(), ctx=decord.cpu(0), num_threads=1)
                 self.frame_count, keys = len(self._reader), self._reader.get_key_indices()
                 self.begins_inside = len(keys) > 0 and keys[0] > 0
-                self.fps = average_rate(container, stream, self.frame_count, self._seconds())
+                self._times = self._seconds()
+                self.fps = average_rate(container, stream, self.frame_count, self._times)
+                if stream.start_time is not None and stream.time_base:
+                    self.begin = float(stream.start_time * stream.time_base) - start_of_file(container)
             except Exception as error:
                 self.close()
                 reason = f"decord cannot read it ({_reason(error, path)}); data.decoder=pyav may"
@@ -48,6 +51,9 @@ class DecordVideo(Video):
         if self.frame_count < 1:
             self.close()
             raise VideoError(path, f"{self.frame_count} frames")
+
+    def shown_at(self) -> np.ndarray:
+        return super().shown_at() if self._times is None else self.begin + self._times
 
     def close(self) -> None:
         self._reader = None

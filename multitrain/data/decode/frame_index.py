@@ -6,8 +6,12 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import av
 
 NO_TIME = -(1 << 63)
 """Marks a missing time stamp."""
@@ -18,15 +22,37 @@ class Packets:
 
     def __init__(self) -> None:
         self._pts, self._dts = array("q"), array("q")
-        self._shown, self._key = bytearray(), bytearray()
+        self._shown, self._key, self._size = bytearray(), bytearray(), array("I")
 
-    def add(self, pts: int | None, dts: int | None, shown: bool, key: bool) -> None:
+    @staticmethod
+    def of(pts: np.ndarray, dts: np.ndarray, keys: np.ndarray, sizes: np.ndarray) -> Packets:
+        """Packets of which every frame is shown, from arrays [packets]: times, whether decoding can start there, and bytes."""
+        packets = Packets()
+        packets._pts.frombytes(pts.astype(np.int64).tobytes())
+        packets._dts.frombytes(dts.astype(np.int64).tobytes())
+        packets._size.frombytes(sizes.astype(np.uint32).tobytes())
+        packets._key, packets._shown = bytearray(keys.astype(np.uint8).tobytes()), bytearray(b"\1" * len(keys))
+        return packets
+
+    def add(self, pts: int | None, dts: int | None, shown: bool, key: bool, size: int) -> None:
         """Append a packet: its presentation and decoding time, in units of the stream's time base; whether its frame is shown;
-        and whether decoding can start from it."""
+        whether decoding can start from it; and its bytes."""
         self._pts.append(NO_TIME if pts is None else pts)
         self._dts.append(NO_TIME if dts is None else dts)
         self._shown.append(shown)
         self._key.append(key)
+        self._size.append(size)
+
+    def holds(self, number: int, packet: av.Packet) -> bool:
+        """Whether a packet that was read is packet `number`: by time, bytes, and whether decoding can start there."""
+        pts = NO_TIME if packet.pts is None else packet.pts
+        expected = self._pts[number], self._size[number], bool(self._key[number])
+        return expected == (pts, packet.size, packet.is_keyframe)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the times, sizes, flags and numbers of shown packets in bytes."""
+        return len(self) * (3 * self._pts.itemsize + self._size.itemsize + 2)
 
     def hide_last(self) -> None:
         """Mark the frame of the last packet as not shown."""

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from multitrain.data.decode.container import as_video_error, content_of
+from multitrain.data.decode.convert import upright_size
 from multitrain.data.decode.extent import needed_bytes
-from multitrain.data.decode.pyav import PyAVVideo, upright_size
+from multitrain.data.decode.pyav import PyAVVideo
 from multitrain.data.decode.rate import cut_off_avi
 from multitrain.data.decode.video import Video, VideoError, check_file
 
@@ -36,6 +37,10 @@ class VideoScan:
     """Digest of the compressed frames, 32 hex digits: the same for a copy, also in another container or with other audio."""
     hidden: str
     """Digest of the set of frames that the container hides (edit list); empty if it hides none."""
+    begin: float = 0.0
+    """Time at which the first frame is shown, in seconds from the start of the file: see `Video.shown_at`."""
+    last: float | None = None
+    """Time at which the last frame is shown."""
 
 
 def scan_video(path: Path | str) -> VideoScan:
@@ -46,7 +51,7 @@ def scan_video(path: Path | str) -> VideoScan:
     """
     path = Path(path)
     check_file(path)
-    video = PyAVVideo(path, math.inf)
+    video = PyAVVideo(path, math.inf, whole=True)
     with video:
         decoded, height, width = _decode_all(video)
         check_complete(video)
@@ -54,7 +59,8 @@ def scan_video(path: Path | str) -> VideoScan:
         if decoded < video.frame_count - placeholders:
             raise VideoError(path, f"only {decoded} of {video.frame_count} frames can be decoded")
         codec = video.stream.codec_context.name
-        return VideoScan(video.frame_count, decoded, video.fps, width, height, codec, digest, hidden)
+        begin, last = video.shown_at()[[0, -1]].tolist()
+        return VideoScan(video.frame_count, decoded, video.fps, width, height, codec, digest, hidden, begin, last)
 
 
 def _decode_all(video: PyAVVideo) -> tuple[int, int, int]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import gc
+import os
 import re
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Hashable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from multitrain.data.decode.container import as_video_error, check_size, has_flag, open_container
+from multitrain.data.decode import known_packets
+from multitrain.data.decode.container import as_video_error, content_of, has_flag, open_container
+from multitrain.data.decode.convert import Converter
 from multitrain.data.decode.frame_index import NO_TIME, FrameIndex, Packets, index_by_count, index_by_pts
-from multitrain.data.decode.picture import LARGE, Cutter, Frame, Picture, can_be_cut
-from multitrain.data.decode.rate import average_rate, frame_seconds
+from multitrain.data.decode.known_packets import KnownPackets
+from multitrain.data.decode.picture import LARGE, Frame
+from multitrain.data.decode.rate import average_rate, frame_seconds, start_of_file
+from multitrain.data.decode.sample_table import packets_from_tables
 from multitrain.data.decode.video import Video, VideoError, check_deadline
 
 if TYPE_CHECKING:
@@ -30,26 +34,91 @@ _PACKET_OVERHEAD = 512
 """Memory of a packet in bytes, in addition to its content."""
 
 
+class _OutOfStepError(Exception):
+    """A packet that was read is not the one that the index promises there."""
+
+
 class PyAVVideo(Video):
     """An open video; `deadline` is a time of the monotonic clock.
+
+    A long video (`known_packets.LONG`) is sought: its packets are listed once per process, from the tables of an MP4 or by
+    reading the file, and then only those from the key frame before the wanted frames on are read. Each is compared with the list. If one
+    differs, or the list cannot be trusted, the file is read from its start, as for a short video.
+
+    Args:
+        whole: whether to read the file from its start in any case.
 
     Attributes:
         container, stream: PyAV's objects.
     """
 
-    def __init__(self, path: Path, deadline: float) -> None:
+    def __init__(self, path: Path, deadline: float, *, whole: bool = False) -> None:
         self.path, self._deadline = path, deadline
-        self.container, self.stream = open_container(path)
+        self._video = None if whole else _identified(path)
+        known = None if self._video is None else known_packets.get(self._video)
+        self._seeks = self._video is not None and (known is None or known.seekable)
+        self._packets: list[av.Packet] | None = None
+        self.container, self.stream = open_container(path, whole=not self._seeks)
         try:
-            self._packets: list[av.Packet] | None = []
-            self._listed = self._read_packets()
-            self._table = self._build_index()
+            if self._seeks and known is None:
+                known = self._from_tables()
+            if known is None or not known.seekable:
+                known = self._from_start(trusted=known is None)
+            self._listed, self._table, self._seconds, self.fps = known.packets, known.frames, known.seconds, known.fps
             self.frame_count = len(self._table.packet)
-            self._seconds = self._times()
-            self.fps = average_rate(self.container, self.stream, len(self._listed.shown), self._seconds)
+            self.timed = self._table.pts is not None and not has_flag(self.container, "ts_discont")
+            if self._table.pts is not None and self.stream.time_base:
+                self.begin = float(self._table.pts[0] * self.stream.time_base) - start_of_file(self.container)
         except BaseException:
             self.close()
             raise
+
+    def _from_tables(self) -> KnownPackets | None:
+        """The packets by the tables of an MP4 or MOV file, if frames can be found by them."""
+        if not self.container.format.name.startswith("mov"):
+            return None
+        try:
+            with content_of(self.path, whole=False) as file:
+                size = file.seek(0, os.SEEK_END)
+                packets = packets_from_tables(self.stream, self._demuxed(), file, size)
+            if packets is None:
+                return None
+            self._listed = packets
+            known = self._indexed()
+        except (_OutOfStepError, VideoError, OSError):  # the whole file is then read, with its own errors
+            return None
+        return self._kept(known) if known.seekable else None
+
+    def _from_start(self, *, trusted: bool) -> KnownPackets:
+        """The packets by reading the whole file; `trusted`: whether its packets may be sought the next time."""
+        if self._seeks:
+            self._seeks = False
+            self._reopen()
+        self._packets = []
+        self._listed = self._read_packets()
+        known = self._indexed()
+        return self._kept(replace(known, seekable=known.seekable and trusted))
+
+    def _kept(self, known: KnownPackets) -> KnownPackets:
+        if self._video is not None:
+            known_packets.put(self._video, known)
+        return known
+
+    def _indexed(self) -> KnownPackets:
+        """The frames of `_listed`."""
+        self._table, inside = self._build_index()
+        if not len(self._table.packet):
+            raise VideoError(self.path, "no frame in it is shown")
+        self._seconds = self._times()
+        shown = len(self._listed.shown)
+        seekable = self._table.pts is not None and not inside and shown == len(self._listed)
+        fps = average_rate(self.container, self.stream, shown, self._seconds)
+        return KnownPackets(self._listed, self._table, self._seconds, fps, seekable)
+
+    def _reopen(self) -> None:
+        self.container.close()
+        self.container, self.stream = open_container(self.path, whole=not self._seeks)
+        self.stream.codec_context.flush_buffers()
 
     @property
     def packet_count(self) -> int:
@@ -73,6 +142,9 @@ class PyAVVideo(Video):
 
     def times(self) -> list[float]:
         return super().times() if self._seconds is None else self._seconds.tolist()
+
+    def shown_at(self) -> np.ndarray:
+        return super().shown_at() if self._seconds is None else self.begin + self._seconds
 
     def close(self) -> None:
         self._packets = []
@@ -101,7 +173,7 @@ class PyAVVideo(Video):
                 if held > most:
                     self._packets = None
             hidden = packet.is_discard or (vp8 and _is_invisible(packet))
-            packets.add(packet.pts, packet.dts, not hidden, packet.is_keyframe)
+            packets.add(packet.pts, packet.dts, not hidden, packet.is_keyframe, packet.size)
             if number >= MAX_FRAMES:
                 raise VideoError(self.path, f"more than {MAX_FRAMES} frames; cut it into shorter videos")
             last = packet
@@ -111,18 +183,21 @@ class PyAVVideo(Video):
             raise VideoError(self.path, "no frame in it")
         return packets
 
-    def _build_index(self) -> FrameIndex:
-        """The index of the frames that a player shows: from the first frame that the decoder outputs, as in ffmpeg."""
+    def _build_index(self) -> tuple[FrameIndex, bool]:
+        """The index of the frames that a player shows: from the first frame that the decoder outputs, as in ffmpeg.
+
+        Also whether the decoder had to be asked for it: frames precede the first key frame, or it is refreshed gradually.
+        """
         packets = self._listed
         avi = self.container.format.name == "avi"
         made_up = avi and self.stream.codec_context.has_b_frames  # the demuxer invents times: an AVI has none
         inside = packets.begins_inside() or self._begins_with_refresh()
         if packets.timed() and not made_up:
-            return index_by_pts(packets, self._first_pts()) if inside else index_by_pts(packets)
+            return index_by_pts(packets, self._first_pts()) if inside else index_by_pts(packets), inside
         raw = has_flag(
             self.container, "no_timestamps"
         )  # whether a frame is shown before the first key frame is unknown
-        return index_by_count(packets, self._count_hidden() if inside or raw else 0)
+        return index_by_count(packets, self._count_hidden() if inside or raw else 0), inside
 
     def _times(self) -> np.ndarray | None:
         """Time of each frame in seconds from the first; without presentation times, from the decoding times of the packets."""
@@ -166,13 +241,30 @@ class PyAVVideo(Video):
             return []
 
     def _each(self, numbers: list[int]) -> Iterator[tuple[int, Frame]]:
-        convert = Converter(self.path, self.frame_count)
         try:
-            yield from (self._frames_by_count if self._table.pts is None else self._frames_by_pts)(numbers, convert)
+            try:
+                yield from self._found(numbers)
+            except _OutOfStepError:
+                self._distrust()
+                yield from self._found(numbers)
         except VideoError:
             raise
         except Exception as error:
             raise as_video_error(self.path, error) from error
+
+    def _found(self, numbers: list[int]) -> Iterator[tuple[int, Frame]]:
+        convert = Converter(self.path, self.frame_count)
+        yield from (self._frames_by_count if self._table.pts is None else self._frames_by_pts)(numbers, convert)
+
+    def _distrust(self) -> None:
+        """Read the file from its start from now on. Raises VideoError if it has other frames than its index promised."""
+        promised = self._table
+        found = self._from_start(trusted=False).frames
+        same = found.pts is not None and promised.pts is not None and np.array_equal(found.pts, promised.pts)
+        if not same or not np.array_equal(found.packet, promised.packet):
+            raise VideoError(
+                self.path, "its index and its frames disagree; or it was changed while it was read", transient=True
+            )
 
     def _frames_by_pts(self, numbers: list[int], convert: Converter) -> Iterator[tuple[int, Frame]]:
         missing = set(numbers)
@@ -236,16 +328,53 @@ class PyAVVideo(Video):
         """Packets `first` to `last`, then None, which flushes the decoder."""
         if self._packets is not None:
             yield from enumerate(self._packets[first : last + 1], start=first)
+        elif self._seeks:
+            yield from self._sought(first, last)
         else:
-            self.container.close()
-            self.container, self.stream = open_container(self.path)
-            self.stream.codec_context.flush_buffers()
+            self._reopen()
             for number, packet in enumerate(self._demuxed()):
                 if number > last:
                     break
                 if number >= first:
                     yield number, packet
         yield last + 1, None
+
+    def _sought(self, first: int, last: int) -> Iterator[tuple[int, av.Packet]]:
+        """Packets `first` to `last`, found by seeking. Raises _OutOfStepError if they are not those of the index."""
+        listed, number = self._listed, -1
+        for time in (int(listed.pts[first]), int(min(listed.pts[first], listed.dts[first])), int(listed.pts[0])):
+            if time == NO_TIME:
+                continue
+            self._seek(time)
+            demuxed = self._demuxed()
+            packet = next(demuxed, None)
+            number = -1 if packet is None else self._number(packet, first)
+            if 0 <= number <= first:
+                break
+        if packet is None or not 0 <= number <= first:
+            raise _OutOfStepError
+        while True:
+            if packet is None or not listed.holds(number, packet):
+                raise _OutOfStepError
+            if number >= first:
+                yield number, packet
+            if number == last:
+                return
+            packet, number = next(demuxed, None), number + 1
+
+    def _seek(self, time: int) -> None:
+        try:
+            self.container.seek(time, stream=self.stream, backward=True)
+        except Exception as error:
+            raise _OutOfStepError from error
+
+    def _number(self, packet: av.Packet, first: int) -> int:
+        """The number of the packet that a seek to packet `first` led to; -1 for none."""
+        listed = self._listed
+        if listed.holds(first, packet):
+            return first
+        found = np.flatnonzero(listed.pts == (NO_TIME if packet.pts is None else packet.pts))
+        return int(found[0]) if len(found) == 1 else -1
 
     def _decode(self, packet: av.Packet | None) -> list[av.VideoFrame]:
         check_deadline(self.path, self._deadline)
@@ -255,46 +384,17 @@ class PyAVVideo(Video):
             return []
 
 
-class Converter:
-    """Converts decoded frames of one video to upright RGB, all with the size and orientation of the first."""
-
-    def __init__(self, path: Path, frame_count: int) -> None:
-        self._path, self._count = path, frame_count
-        self._cutter: Cutter | None = None
-        self._hanging = False
-
-    def __call__(self, frame: av.VideoFrame, number: int) -> Frame:
-        """Convert a frame to uint8 [H, W, 3], in memory of its own, or to a `Picture` if it is large."""
-        if frame.is_corrupt:
-            raise VideoError(self._path, f"frame {number} of {self._count} is damaged")
-        if (
-            self._cutter is None
-        ):  # read once: a frame and its side data reference each other, so that reading it from every frame would leak them
-            check_size(self._path, frame.width, frame.height)
-            self._cutter = Cutter(frame.width, frame.height, partial(_upright, matrix=_display_matrix(frame)))
-            self._hanging = frame.width * frame.height > LARGE
-        cutter = self._cutter
-        large = frame.width * frame.height > LARGE and (frame.width, frame.height) == (cutter.width, cutter.height)
-        return Picture(frame, cutter) if large and can_be_cut(frame) else cutter.whole(frame)
-
-    def let_go(self) -> None:
-        """Free the first frame if it is large; called when no other reference to it exists."""
-        if self._hanging:
-            self._hanging = False
-            gc.collect()
+def _identified(path: Path) -> Hashable | None:
+    try:
+        return known_packets.identity(path)
+    except OSError as error:
+        raise as_video_error(path, error) from error
 
 
 def _drain(frames: list[av.VideoFrame]) -> Iterator[av.VideoFrame]:
     """Pop the frames of a list one by one, so that only the consumer keeps a frame alive; a frame of 8K has 50 MB."""
     while frames:
         yield frames.pop(0)
-
-
-def upright_size(frame: av.VideoFrame) -> tuple[int, int]:
-    """(height, width) in which a frame is shown."""
-    matrix = _display_matrix(frame)
-    turned = matrix is not None and _is_turned(matrix)
-    return (frame.width, frame.height) if turned else (frame.height, frame.width)
 
 
 def _is_invisible(packet: av.Packet) -> bool:
@@ -312,30 +412,3 @@ def _holds_idr(packet: bytes, extradata: bytes) -> bool:
             return True
         at += size + int.from_bytes(packet[at : at + size], "big")
     return False
-
-
-def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int] | None:
-    """The linear part (a, b, c, d) of the frame's display matrix, (x, y) → (a·x + c·y, b·x + d·y); None for upright."""
-    data: Any = frame.side_data.get("DISPLAYMATRIX")
-    if data is None:
-        return None
-    matrix = np.frombuffer(bytes(data), np.int32)
-    return int(matrix[0]), int(matrix[1]), int(matrix[3]), int(matrix[4])
-
-
-def _is_turned(matrix: tuple[int, int, int, int]) -> bool:
-    """Whether a display matrix, rounded to quarter turns, rotates by 90° or 270°."""
-    a, b, c, d = matrix
-    return abs(a) + abs(d) < abs(b) + abs(c)
-
-
-def _upright(image: np.ndarray, matrix: tuple[int, int, int, int] | None) -> np.ndarray:
-    """`image` [H, W, 3] rotated and mirrored by its display matrix, rounded to quarter turns."""
-    if matrix is None:
-        return image
-    a, b, c, d = matrix
-    if _is_turned(matrix):
-        image, across, down = image.swapaxes(0, 1), c < 0, b < 0
-    else:
-        across, down = a < 0, d < 0
-    return image[:: -1 if down else 1, :: -1 if across else 1]

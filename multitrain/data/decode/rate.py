@@ -43,9 +43,19 @@ def average_rate(
     if said and kind.startswith("mov") and stream.frames:
         return said
     steps, span = (0, 0.0) if seconds is None else (len(seconds) - 1, float(seconds[-1]))
-    if span <= 0 or (said and abs(said * span - steps) <= max(1.0, _RATE_TOLERANCE * steps)):
+    if span <= 0 or (said and _agrees(said, steps, span)):
         return said or DEFAULT_FPS
     return steps / span
+
+
+def segment_rate(rate: float, seconds: np.ndarray) -> float:
+    """Average frames per second of consecutive frames: `rate`, that of the file, if it agrees with their times, else that of the times."""
+    steps, span = len(seconds) - 1, float(seconds[-1] - seconds[0])
+    return rate if span <= 0 or _agrees(rate, steps, span) else steps / span
+
+
+def _agrees(rate: float, steps: int, span: float) -> bool:
+    return abs(rate * span - steps) <= max(1.0, _RATE_TOLERANCE * steps)
 
 
 def frame_seconds(container: av.container.InputContainer, stream: av.VideoStream, ticks: np.ndarray) -> np.ndarray:
@@ -62,6 +72,11 @@ def frame_seconds(container: av.container.InputContainer, stream: av.VideoStream
     if resets.any():
         seconds[1:] = np.cumsum(np.where(resets, np.median(steps), steps))
     return seconds
+
+
+def start_of_file(container: av.container.InputContainer) -> float:
+    """Time in seconds at which players start the file, by its earliest stream; 0 if it has no times."""
+    return (container.start_time or 0) / 1e6
 
 
 def cut_off_avi(stream: av.VideoStream) -> bool:

@@ -50,8 +50,12 @@ class Video(ABC):
         path: the file.
         frame_count: number of frames shown, at least 1.
         fps: average frames a second, positive.
+        timed: whether frames can be found by their time in any program: there are presentation times, on a clock that is never reset.
+        begin: time of the first frame in seconds from the start of the file, which is that of its earliest stream.
     """
 
+    begin: float = 0.0
+    timed: bool = True
     path: Path
     frame_count: int
     fps: float
@@ -64,6 +68,13 @@ class Video(ABC):
     def times(self) -> list[float]:
         """Presentation time of each frame in seconds from the first; evenly spaced if the file has no times."""
         return [number / self.fps for number in range(self.frame_count)]
+
+    def shown_at(self) -> np.ndarray:
+        """Time of each frame in seconds from the start of the file, as a player shows it: float64 [frames], increasing.
+
+        The start is that of the earliest stream; a file without times starts with its first frame.
+        """
+        return self.begin + np.asarray(self.times(), np.float64)
 
     def frames(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """The frames at `indices` (any order, repeats allowed), upright: uint8 [len(indices), H, W, 3], RGB.

@@ -1,13 +1,14 @@
 """Find problems of a dataset: decode every listed file, and compare every line with every other.
 
-There are six kinds of findings:
+There are seven kinds of findings:
 
 missing       the file does not exist
 broken        it cannot be decoded to its end; the reason is given
 short         it has fewer frames than the minimum
-duplicate     an earlier line of the same file has the same path or the same video, with the same labels
-labelled twice   the same path or the same video has other labels in another line of the dataset
-leak          a training video is also a test or validation video, of this or another dataset
+outside       no frame is shown in the line's segment, or the segment ends more than a second after the video
+duplicate     an earlier line of the same file has the same path or the same video, with the same segment and labels
+labelled twice   the same path or the same video, with the same segment, has other labels in another line of the dataset
+leak          a training video is also a test or validation video, of this or another dataset; of segments, one that overlaps
 """
 
 from __future__ import annotations
@@ -23,14 +24,18 @@ from typing import Any, NamedTuple
 from multitrain.config import DatasetConfig
 from multitrain.config.class_names import LARGEST
 from multitrain.config.reading import read_bytes
-from multitrain.data.annotations import CatalogError, Syntax, lines, read_annotations
+from multitrain.data.annotations import CatalogError, Syntax, line_text, lines, read_annotations
+from multitrain.data.presence import segment_columns
+from multitrain.data.segment import Segment, named
 from multitrain.data.tools.listing import found_below
 from multitrain.files import OutputFolder
 from multitrain.text import csv_text, printable, table
 
-KINDS = ("missing", "broken", "short", "duplicate", "labelled twice", "leak")
+KINDS = ("missing", "broken", "short", "outside", "duplicate", "labelled twice", "leak")
 SPLITS = ("train", "val", "test")
 TABLE = "check.csv"
+_LATE = 1.0  # seconds by which a segment may end after the video, as the rounded times of many annotation files do
+_LOOKS_LIKE_SEGMENT = "no such file; for 'path start end label' lines set data.datasets.{}.segments=true"
 _COLUMNS = ["dataset", "split", "annotations", "line", "path", "labels", "kind", "detail"]
 
 
@@ -47,6 +52,13 @@ class Entry(NamedTuple):
     file: str
     """The file that the path names."""
     labels: tuple[int, ...]
+    segment: Segment | None = None
+    """The part of the file; None for the complete file."""
+
+    @property
+    def name(self) -> str:
+        """The path with the segment."""
+        return named(self.path, self.segment)
 
     @property
     def place(self) -> str:
@@ -87,7 +99,8 @@ class CheckReport:
         rows = [[d, s or "-", *(str(c[k]) for k in header[2:])] for (d, s), c in self.counts().items()]
         text = [table(header, rows, left=2)]
         list_entries = [
-            printable(f"{f.kind}: {f.entry.file} ({f.entry.place}): {f.detail}") for f in self.findings[:shown]
+            printable(f"{f.kind}: {named(f.entry.file, f.entry.segment)} ({f.entry.place}): {f.detail}")
+            for f in self.findings[:shown]
         ]
         more = len(self.findings) - len(list_entries)
         return "\n".join(
@@ -100,7 +113,7 @@ class CheckReport:
         for f in self.findings:
             e = f.entry
             labels = " ".join(map(str, e.labels))
-            rows.append([e.dataset, e.split, e.csv, e.line or "", e.path, labels, f.kind, f.detail])
+            rows.append([e.dataset, e.split, e.csv, e.line or "", e.name, labels, f.kind, f.detail])
         return csv_text(rows)
 
 
@@ -118,8 +131,8 @@ def list_entries(datasets: Mapping[str, DatasetConfig]) -> list[Entry]:
             raise CatalogError(f"{folder}: no train.csv, val.csv or test.csv; set data.datasets.{name}.annotations")
         for split, file in there.items():
             out += [
-                Entry(name, split, str(file), number, path, os.path.join(dataset.videos, path), labels)
-                for number, path, labels in _read(file, Syntax.of(dataset, file))
+                Entry(name, split, str(file), number, path, os.path.join(dataset.videos, path), labels, segment)
+                for number, path, labels, segment in _read(file, Syntax.of(dataset, file))
             ]
     return out
 
@@ -129,9 +142,9 @@ def entries_in_folder(folder: Path) -> list[Entry]:
     return [Entry(folder.name, "", "", 0, path, str(folder / path), ()) for path in found_below(folder)]
 
 
-def _read(file: Path, syntax: Syntax) -> Iterator[tuple[int, str, tuple[int, ...]]]:
+def _read(file: Path, syntax: Syntax) -> Iterator[tuple[int, str, tuple[int, ...], Segment | None]]:
     for line in lines(read_annotations(file), file, syntax):
-        yield line.number, os.fsdecode(line.path), tuple(line.labels)
+        yield line.number, os.fsdecode(line.path), tuple(line.labels), line.segment
 
 
 # ---------------------------------------------------------------------------------------------------------- findings
@@ -166,11 +179,36 @@ def _contents(scans: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 def _problem_of(entry: Entry, scan: Mapping[str, Any], min_frames: int) -> Finding | None:
     if "error" in scan:
+        if scan.get("kind") == "missing" and entry.path and segment_columns(entry.path, _folder_of(entry)) is not None:
+            return Finding(
+                entry,
+                "missing",
+                _LOOKS_LIKE_SEGMENT.format(entry.dataset),
+            )
         return Finding(entry, str(scan.get("kind", "broken")), str(scan["error"]))
-    if scan["frames"] < min_frames:
-        frames = "1 frame" if scan["frames"] == 1 else f"{scan['frames']} frames"
-        return Finding(entry, "short", f"{frames}, not {min_frames} or more")
+    frames = scan["frames"]
+    if entry.segment is not None:
+        outside, frames = _in_segment(entry.segment, scan)
+        if outside:
+            return Finding(entry, "outside", outside)
+    if frames < min_frames:
+        return Finding(entry, "short", f"{'1 frame' if frames == 1 else f'{frames} frames'}, not {min_frames} or more")
     return None
+
+
+def _folder_of(entry: Entry) -> Path:
+    return Path(entry.file[: -len(entry.path)] or "/")
+
+
+def _in_segment(segment: Segment, scan: Mapping[str, Any]) -> tuple[str, int]:
+    """(in what way the segment is outside the video, or an empty string; its number of frames at the average rate)."""
+    begin, step = scan.get("begin", 0.0), 1 / scan["fps"]
+    last = scan.get("last") or begin + (scan["frames"] - 1) * step
+    if segment.start > last or segment.end <= begin:
+        return f"the video's frames are shown at {begin:.2f} to {last:.2f} s", 0
+    if segment.end > last + step + _LATE:
+        return f"it ends at {segment.end:g} s, the video at {last + step:.2f} s", 0
+    return "", max(1, round((min(segment.end, last + step) - max(segment.start, begin)) / step))
 
 
 def _duplicates_and_leaks(entries: Iterable[Entry], content: Mapping[str, str]) -> Iterator[Finding]:
@@ -179,24 +217,31 @@ def _duplicates_and_leaks(entries: Iterable[Entry], content: Mapping[str, str]) 
     for entry in entries:
         same[content[entry.file]].append(entry)
     for group in (g for g in same.values() if len(g) > 1):
-        firsts: dict[tuple[str, str], Entry] = {}
+        firsts: dict[tuple[str, str, Segment | None], Entry] = {}
         for entry in group:
-            first = firsts.setdefault((entry.dataset, entry.split) if entry.split else ("", ""), entry)
+            first = firsts.setdefault(
+                (*((entry.dataset, entry.split) if entry.split else ("", "")), entry.segment), entry
+            )
             if first is not entry and first.labels == entry.labels:
                 yield Finding(entry, "duplicate", _as(entry, first))
-            other = next((e for e in group if e.dataset == entry.dataset and e.labels != entry.labels), None)
+            twins = (e for e in group if (e.dataset, e.segment) == (entry.dataset, entry.segment))
+            other = next((e for e in twins if e.labels != entry.labels), None)
             if other is not None:
                 yield Finding(entry, "labelled twice", f"label {_shown(entry)} here, {_shown(other)} as {other.place}")
-            seen = next((e for e in group if e.split in ("val", "test")), None)
+            seen = next((e for e in group if e.split in ("val", "test") and _overlap(e.segment, entry.segment)), None)
             if entry.split == "train" and seen is not None:
                 yield Finding(entry, "leak", f"{_as(entry, seen)} of {seen.dataset}'s {seen.split} set")
+
+
+def _overlap(one: Segment | None, other: Segment | None) -> bool:
+    return one is None or other is None or (one.start < other.end and other.start < one.end)
 
 
 def _as(entry: Entry, other: Entry) -> str:
     return (
         f"the same line as {other.place}"
         if entry.file == other.file
-        else f"the same video as {other.path} ({other.place})"
+        else f"the same video as {other.name} ({other.place})"
     )
 
 
@@ -231,7 +276,7 @@ def write_clean(report: CheckReport, datasets: Mapping[str, DatasetConfig], out:
             if not listed_here:
                 continue
             kept = [e for e in listed_here if e not in bad]
-            text = "".join(f"{e.path}{dataset.separator}{','.join(map(str, e.labels))}\n" for e in kept)
+            text = "".join(line_text(e.path, e.segment, e.labels, dataset.separator) for e in kept)
             left_out[str(out.write_text(f"{name}/{split}.csv", text))] = len(listed_here) - len(kept)
         names = Path(dataset.annotations) / "classes.txt"
         if names.is_file():

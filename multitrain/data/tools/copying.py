@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from multitrain.files import InTheWayError, OutputFolder
 from multitrain.text import csv_text
 
 TABLE = "resize.csv"
-_COLUMNS = ["source", "copy", "state", "reason", "frames", "width", "height", "bytes"]
+COLUMNS = ["source", "copy", "state", "reason", "frames", "width", "height", "bytes"]
 Record = dict[str, Any]
 
 
@@ -35,6 +35,8 @@ class CopyOptions:
     write_annotations: Path | None = None
     segments: Path | None = None
     separator: str = " "
+    segment_lines: bool = False
+    """Whether lines of annotation files may be ``path start end label``."""
     adopt: bool = False
     """Whether to adopt existing files of other origin if they are the requested copies."""
 
@@ -53,7 +55,9 @@ class CopyJob:
     def __init__(self, wanted: CopyOptions, shard: Shard) -> None:
         self.wanted, self._shard = wanted, shard
         layout = Layout(wanted.videos, wanted.out)
-        self.annotations = AnnotationFiles(wanted.annotations, wanted.separator) if wanted.annotations else None
+        self.annotations = None
+        if wanted.annotations:
+            self.annotations = AnnotationFiles(wanted.annotations, wanted.separator, segments=wanted.segment_lines)
         read = [*(self.annotations.files.values() if self.annotations else ()), *filter(None, [wanted.segments])]
         self.renamed: dict[str, str] = {}
         if wanted.segments:
@@ -77,11 +81,7 @@ class CopyJob:
     def _annotations_out(self, read: list[Path]) -> OutputFolder | None:
         if self.wanted.write_annotations is None or self.annotations is None:
             return None
-        out = OutputFolder(self.wanted.write_annotations, "data resize --write-annotations", read)
-        for split in self.annotations.files:
-            whole = self.annotations.rewritten(split, self.renamed)[0].encode(errors="surrogateescape")
-            out.check(f"{split}.csv", recognise=whole.__eq__)
-        return out
+        return annotations_folder(self.wanted.write_annotations, self.annotations, self.renamed, read)
 
     def _earlier_sizes(self) -> dict[str, int]:
         """Size in bytes by copy, from the table of an earlier version, which is saved before it is replaced."""
@@ -184,12 +184,12 @@ class CopyJob:
 
     def write_table(self, results: dict[str, Record | None]) -> Path:
         """Write ``resize.csv``, with one row per video; return its path. Raises ConfigError."""
-        rows: list[list[object]] = [list(_COLUMNS)]
+        rows: list[list[object]] = [list(COLUMNS)]
         for copy in self.copies:
             if (made := results[copy.target]) is not None:
                 state = "failed" if "error" in made else "damaged" if "damage" in made else "good"
                 reason = made.get("error") or made.get("damage", "")
-                rows.append([copy.source, copy.target, state, reason, *(made.get(k, "") for k in _COLUMNS[4:])])
+                rows.append([copy.source, copy.target, state, reason, *(made.get(k, "") for k in COLUMNS[4:])])
         return self.out.write_text(TABLE, csv_text(rows), recognise=_is_table)
 
     def write_annotations(self, results: dict[str, Record | None]) -> list[str]:
@@ -198,19 +198,41 @@ class CopyJob:
             return []
         good = {target for target, made in results.items() if made is not None and "error" not in made}
         made = {path: target if target in good else None for path, target in self.renamed.items()}
-        said = []
-        for split in self.annotations.files:
-            text, lost = self.annotations.rewritten(split, made)
-            file = self.annotations_out.write_text(f"{split}.csv", text)
-            said.append(f"{file}: {text.count(chr(10))} videos, {lost} left out")
-        if (names := self.annotations.class_names) is not None:
-            self.annotations_out.write_bytes("classes.txt", read_bytes(names, LARGEST))
-        return said
+        return write_annotations(self.annotations, made, self.annotations_out)
+
+
+def annotations_folder(
+    folder: Path, annotations: AnnotationFiles, renamed: Mapping[str, str], read: Iterable[Path | None]
+) -> OutputFolder:
+    """The folder for `write_annotations`. Raises ConfigError if a file is in the way that no earlier call made.
+
+    Args:
+        renamed: the name of the copy by listed path.
+        read: what is only read.
+    """
+    inputs = [*annotations.files.values(), *filter(None, read)]
+    out = OutputFolder(folder, "data resize --write-annotations", inputs)
+    for split in annotations.files:
+        whole = annotations.rewritten(split, renamed)[0].encode(errors="surrogateescape")
+        out.check(f"{split}.csv", recognise=whole.__eq__)
+    return out
+
+
+def write_annotations(annotations: AnnotationFiles, made: dict[str, str | None], out: OutputFolder) -> list[str]:
+    """Write annotation files with the names of copies; return one line per file. `made` as for `AnnotationFiles.rewritten`."""
+    said = []
+    for split in annotations.files:
+        text, lost = annotations.rewritten(split, made)
+        file = out.write_text(f"{split}.csv", text)
+        said.append(f"{file}: {text.count(chr(10))} videos, {lost} left out")
+    if (names := annotations.class_names) is not None:
+        out.write_bytes("classes.txt", read_bytes(names, LARGEST))
+    return said
 
 
 def _is_table(content: bytes) -> bool:
     """Whether a file is a table by an earlier version, which kept no record of its files."""
-    return content.startswith(",".join(_COLUMNS).encode() + b"\n")
+    return content.startswith(",".join(COLUMNS).encode() + b"\n")
 
 
 def _size(file: Path) -> int:

@@ -66,6 +66,13 @@ class Imported:
     """What a video comes from (a person, a recording), by path; see :mod:`multitrain.data.tools.splitting`."""
     may_cut: bool = False
     """Whether val and test may be cut from train where there are none."""
+    cut: bool = False
+    """Whether the lines of segments name copies to cut, instead of the video with start and end."""
+
+    @property
+    def has_segment_lines(self) -> bool:
+        """Whether annotation files have ``video start end label`` lines."""
+        return not self.cut and any(s.segment for s in self.samples)
 
 
 Reader = Callable[[list[Path], Path | None], Imported]
@@ -199,9 +206,9 @@ def something(files: list[Path], classes: Path | None) -> Imported:
 
 
 def activitynet(files: list[Path], classes: Path | None) -> Imported:
-    """``{"database": {ID: {"subset", "annotations": [{"label", "segment": [s, e]}]}}}``: one line per segment to cut.
+    """``{"database": {ID: {"subset", "annotations": [{"label", "segment": [s, e]}]}}}``: one line per segment.
 
-    File names are ``v_ID.mp4``, segments ``v_ID/START_END.mp4`` (hundredths of a second).
+    File names are ``v_ID.mp4``, those of segments that are cut ``v_ID/START_END.mp4`` (hundredths of a second).
     """
     out = Imported([], [])
     for file in files:
@@ -227,12 +234,36 @@ def activitynet(files: list[Path], classes: Path | None) -> Imported:
     return named(out, classes)
 
 
+def _in_segments(form: str) -> Reader:
+    """A reader of `multitrain.data.tools.import_segments`, which imports this module."""
+
+    def reader(files: list[Path], classes: Path | None) -> Imported:
+        from multitrain.data.tools import import_segments
+
+        found: Imported = getattr(import_segments, form)(files, classes)
+        return found
+
+    return reader
+
+
 FORMATS: dict[str, tuple[Reader, str]] = {
     "kinetics": (kinetics, "train.csv validate.csv [test.csv]"),
     "moments": (moments, "trainingSet.csv validationSet.csv --classes moments_categories.txt"),
     "multi-moments": (multi_moments, "trainingSet.csv validationSet.csv --classes moments_categories.txt"),
     "something": (something, "…-train.json …-validation.json [test.json test-answers.csv] --classes …-labels.json"),
     "activitynet": (activitynet, "activity_net.v1-3.min.json"),
+    "epic": (
+        _in_segments("epic"),
+        "EPIC_100_train.csv EPIC_100_validation.csv --classes EPIC_100_{verb,noun}_classes.csv",
+    ),
+    "charades": (
+        _in_segments("charades"),
+        "Charades_v1_train.csv Charades_v1_test.csv --classes Charades_v1_classes.txt",
+    ),
+    "diving48": (
+        _in_segments("diving48"),
+        "Diving48_V2_train.json Diving48_V2_test.json [--classes Diving48_vocab.json]",
+    ),
 }
 """By format: its reader, and the files that it takes."""
 
@@ -282,7 +313,7 @@ def find(samples: list[Sample], videos: Path) -> tuple[list[Sample], int]:
 def write(
     found: Imported, out: Path, sources: Iterable[Path] = (), more: Mapping[str, str] | None = None
 ) -> dict[str, int]:
-    """Write ``{train,val,test}.csv`` and ``classes.txt`` to `out`, and ``segments.csv`` if videos are to be cut.
+    """Write ``{train,val,test}.csv`` and ``classes.txt`` to `out`, and ``segments.csv`` if segments are to be cut (`Imported.cut`).
 
     Without test lines, ``test.csv`` is a copy of ``val.csv``: published work tests datasets without public test labels on their
     validation videos. A file of an earlier import that this one does not write is removed.
@@ -303,7 +334,7 @@ def write(
         texts["test"] = texts["val"]
     wanted = {"classes.txt": class_list_text(found.classes)}
     wanted |= {f"{split}.csv": "".join(rows) for split, rows in texts.items() if rows}
-    if cut := [s for s in found.samples if s.segment]:
+    if found.cut and (cut := [s for s in found.samples if s.segment]):
         wanted["segments.csv"] = _segments(cut)
     wanted |= more or {}
     for name, text in wanted.items():
@@ -331,9 +362,11 @@ def kept_in_train(out: Path) -> list[str]:
 
 def _rows_of(found: Imported, split: str) -> list[str]:
     """The lines of a split's annotation file."""
+    from multitrain.data.tools.import_segments import annotation_line
+
     number = {name: i for i, name in enumerate(found.classes)}
     return [
-        f"{s.path} {','.join(str(n) for n in sorted(number[x] for x in s.labels))}\n"
+        annotation_line(s, sorted(number[x] for x in s.labels), cut=found.cut)
         for s in found.samples
         if s.split == split
     ]

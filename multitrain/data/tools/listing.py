@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from multitrain.data.annotations import CatalogError, Line, Syntax, lines, read_annotations
+from multitrain.data.annotations import CatalogError, Line, Syntax, line_text, lines, read_annotations
 from multitrain.data.packs import open_pack
 from multitrain.data.tools.importing import SPLITS, VIDEO_ENDINGS
 from multitrain.text import counted, printable, quoted
@@ -243,12 +243,16 @@ def passed_over(others: Sequence[str], linked: Sequence[str] = ()) -> str:
 class AnnotationFiles:
     """The lines of ``train.csv``, ``val.csv`` and ``test.csv`` in a folder; labels are not checked.
 
+    Args:
+        segments: whether lines may be ``path start end label``; the segments of a video are then lines of the same video.
+
     Raises:
         CatalogError: there is no such file, or one cannot be read.
     """
 
-    def __init__(self, folder: Path, separator: str = " ") -> None:
+    def __init__(self, folder: Path, separator: str = " ", *, segments: bool = False) -> None:
         self.folder, self._separator = folder, separator
+        self._syntax = Syntax(separator.encode(), separator != ",", segments)
         self.files = {s: f for s in SPLITS if os.path.lexists(f := folder / f"{s}.csv")}
         if not self.files:
             raise CatalogError(f"{folder}: no train.csv, val.csv or test.csv; `multitrain data import` writes them")
@@ -274,13 +278,11 @@ class AnnotationFiles:
         kept = []
         for line in self._lines[split]:
             if (name := made.get(os.fsdecode(line.path))) is not None:
-                kept.append(f"{name}{self._separator}{','.join(map(str, line.labels))}\n")
+                kept.append(line_text(name, line.segment, line.labels, self._separator))
         return "".join(kept), len(self._lines[split]) - len(kept)
 
     def _read(self, file: Path) -> Iterator[Line]:
-        yield from lines(
-            read_annotations(file), file, Syntax(self._separator.encode(), multi_label=self._separator != ",")
-        )
+        yield from lines(read_annotations(file), file, self._syntax)
 
 
 def located(source: Path) -> Path:

@@ -118,6 +118,7 @@ def dataset_yaml(name: str, out: Path, found: Imported, command: str) -> str:
         "sampling": "segment  # one frame from each of equal parts of the video; stride: a window at a fixed frame rate",
         "flip": f"{str(not sides).lower()}  # whether a mirrored video keeps its class: {mirrored}",
         **({"multi_label": "true"} if found.multi_label else {}),
+        **({"segments": "true"} if found.has_segment_lines else {}),
     }
     body = "".join(f"    {key}: {value}\n" for key, value in lines.items())
     return f"# Written by: {command}\ndatasets:\n  {json.dumps(name)}:\n{body}"

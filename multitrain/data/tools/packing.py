@@ -93,7 +93,7 @@ class PackShard:
             try:
                 if name in unreadable:
                     raise SourceError(unreadable[name])
-                found: tuple[int | None, ...] = _append(file, self.videos / name, name)
+                found: tuple[int | None, ...] = append(file, self.videos / name, name)
             except SourceError as error:
                 record["left_out"].append([name, str(error)])
                 file.seek(begin)
@@ -123,7 +123,7 @@ class SourceError(Exception):
     """A video cannot be read; the message is the reason."""
 
 
-def _append(file: BinaryIO, source: Path, name: str) -> tuple[int, int, int]:
+def append(file: BinaryIO, source: Path, name: str) -> tuple[int, int, int]:
     """Append a video; return (offset, size, CRC-32). Raises SourceError for the video, OSError for the output."""
     try:
         handle = open(source, "rb", buffering=0)  # noqa: SIM115
@@ -169,6 +169,8 @@ class PackOptions:
     out: Path
     annotations: Path | None = None
     separator: str = " "
+    segment_lines: bool = False
+    """Whether lines may be ``path start end label``."""
     shard_videos: int = 1000
     """Number of videos per shard."""
     leave_out: bool = False
@@ -182,18 +184,30 @@ class PackJob:
         ConfigError: the job cannot start; nothing but journals was written.
     """
 
+    COMMAND, KIND = "data pack", "pack"
+
     def __init__(self, wanted: PackOptions, part: Shard) -> None:
         self.wanted, self._part = wanted, part
         layout = Layout(wanted.videos, wanted.out)
-        annotations = AnnotationFiles(wanted.annotations, wanted.separator) if wanted.annotations else None
+        annotations = None
+        if wanted.annotations:
+            annotations = AnnotationFiles(wanted.annotations, wanted.separator, segments=wanted.segment_lines)
         read = list(annotations.files.values()) if annotations else []
-        self.rows = _rows(layout, annotations)
+        self.rows = self._rows(layout, annotations)
         self.shards = shards(self.rows, wanted.shard_videos)
-        self.out = OutputFolder(wanted.out, "data pack", [wanted.videos, *read], known=self._known)
+        self.out = OutputFolder(wanted.out, self.COMMAND, [wanted.videos, *read], known=self._known)
         self.parts = self.out.folder(PARTS)
-        self.journal = Journal(self.parts, "pack", part)
+        self.journal = Journal(self.parts, self.KIND, part)
         clean_parts(self.parts)
         self.out.check(INDEX)
+
+    def _rows(self, layout: Layout, annotations: AnnotationFiles | None) -> dict[str, list[str]]:
+        """The name in the pack of each line, by split."""
+        return rows_of(layout, annotations)
+
+    def version(self, names: Sequence[str]) -> object:
+        """What decides the content of a shard with these videos, other than the files."""
+        return _version(names)
 
     def _known(self, target: str) -> list[Record]:
         return stamps(self.journal.all_of(target))
@@ -218,11 +232,11 @@ class PackJob:
         return ""
 
     def _note(self, item: Item, record: Record) -> None:
-        self.journal.add(item.target, _version(item.names), record)
+        self.journal.add(item.target, self.version(item.names), record)
 
     def _record(self, target: str) -> Record | None:
         """The record of a shard, if the shard exists, is complete and has these videos; else None."""
-        record = self.journal.get(target, _version(self.shards[target]))
+        record = self.journal.get(target, self.version(self.shards[target]))
         if record is None or (record["left_out"] and not self.wanted.leave_out):
             return None
         try:
@@ -269,7 +283,7 @@ def shards(rows: dict[str, list[str]], shard_videos: int) -> dict[str, tuple[str
     return out
 
 
-def _rows(layout: Layout, annotations: AnnotationFiles | None) -> dict[str, list[str]]:
+def rows_of(layout: Layout, annotations: AnnotationFiles | None) -> dict[str, list[str]]:
     """The video of each line, by split. Raises CatalogError for a path that cannot be in a pack."""
     if annotations is None:
         return {"": [layout.name(listed) for listed in layout.found()]}

@@ -26,9 +26,10 @@ import numpy as np
 
 from multitrain.cluster.exit_status import describe_exit
 from multitrain.config import ConfigError
-from multitrain.data.decode import Video, VideoError, check_complete, open_video, scan_video
+from multitrain.data.decode import PartOfVideo, Video, VideoError, check_complete, open_video, scan_video
 from multitrain.data.decode.container import MAX_PIXELS, VIDEO_FORMATS, stream_index
 from multitrain.data.encode import retime
+from multitrain.data.segment import Segment
 from multitrain.data.tools.listing import PARTS, Copy, located
 from multitrain.data.tools.parallel_map import FINAL
 from multitrain.data.tools.scan import is_of_system
@@ -65,6 +66,34 @@ class Item(NamedTuple):
     there: str = ""
     """The existing file at the copy's path: empty for none; ``ours``, which is kept if it is this copy, and replaced otherwise; or
     ``foreign``, which is adopted if it is this copy (option ``--adopt``), and an error otherwise."""
+
+
+class Cut(NamedTuple):
+    """How ffmpeg finds the frames to copy: of a complete video, all."""
+
+    options: tuple[str, ...] = ()
+    """Options of the input."""
+    filters: tuple[str, ...] = ()
+
+
+def _salvaged_cut(segment: tuple[float, float] | None) -> Cut:
+    return Cut() if segment is None else Cut(("-ss", f"{segment[0]:.3f}", "-to", f"{segment[1]:.3f}"))
+
+
+def _cut_by_time(video: PartOfVideo) -> Cut:
+    """Seek. The limits are between frames, so that neither their rounding nor whether the end counts from the first frame matters."""
+    shown, first, last = video.whole.shown_at(), video.first, video.first + video.frame_count - 1
+    after = float(shown[last + 1] - shown[last]) if last + 1 < len(shown) else 1 / video.fps
+    before = float(shown[first] - shown[first - 1]) if first else 1 / video.fps
+    start = max(0.0, float(shown[first]) - min(before / 2, after / 4))
+    end = start + float(shown[last] - shown[first]) + after / 2
+    return Cut(("-ss", f"{start:.6f}", "-to", f"{end:.6f}"), ("setpts=PTS-STARTPTS",))
+
+
+def _cut_by_number(video: PartOfVideo) -> Cut:
+    """Count the frames of the complete file."""
+    frames = f"start_frame={video.first}:end_frame={video.first + video.frame_count}"
+    return Cut((), (f"trim={frames}", "setpts=PTS-STARTPTS"))
 
 
 def ffmpeg() -> str:
@@ -153,30 +182,37 @@ class Resize:
             if not os.path.exists(source):
                 raise VideoError(source, "no such file")
             stream = stream_index(source)
-            said = self._encode(source, part, copy, stream, strict=False)
+            said = self._encode(source, part, stream, _salvaged_cut(copy.segment), strict=False)
             with self._read_back(source, part, said) as made:
                 return self._record(part, made) | ({"damage": said} if said else {})
-        with open_video(source) as video:
+        with open_video(source) as whole:
             if copy.segment is None:
-                check_complete(video)
-            stream = stream_index(source)
-            try:
-                said = self._encode(source, part, copy, stream, strict=True)
-            except VideoError:
-                said = "ffmpeg gave up"
-            if said:  # ffmpeg also complains about packets before the first decodable frame of an intact file
-                scan_video(source)
-                said = self._encode(source, part, copy, stream, strict=False)
-            if copy.segment is None:
-                self._keep_times(video, part)
-            with self._read_back(source, part, said) as made:
-                if copy.segment is None:
-                    self._compare(video, made, source)
-                return self._record(part, made)
+                check_complete(whole)
+                return self._copied(source, whole, part, Cut())
+            video = PartOfVideo(whole, Segment(*copy.segment))
+            if whole.timed:
+                with contextlib.suppress(VideoError):  # a file in which ffmpeg does not find the frames by their times
+                    return self._copied(source, video, part, _cut_by_time(video))
+            return self._copied(source, video, part, _cut_by_number(video))
 
-    def _encode(self, source: Path, part: Path, copy: Copy, stream: int, *, strict: bool) -> str:
+    def _copied(self, source: Path, video: Video, part: Path, cut: Cut) -> dict[str, Any]:
+        """Encode the frames of `video` and read them back. Raises VideoError unless all of them are there, and no others."""
+        stream = stream_index(source)
+        try:
+            said = self._encode(source, part, stream, cut, strict=True)
+        except VideoError:
+            said = "ffmpeg gave up"
+        if said:  # ffmpeg also complains about packets before the first decodable frame of an intact file
+            scan_video(source)
+            said = self._encode(source, part, stream, cut, strict=False)
+        self._keep_times(video, part)
+        with self._read_back(source, part, said) as made:
+            self._compare(video, made, source)
+            return self._record(part, made)
+
+    def _encode(self, source: Path, part: Path, stream: int, cut: Cut, *, strict: bool) -> str:
         """Run ffmpeg; return its complaint, or an empty string. Raises VideoError if ffmpeg failed."""
-        command = self.command(source, part, copy, stream, strict=strict)
+        command = self.command(source, part, stream, cut, strict=strict)
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, errors="replace", timeout=self.timeout, check=False
@@ -191,12 +227,11 @@ class Resize:
             raise VideoError(source, said)
         return said
 
-    def command(self, source: Path, part: Path, copy: Copy, stream: int, *, strict: bool) -> list[str]:
+    def command(self, source: Path, part: Path, stream: int, cut: Cut, *, strict: bool) -> list[str]:
         """The ffmpeg command line for a copy of stream number `stream`; with `strict`, ffmpeg stops at the first error."""
         e = self.encoding
         side = f"trunc(min({e.short_side},min(iw,ih))/2)*2"
         scale = f"scale=w='if(lte(iw,ih),{side},-2)':h='if(lte(iw,ih),-2,{side})':flags=bicubic"
-        cut = ["-ss", f"{copy.segment[0]:.3f}", "-to", f"{copy.segment[1]:.3f}"] if copy.segment else []
         fast = ["-g", "32", "-tune", "fastdecode"] if e.fast_decode else []
         return [
             *(self.ffmpeg, "-nostdin", "-hide_banner", "-v", "error", "-y", "-threads", "1"),
@@ -209,8 +244,18 @@ class Resize:
                 "-max_pixels",
                 str(MAX_PIXELS),
             ),
-            *(*cut, "-i", f"file:{source}", "-map", f"0:{stream}", "-map_metadata", "-1"),
-            *("-vf", scale, *self.timing, "-c:v", "libx264", "-threads", "1", "-pix_fmt", "yuv420p"),
+            *(*cut.options, "-i", f"file:{source}", "-map", f"0:{stream}", "-map_metadata", "-1"),
+            *(
+                "-vf",
+                ",".join([*cut.filters, scale]),
+                *self.timing,
+                "-c:v",
+                "libx264",
+                "-threads",
+                "1",
+                "-pix_fmt",
+                "yuv420p",
+            ),
             *("-crf", str(e.crf), "-preset", e.preset, *fast, "-movflags", "+faststart", f"file:{part}"),
         ]
 

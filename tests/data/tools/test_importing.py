@@ -17,8 +17,12 @@ def put(path: Path, content: object) -> Path:
     return path
 
 
-def imported(form: str, files: list[Path], out: Path, classes: Path | None = None) -> dict[str, list[str]]:
-    write(read(form, files, classes), out)
+def imported(
+    form: str, files: list[Path], out: Path, classes: Path | None = None, *, cut: bool = False
+) -> dict[str, list[str]]:
+    found = read(form, files, classes)
+    found.cut = cut
+    write(found, out)
     return {f.stem: f.read_text().splitlines() for f in out.iterdir()}
 
 
@@ -71,7 +75,7 @@ def test_something_something_follows_the_label_map_and_the_answers(tmp_path: Pat
         read("something", [wrong], labels)
 
 
-def test_activitynet_lists_segments_to_cut(tmp_path: Path) -> None:
+def test_activitynet_lists_segments_or_copies_to_cut(tmp_path: Path) -> None:
     file = put(
         tmp_path / "activity_net.v1-3.min.json",
         {
@@ -82,7 +86,9 @@ def test_activitynet_lists_segments_to_cut(tmp_path: Path) -> None:
             }
         },
     )
-    got = imported("activitynet", [file], tmp_path / "out")
+    assert imported("activitynet", [file], tmp_path / "parts")["train"] == ["v_X1.mp4 1.5 20 1"]
+    assert not (tmp_path / "parts" / "segments.csv").exists()
+    got = imported("activitynet", [file], tmp_path / "out", cut=True)
     assert got["train"] == ["v_X1/0000150_0002000.mp4 1"]
     assert got["segments"][1:] == [
         "v_X1.mp4,1.500,20.000,v_X1/0000150_0002000.mp4",
