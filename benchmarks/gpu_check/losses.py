@@ -1,0 +1,59 @@
+"""Losses, outputs and gradients of the whole model against the stored values, in every precision."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from benchmarks.gpu_check import stored
+from benchmarks.gpu_check.network import CASES, Case, network, step
+from benchmarks.gpu_check.setting import PRECISIONS, Report, Setting
+
+
+class Tolerance(NamedTuple):
+    """Largest relative errors."""
+
+    term: float
+    output: float
+    gradient: float
+    whole: float
+    """Of the whole gradient, in L2."""
+
+
+TOLERANCES = {
+    "fp64": Tolerance(1e-6, 1e-6, 2e-6, 1e-6),
+    "fp32": Tolerance(2e-5, 5e-5, 5e-4, 1e-4),
+    "tf32": Tolerance(2e-3, 2e-2, 0.4, 0.2),
+    "bf16": Tolerance(1e-2, 8e-2, 0.8, 0.3),
+    "fp16": Tolerance(2e-3, 2e-2, 0.4, 0.2),
+}
+"""Why these: fp64, sums in fp32 inside the hand-written backward pass and 9 stored digits; fp32, 2⁻²⁴ a rounding times some hundred
+roundings on the way, with another order of sums on every processor (measured on a CPU: 1e-7, 1e-6, 3e-6, 1e-6); TF32 and fp16 round to 11
+bits, bf16 to 8, and the informative loss of a few clips amplifies that (measured on a CPU, tiny, bf16: 9e-4, 1.1e-2, 0.12, 0.06; fp16:
+7e-5, 1.1e-3, 0.05, 0.03). A wrong term or a gradient that is missing differs by its whole size, which fp64 and fp32 notice."""
+
+
+def run(setting: Setting, report: Report) -> None:
+    """Compare the tiny network, and on a GPU the published one with three clips."""
+    precisions = [p for p in PRECISIONS if p != "tf32" or setting.cuda]
+    compare(setting, report, CASES["tiny"], precisions)
+    if not setting.tiny:
+        compare(setting, report, CASES["mvit_b"], precisions if setting.cuda else ["fp32"])
+
+
+def compare(setting: Setting, report: Report, case: Case, precisions: list[str]) -> None:
+    """Four checks a precision."""
+    expected = stored.load(case.name)
+    for precision in sorted(precisions, key="fp32 bf16 tf32 fp16 fp64".split().index):
+        model = network(case).to(setting.device)
+        if precision == "fp64":
+            model = model.double()
+        terms, values = stored.errors(step(model, case, precision, setting.device), expected)
+        limit, title = TOLERANCES[precision], f"{case.name} {precision}"
+        for kind, errors, most in (
+            ("loss terms", terms, limit.term),
+            ("outputs", {n: e for n, e in values.items() if n.startswith("out.")}, limit.output),
+            ("gradients", {n: e for n, e in values.items() if not n.startswith("out.")}, limit.gradient),
+        ):
+            worst = max(errors, key=lambda n: -1 if errors[n] < 0 else errors[n] if errors[n] == errors[n] else float("inf"))
+            report.below(f"{title} {kind}", errors[worst], most, note=f"worst of {len(errors)}: {worst}")
+        report.below(f"{title} whole gradient", stored.total(values, expected), limit.whole)
