@@ -64,16 +64,16 @@ def _price(setting: Setting, report: Report) -> None:
     """A whole update with deterministic kernels only: torch raises where an operation has none."""
     videos = 2 if setting.tiny else 4
     found = {}
-    with updates(setting, videos, videos, "bf16") as made:
-        for on in (True, False):
-            with deterministic(on):
-                try:
-                    found[on] = setting.seconds(made.update, *((1, 0) if setting.tiny else (5, 2)))
-                except RuntimeError as error:
-                    if "determinis" not in str(error):
-                        raise
-                    report.row("every operation has a deterministic kernel", str(error)[:300], ok=False)
-                    return
+    made = updates(setting, videos, videos, "bf16")
+    for on in (True, False):
+        with deterministic(on):
+            try:
+                found[on] = setting.seconds(made.update, *((1, 0) if setting.tiny else (5, 2)))
+            except RuntimeError as error:
+                if "determinis" not in str(error):
+                    raise
+                report.row("every operation has a deterministic kernel", str(error)[:300], ok=False)
+                return
     report.row("every operation has a deterministic kernel", ok=True, note="one whole update, DeepSpeed's step included")
     note = f"bf16, {2 * videos} clips: {found[True] * 1e3:.1f} against {found[False] * 1e3:.1f} ms an update"
     report.row("price of deterministic=true", found[True] / found[False], "times", note=note)

@@ -7,8 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
@@ -61,25 +60,20 @@ def _gpus(report: Report) -> None:
 
 def _nccl(setting: Setting, report: Report) -> None:
     report.row("NCCL", ".".join(map(str, torch.cuda.nccl.version())))  # type: ignore[no-untyped-call]
-    with process_group(setting):
-        x = torch.full((1 << 20,), 3.0, device=setting.device)
-        dist.all_reduce(x)
-        rows = [torch.empty_like(x)]
-        dist.all_gather(rows, x)
-        report.row("all_reduce and all_gather of one rank", ok=bool((rows[0] == 3).all()), note=dist.get_backend())
+    join_alone(setting)
+    x = torch.full((1 << 20,), 3.0, device=setting.device)
+    dist.all_reduce(x)
+    rows = [torch.empty_like(x)]
+    dist.all_gather(rows, x)
+    report.row("all_reduce and all_gather of one rank", ok=bool((rows[0] == 3).all()), note=dist.get_backend())
 
 
-@contextmanager
-def process_group(setting: Setting) -> Iterator[None]:
-    """A process group of this process alone, with the engine's backends."""
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    store = dist.HashStore()
-    with mock.patch.dict(os.environ, alone):
-        dist.init_process_group(device.backend(setting.device), store=store, rank=0, world_size=1)
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()
+def join_alone(setting: Setting) -> None:
+    """Make this process the only rank of a process group with the engine's backends; once a process, because DeepSpeed keeps its groups."""
+    if dist.is_initialized():
+        return
+    os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
+    dist.init_process_group(device.backend(setting.device), store=dist.HashStore(), rank=0, world_size=1)
 
 
 def _refusals(report: Report) -> None:

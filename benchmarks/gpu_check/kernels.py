@@ -15,15 +15,15 @@ TOP = 15
 def run(setting: Setting, report: Report) -> None:
     """Profile one update in bf16 after a warm-up."""
     videos = 2 if setting.tiny else 4
-    with updates(setting, videos, videos, "bf16") as made:
-        for _ in range(0 if setting.tiny else 2):
-            made.update()
+    made = updates(setting, videos, videos, "bf16")
+    for _ in range(0 if setting.tiny else 2):
+        made.update()
+    setting.synchronise()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if setting.cuda else [])]
+    with profile(activities=activities) as seen:
+        made.update()
         setting.synchronise()
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if setting.cuda else [])]
-        with profile(activities=activities) as seen:
-            made.update()
-            setting.synchronise()
-        wall = setting.seconds(made.update, 1, 0)
+    wall = setting.seconds(made.update, 1, 0)
     found = [e for e in seen.key_averages() if _time(e, setting) > 0]
     found.sort(key=lambda e: -_time(e, setting))
     whole, launched = sum(_time(e, setting) for e in found), sum(e.count for e in found)

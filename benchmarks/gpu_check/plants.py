@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -40,10 +41,106 @@ def _block() -> list[Patch]:
     return [(block, "skip_pool_backward", _scaled(block.skip_pool_backward, 1.01))]
 
 
+def _noise() -> list[Patch]:
+    """A backward pass with random rounding, as atomics have."""
+    from multitrain.model import block
+
+    real = block.head_pool_backward
+
+    def noisy(*args: Any) -> Any:
+        grad, filters = real(*args)
+        return grad, filters + 1e-6 * filters.abs().max() * torch.rand_like(filters)
+
+    return [(block, "head_pool_backward", noisy)]
+
+
+def _moments() -> list[Patch]:
+    """A checkpoint whose moments come back as zeros."""
+    import shutil
+
+    from benchmarks.gpu_check import resume
+    from multitrain.engine import checkpoint
+
+    real = resume._take_away
+
+    def take_away(run: Path, to: Path) -> None:
+        real(run, to)
+        folder = checkpoint.folder_of(run / "checkpoints", resume.HALF)
+        held = checkpoint.read(folder)
+        weights, moments = ({n: t.clone() for n, t in held.weights.items()}, {n: torch.zeros_like(t) for n, t in held.moments.items()})
+        shutil.rmtree(folder)
+        checkpoint.write(run / "checkpoints", checkpoint.Checkpoint(weights, moments, held.state), (run / "config.yaml").read_text())
+
+    return [(resume, "_take_away", take_away)]
+
+
+def _pooling() -> list[Patch]:
+    from multitrain.model import pooling
+
+    return [(pooling, "head_pool_backward", _scaled(pooling.head_pool_backward, 1.01))]
+
+
+def _memory() -> list[Patch]:
+    from launch import memory_estimate
+
+    return [(memory_estimate, "clip_bytes", lambda model, mode: 1e9)]
+
+
+def _surrogate() -> list[Patch]:
+    from multitrain.engine import update
+
+    real = update.embedding_gradient
+
+    def changed(*args: Any) -> Any:
+        value, gradient = real(*args)
+        return value, gradient * 1.01
+
+    return [(update, "embedding_gradient", changed)]
+
+
+def _item() -> list[Patch]:
+    from multitrain.loss import total
+
+    real = total.clip_losses
+
+    def reads(*args: Any) -> Any:
+        out = real(*args)
+        return out if float(out.detach().sum()) >= 0 else out * 0
+
+    return [(total, "clip_losses", reads)]
+
+
+def _idle() -> list[Patch]:
+    from benchmarks.gpu_check import kernels
+
+    return [(kernels, "_time", lambda event, setting: 0.0)]
+
+
+def _swapped() -> list[Patch]:
+    """Two videos of a micro-batch change places after their samples were noted."""
+    from multitrain.data import loader
+
+    real = loader._Part.batch
+
+    def swapped(part: Any) -> Any:
+        part.clips[: 2 * part.copies] = part.clips[: 2 * part.copies].roll(part.copies, 0)
+        return real(part)
+
+    return [(loader._Part, "batch", swapped)]
+
+
 PLANTS: dict[str, tuple[str, Callable[[], list[Patch]]]] = {
     "driver": ("environment", _driver),
     "informative": ("losses", _informative),
     "block": ("losses", _block),
+    "noise": ("bits", _noise),
+    "moments": ("resume", _moments),
+    "pooling": ("poolings", _pooling),
+    "memory": ("speed", _memory),
+    "surrogate": ("two_pass", _surrogate),
+    "item": ("syncs", _item),
+    "idle": ("kernels", _idle),
+    "swapped": ("transfers", _swapped),
 }
 """By name: the section that must notice it, and the objects to replace."""
 

@@ -27,10 +27,11 @@ def run(setting: Setting, report: Report) -> None:
         report.row("synchronisations of an update", "needs a GPU", note="copies and DeepSpeed's reads are seen there only")
         return
     videos = 2 if setting.tiny else 4
+    first = updates(setting, videos, videos, "bf16")
     for accumulation in (1, 2):
-        with updates(setting, videos * accumulation, videos, "bf16") as made:
-            made.update()
-            gradient, step = _counted(setting, made.accumulate), _counted(setting, lambda: made.engine.update(1e-4))
+        made = first.resized(videos * accumulation, videos)
+        made.update()
+        gradient, step = _counted(setting, made.accumulate), _counted(setting, lambda: first.engine.update(1e-4))
         total = f"{accumulation} micro-batch{'es' * (accumulation > 1)}"
         report.row(f"gradient, {total}", sum(gradient.values()), "waits", not gradient, _lines(gradient) or "none is the aim")
         report.row(f"DeepSpeed's step, {total}", sum(step.values()), "waits", note=_lines(step))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks.gpu_check.environment import process_group
+from benchmarks.gpu_check.environment import join_alone
 from benchmarks.gpu_check.network import CASES, Case, network
 from benchmarks.gpu_check.setting import Setting, arithmetic
 from multitrain.config import RunConfig, validate
@@ -100,6 +99,11 @@ class Updates:
         self.engine.backward(total)
         return total.detach()
 
+    def resized(self, videos: int, micro_batch: int) -> Updates:
+        """The same model and engine, with updates of another size."""
+        config = self.config.model_copy(update={"effective_batch": videos, "micro_batch": micro_batch})
+        return _of(self.setting, config, self.model, self.engine)
+
     def take_gradients(self) -> dict[str, Tensor]:
         """The gradients by name, which are then none."""
         found = {n: p.grad.detach().clone() for n, p in self.model.named_parameters() if p.grad is not None}
@@ -107,7 +111,6 @@ class Updates:
         return found
 
 
-@contextlib.contextmanager
 def updates(
     setting: Setting,
     videos: int,
@@ -116,23 +119,28 @@ def updates(
     *,
     mode: str = "none",
     deepspeed: bool = True,
-) -> Iterator[Updates]:
+) -> Updates:
     """A rank that updates the setting's network on `videos` videos at once, in micro-batches of `micro_batch`."""
     config = config_of(setting, videos, micro_batch, precision, activation_checkpointing=mode)
-    shape = solve(videos, nodes=1, gpus=1, micro_batch=micro_batch, group=config.group)
     model = network(case_of(setting), mode)  # type: ignore[arg-type]
-    with process_group(setting):
-        if deepspeed:
-            from multitrain.engine.deepspeed import Engine
+    join_alone(setting)
+    if deepspeed:
+        from multitrain.engine.deepspeed import Engine
 
-            engine: Any = Engine(model, config.optim, config.engine, precision, setting.device)
-        else:
-            engine = Plain(model, precision, setting.device)
-        control = dist.new_group(backend="gloo")
-        world = World(0, 1, 0, setting.device, control, control)
-        gradient = Gradient(config, model, engine, shape, world)
-        batches = [made_batch(config, n, setting) for n in range(shape.accumulation)]
-        yield Updates(setting, config, shape, model, engine, gradient, batches)
+        engine: Any = Engine(model, config.optim, config.engine, precision, setting.device)
+    else:
+        engine = Plain(model, precision, setting.device)
+    return _of(setting, config, model, engine)
+
+
+def _of(setting: Setting, config: RunConfig, model: MultiTrain, engine: Any) -> Updates:
+    videos = config.effective_batch
+    shape = solve(videos, nodes=1, gpus=1, micro_batch=config.micro_batch, group=config.group)
+    control = dist.new_group(backend="gloo")
+    world = World(0, 1, 0, setting.device, control, control)
+    gradient = Gradient(config, model, engine, shape, world)
+    batches = [made_batch(config, n, setting) for n in range(shape.accumulation)]
+    return Updates(setting, config, shape, model, engine, gradient, batches)
 
 
 def made_batch(config: RunConfig, number: int, setting: Setting) -> Batch:
