@@ -15,7 +15,7 @@ TOP = 15
 def run(setting: Setting, report: Report) -> None:
     """Profile one update in bf16 after a warm-up."""
     videos = 2 if setting.tiny else 4
-    made = updates(setting, videos, videos, "bf16")
+    made = updates(setting, videos, videos, "bf16", deepspeed=not setting.tiny)
     for _ in range(0 if setting.tiny else 2):
         made.update()
     setting.synchronise()

@@ -1,8 +1,14 @@
-"""Faults for the test of the check: each must be noticed by its section. Only tests/benchmarks/test_gpu_check.py plants them."""
+"""Faults for the test of the check: each must be noticed by its section. Only tests/benchmarks/test_gpu_check.py plants them.
+
+`python -m benchmarks.gpu_check.plants [NAME …]` has each section run with its fault, on the CPU, and prints what failed.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -129,6 +135,22 @@ def _swapped() -> list[Patch]:
     return [(loader._Part, "batch", swapped)]
 
 
+def _crash() -> list[Patch]:
+    from benchmarks.gpu_check import environment
+
+    return [(environment, "run", lambda setting, report: os._exit(139))]
+
+
+def _hang() -> list[Patch]:
+    from benchmarks.gpu_check import environment
+
+    def hang(setting: Any, report: Any) -> None:
+        report.row("before it hangs", 1)
+        time.sleep(600)
+
+    return [(environment, "run", hang)]
+
+
 PLANTS: dict[str, tuple[str, Callable[[], list[Patch]]]] = {
     "driver": ("environment", _driver),
     "informative": ("losses", _informative),
@@ -141,6 +163,8 @@ PLANTS: dict[str, tuple[str, Callable[[], list[Patch]]]] = {
     "item": ("syncs", _item),
     "idle": ("kernels", _idle),
     "swapped": ("transfers", _swapped),
+    "crash": ("environment", _crash),
+    "hang": ("environment", _hang),
 }
 """By name: the section that must notice it, and the objects to replace."""
 
@@ -152,3 +176,26 @@ def planted(name: str | None) -> Iterator[None]:
         for owner, attribute, value in PLANTS[name][1]() if name else []:
             stack.enter_context(mock.patch.object(owner, attribute, value))
         yield
+
+
+def main(names: list[str]) -> None:
+    """Print, as JSON, the failed checks of each fault's section."""
+    import importlib
+    import json
+    import tempfile
+
+    from benchmarks.gpu_check.setting import Report, Setting
+
+    torch.set_num_threads(1)
+    found = {}
+    for name in names:
+        report = Report()
+        with tempfile.TemporaryDirectory() as folder, planted(name):
+            section = importlib.import_module(f"benchmarks.gpu_check.{PLANTS[name][0]}")
+            section.run(Setting(torch.device("cpu"), True, Path(folder)), report)
+        found[name] = report.failed
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or list(PLANTS))

@@ -40,7 +40,7 @@ def _run(setting: Setting, data: Path, precision: str) -> Report:
     folder = runs / precision
     words = ["cluster=local", "experiment=demo", "gpus=1", "micro_batch=8", f"updates={UPDATES}", f"checkpoint.every={HALF}"]
     words += ["checkpoint.keep=3", "eval.every=null", "monitor.tensorboard=false", f"precision={precision}", "deterministic=true"]
-    words += ["loss.informative_weight=0.1", "model.drop_path=0.2", "model.head_dropout=0.5", "data.workers=1"]
+    words += ["loss.informative_weight=0.1", "model.drop_path=0.2", "model.head_dropout=0.5", f"data.workers={2 if setting.cuda else 0}"]
     if not _submitted(report, f"{precision} four updates", [*words, f"name={precision}", f"runs={runs}", f"data.root={data}"]):
         return report
     used = {line["device"] for line in _metrics(folder)}

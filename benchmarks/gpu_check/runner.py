@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import hashlib
 import importlib
+import importlib.metadata
 import json
 import os
 import signal
@@ -136,14 +137,16 @@ def _run(section: Section, given: argparse.Namespace, out: Path, left: float) ->
 
 def _what(given: argparse.Namespace) -> dict[str, Any]:
     """What results depend on: the code, the device, torch, the sizes."""
-    asked = "import torch, json; c = torch.cuda; print(json.dumps([torch.__version__, c.is_available() and c.get_device_name(0)]))"
-    found = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=False)
-    version, gpu = json.loads(found.stdout) if found.returncode == 0 else ("cannot be imported", False)
+    version, device = importlib.metadata.version("torch"), given.device
+    if device == "cuda":
+        asked = "import torch; print(torch.__version__, torch.cuda.is_available() and torch.cuda.get_device_name(0))"
+        found = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=False)
+        version, _, device = found.stdout.strip().partition(" ") if found.returncode == 0 else (version, "", "False")
+        device = "no GPU" if device == "False" else device
     digest = hashlib.sha256()
     for folder in ("multitrain", "launch", "benchmarks"):
         for file in sorted((ROOT / folder).rglob("*.py")):
             digest.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes())
-    device = (gpu or "no GPU") if given.device == "cuda" else "cpu"
     sizes = {"tiny": given.tiny, "plant": given.plant}
     return {"code": digest.hexdigest()[:16], "device": device, "torch": version, **sizes}
 

@@ -51,10 +51,11 @@ def config_of(setting: Setting, videos: int, micro_batch: int, precision: str, *
 
 
 class Plain:
-    """The engine's interface without DeepSpeed: gradients stay in the parameters."""
+    """The engine's interface without DeepSpeed: gradients stay in the parameters until the update."""
 
     def __init__(self, model: nn.Module, precision: str, device: torch.device) -> None:
         self.model, self.device, self._precision = model.to(device), device, precision
+        self._optimizer: torch.optim.Optimizer | None = None
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """The arithmetic of the forward pass."""
@@ -63,6 +64,15 @@ class Plain:
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`."""
         loss.backward()
+
+    def update(self, lr: float) -> float:
+        """Clip and step AdamW; the norm of the gradient."""
+        if self._optimizer is None:
+            self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, fused=self.device.type == "cuda")
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return float(norm)
 
 
 @dataclass
