@@ -22,19 +22,23 @@ from benchmarks.gpu_check.sections import NAMES, SECTIONS, Section
 ROOT = Path(__file__).resolve().parents[2]
 RESERVE = 5.0
 """Seconds below which no further section is started."""
-FAILED, NOT_RUN = 1, 3
+FAILED, MISTAKE, NOT_RUN = 1, 2, 3
+NO_GPU = "no GPU"
 ENDS = {"ok": "all held", "failed": "checks failed", "crashed": "crashed", "time": "ended at its limit", "not run": "not run"}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status: 0 all checks held; 1 one failed, or a section crashed or took too long; 3 the time was up before."""
+    """The exit status: 0 all checks held; 1 one failed, or a section crashed or took too long; 2 no GPU; 3 the time was up before."""
     given = _parser().parse_args(arguments)
     if given.section:
         return _child(given)
     deadline = time.monotonic() + 60 * given.minutes
+    what = _what(given)
+    if what["device"] == NO_GPU:
+        print(f"error: torch {what['torch']} sees no GPU here; --device cpu --tiny checks the check itself", file=sys.stderr)
+        return MISTAKE
     out = Path(given.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    what = _what(given)
     results = []
     for section in SECTIONS:
         if section.name not in (given.sections or NAMES):
@@ -80,9 +84,6 @@ def _child(given: argparse.Namespace) -> int:
     from benchmarks.gpu_check import plants
     from benchmarks.gpu_check.setting import Report, Setting
 
-    if given.device == "cuda" and not torch.cuda.is_available():
-        print(f"torch {torch.__version__} sees no GPU here; --device cpu checks the check", file=sys.stderr)
-        return FAILED
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")) if given.device == "cpu" else 4)
     device = torch.device("cuda", 0) if given.device == "cuda" else torch.device("cpu")
     report = Report(Path(given.out))
@@ -142,7 +143,7 @@ def _what(given: argparse.Namespace) -> dict[str, Any]:
         asked = "import torch; print(torch.__version__, torch.cuda.is_available() and torch.cuda.get_device_name(0))"
         found = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=False)
         version, _, device = found.stdout.strip().partition(" ") if found.returncode == 0 else (version, "", "False")
-        device = "no GPU" if device == "False" else device
+        device = NO_GPU if device == "False" else device
     digest = hashlib.sha256()
     for folder in ("multitrain", "launch", "benchmarks"):
         for file in sorted((ROOT / folder).rglob("*.py")):
