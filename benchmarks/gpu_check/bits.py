@@ -13,27 +13,27 @@ MODES = ("none", "mlp", "selective", "full")
 
 
 def run(setting: Setting, report: Report) -> None:
-    """Modes and repetition with deterministic kernels, then repetition without, then the price."""
+    """A whole update with deterministic kernels and its price, modes and repetition with them, repetition without."""
+    _price(setting, report)
     for precision in ("bf16", "fp32") if setting.cuda else ("fp32", "bf16"):
-        with deterministic(True):
+        with deterministic(True, warn_only=True):  # the row above says which operation has no such kernel
             _modes(setting, report, precision)
     if setting.cuda:
         with deterministic(False):
             a, b = (_gradient(setting, "none", "bf16") for _ in range(2))
         note = "a figure, not a check: only deterministic=true promises it"
         report.row("bf16 same bits twice, default kernels", "no" if _different(a, b) else "yes", note=note)
-    _price(setting, report)
 
 
 class deterministic:
     """Use deterministic kernels meanwhile, or the default ones, as the run's option does."""
 
-    def __init__(self, on: bool) -> None:
-        self._on = on
+    def __init__(self, on: bool, warn_only: bool = False) -> None:
+        self._on, self._warn_only = on, warn_only
 
     def __enter__(self) -> None:
         self._before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-        torch.use_deterministic_algorithms(self._on)
+        torch.use_deterministic_algorithms(self._on, warn_only=self._warn_only)
         torch.backends.cudnn.benchmark = False
 
     def __exit__(self, *_: object) -> None:
@@ -74,6 +74,10 @@ def _price(setting: Setting, report: Report) -> None:
                     raise
                 report.row("every operation has a deterministic kernel", str(error)[:300], ok=False)
                 return
-    report.row("every operation has a deterministic kernel", ok=True, note="of a whole update, the step of the weights included")
+    report.row(
+        "every operation has a deterministic kernel",
+        ok=True,
+        note="of a whole update, the step of the weights included",
+    )
     note = f"bf16, {2 * videos} clips: {found[True] * 1e3:.1f} against {found[False] * 1e3:.1f} ms an update"
     report.row("price of deterministic=true", found[True] / found[False], "times", note=note)

@@ -19,13 +19,27 @@ from benchmarks.results import hardware
 from multitrain.config import ConfigError
 from multitrain.engine import device
 
-LIBRARIES = ("deepspeed", "triton", "av", "decord", "numpy", "opencv-python-headless", "pydantic", "safetensors", "fvcore")
+LIBRARIES = (
+    "deepspeed",
+    "triton",
+    "av",
+    "decord",
+    "numpy",
+    "opencv-python-headless",
+    "pydantic",
+    "safetensors",
+    "fvcore",
+)
 ASKED = "name,driver_version,memory.total,persistence_mode,mig.mode.current,clocks.max.sm,power.limit,compute_cap"
 
 
 def run(setting: Setting, report: Report) -> None:
     """Facts, NCCL, refusals."""
-    report.row("machine", hardware(), note=f"Python {platform.python_version()}, {len(os.sched_getaffinity(0))} cores for this process")
+    report.row(
+        "machine",
+        hardware(),
+        note=f"Python {platform.python_version()}, {len(os.sched_getaffinity(0))} cores for this process",
+    )
     report.row("torch", torch.__version__, note=f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
     for name in LIBRARIES:
         report.row(name, _version(name))
@@ -53,7 +67,7 @@ def _gpus(report: Report) -> None:
         asked = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
         report.row("nvidia-smi", asked.stdout.strip() or asked.stderr.strip()[:200], note=ASKED)
     gpu = torch.device("cuda", 0)
-    report.row("device of rank 0", str(device.rank_device(0, 0, "bf16")), ok=device.rank_device(0, 0) == gpu)
+    report.row("device of rank 0", str(device.rank_device(0, 0)), ok=device.rank_device(0, 0) == gpu)
     described = device.described(gpu)
     report.row("named as", str(described), ok=described["device"] == torch.cuda.get_device_name(0))
 
@@ -72,7 +86,9 @@ def join_alone(setting: Setting) -> None:
     """Make this process the only rank of a process group with the engine's backends; once a process, because DeepSpeed keeps its groups."""
     if dist.is_initialized():
         return
-    os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
+    os.environ.update(
+        {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    )
     dist.init_process_group(device.backend(setting.device), store=dist.HashStore(), rank=0, world_size=1)
 
 
@@ -81,7 +97,9 @@ def _refusals(report: Report) -> None:
     cuda: dict[str, Any] = {"is_available": lambda: True, "device_count": lambda: 1, "set_device": lambda d: None}
     old = {**cuda, "get_device_capability": lambda d=None: (7, 5), "get_device_name": lambda d=None: "an older GPU"}
     grant = {"CUDA_VISIBLE_DEVICES": "0"}
-    _refused(report, "GPU without a usable driver", 0, {**cuda, "is_available": lambda: False, "init": _no_driver}, grant)
+    _refused(
+        report, "GPU without a usable driver", 0, {**cuda, "is_available": lambda: False, "init": _no_driver}, grant
+    )
     _refused(report, "second rank on one GPU", 1, cuda, grant)
     _refused(report, "bf16 before Ampere", 0, old, grant, "bf16")
 
@@ -91,7 +109,12 @@ def _no_driver() -> None:
 
 
 def _refused(
-    report: Report, name: str, local_rank: int, answers: dict[str, Any], environment: dict[str, str], precision: str = "fp32"
+    report: Report,
+    name: str,
+    local_rank: int,
+    answers: dict[str, Any],
+    environment: dict[str, str],
+    precision: str = "fp32",
 ) -> None:
     with ExitStack() as stack:
         for attribute, answer in answers.items():
@@ -104,5 +127,3 @@ def _refused(
             report.row(f"refused: {name}", str(error), ok="\n" not in str(error))
             return
     report.row(f"refused: {name}", f"accepted, on {found}", ok=False)
-
-

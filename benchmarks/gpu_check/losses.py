@@ -48,7 +48,7 @@ def run(setting: Setting, report: Report) -> None:
 def compare(setting: Setting, report: Report, case: Case, precisions: list[str]) -> None:
     """Four checks a precision."""
     expected = stored.load(case.name)
-    for precision in sorted(precisions, key="fp32 bf16 tf32 fp16 fp64".split().index):
+    for precision in sorted(precisions, key=["fp32", "bf16", "tf32", "fp16", "fp64"].index):
         model = network(case).to(setting.device)
         if precision == "fp64":
             model = model.double()

@@ -19,12 +19,29 @@ ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("annotated-types", "av", "hjson", "hydra-core", "omegaconf", "pydantic", "pydantic-core", "typing-inspection")
 SOURCES = ("antlr4-python3-runtime", "deepspeed")
 """Packages that the registry has as source only; they are pure Python, and their wheels are built here."""
-THERE = ("torch", "numpy", "opencv-python-headless", "pillow", "pyyaml", "jinja2", "safetensors", "tqdm", "packaging", "psutil")
+THERE = (
+    "torch",
+    "numpy",
+    "opencv-python-headless",
+    "pillow",
+    "pyyaml",
+    "jinja2",
+    "safetensors",
+    "tqdm",
+    "packaging",
+    "psutil",
+)
 THERE += ("einops", "msgpack", "ninja", "py-cpuinfo", "typing-extensions")
 CODE = ("multitrain", "launch", "configs", "benchmarks", "pyproject.toml", "LICENSE")
 MOST = 60
 """MB that the archive may have."""
-PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "manylinux2010_x86_64")
+PLATFORMS = (
+    "manylinux_2_28_x86_64",
+    "manylinux_2_27_x86_64",
+    "manylinux_2_17_x86_64",
+    "manylinux2014_x86_64",
+    "manylinux2010_x86_64",
+)
 FOLDER = "multitrain-gpu-check"
 RUN = (
     "tar xf {name} && cd {folder} && python3 -m pip install -q --no-index --no-deps --no-compile --target site wheels/*.whl && "
@@ -58,7 +75,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def code() -> list[str]:
     """The checkout's files that the check needs, without results and plots of other benchmarks."""
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", *CODE], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", *CODE], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     left_out = ("benchmarks/results/", "benchmarks/plots/")
     return [name for name in listed.stdout.splitlines() if not name.startswith(left_out) and (ROOT / name).is_file()]
 

@@ -73,9 +73,14 @@ def _moments() -> list[Patch]:
         real(run, to)
         folder = checkpoint.folder_of(run / "checkpoints", resume.HALF)
         held = checkpoint.read(folder)
-        weights, moments = ({n: t.clone() for n, t in held.weights.items()}, {n: torch.zeros_like(t) for n, t in held.moments.items()})
+        weights, moments = (
+            {n: t.clone() for n, t in held.weights.items()},
+            {n: torch.zeros_like(t) for n, t in held.moments.items()},
+        )
         shutil.rmtree(folder)
-        checkpoint.write(run / "checkpoints", checkpoint.Checkpoint(weights, moments, held.state), (run / "config.yaml").read_text())
+        checkpoint.write(
+            run / "checkpoints", checkpoint.Checkpoint(weights, moments, held.state), (run / "config.yaml").read_text()
+        )
 
     return [(resume, "_take_away", take_away)]
 

@@ -26,7 +26,7 @@ TEXT = ("update", "loss", "loss_informative", "grad_norm", "lr", "tickets")
 def run(setting: Setting, report: Report) -> None:
     """A run of four updates a precision; its second half is made once more from the checkpoint of the first."""
     data = setting.folder / "data"
-    generate(data, clips=CLIPS, processes=None if setting.cuda else 1)
+    generate(data, clips=CLIPS, processes=1)
     precisions = ["fp32"] if setting.tiny else ["bf16", "fp32", "fp16"]
     with ThreadPoolExecutor(len(precisions)) as pool:  # each waits for the ranks that it started
         for found in pool.map(lambda p: _run(setting, data, p), precisions):
@@ -38,13 +38,38 @@ def _run(setting: Setting, data: Path, precision: str) -> Report:
     """The rows of one precision."""
     report, runs = Report(), setting.folder / "runs"
     folder = runs / precision
-    words = ["cluster=local", "experiment=demo", "gpus=1", "micro_batch=8", f"updates={UPDATES}", f"checkpoint.every={HALF}"]
-    words += ["checkpoint.keep=3", "eval.every=null", "monitor.tensorboard=false", f"precision={precision}", "deterministic=true"]
-    words += ["loss.informative_weight=0.1", "model.drop_path=0.2", "model.head_dropout=0.5", f"data.workers={2 if setting.cuda else 0}"]
-    if not _submitted(report, f"{precision} four updates", [*words, f"name={precision}", f"runs={runs}", f"data.root={data}"]):
+    words = [
+        "cluster=local",
+        "experiment=demo",
+        "gpus=1",
+        "micro_batch=8",
+        f"updates={UPDATES}",
+        f"checkpoint.every={HALF}",
+    ]
+    words += [
+        "checkpoint.keep=3",
+        "eval.every=null",
+        "monitor.tensorboard=false",
+        f"precision={precision}",
+        "deterministic=true",
+    ]
+    words += [
+        "loss.informative_weight=0.1",
+        "model.drop_path=0.2",
+        "model.head_dropout=0.5",
+        f"data.workers={2 if setting.cuda else 0}",
+    ]
+    if not _submitted(
+        report, f"{precision} four updates", [*words, f"name={precision}", f"runs={runs}", f"data.root={data}"]
+    ):
         return report
     used = {line["device"] for line in _metrics(folder)}
-    report.row(f"{precision} device", ", ".join(sorted(used)), ok=("cpu" not in used) == setting.cuda, note="as metrics.jsonl names it")
+    report.row(
+        f"{precision} device",
+        ", ".join(sorted(used)),
+        ok=("cpu" not in used) == setting.cuda,
+        note="as metrics.jsonl names it",
+    )
     whole = setting.folder / f"{precision} whole"
     _take_away(folder, whole)
     if not _submitted(report, f"{precision} two updates once more, from the checkpoint", [str(folder)]):
@@ -93,7 +118,13 @@ def _compare(report: Report, precision: str, whole: Path, run: Path) -> None:
     begun = checkpoint.read(checkpoint.folder_of(run / "checkpoints", HALF))
     for kind, ours, theirs in (("weights", second.weights, first.weights), ("moments", second.moments, first.moments)):
         apart = [n for n in theirs if n not in ours or not torch.equal(ours[n], theirs[n])]
-        report.row(f"{precision} 2 + 2 = 4, {kind}", len(apart), "tensors differ", not apart, f"of {len(theirs)}; {', '.join(apart[:3])}")
+        report.row(
+            f"{precision} 2 + 2 = 4, {kind}",
+            len(apart),
+            "tensors differ",
+            not apart,
+            f"of {len(theirs)}; {', '.join(apart[:3])}",
+        )
     moved = sum(not torch.equal(begun.weights[n], t) for n, t in second.weights.items())
     report.row(f"{precision} weights that the second half changed", moved, ok=moved > len(second.weights) // 2)
     lines = [[tuple(m[k] for k in TEXT) for m in _metrics(f)] for f in (whole, run)]

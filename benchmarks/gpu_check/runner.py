@@ -24,7 +24,13 @@ RESERVE = 5.0
 """Seconds below which no further section is started."""
 FAILED, MISTAKE, NOT_RUN = 1, 2, 3
 NO_GPU = "no GPU"
-ENDS = {"ok": "all held", "failed": "checks failed", "crashed": "crashed", "time": "ended at its limit", "not run": "not run"}
+ENDS = {
+    "ok": "all held",
+    "failed": "checks failed",
+    "crashed": "crashed",
+    "time": "ended at its limit",
+    "not run": "not run",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,7 +41,10 @@ def main(arguments: list[str] | None = None) -> int:
     deadline = time.monotonic() + 60 * given.minutes
     what = _what(given)
     if what["device"] == NO_GPU:
-        print(f"error: torch {what['torch']} sees no GPU here; --device cpu --tiny checks the check itself", file=sys.stderr)
+        print(
+            f"error: torch {what['torch']} sees no GPU here; --device cpu --tiny checks the check itself",
+            file=sys.stderr,
+        )
         return MISTAKE
     out = Path(given.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -47,7 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
         if result is None:
             result = _run(section, given, out, deadline - time.monotonic()) | {"of": what}
             if result["end"] in ("ok", "failed"):
-                (out / f"{section.name}.json").write_text(json.dumps(result, ensure_ascii=False, indent=1), encoding="utf-8")
+                (out / f"{section.name}.json").write_text(
+                    json.dumps(result, ensure_ascii=False, indent=1), encoding="utf-8"
+                )
         else:
             result["kept"] = True
         results.append(result)
@@ -67,7 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tiny", action="store_true", help="sizes of a test instead of the published network")
     parser.add_argument("--minutes", type=float, default=12.0, help="stop after this time (default 12)")
     parser.add_argument("--sections", nargs="+", metavar="NAME", choices=NAMES, help=", ".join(NAMES))
-    parser.add_argument("--out", default="gpu-check", metavar="FOLDER", help="results; those of the same code, device and torch are kept")
+    parser.add_argument(
+        "--out",
+        default="gpu-check",
+        metavar="FOLDER",
+        help="results; those of the same code, device and torch are kept",
+    )
     parser.add_argument("--section", choices=NAMES, help=argparse.SUPPRESS)
     parser.add_argument("--plant", help=argparse.SUPPRESS)
     return parser
@@ -100,7 +116,17 @@ def _run(section: Section, given: argparse.Namespace, out: Path, left: float) ->
         return result
     rows, log = out / f"{section.name}.rows.jsonl", out / f"{section.name}.log"
     rows.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "benchmarks.gpu_check", "--section", section.name, "--device", given.device, "--out", str(rows)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu_check",
+        "--section",
+        section.name,
+        "--device",
+        given.device,
+        "--out",
+        str(rows),
+    ]
     command += ["--tiny"] * given.tiny + (["--plant", given.plant] if given.plant else [])
     limit, began = min(float(section.limit), left), time.monotonic()
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

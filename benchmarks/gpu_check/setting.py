@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -84,6 +85,8 @@ class Report:
         note: str = "",
     ) -> None:
         """A figure, or a check (`ok` is whether it held); `note` says against what, or what it means."""
+        if isinstance(value, float) and not math.isfinite(value):
+            value = str(value)  # JSON has no such numbers
         found = {"name": name, "value": value, "unit": unit, "ok": ok, "note": note}
         self.rows.append(found)
         if self.file is not None:

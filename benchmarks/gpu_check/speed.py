@@ -10,7 +10,17 @@ from benchmarks.gpu_check.updates import Updates, case_of, updates
 from launch import memory_estimate
 from multitrain.config import ModelConfig
 
-PEAKS = {"H200": 989, "H100": 989, "GH200": 989, "B200": 2250, "A100": 312, "A6000": 155, "L40S": 362, "L4": 121, "A10": 125}
+PEAKS = {
+    "H200": 989,
+    "H100": 989,
+    "GH200": 989,
+    "B200": 2250,
+    "A100": 312,
+    "A6000": 155,
+    "L40S": 362,
+    "L4": 121,
+    "A10": 125,
+}
 """TFLOP/s of dense bf16 products, by the maker; the longest name that a GPU's name contains counts."""
 CLIPS = (4, 8, 16, 32, 64)
 FORECAST = 0.75, 1.10

@@ -34,7 +34,9 @@ def errors(found: Found, stored: dict[str, Any]) -> tuple[dict[str, float], dict
     """
     terms = {n: abs(found.terms.get(n, math.nan) - v) / max(abs(v), 1e-3) for n, v in stored["terms"].items()}
     values = {}
-    largest = {out: max(v["norm"] for n, v in stored["values"].items() if n.startswith("out.") == out) for out in (True, False)}
+    largest = {
+        out: max(v["norm"] for n, v in stored["values"].items() if n.startswith("out.") == out) for out in (True, False)
+    }
     for name in stored["values"].keys() | found.values.keys():
         if name.endswith(NO_GRADIENT):
             continue

@@ -24,7 +24,9 @@ def run(setting: Setting, report: Report) -> None:
     """On a GPU, torch's own warnings, counted and named by line; everywhere, the network and the loss on tensors without data."""
     _without_data(report)
     if not setting.cuda:
-        report.row("synchronisations of an update", "needs a GPU", note="copies and DeepSpeed's reads are seen there only")
+        report.row(
+            "synchronisations of an update", "needs a GPU", note="copies and DeepSpeed's reads are seen there only"
+        )
         return
     videos = 2 if setting.tiny else 4
     first = updates(setting, videos, videos, "bf16")
@@ -33,7 +35,9 @@ def run(setting: Setting, report: Report) -> None:
         made.update()
         gradient, step = _counted(setting, made.accumulate), _counted(setting, lambda: first.engine.update(1e-4))
         total = f"{accumulation} micro-batch{'es' * (accumulation > 1)}"
-        report.row(f"gradient, {total}", sum(gradient.values()), "waits", not gradient, _lines(gradient) or "none is the aim")
+        report.row(
+            f"gradient, {total}", sum(gradient.values()), "waits", not gradient, _lines(gradient) or "none is the aim"
+        )
         report.row(f"DeepSpeed's step, {total}", sum(step.values()), "waits", note=_lines(step))
 
 

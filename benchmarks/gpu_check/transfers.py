@@ -32,13 +32,15 @@ def run(setting: Setting, report: Report) -> None:
 
 def _loader(setting: Setting, report: Report) -> None:
     """The same update in one micro-batch by worker processes and in micro-batches of one by none: the same clips, in the plan's order."""
-    generate(setting.folder / "data", clips=CLIPS, processes=None if setting.cuda else 1)
+    generate(setting.folder / "data", clips=CLIPS, processes=1)
     whole, order = _loaded(setting, _config(setting, VIDEOS, workers=2))
     single, _ = _loaded(setting, _config(setting, 1, workers=0))
     samples = [sample for batch in whole for sample in batch.tickets.tolist()]
     report.row("videos in the plan's order", len(samples), "videos", samples == order.tolist())
     arrived = whole[0].clips.to(setting.device, non_blocking=True)
-    same = torch.equal(arrived.cpu(), torch.cat([b.clips for b in single])) and torch.equal(whole[0].keys, torch.cat([b.keys for b in single]))
+    same = torch.equal(arrived.cpu(), torch.cat([b.clips for b in single])) and torch.equal(
+        whole[0].keys, torch.cat([b.keys for b in single])
+    )
     note = "one micro-batch by two workers against micro-batches of one by none"
     report.row("clips and keys on the device are those of the samples", len(arrived), "clips", same, note)
 
@@ -46,10 +48,20 @@ def _loader(setting: Setting, report: Report) -> None:
 def _config(setting: Setting, micro_batch: int, workers: int) -> RunConfig:
     data = setting.folder / "data"
     datasets = {
-        name: {"classes": len(labels), "annotations": str(data / name / "annotations"), "videos": str(data / name / "videos")}
+        name: {
+            "classes": len(labels),
+            "annotations": str(data / name / "annotations"),
+            "videos": str(data / name / "videos"),
+        }
         for name, labels in CLASSES.items()
     }
-    given: dict[str, Any] = {"gpus": 1, "updates": 1, "effective_batch": VIDEOS, "micro_batch": micro_batch, "cluster": {"kind": "local"}}
+    given: dict[str, Any] = {
+        "gpus": 1,
+        "updates": 1,
+        "effective_batch": VIDEOS,
+        "micro_batch": micro_batch,
+        "cluster": {"kind": "local"},
+    }
     given |= {"data": {"datasets": datasets, "workers": workers, "sampling_rate": 1}, "model": TINY.model_dump()}
     given |= {name: {} for name in ("loss", "optim", "engine", "eval")}
     return validate({**given, "augment": {"mix_group": 1, "mix_probability": 0.0}})
@@ -75,7 +87,13 @@ def _reused(setting: Setting, report: Report) -> None:
         arrived.append(source.to(setting.device, non_blocking=True).float())
         del source
     wrong = [n for n, x in enumerate(arrived) if not bool((x == n).all())]
-    report.row("transfers from reused memory", rounds, "transfers", not wrong, f"wrong: {wrong}" if wrong else "each arrived as it was")
+    report.row(
+        "transfers from reused memory",
+        rounds,
+        "transfers",
+        not wrong,
+        f"wrong: {wrong}" if wrong else "each arrived as it was",
+    )
 
 
 def _speeds(setting: Setting, report: Report) -> None:
@@ -93,5 +111,14 @@ def _speeds(setting: Setting, report: Report) -> None:
         return finalize_batch(batch, config.data, datasets, config.augment, device, config.seed, model=config.model)
 
     spent = setting.seconds(prepare, *rounds)
-    report.row("transfer, normalising, erasing and mixing", clips / spent, "clips/s", note=f"{spent * 1e3 / clips:.2f} ms a clip")
-    report.row("cores for the loader", len(os.sched_getaffinity(0)), note="13.8 clips/s a core were measured on a CPU (docs/performance.md)")
+    report.row(
+        "transfer, normalising, erasing and mixing",
+        clips / spent,
+        "clips/s",
+        note=f"{spent * 1e3 / clips:.2f} ms a clip",
+    )
+    report.row(
+        "cores for the loader",
+        len(os.sched_getaffinity(0)),
+        note="13.8 clips/s a core were measured on a CPU (docs/performance.md)",
+    )

@@ -159,7 +159,9 @@ def made_batch(config: RunConfig, number: int, setting: Setting) -> Batch:
     n, rng = videos * copies, np.random.default_rng(number)
     classes = [d.classes or 1 for d in config.data.datasets.values()]
     dataset = torch.arange(number * videos, (number + 1) * videos).remainder(len(classes)).repeat_interleave(copies)
-    boxes = torch.tensor([[c.crop // 8] * 2 + [c.crop // 2] * 2 if i % 4 == 0 else [0] * 4 for i in range(n)], dtype=torch.int32)
+    boxes = torch.tensor(
+        [[c.crop // 8] * 2 + [c.crop // 2] * 2 if i % 4 == 0 else [0] * 4 for i in range(n)], dtype=torch.int32
+    )
     batch = Batch(
         clips=torch.from_numpy(rng.integers(0, 256, (n, c.frames, c.crop, c.crop, 3), dtype=np.uint8)),
         dataset=dataset,
