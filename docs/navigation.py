@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 START = ["index.md", "install.md", "data.md", "million.md", "backbones.md", "weights.md", "slurm.md", "preflight.md"]
-START += ["sweeps.md", "watching.md", "sharing.md"]
+START += ["gpu.md", "sweeps.md", "watching.md", "sharing.md"]
 UNDERSTANDING = ["interruption.md", "guarantees", "design.md", "parity.md", "differences.md", "comparison.md"]
 REFERENCE = ["configuration.md", "troubleshooting.md", "contributing.md"]
 
