@@ -20,18 +20,20 @@ NEEDED = ("annotated-types", "av", "hjson", "hydra-core", "omegaconf", "pydantic
 SOURCES = ("antlr4-python3-runtime", "deepspeed")
 """Packages that the registry has as source only; they are pure Python, and their wheels are built here."""
 THERE = (
-    "torch",
-    "numpy",
-    "opencv-python-headless",
-    "pillow",
-    "pyyaml",
-    "jinja2",
-    "safetensors",
-    "tqdm",
-    "packaging",
-    "psutil",
+    *(
+        "torch",
+        "numpy",
+        "opencv-python-headless",
+        "pillow",
+        "pyyaml",
+        "jinja2",
+        "safetensors",
+        "tqdm",
+        "packaging",
+        "psutil",
+    ),
+    *("einops", "msgpack", "ninja", "py-cpuinfo", "typing-extensions"),
 )
-THERE += ("einops", "msgpack", "ninja", "py-cpuinfo", "typing-extensions")
 CODE = ("multitrain", "launch", "configs", "benchmarks", "pyproject.toml", "LICENSE")
 MOST = 60
 """MB that the archive may have."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -38,6 +38,9 @@ class Shape(NamedTuple):
     stride: int
 
 
+Route = Callable[[Tensor, Tensor, Tensor, Shape], Results]
+
+
 def shapes(config: ModelConfig) -> Counter[Shape]:
     """The calls of a forward pass, with their number, as the block makes them (its compacted keys and values included)."""
     found: Counter[Shape] = Counter()
@@ -61,7 +64,7 @@ def product(x: Tensor, weight: Tensor, grad: Tensor, s: Shape) -> Results:
     )
 
 
-def torch_route(contiguous: bool, cudnn: bool) -> Callable[[Tensor, Tensor, Tensor, Shape], Results]:
+def torch_route(contiguous: bool, cudnn: bool) -> Route:
     """Torch's convolution, by cuDNN or torch's own kernel, on a contiguous copy [B, C, T, H, W] or on the channels-last tokens."""
 
     def route(x: Tensor, weight: Tensor, grad: Tensor, s: Shape) -> Results:
@@ -83,7 +86,7 @@ def torch_route(contiguous: bool, cudnn: bool) -> Callable[[Tensor, Tensor, Tens
     return route
 
 
-def routes(setting: Setting) -> dict[str, Callable[[Tensor, Tensor, Tensor, Shape], Results]]:
+def routes(setting: Setting) -> dict[str, Route]:
     """By name; on the CPU the product's alone is timed against torch's."""
     if not setting.cuda:
         return {"product": product, "torch contiguous": torch_route(True, False)}
@@ -104,17 +107,21 @@ def run(setting: Setting, report: Report) -> None:
 
 def _run(setting: Setting, report: Report) -> None:
     clips = 2 if setting.tiny else 8
-    sums: Counter[tuple[str, torch.dtype]] = Counter()
+    sums: defaultdict[tuple[str, torch.dtype], float] = defaultdict(float)
     for shape, calls in sorted(shapes(setting.model).items(), reverse=True):
         for dtype in (torch.bfloat16, torch.float32) if setting.cuda else (torch.float64, torch.float32):
             given = _given(shape, clips, setting.device, dtype)
-            truth = _truth(*(t if t.dim() == 5 else t[:1] for t in given), shape)
+            truth = _truth(given[0][:1], given[1], given[2][:1], shape)
             for name, route in routes(setting).items():
                 title = f"{_text(shape)} ×{calls} {str(dtype)[6:]} {name}"
-                spent = _measure(setting, report, title, partial(route, s=shape), given, truth)
+                spent = _measure(setting, report, title, partial(_on, route, shape), given, truth)
                 sums[name, dtype] += calls * spent
     for (name, dtype), spent in sums.items():
         report.row(f"all poolings of the network, {str(dtype)[6:]} {name}", spent / clips, "ms a clip")
+
+
+def _on(route: Route, s: Shape, x: Tensor, weight: Tensor, grad: Tensor) -> Results:
+    return route(x, weight, grad, s)
 
 
 def _given(s: Shape, clips: int, device: torch.device, dtype: torch.dtype) -> Results:

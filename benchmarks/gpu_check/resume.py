@@ -19,6 +19,12 @@ from multitrain.engine import checkpoint
 ROOT = Path(__file__).resolve().parents[2]
 UPDATES, HALF = 4, 2
 CLIPS = {d: {"train": 12, "val": 2, "test": 2} for d in ("shapes", "motions", "scenes")}
+OPTIONS = (
+    f"cluster=local experiment=demo gpus=1 micro_batch=8 updates={UPDATES} checkpoint.every={HALF} checkpoint.keep=3 eval.every=null "
+    "monitor.tensorboard=false deterministic=true loss.informative_weight=0.1 model.drop_path=0.2 model.head_dropout=0.5 "
+    "engine.loss_scale_start=8"
+)
+"""The demo's network with all terms of the loss and all masks, two micro-batches an update; a loss scale that does not overflow."""
 TEXT = ("update", "loss", "loss_informative", "grad_norm", "lr", "tickets")
 """What two lines of metrics.jsonl for the same update must agree in."""
 
@@ -38,32 +44,12 @@ def _run(setting: Setting, data: Path, precision: str) -> Report:
     """The rows of one precision."""
     report, runs = Report(), setting.folder / "runs"
     folder = runs / precision
-    words = [
-        "cluster=local",
-        "experiment=demo",
-        "gpus=1",
-        "micro_batch=8",
-        f"updates={UPDATES}",
-        f"checkpoint.every={HALF}",
-    ]
-    words += [
-        "checkpoint.keep=3",
-        "eval.every=null",
-        "monitor.tensorboard=false",
-        f"precision={precision}",
-        "deterministic=true",
-    ]
-    words += [
-        "loss.informative_weight=0.1",
-        "model.drop_path=0.2",
-        "model.head_dropout=0.5",
-        f"data.workers={2 if setting.cuda else 0}",
-    ]
+    words = [*OPTIONS.split(), f"data.workers={2 if setting.cuda else 0}", f"precision={precision}"]
     if not _submitted(
         report, f"{precision} four updates", [*words, f"name={precision}", f"runs={runs}", f"data.root={data}"]
     ):
         return report
-    used = {line["device"] for line in _metrics(folder)}
+    used = {str(line["device"]) for line in _metrics(folder)}
     report.row(
         f"{precision} device",
         ", ".join(sorted(used)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -104,7 +105,7 @@ def _speeds(setting: Setting, report: Report) -> None:
     pageable = batch.clips.clone()
     size, clips, device = batch.clips.numel() / 1e9, len(batch.clips), setting.device
     for name, source in (("pinned", batch.clips), ("pageable", pageable)):
-        spent = setting.seconds(lambda s=source: s.to(device, non_blocking=True, copy=True), *rounds)
+        spent = setting.seconds(partial(source.to, device, non_blocking=True, copy=True), *rounds)
         report.row(f"transfer of {name} clips", clips / spent, "clips/s", note=f"{size / spent:.1f} GB/s, uint8")
 
     def prepare() -> Any:
