@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         help="results; those of the same code, device and torch are kept",
     )
     parser.add_argument("--section", choices=NAMES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--plant", help=argparse.SUPPRESS)
     return parser
 
@@ -102,10 +103,11 @@ def _child(given: argparse.Namespace) -> int:
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")) if given.device == "cpu" else 4)
     device = torch.device("cuda", 0) if given.device == "cuda" else torch.device("cpu")
+    given.folder.mkdir()
     report = Report(Path(given.out))
-    with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder, plants.planted(given.plant):
+    with plants.planted(given.plant):
         section = importlib.import_module(f"benchmarks.gpu_check.{given.section}")
-        section.run(Setting(device, given.tiny, Path(folder)), report)
+        section.run(Setting(device, given.tiny, given.folder), report)
     return 0
 
 
@@ -114,25 +116,29 @@ def _run(section: Section, given: argparse.Namespace, out: Path, left: float) ->
     result: dict[str, Any] = {"section": section.name, "end": "not run", "rows": [], "seconds": 0.0, "error": ""}
     if left < RESERVE:
         return result
-    rows, log = out / f"{section.name}.rows.jsonl", out / f"{section.name}.log"
-    rows.unlink(missing_ok=True)
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.gpu_check",
-        "--section",
-        section.name,
-        "--device",
-        given.device,
-        "--out",
-        str(rows),
-    ]
-    command += ["--tiny"] * given.tiny + (["--plant", given.plant] if given.plant else [])
-    limit, began = min(float(section.limit), left), time.monotonic()
+    log, began = out / f"{section.name}.log", time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="gpu-check-", ignore_cleanup_errors=True) as folder:
+        rows = Path(folder) / "rows.jsonl"
+        words = ["--section", section.name, "--device", given.device, "--out", str(rows), "--folder", f"{folder}/files"]
+        words += ["--tiny"] * given.tiny + (["--plant", given.plant] if given.plant else [])
+        code = _ended(words, log, min(float(section.limit), left))
+        result["seconds"] = round(time.monotonic() - began, 1)
+        result["rows"] = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+    result["end"] = "time" if code is None else "crashed" if code else "ok"
+    if code == 0 and any(r["ok"] is False for r in result["rows"]):
+        result["end"] = "failed"
+    if code != 0:
+        last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-3:]
+        result["error"] = f"exit status {code}: " * (code is not None) + " | ".join(last)[-600:]
+    return result
+
+
+def _ended(words: list[str], log: Path, limit: float) -> int | None:
+    """The exit status of the section's process; None when it was ended after `limit` seconds, with all that it started."""
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with open(log, "wb") as text:
         process = subprocess.Popen(
-            command,
+            [sys.executable, "-m", "benchmarks.gpu_check", *words],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": paths},
             stdout=text,
@@ -140,23 +146,13 @@ def _run(section: Section, given: argparse.Namespace, out: Path, left: float) ->
             start_new_session=True,
         )
         try:
-            code = process.wait(limit)
-            result["end"] = "ok" if code == 0 else "crashed"
+            return process.wait(limit)
         except subprocess.TimeoutExpired:
-            result["end"], code = "time", None
+            return None
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # and what it started
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    result["seconds"] = round(time.monotonic() - began, 1)
-    result["rows"] = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
-    rows.unlink(missing_ok=True)
-    if result["end"] == "ok" and any(r["ok"] is False for r in result["rows"]):
-        result["end"] = "failed"
-    if result["end"] in ("crashed", "time"):
-        last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-3:]
-        result["error"] = f"exit status {code}: " * (code is not None) + " | ".join(last)[-600:]
-    return result
 
 
 # -- results ------------------------------------------------------------------------------------------------------------
