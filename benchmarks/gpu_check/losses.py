@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
+
 from benchmarks.gpu_check import stored
 from benchmarks.gpu_check.network import CASES, Case, network, step
 from benchmarks.gpu_check.setting import PRECISIONS, Report, Setting
@@ -52,7 +54,12 @@ def compare(setting: Setting, report: Report, case: Case, precisions: list[str])
         model = network(case).to(setting.device)
         if precision == "fp64":
             model = model.double()
-        terms, values = stored.errors(step(model, case, precision, setting.device), expected)
+        try:
+            found = step(model, case, precision, setting.device)
+        except torch.cuda.OutOfMemoryError as error:
+            report.row(f"{case.name} {precision}", "out of memory", note=str(error).split("\n")[0][:200])
+            continue
+        terms, values = stored.errors(found, expected)
         limit, title = (TOLERANCES if case.name == "tiny" else PUBLISHED)[precision], f"{case.name} {precision}"
         for kind, errors, most in (
             ("loss terms", terms, limit.term),
