@@ -1,4 +1,4 @@
-# make demo | make test | make test-fast | make bench | make lint | make setup | make clean
+# make demo | make test | make test-fast | make bench | make gpu-check | make lint | make setup | make clean
 PYTHON ?= python3
 VENV   ?= .venv
 # The torch that the suite was last run with. A CPU build is enough for demo and test: on a machine without NVIDIA GPUs,
@@ -10,7 +10,7 @@ READY  := $(VENV)/.ready
 export PATH := $(abspath $(BIN)):$(PATH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-fast bench bench-full lint format clean
+.PHONY: help setup demo test test-fast bench bench-full gpu-check lint format clean
 
 help:
 	@echo "make demo   set up, train one small model on three datasets of real video files, evaluate it, write a report"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-fast   for every edit: without the tests that start ranks, SLURM or machines, train, or decode many videos"
 	@echo "make bench       measure every figure at sizes that fit two cores, write benchmarks/README.md; under 25 minutes"
 	@echo "make bench-full  the same at the real sizes"
+	@echo "make gpu-check   on a machine with a GPU, twelve minutes: is everything right on it, and how fast (docs/gpu.md)"
 	@echo "make lint   ruff, mypy and codespell, as in pre-commit"
 	@echo "make docs   this project's documentation as a site in site/, warnings as errors, without a network"
 	@echo "make setup  virtual environment in $(VENV) with everything in it"
@@ -49,6 +50,9 @@ bench: setup
 
 bench-full: setup
 	$(BIN)/python -m benchmarks.run --full
+
+gpu-check: setup
+	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ START = [
     "slurm.md",
     "preflight.md",
 ]
-START += ["sweeps.md", "watching.md", "sharing.md"]
+START += ["gpu.md", "sweeps.md", "watching.md", "sharing.md"]
 UNDERSTANDING = ["interruption.md", "guarantees", "design.md", "parity.md", "differences.md", "comparison.md"]
 REFERENCE = ["configuration.md", "troubleshooting.md", "contributing.md"]
 
