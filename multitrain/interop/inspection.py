@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from multitrain.config import ConfigError, ModelConfig, compose, config_folder
+from multitrain.config.automatic import AUTO
 from multitrain.config.boundary import understood
 from multitrain.config.mvitv2 import MVITV2
 from multitrain.config.paths import find_run
@@ -350,6 +351,8 @@ def preset(config: ModelConfig) -> str:
         "drop_path",
     }
     for file in sorted((config_folder() / "model").glob("*.yaml")):
+        if file.stem == AUTO:
+            continue
         found = compose([f"model={file.stem}"]).model
         if found.backbone == config.backbone and _backbone(found, heads) == _backbone(config, heads):
             return f"model={file.stem}"
