@@ -113,7 +113,7 @@ def dataset_yaml(name: str, out: Path, found: Imported, command: str) -> str:
     mirrored = f"{sides[0]!r} mirrored is another class" if sides else "false where left and right matter"
     lines = {
         "annotations": json.dumps(_plain(out), ensure_ascii=False),
-        "videos": json.dumps(_plain(found.videos or Path("FOLDER OF VIDEOS")), ensure_ascii=False),
+        "videos": json.dumps(_plain(found.videos) if found.videos else "FOLDER OF VIDEOS", ensure_ascii=False),
         "class_names": json.dumps(_plain(out / "classes.txt"), ensure_ascii=False),
         "sampling": "segment  # one frame from each of equal parts of the video; stride: a window at a fixed frame rate",
         "flip": f"{str(not sides).lower()}  # whether a mirrored video keeps its class: {mirrored}",
